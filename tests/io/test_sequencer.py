@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -23,12 +24,13 @@ from chutes_proto.store.rows import (
     Insert,
     Put,
     ReadLog,
+    ReadLossDecided,
     ReadTile,
     ReadTimes,
 )
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
-from chutes_proto.tlog.notes import Checkpoint, Note
-from chutes_proto.units.log import SALT_SIZE, SequenceLog
+from chutes_proto.tlog.notes import Checkpoint, Note, Signature
+from chutes_proto.units.log import SALT_SIZE, ReadLogKeys, SequenceLog
 from chutes_proto.units.operator import StoreRestored
 from tests.waiting import wait_until
 
@@ -223,6 +225,35 @@ def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: P
         assert found.signatures[0].identifier != signed.signatures[0].identifier
         assert (tmp_path / "store.mark.checkpoint.3").read_bytes() == str(signed).encode()
         assert any("entries some were lost" in note for note in store.notes)
+
+
+def test_all_servers_sign_with_the_key_that_one_made_after_a_loss(store: DurableStore, tmp_path: Path) -> None:
+    """Each server has a file of its own; one was stopped meanwhile."""
+    one, two, three = servers = [Sequencer(store, lambda: VAULT, ORIGIN, tmp_path / str(number)) for number in range(3)]
+
+    def signed(sequencer: Sequencer) -> Signature:
+        store.transact(Ask(Insert(row(0, 0))))
+        sequencer.sequence()
+        note = sequencer.checkpoint()
+        assert note is not None
+        return note.signatures[0]
+
+    (old,) = {signed(each).identifier for each in servers}
+    # What the first and the third server have seen is lost: a checkpoint of more than there is stands for it.
+    key = store.transact(ReadLogKeys(VAULT))[0]
+    lost = key.sign(Checkpoint(ORIGIN, 99, bytes(32)).text)
+    for number in (0, 2):
+        (tmp_path / str(number)).write_bytes(str(lost).encode())
+    store.transact(StoreRestored(int(time.time()) + 1, "root"))
+    wait_until(lambda: store.transact(Ask(ReadLossDecided())) < int(time.time()))
+    new = signed(one).identifier
+    assert new != old
+    assert signed(two).identifier == new, "the log extends its checkpoint, but the old key has signed what is lost"
+    again = Sequencer(store, lambda: VAULT, ORIGIN, tmp_path / "2")
+    assert signed(again).identifier == new
+    assert signed(three).identifier == new
+    assert (tmp_path / "2.99").read_bytes() == str(lost).encode()
+    assert len(store.transact(ReadLogKeys(VAULT))) == 2
 
 
 def test_a_file_that_is_not_the_logs_checkpoint_is_left_alone(store: DurableStore, file: Path) -> None:

@@ -6,7 +6,7 @@ Rules kept here:
 * a checkpoint is signed only if the log extends the one in the file, which is outside the database. Otherwise nothing
   is signed any more, and the operator is told, until the file is moved away;
 * after an operator's decision on a loss, a log that lost entries goes on under another key: the old one has signed
-  what is not in it. The old checkpoint is kept beside the new one;
+  what is not in it. The old checkpoint is kept beside the new one. All servers sign with the newest key;
 * a store that fails is asked again later: nothing waits for the log.
 """
 
@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -28,7 +28,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import ReadLossDecided
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
-from chutes_proto.units.log import SALT_SIZE, SEED_SIZE, OpenLogKey, ReadCheckpoint, SequenceLog
+from chutes_proto.units.log import SALT_SIZE, SEED_SIZE, OpenLogKey, ReadCheckpoint, ReadLogKeys, SequenceLog
 
 T = TypeVar("T")
 
@@ -96,33 +96,38 @@ class Sequencer:
         signer = self._signer = self._signer or self._key()
         if signer is None:
             return None
-        held, note = self._held(signer)
+        held, note, signed_by = self._held(signer)
         try:
             found = self._transact(ReadCheckpoint(held))
         except LogError:
             if held is None or not writes:
                 raise
             other = self._key(self._transact(Ask(ReadLossDecided())))
-            if other is None or other == signer:
+            if other is None or other == signed_by:
                 raise
-            signer = self._signer = other
             self._put_aside(held)
             found, held = self._transact(ReadCheckpoint()), None
         if found is None or (held is not None and held.size >= found.size):
             return note
+        signer = self._signer = self._key() or signer  # another server may have made one after a loss
         note = signer.sign(found.text)
         if self._file is not None and writes:
             write_file(self._file, str(note).encode(), mode=0o644)
         return note
 
-    def _held(self, signer: Signer) -> tuple[Checkpoint | None, Note | None]:
-        """The checkpoint in the file."""
+    def _held(self, signer: Signer) -> tuple[Checkpoint | None, Note | None, Signer]:
+        """The checkpoint in the file, and the key that signed it: ``signer``, or another one of the log."""
         if self._file is None or not self._file.exists():
-            return None, None
+            return None, None, signer
+        data = read_file(self._file, limit=LARGEST_NOTE)
         try:
-            return open_checkpoint(read_file(self._file, limit=LARGEST_NOTE), signer.verifier)
+            return (*open_checkpoint(data, signer.verifier), signer)
         except LogError as exc:
-            raise LogError(f"{self._file}: {exc}; if the log is right, move the file away") from None
+            fault = LogError(f"{self._file}: {exc}; if the log is right, move the file away")
+        for other in self._transact(ReadLogKeys(self._vault())):
+            with suppress(LogError):
+                return (*open_checkpoint(data, other.verifier), other)
+        raise fault
 
     def _put_aside(self, held: Checkpoint) -> None:
         if self._file is not None and self._file.exists():
