@@ -15,13 +15,14 @@ import pytest
 from attrs import evolve, frozen
 
 from chutes_proto.errors import LogError, StoreError
-from chutes_proto.io.server.sequencer import Sequencer, checkpoint_path, sequencing
+from chutes_proto.io.server.sequencer import BATCH, Sequencer, checkpoint_path, sequencing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     Insert,
+    InsertAll,
     Put,
     ReadLog,
     ReadLossDecided,
@@ -254,6 +255,16 @@ def test_all_servers_sign_with_the_key_that_one_made_after_a_loss(store: Durable
     assert signed(three).identifier == new
     assert (tmp_path / "2.99").read_bytes() == str(lost).encode()
     assert len(store.transact(ReadLogKeys(VAULT))) == 2
+
+
+def test_a_server_that_ends_leaves_the_rest_of_many_rows_to_others(store: DurableStore) -> None:
+    store.transact(Ask(InsertAll((row(0, 0),) * (BATCH + 1))))
+    ending = Sequencer(store, lambda: VAULT, ORIGIN, None)
+    ending.stop()
+    ending.sequence()
+    assert len(log(store)) == BATCH
+    Sequencer(store, lambda: VAULT, ORIGIN, None).sequence()
+    assert len(log(store)) == BATCH + 1
 
 
 def test_a_file_that_is_not_the_logs_checkpoint_is_left_alone(store: DurableStore, file: Path) -> None:

@@ -38,6 +38,8 @@ GATHER_SECONDS: Final = 0.2
 """How long it waits for more, so that they share a transaction."""
 BATCH: Final = 1000
 """Rows that are sequenced in one transaction."""
+PAUSE_SECONDS: Final = 0.05
+"""How long an SQLite file is left to other processes between two full batches, of which an old store has many."""
 
 
 def checkpoint_path(mark_file: Path | None) -> Path | None:
@@ -60,7 +62,7 @@ class Sequencer:
         self._ending = threading.Event()
 
     def run(self) -> None:
-        """Sequence until `stop`, and then what is left."""
+        """Sequence until `stop`, and then one batch of what is left."""
         audited = self._store.audited
         while not self._ending.is_set():
             _ = audited.wait(LOOK_SECONDS)
@@ -81,9 +83,13 @@ class Sequencer:
         self._store.audited.set()
 
     def sequence(self) -> None:
-        """Sequence all audit rows that are committed now. Raises `LogError` for a damaged log, and `StoreError`."""
+        """Sequence all audit rows that are committed now; after `stop`, one batch.
+
+        Raises `LogError` for a damaged log, and `StoreError`.
+        """
         while self._transact(SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin)) == BATCH:
-            pass
+            if self._ending.wait(PAUSE_SECONDS):
+                return
 
     def checkpoint(self, *, writes: bool = True) -> Note | None:
         """Sign the present state of the log, if it is new, into the file; None before the log has begun.
