@@ -53,10 +53,8 @@ def test_a_row_that_is_committed_after_a_later_one_is_not_missed() -> None:
     add(store, *[BOOT] * 10)
     _ = store.connection.execute("DELETE FROM audit WHERE id = 7")  # given out, and not committed yet
     read(recent, store)
-    _ = store.connection.execute(
-        "INSERT INTO audit SELECT 7, at, actor, event, 'refused', reason, hotkey, vm, boot_id, request_id,"
-        " platform_kind, platform_id, profile, quote_digest, keys, peer_address FROM audit WHERE id = 8"
-    )
+    add(store, DENIAL)
+    _ = store.connection.execute("UPDATE audit SET id = 7 WHERE id = 11")
     for _ in range(2):
         read(recent, store)
         assert counts(recent) == (9, 1)
