@@ -48,6 +48,21 @@ def test_every_decision_of_the_day_is_counted_once_however_it_comes() -> None:
     assert counts(recent) == (2003, 1)
 
 
+def test_who_looks_again_after_days_is_not_told_that_the_day_is_complete_before_it_is() -> None:
+    store, recent = MemoryStore(), Recent()
+    add(store, BOOT)
+    read(recent, store)
+    assert recent_members(recent, NOW)["complete"] is True
+    later = NOW + 3 * DAY
+    add(store, *[evolve(BOOT, at=later)] * 3000)
+    assert recent.read(store, later)
+    told = recent_members(recent, later)
+    assert (told["complete"], told["from"]) == (False, None)
+    read(recent, store, later)
+    assert recent_members(recent, later)["complete"] is True
+    assert counts(recent, later) == (3000, 0)
+
+
 def test_a_row_that_is_committed_after_a_later_one_is_not_missed() -> None:
     store, recent = MemoryStore(), Recent()
     add(store, *[BOOT] * 10)

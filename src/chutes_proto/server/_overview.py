@@ -53,6 +53,8 @@ class Recent:
     is_complete: bool = False
     """Whether the whole day was read; otherwise since `since`."""
     since: int | None = None
+    is_behind: bool = False
+    """Whether rows are still to be read that were written since the last look, long ago perhaps."""
     denied: tuple[Denied, ...] = ()
     """The newest denials, oldest first."""
     _halves: dict[int, list[int]] = field(factory=dict[int, "list[int]"])
@@ -71,7 +73,8 @@ class Recent:
     def _read_page(self, store: Store, now: int) -> bool:
         if self._newest is not None:
             beyond = max(self._newest - _OVERLAP, self._oldest - 1)  # older ones are read backwards
-            if self._take(store.transact(Ask(ReadAudit(beyond, PAGE + _OVERLAP))), now) >= PAGE:
+            self.is_behind = self._take(store.transact(Ask(ReadAudit(beyond, PAGE + _OVERLAP))), now) >= PAGE
+            if self.is_behind:
                 return True
         if self.is_complete or self._read >= _MOST:
             return False
@@ -187,8 +190,8 @@ def recent_members(recent: Recent, now: int) -> dict[str, object]:
     """Boots and denials for the page, newest denial first, each with its reason."""
     halves = recent.halves(now)
     return {
-        "complete": recent.is_complete,
-        "from": recent.since,
+        "complete": recent.is_complete and not recent.is_behind,
+        "from": None if recent.is_behind else recent.since,
         "boots": sum(half["boots"] for half in halves),
         "denials": sum(half["denials"] for half in halves),
         "halves": halves,
