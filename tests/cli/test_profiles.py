@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,7 +21,7 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
-from tests.cli.conftest import HOTKEY, Ended
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.dev_server import dev_server
 from tests.quote.test_published import BY_PLATFORM, FLAT, RTMR1, published
 
@@ -45,6 +48,21 @@ def test_what_would_change_is_shown_first(command: Command, tmp_path: Path, into
     assert (done.code, into.read_bytes()) == (0, source.read_bytes())
     again = command("profiles", "import", str(source), "--into", str(into))
     assert (again.code, again.out) == (0, f"{into} has these values already\n")
+
+
+@pytest.mark.parametrize(("said", "code"), [(b"n\n", 1), (b"y\n", 0)])
+def test_an_operator_at_a_terminal_is_asked(tmp_path: Path, into: Path, said: bytes, code: int) -> None:
+    source = tmp_path / "published.json"
+    _ = source.write_bytes(published(upper=True))
+    ours, theirs = pty.openpty()
+    words = [*PROGRAM, "profiles", "import", str(source), "--into", str(into)]
+    _ = os.write(ours, said)
+    done = subprocess.run(words, stdin=theirs, capture_output=True, text=True, check=False, timeout=60)
+    for end in (ours, theirs):
+        os.close(end)
+    assert "added" in done.stdout
+    assert f"Write them into {into}?" in done.stderr
+    assert (done.returncode, into.exists()) == (code, code == 0)
 
 
 def test_the_difference_names_the_registers(command: Command, tmp_path: Path, into: Path) -> None:
