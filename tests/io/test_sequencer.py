@@ -193,6 +193,9 @@ def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
         sequencer.checkpoint()
     with sequencing(store, lambda: VAULT, ORIGIN, file):
         wait_until(lambda: any("does not begin with" in note for note in store.notes))
+        store.transact(Ask(Insert(row(0, 6))))
+        wait_until(lambda: log(store)[-1].reason == "6")
+    assert len([note for note in store.notes if note.startswith("audit log: ")]) == 1, "not one for each size"
 
 
 def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: Path) -> None:

@@ -64,6 +64,7 @@ class Sequencer:
     def run(self) -> None:
         """Sequence until `stop`, and then one batch of what is left."""
         audited = self._store.audited
+        told: type[Exception] | None = None
         while not self._ending.is_set():
             _ = audited.wait(LOOK_SECONDS)
             audited.clear()
@@ -72,10 +73,13 @@ class Sequencer:
                 self.sequence()
                 if self._file is not None:
                     _ = self.checkpoint()
+                told = None
             except StoreError:  # `watch_store` tells the operator
                 pass
             except (ConfigurationError, KeyUnavailable, LogError, SealBroken) as exc:
-                self._store.add_note(f"audit log: {exc}")
+                if type(exc) is not told:  # once, not for each size of a log that grows
+                    self._store.add_note(f"audit log: {exc}")
+                told = type(exc)
 
     def stop(self) -> None:
         """Let `run` end."""
