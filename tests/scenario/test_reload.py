@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM, socket, socketpair
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import Files, write_file
+from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.development import write_gpus
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Prepared, Running, prepare
@@ -172,11 +174,11 @@ def test_one_worker_that_cannot_keeps_all_from_it(site: Premises) -> None:
         log = LogWriter(os.open("/dev/null", os.O_WRONLY))
         _ = opened.callback(log.close)
         supervisor = Supervisor(runnings[0], 2, [], [], False, log, keeps_metrics=False, stop_seconds=1)
-        may_fail: list[str] = ["no memory"]
+        may_fail = [ConfigurationError("no memory"), ZeroDivisionError("of a secret")]
 
         def second(files: Files) -> Prepared:
             if may_fail:
-                raise ConfigurationError(may_fail.pop())
+                raise may_fail.pop(0)
             return prepare(runnings[2], None, files)
 
         def first(files: Files) -> Prepared:
@@ -189,6 +191,7 @@ def test_one_worker_that_cannot_keeps_all_from_it(site: Premises) -> None:
             supervisor._workers.append(Worker(number, process, 0.0, ours))
         say_policy(site, OUTDATED)
         assert supervisor.reload("uid 7") == {"ok": False, "error": "worker 1: no memory"}
+        assert "worker 1: a defect, ZeroDivisionError; " in str(supervisor.reload("uid 7")["error"])
         assert all(running.setup is setup for running in runnings)
         done = supervisor.reload("uid 7")
         assert done["changes"] == ["policy"]
@@ -271,6 +274,31 @@ def test_a_file_is_read_once(tmp_path: Path) -> None:
     assert files.read(file) == files.read_private(file) == b"old"
     file.unlink()
     assert Files(files.content).read(file) == b"old"
+
+
+def test_the_control_socket_outlives_a_lack_of_descriptors(tmp_path: Path) -> None:
+    control = Control(path := tmp_path / "control", lambda _: {"ok": True})
+    control.open()
+    limits = getrlimit(RLIMIT_NOFILE)
+    with ExitStack() as opened:
+        clients = [opened.enter_context(socket(AF_UNIX, SOCK_STREAM)) for _ in range(3)]
+        setrlimit(RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            for client in clients[1:]:
+                with client, suppress(OSError):  # the first is answered where its descriptor was taken before
+                    _ = ask(client, path, seconds=0.5)
+        finally:
+            setrlimit(RLIMIT_NOFILE, limits)
+        assert ask(clients[0], path, seconds=10) == b'{"ok": true}\n'
+    control.close(is_successors=False)
+    assert not path.exists()
+
+
+def ask(client: socket, path: Path, seconds: float) -> bytes:
+    client.settimeout(seconds)
+    client.connect(str(path))
+    client.sendall(b"reload\n")
+    return client.recv(64)
 
 
 # --- one request sees one policy ---

@@ -25,6 +25,7 @@ RELOAD_SECONDS: Final = 120.0
 
 _ASKED: Final = b"reload\n"
 _ASKING_SECONDS: Final = 10.0
+_PAUSE: Final = 1.0
 _MOST: Final = 1024 * 1024
 
 
@@ -38,6 +39,7 @@ class Control:
         self._path = path
         self._reload = reload
         self._made = path.with_name(f"{path.name}.{os.getpid()}")
+        self._closed = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
@@ -61,6 +63,7 @@ class Control:
 
     def close(self, *, is_successors: bool) -> None:
         """Close it, and remove its file unless the path ``is_successors``."""
+        self._closed.set()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
         self._socket.close()
@@ -71,8 +74,10 @@ class Control:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or no descriptor is free
+                if self._closed.wait(_PAUSE):
+                    return
+                continue
             with connection, suppress(OSError):
                 connection.settimeout(_ASKING_SECONDS)
                 connection.sendall(json.dumps(self._answer(connection)).encode() + b"\n")

@@ -243,13 +243,21 @@ def record(store: DurableStore, caller: str, prepared: Prepared) -> None:
     store.transact(RecordReload(int(time.time()), reason))
 
 
+def why_refused(exc: Exception) -> str:
+    """The reason for the operator; of a defect its kind alone, because its text could repeat a secret."""
+    if isinstance(exc, ConfigurationError | StoreError | QuoteError | OSError):
+        return str(exc)
+    return f"a defect, {type(exc).__name__}; restart the server to use the files"
+
+
 def reported(caller: str, log: Callable[[Record], None], attempt: Callable[[], Prepared]) -> dict[str, object]:
     """The outcome of a reload, which is logged, too; an error of it changes nothing."""
     try:
         done = attempt()
-    except (ConfigurationError, StoreError, QuoteError, OSError) as exc:
-        log(Record(Level.ERROR, "reload_refused", {"caller": caller, "error": str(exc)}))
-        return {"ok": False, "error": str(exc)}
+    except Exception as exc:  # noqa: BLE001 - a defect of ours must not keep operators from the next reload
+        error = why_refused(exc)
+        log(Record(Level.ERROR, "reload_refused", {"caller": caller, "error": error}))
+        return {"ok": False, "error": error}
     fields: dict[str, Value] = {"caller": caller, "changes": list(done.changes), "before": done.before}
     fields |= {"after": done.after, "needs_restart": list(done.needs_restart)}
     log(Record(Level.INFO, "reloaded", fields))

@@ -31,10 +31,10 @@ from typing import Any, Final, ParamSpec
 import anyio
 from attrs import define, field, frozen
 
-from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
+from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.files import Files
 from chutes_proto.io.server.log_writer import LogWriter
-from chutes_proto.io.server.reload import Prepared, Running, prepare, record, reported
+from chutes_proto.io.server.reload import Prepared, Running, prepare, record, reported, why_refused
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.takeover import Door
 from chutes_proto.log import Level, Record, Value
@@ -103,8 +103,8 @@ def obey(channel: socket, prepare: Callable[[Files], Prepared], commit: Callable
             try:
                 prepared = prepare(Files(_unpacked(descriptors[0])))
                 answer["after"] = prepared.after
-            except (ConfigurationError, StoreError, QuoteError, OSError) as exc:
-                answer |= {"ok": False, "error": str(exc)}
+            except Exception as exc:  # noqa: BLE001 - without this thread no worker could reload any more
+                answer |= {"ok": False, "error": why_refused(exc)}
         elif prepared is None:
             answer |= {"ok": False, "error": "nothing is prepared"}
         else:
@@ -292,12 +292,16 @@ class Supervisor:
         return was_taken_over
 
     def _replace(self, number: int, life: int, environ: dict[str, str]) -> None:
+        if not self._reloading.acquire(blocking=False):
+            self._after(_PAUSE, "start", number)  # a signal to stop must not wait for a slow reload
+            return
         try:
-            with self._reloading:
-                self._start(number, life, environ)
+            self._start(number, life, environ)
         except OSError as exc:  # no memory for it, or its program is being upgraded: the other workers go on
             self.log(Record(Level.ERROR, "worker_not_started", {"worker": number, "error": str(exc)}))
             self._after(_PAUSE, "start", number)
+        finally:
+            self._reloading.release()
 
     def _note_end(self, worker: _Worker, metrics: str | None) -> None:
         self._workers.remove(worker)
