@@ -77,6 +77,7 @@ def test_a_purged_log_is_whole_before_the_purge_is_an_entry(logged: Site) -> Non
     assert logged.json("audit", "purge", "--older-than", "365", "--yes", "--reason", "old")["rows"] == 512
     told = logged.json("audit", "verify")
     assert (told["ok"], told["size"], told["first"]) == (True, 602, 512)
+    assert "an audit row says that the first 512 entries were purged" in logged.do("audit", "verify").out
     change(logged, "DELETE FROM audit WHERE idx < 600")
     ended = logged.do("audit", "verify")
     assert ended.code == 1

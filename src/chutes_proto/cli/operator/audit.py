@@ -287,6 +287,8 @@ def _told(report: Report, known: list[Checkpoint]) -> int:
     lines = [str(each) for each in report.findings]
     if not findings:
         lines.append(f"the log of {report.size} entries is whole")
+        if report.first:
+            lines.append(f"an audit row says that the first {report.first} entries were purged: see `audit list`")
         lines.append(
             f"none of the first {newest} entries was changed since their checkpoint was signed"
             if newest
