@@ -270,8 +270,9 @@ class VmCaller:
 class ReadCaller(Unit[VmCaller | None]):
     """The caller that the VM of a server trusts, None for one whose boot was not provisioned.
 
-    The boot is the one that a registration is linked to: by name, else by address. Raises `KeyUnavailable`,
-    `SealBroken`.
+    The boot is the one that a registration is linked to: by name, else by address. Raises `Refused`
+    (``platform_mismatch``) where the key of a provisioned boot is retired, since the VM trusts no other; and
+    `KeyUnavailable`, `SealBroken`.
     """
 
     now: int
@@ -289,7 +290,10 @@ class ReadCaller(Unit[VmCaller | None]):
         rows = by_volume((yield from store.ReadLiveGenerations(boot.vm)))[generations.CALLER_VOLUME]
         row = generations.active(rows)
         if row is None:
-            return None
+            text = "Server registration failed - the VM has not booted since its name was bound to this platform."
+            raise Refused(
+                Code.PLATFORM_MISMATCH, text, reason=f"the key that {boot.vm} trusts is retired: boot it again"
+            )
         return VmCaller(VmKeys(boot.vm, self.vault, self.now, boot.boot_id).open(row), boot.root_ca)
 
 
