@@ -30,7 +30,7 @@ from chutes_proto.store.rows import (
     ReadTimes,
 )
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
-from chutes_proto.tlog.notes import Checkpoint, Note, Signature
+from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Signer
 from chutes_proto.units.log import SALT_SIZE, ReadLogKeys, SequenceLog
 from chutes_proto.units.operator import StoreRestored
 from tests.waiting import wait_until
@@ -258,6 +258,25 @@ def test_all_servers_sign_with_the_key_that_one_made_after_a_loss(store: Durable
     assert signed(three).identifier == new
     assert (tmp_path / "2.99").read_bytes() == str(lost).encode()
     assert len(store.transact(ReadLogKeys(VAULT))) == 2
+
+
+def test_two_workers_put_one_checkpoint_aside(store: DurableStore, file: Path) -> None:
+    other = Sequencer(store, lambda: VAULT, ORIGIN, file)
+
+    class Overtaken(Sequencer):
+        def _key(self, lost_at: int = 0) -> Signer | None:
+            if lost_at:
+                assert other.checkpoint() is not None
+            return super()._key(lost_at)
+
+    store.transact(Ask(Insert(row(0, 0))))
+    other.sequence()
+    assert other.checkpoint() is not None
+    lost = store.transact(ReadLogKeys(VAULT))[0].sign(Checkpoint(ORIGIN, 99, bytes(32)).text)
+    file.write_bytes(str(lost).encode())
+    store.transact(StoreRestored(1 << 40, "root"))
+    assert Overtaken(store, lambda: VAULT, ORIGIN, file).checkpoint() is not None
+    assert (file.parent / f"{file.name}.99").read_bytes() == str(lost).encode()
 
 
 def test_a_server_that_ends_leaves_the_rest_of_many_rows_to_others(store: DurableStore) -> None:

@@ -115,7 +115,7 @@ class Sequencer:
             other = self._key(self._transact(Ask(ReadLossDecided())))
             if other is None or other == signed_by:
                 raise
-            self._put_aside(held)
+            self._put_aside(held, note)
             found, held = self._transact(ReadCheckpoint()), None
         if found is None or (held is not None and held.size >= found.size):
             return note
@@ -139,9 +139,9 @@ class Sequencer:
                 return (*open_checkpoint(data, other.verifier), other)
         raise fault
 
-    def _put_aside(self, held: Checkpoint) -> None:
-        if self._file is not None and self._file.exists():
-            _ = self._file.rename(self._file.with_name(f"{self._file.name}.{held.size}"))
+    def _put_aside(self, held: Checkpoint, note: Note | None) -> None:
+        if self._file is not None:  # not renamed: another worker may have replaced it
+            write_file(self._file.with_name(f"{self._file.name}.{held.size}"), str(note).encode(), mode=0o644)
         self._store.add_note(
             f"audit log: of {held.size} entries some were lost, as an operator decided; it goes on under a new key"
         )
