@@ -35,7 +35,7 @@ __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
 __all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
 __all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
-__all__ += ["EvidenceRow", "RevocationRow", "SetVersion"]
+__all__ += ["EvidenceRow", "ReadRevoked", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
 __all__ += ["ReadUnsequenced", "Sequence"]
 
@@ -604,6 +604,11 @@ class SetVersion(StoreOp[None]):
     """Set the version of revocations and erasures; ``to`` is a random number, which no store ever had."""
 
     to: int
+
+
+@frozen
+class ReadRevoked(StoreOp[tuple[RevocationRow, ...]]):
+    """All revocations, in the order of their keys. They are few: a boot reads them within the time of a unit."""
 
 
 @frozen

@@ -848,6 +848,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     # revocations and erasures
     store.Alone: _query("{exclusive}"),
     store.SetVersion: _query("UPDATE fact SET value = :to WHERE name = 'revocations'"),
+    store.ReadRevoked: _query(_select(store.RevocationRow, ""), partial(_sorted, store.RevocationRow)),
     store.DeleteRevocation: _query("DELETE FROM revocation WHERE kind = :kind AND subject = :subject"),
     store.ReadClaims: _either(
         lambda op: op.pin.kind == "ppid",

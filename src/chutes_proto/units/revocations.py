@@ -104,7 +104,7 @@ def current(known: Revocations, times: store.Times) -> Script[Revocations]:
     """The revocations of this transaction, which has read ``times``."""
     if times.version == known.version:
         return known
-    return Revocations.of(times.version, (yield from store.Scan(store.RevocationRow)))
+    return Revocations.of(times.version, (yield from store.ReadRevoked()))
 
 
 def check_allowed(
@@ -169,7 +169,7 @@ class Allow(Unit[store.RevocationRow]):
 
     def script(self) -> Script[store.RevocationRow]:
         """Delete the row; write version and audit."""
-        rows = yield from store.Scan(store.RevocationRow)
+        rows = yield from store.ReadRevoked()
         row = Revocations.of(0, rows).rows.get((self.kind, self.subject))
         if row is None:
             text = f"{self.kind} {self.subject} is not revoked; `chutes-proto revocations` shows what is"
