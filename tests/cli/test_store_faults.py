@@ -32,6 +32,7 @@ from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent, MinerClient
 from tests.cli.conftest import HOTKEY, Server
 from tests.postgres import Cluster, schema
+from tests.waiting import async_wait_until
 
 PLATFORM = SimulatedPlatform(bytes(32))
 VOLUMES = ("storage", "tdx-cache")
@@ -274,6 +275,12 @@ async def test_a_file_that_is_gone_for_a_while(start: Start, tmp_path: Path) -> 
     nothing_twice(site)
 
 
+def settled(connection: sqlite3.Connection) -> bool:
+    """Whether the server has noted itself, and all audit rows are sequenced."""
+    text = "SELECT EXISTS (SELECT 1 FROM key_server) AND NOT EXISTS (SELECT 1 FROM audit WHERE idx IS NULL)"
+    return bool(connection.execute(text).fetchone()[0])
+
+
 async def test_a_file_that_is_damaged_under_a_server(start: Start, tmp_path: Path) -> None:
     """It refuses and changes nothing more; the file stays for the operator, and a backup in its place serves again."""
     site = make_site(tmp_path, "sqlite:keys.db")
@@ -281,11 +288,18 @@ async def test_a_file_that_is_damaged_under_a_server(start: Start, tmp_path: Pat
     first = serve(start, site)
     given = await boot_and_sync(first)
     _ = first.stop(signal.SIGTERM)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        _ = other.execute("DELETE FROM key_server")  # the next server has the same name
     _ = shutil.copy(path, backup)
     server = serve(start, site)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        # A sound page that it has written to the log before would be moved into the file at its end.
+        _ = await async_wait_until(lambda: settled(other))
+        assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xa5" * len(content[4096:])
-    _ = path.write_bytes(content)
+    with path.open("r+b") as file:  # never shorter meanwhile, which would be another fault
+        _ = file.write(content)
     await refuses(server)
     assert "damaged; stop the server, keep the file, and restore a backup" in refused(server)
     assert path.read_bytes() == content

@@ -19,8 +19,9 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, watch_servers
+from chutes_proto.server._readiness import Readiness
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import NoteKeyServer
+from chutes_proto.store.rows import NoteKeyServer, ReadKeyServers
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM
 from tests.store.memory import MemoryStore
@@ -86,9 +87,17 @@ def test_settings_of_one_machine_may_differ(place: Path) -> None:
 
 
 def run(
-    alike: Alike, store: MemoryStore, looks: int, now: int = NOW, reload: Callable[[], None] = lambda: None
+    alike: Alike,
+    store: MemoryStore,
+    looks: int,
+    now: int = NOW,
+    reload: Callable[[], None] = lambda: None,
+    fault: str | None = None,
 ) -> list[dict[str, object]]:
-    """Let a server look so often; returns the fields of what it logs. ``reload`` is called after each."""
+    """Let a server look so often; returns the fields of what it logs. ``reload`` is called after each.
+
+    ``fault`` is the fault of the store that it knows.
+    """
     told: list[dict[str, object]] = []
 
     class Enough(Exception):
@@ -115,7 +124,7 @@ def run(
                 raise AssertionError(effect)
 
     with pytest.raises(Enough):
-        effects.run(watch_servers(alike), perform)
+        effects.run(watch_servers(alike, Readiness(fault)), perform)
     return told
 
 
@@ -128,6 +137,14 @@ def test_two_servers_that_differ_tell_it_once_and_again_after_a_change() -> None
     assert [str(each) for each in one.differences()] == ["the server other on this store has another value of netuid"]
     assert run(Alike("other", one.settings), store, 1) == []
     assert run(one, store, 2) == []
+
+
+def test_a_server_that_the_store_refuses_does_not_write_into_it() -> None:
+    store, one = MemoryStore(), Alike("one", {"volumes": "a"})
+    assert run(one, store, 2, fault="it is damaged") == []
+    assert not store.transact(Ask(ReadKeyServers(0)))
+    assert run(one, store, 1) == []
+    assert store.transact(Ask(ReadKeyServers(0))) == (one.row(NOW),)
 
 
 def test_servers_that_reload_one_after_the_other_are_no_fault() -> None:

@@ -329,7 +329,7 @@ def test_redemptions_are_forgotten_beside_the_boots(world):
 
     world.before = watch
     with pytest.raises(EndedError):
-        run(sweep_nonces(), world.perform)
+        run(sweep_nonces(world.app.service.readiness), world.perform)
     kept = NOW + 300 - 86_400  # at the second look; the fourth is too soon
     assert looks == [(1, 0), (1, kept), (0, kept + 86_400), (0, kept + 86_400), (0, kept + 86_400)]
 

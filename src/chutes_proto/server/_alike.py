@@ -7,7 +7,8 @@ Rules kept here:
 * no secret goes into a digest, because a weak one could be guessed from it;
 * a server that was not seen for `LIVE_SECONDS` has ended. Its own older row is replaced, so that a server may come back
   with another configuration;
-* servers of another release are not compared: an upgrade replaces one after the other.
+* servers of another release are not compared: an upgrade replaces one after the other;
+* nothing is written while the store refuses us: a damaged file stays as it is for the operator.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from chutes_proto.errors import StoreError
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._config import ServerConfig
+from chutes_proto.server._readiness import Readiness
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ForgetKeyServers, KeyServer, NoteKeyServer, ReadKeyServers
@@ -132,7 +134,7 @@ class Alike:
         self.others = tuple(each for each in seen if each.name != self.name)
 
 
-def watch_servers(alike: Alike) -> Flow[NoReturn]:
+def watch_servers(alike: Alike, readiness: Readiness) -> Flow[NoReturn]:
     """Write this server's row again and again, and look at the others; log each difference once, at its second look.
 
     Servers that reload one after the other differ meanwhile.
@@ -142,9 +144,10 @@ def watch_servers(alike: Alike) -> Flow[NoReturn]:
     while True:
         now = yield from Now()
         try:
-            yield from Transact(Ask(NoteKeyServer(alike.row(now))))
-            alike.note((yield from Transact(Ask(ReadKeyServers(now - LIVE_SECONDS)))))
-            yield from Transact(Ask(ForgetKeyServers(now - _DAY)))
+            if readiness.fault is None:
+                yield from Transact(Ask(NoteKeyServer(alike.row(now))))
+                alike.note((yield from Transact(Ask(ReadKeyServers(now - LIVE_SECONDS)))))
+                yield from Transact(Ask(ForgetKeyServers(now - _DAY)))
         except StoreError:
             pass  # the checks of the store tell it
         found = {(each.server.name, each.keys) for each in alike.differences()}

@@ -234,8 +234,8 @@ async def _watching(
     setup = running.setup
     async with anyio.create_task_group() as background:
         _ = background.start_soon(performer.run, watch_store(setup.service.readiness, setup.service.revoked))
-        _ = background.start_soon(performer.run, watch_servers(setup.alike))
-        _ = background.start_soon(performer.run, sweep_nonces())
+        _ = background.start_soon(performer.run, watch_servers(setup.alike, setup.service.readiness))
+        _ = background.start_soon(performer.run, sweep_nonces(setup.service.readiness))
         _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)
         _ = background.start_soon(_log_ends, running, log)
