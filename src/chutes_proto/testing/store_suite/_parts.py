@@ -50,8 +50,9 @@ Case: TypeAlias = Callable[[Harness], None]
 
 def cases_of(module: Mapping[str, Any]) -> tuple[Case, ...]:
     """Return the public functions of a module, in their order: every one is a case, so that none is forgotten."""
-    own = (value for name, value in module.items() if not name.startswith("_") and inspect.isfunction(value))
-    return tuple(value for value in own if value.__module__ == module["__name__"])
+    public = ((name, value) for name, value in module.items() if not name.startswith("_") and inspect.isfunction(value))
+    # From Python 3.13 on attrs gives `attrs.evolve` the module and name of each class's ``__replace__``.
+    return tuple(value for name, value in public if (value.__module__, value.__name__) == (module["__name__"], name))
 
 
 # --- requests to try a store with ---
