@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 import pytest
+from cryptography.x509 import ocsp
 
 from chutes_proto.gpu import (
     NVIDIA,
@@ -27,6 +28,7 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import verify_chain
+from chutes_proto.gpu._revocation import answer_about
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate
 from chutes_proto.testing._pki import Keys, flipped, pem
@@ -173,6 +175,20 @@ def test_the_latest_answer_counts_but_a_revocation_stands() -> None:
     assert verified(GPUS, revocation=Revocation.of((*was_held, *new))).devices
     was_revoked = GPUS.having("revoked").status(NOW - 1000)
     assert refused(GPUS, revocation=Revocation.of((*was_revoked, *new))).code == "certificate_revoked"
+
+
+def test_an_answer_about_another_issuers_certificate_is_none() -> None:
+    """It may have the same serial number."""
+    answers = []
+    for answer in GPUS.status(NOW):
+        issuer = ocsp.load_der_ocsp_response(answer).issuer_key_hash
+        answers.append(answer.replace(issuer, flipped(issuer)))
+    assert refused(GPUS, revocation=Revocation.of(answers)).code == "status_missing"
+
+
+def test_a_crl_is_no_answer_about_one_certificate() -> None:
+    with pytest.raises(GpuVerificationError, match="it is a CRL"):
+        _ = answer_about(GPUS.crls(NOW)[0], b"", b"", b"\1", "certificate")
 
 
 def test_unusual_forms_are_read() -> None:

@@ -251,6 +251,7 @@ def test_a_file_in_words() -> None:
     assert "The collateral must be of TCB recovery 18 or a later one." in told["Every VM"]
     assert told["VMs of the profile old"] == (f"The machine's PPID must be {'07' * 16}.",)
     assert told["VMs of the hotkey me"] == ("The TCB status must be UpToDate or OutOfDate.",)
+    assert explain(Policy(profiles=(OTHER, PROFILE)))[-1].startswith("The measurements must be those of other")
     either = explain(AnyOf((Policy(), AllOf((Policy(measurements="unchecked"),)))))
     assert either[0] == "It must be accepted by at least one of 2 policies:"
     assert "        Measurements are not checked." in either

@@ -127,12 +127,18 @@ def test_a_state_is_one_of_five(before: int | None, after: int | None, grace: in
         ("retirement_grace = 5", "retirement_grace: goes with not_after"),
         ("not_after = 2026-01-01\nretirement_grace = -1", "retirement_grace: must be a whole number of seconds"),
         ("not_after = 2026-01-01\nretirement_grace = true", "retirement_grace: Input should be a valid integer"),
+        ("schedule = 1", "Unknown key; mode, not_after, not_before, retirement_grace are keys of the profile"),
         ('mode = "off"', 'mode: Input should be "enforce" or "warn"'),
     ],
 )
 def test_a_schedule_that_contradicts_itself_is_refused(lines: str, problem: str) -> None:
     with pytest.raises(PolicyError, match=problem):
         _ = parse_profiles_toml(PROFILE.to_toml() + lines)
+
+
+def test_a_mode_is_one_of_two() -> None:
+    with pytest.raises(PolicyError, match="mode"):
+        _ = made(mode="off")
 
 
 def test_defaults_may_have_a_schedule() -> None:

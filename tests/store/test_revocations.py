@@ -14,10 +14,17 @@ from attrs import evolve, field, frozen
 from chutes_proto.errors import Refused
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import Insert, Scan, VmRow
+from chutes_proto.store.rows import BootRow, Forget, Insert, Read, ReadTimes, Scan, VmRow
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot, read, sync
 from chutes_proto.units.boot import BootGrant, GrantBoot
-from chutes_proto.units.revocations import ReadRevocations, ReadRevoked, Revoke, subject_of
+from chutes_proto.units.revocations import (
+    NO_REVOCATIONS,
+    ReadRevocations,
+    ReadRevoked,
+    Revoke,
+    check_boot_allowed,
+    subject_of,
+)
 from chutes_proto.wire.codes import Code
 from tests.waiting import wait_until
 
@@ -93,6 +100,28 @@ def refused(store: DurableStore, unit: Unit[Any]) -> None:
     with pytest.raises(Refused) as caught:
         store.transact(unit)
     assert caught.value.code == Code.REVOKED
+
+
+@frozen
+class LaterRequest(Unit[None]):
+    """The check of a later request of a boot."""
+
+    boot_id: str
+
+    def script(self) -> Script[None]:
+        granted = yield from Read(BootRow, self.boot_id)
+        assert granted is not None
+        yield from check_boot_allowed(NO_REVOCATIONS, (yield from ReadTimes()), NOW, granted)
+
+
+def test_a_platform_is_revoked_by_its_boots_row_alone(store: DurableStore) -> None:
+    """The VM's name may be free, or another platform's, since that boot."""
+    granted = boot("1")
+    _ = store.transact(granted)
+    store.transact(LaterRequest(granted.boot_id))
+    store.transact(evolve(REVOKE, kind="platform", subject=str(granted.platform.pin)))
+    store.transact(Ask(Forget(VmRow, VM)))
+    refused(store, LaterRequest(granted.boot_id))
 
 
 def test_of_many_at_once_none_is_granted_later(store: DurableStore) -> None:

@@ -38,8 +38,10 @@ from chutes_proto.units.log import (
     OpenLogKey,
     ReadCheckpoint,
     SequenceLog,
+    announced_minimum,
     entry_text,
     leaf_of,
+    purged_text,
 )
 from tests.store.memory import MemoryStore
 
@@ -86,6 +88,16 @@ def test_a_text_that_is_too_long_for_an_entry_becomes_its_digest() -> None:
     assert {"keys_sha256", "reason_sha256", "evidence"} < members.keys()
     assert "evidence_sha256" not in members
     assert len(entry_text(evolve(ROW, keys="x" * 65_000)).encode()) <= 65_535
+    members = json.loads(entry_text(evolve(ROW, reason="x" * 70_000, evidence="y" * 70_000)))
+    assert {"keys_sha256", "reason_sha256", "evidence_sha256"} < members.keys()
+
+
+def test_only_an_entry_of_a_purge_announces_one() -> None:
+    told = evolve(ROW, event="audit purged", keys=purged_text(256, 250))
+    assert announced_minimum(entry_text(told).encode()) == 256
+    for row in (ROW, evolve(told, keys="entries below x: 1"), evolve(told, keys="k" * 70_000)):
+        assert announced_minimum(entry_text(row).encode()) == 0
+    assert announced_minimum(b'"event":"audit purged", and no JSON') == 0
 
 
 def test_rows_are_sequenced_once_and_in_their_order() -> None:

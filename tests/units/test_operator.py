@@ -40,6 +40,7 @@ from chutes_proto.testing.store_suite._parts import (
     platform,
     sync,
 )
+from chutes_proto.units.erasure import EraseVm, RepeatErasure
 from chutes_proto.units.log import OpenLogKey, SequenceLog
 from chutes_proto.units.operator import (
     AllowFormat,
@@ -393,3 +394,24 @@ def test_audit_rows_are_read_in_pages(store: MemoryStore) -> None:
     last = store.transact(ReadAuditPage(backwards=True, beyond=rest.beyond, span=5))
     assert [row.reason for row in last.rows] == ["0"]
     assert store.transact(ReadAuditPage(backwards=True, beyond=last.beyond, span=5)).beyond is None
+
+
+# --- a VM that is decommissioned ---
+
+
+def test_an_erasure_is_done_once_and_may_be_asked_for_again() -> None:
+    store = MemoryStore()
+    granted = boot("1")
+    _ = store.transact(granted)
+    _ = store.transact(sync(granted, "body", "storage"))
+    erase = EraseVm(NOW, "e1", 1, VM, "sold", carry_out=True)
+    done = store.transact(erase)
+    assert {row.volume for row in done.keys} == {"root", "storage"}
+    assert done.record is not None
+    assert store.transact(RepeatErasure(NOW, 2, done.record)) is None
+    before = dump(store)
+    again = store.transact(evolve(erase, erasure_id="e2", version=3))
+    assert (again.keys, again.claim, again.record) == ((), None, None)
+    assert dump(store) == before
+    with pytest.raises(Refused, match="has no keys"):
+        _ = store.transact(evolve(erase, vm=Vm(VM.hotkey, "another")))

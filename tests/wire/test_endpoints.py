@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.wire import vms
-from chutes_proto.wire.endpoints import ENDPOINTS, Match, Redirect, WrongMethod, route
+from chutes_proto.wire.endpoints import ENDPOINTS, Match, Redirect, WrongMethod, largest_body, route
 
 
 def test_each_operation_is_where_the_table_says() -> None:
@@ -22,6 +22,14 @@ def test_head_is_served_wherever_get_is() -> None:
         path = re.sub(r"\{[a-z_]+\}", "vm-1", endpoint.path)
         if endpoint.method == "GET":
             assert route("HEAD", path) == route("GET", path)
+
+
+def test_a_body_is_as_large_as_usual_or_as_its_operation_needs() -> None:
+    for endpoint in ENDPOINTS:
+        path = re.sub(r"\{[a-z_]+\}", "vm-1", endpoint.path)
+        for usual in (1000, 1 << 20):
+            assert largest_body(endpoint.method, f"{path}?a=b", usual) == max(usual, endpoint.body_bytes)
+    assert largest_body("POST", "/nothing", 1000) == 1000
 
 
 def test_numbers_and_names_are_unique() -> None:

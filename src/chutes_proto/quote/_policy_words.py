@@ -7,7 +7,7 @@ from typing import Final
 
 from chutes_proto.quote._attributes import ATTRIBUTES_KNOWN, XFAM_FIXED, XFAM_KNOWN, AttributePolicy
 from chutes_proto.quote._identity import IdentityPolicy
-from chutes_proto.quote._policy import AllOf, AnyOf, AnyPolicy, Policy, TcbPolicy
+from chutes_proto.quote._policy import AllOf, AnyPolicy, Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
@@ -40,19 +40,17 @@ def explain(policy: AnyPolicy) -> tuple[str, ...]:
 
 
 def _sentences(policy: AnyPolicy) -> Iterator[str]:
-    match policy:
-        case Policy():
-            yield from _tcb(policy.tcb)
-            yield from _identity(policy.identity)
-            yield from _attributes(policy.attributes)
-            yield from _measurements(policy)
-        case AllOf() | AnyOf():
-            number = len(policy.policies)
-            which = "each" if isinstance(policy, AllOf) else "at least one"
-            yield f"It must be accepted by {which} of {number} policies:"
-            for index, member in enumerate(policy.policies, 1):
-                yield f"{_INDENT}Policy {index}:"
-                yield from (f"{_INDENT * 2}{sentence}" for sentence in _sentences(member))
+    if isinstance(policy, Policy):
+        yield from _tcb(policy.tcb)
+        yield from _identity(policy.identity)
+        yield from _attributes(policy.attributes)
+        yield from _measurements(policy)
+        return
+    which = "each" if isinstance(policy, AllOf) else "at least one"
+    yield f"It must be accepted by {which} of {len(policy.policies)} policies:"
+    for index, member in enumerate(policy.policies, 1):
+        yield f"{_INDENT}Policy {index}:"
+        yield from (f"{_INDENT * 2}{sentence}" for sentence in _sentences(member))
 
 
 def _tcb(tcb: TcbPolicy) -> Iterator[str]:
@@ -152,11 +150,10 @@ def _or(values: Iterable[str]) -> str:
 
 
 def _time(seconds: int) -> str:
-    for size, name in ((_DAY, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
-        if seconds % size == 0 and (seconds or size == 1):
-            count = seconds // size
-            return f"{count} {name}" if count == 1 else f"{count} {name}s"
-    return f"{seconds} seconds"
+    units = {_DAY: "day", 3600: "hour", 60: "minute"}
+    size = next((size for size in units if seconds and seconds % size == 0), 1)
+    count, name = seconds // size, units.get(size, "second")
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def policy_notes(policies: PolicySet, now: int) -> tuple[str, ...]:

@@ -51,12 +51,11 @@ def entry_text(row: store.AuditRow) -> str:
         if value is not None and name != _PLACE:
             members[name] = value.hex() if isinstance(value, bytes) else value
     text = _canonical(members)
-    for name in ("keys", "reason", "evidence"):
+    for name in filter(members.__contains__, ("keys", "reason", "evidence")):
         if len(text.encode()) <= tiles.LARGEST_ENTRY:
             break
-        if name in members:
-            members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
-            text = _canonical(members)
+        members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
+        text = _canonical(members)
     return text
 
 
