@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _tcb as tcb
 from chutes_proto.quote import _terms as terms
 from chutes_proto.quote import _verify as stages
-from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._collateral import CollateralDigests, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._policy import Policy
@@ -131,6 +132,16 @@ def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
     for number in range(3):
         quote = PLATFORM.quote(bytes([number]) * 64)
         assert verify_quote(signed_of(quote), verified, now=NOW).tcb_status == "UpToDate"
+
+
+def test_verified_collateral_names_the_documents_that_it_was_read_from() -> None:
+    collateral = collateral_of(PLATFORM)
+    assert verified_of(PLATFORM).digests == CollateralDigests(
+        tcb_info=sha256(collateral.tcb_info).digest(),
+        qe_identity=sha256(collateral.qe_identity).digest(),
+        root_ca_crl=sha256(collateral.root_ca_crl).digest(),
+        pck_crl=sha256(collateral.pck_crl).digest(),
+    )
 
 
 def test_report_data_must_be_said() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from chutes_proto.quote._attributes import AttributePolicy
     from chutes_proto.quote._behind import Behind
-    from chutes_proto.quote._collateral import Collateral, CollateralIssue, VerifiedCollateral
+    from chutes_proto.quote._collateral import Collateral, CollateralDigests, CollateralIssue, VerifiedCollateral
     from chutes_proto.quote._errors import (
         AppraisalError,
         CollateralFormatError,
@@ -90,7 +90,7 @@ else:
             ),
             "chutes_proto.quote._attributes": "AttributePolicy",
             "chutes_proto.quote._behind": "Behind",
-            "chutes_proto.quote._collateral": "Collateral CollateralIssue VerifiedCollateral",
+            "chutes_proto.quote._collateral": "Collateral CollateralDigests CollateralIssue VerifiedCollateral",
             "chutes_proto.quote._token": "make_ear sign_ear",
             "chutes_proto.quote._eventlog": (
                 "Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
@@ -118,7 +118,7 @@ else:
 
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
 __all__ += ["CertificateEvidence", "CertificateEvidenceError", "evidence_for", "read_evidence", "verify_certificate"]
-__all__ += ["Behind", "CollateralIssue", "make_ear", "sign_ear"]
+__all__ += ["Behind", "CollateralDigests", "CollateralIssue", "make_ear", "sign_ear"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
 __all__ += [

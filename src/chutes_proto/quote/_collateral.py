@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
 from attrs import field, fields, frozen
@@ -154,13 +155,32 @@ class CollateralIssue(Struct, frozen=True):
         return min(self.tcb_info_number, self.qe_identity_number)
 
 
+class CollateralDigests(Struct, frozen=True):
+    """SHA-256 (32 bytes) of each document that Intel signs, as it was received.
+
+    Two pieces of collateral with the same digests say the same of a platform: chains and signatures only prove that.
+    """
+
+    tcb_info: bytes
+    qe_identity: bytes
+    root_ca_crl: bytes
+    pck_crl: bytes
+
+    @classmethod
+    def of(cls, collateral: Collateral) -> CollateralDigests:
+        """Compute the digests of unverified collateral."""
+        pieces = (collateral.tcb_info, collateral.qe_identity, collateral.root_ca_crl, collateral.pck_crl)
+        return cls(*(sha256(piece).digest() for piece in pieces))
+
+
 @frozen(kw_only=True, eq=False)
 class VerifiedCollateral:
     """Collateral that verified under ``root``, as values.
 
     Keep it for all quotes of its platforms until ``usable_until``: ``verify_quote`` checks all times again. Revoked
     serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces are valid, in unix
-    seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed.
+    seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed, ``digests`` names the
+    documents that it was read from.
     """
 
     root: TrustedRoot
@@ -172,6 +192,7 @@ class VerifiedCollateral:
     revoked_by_root: frozenset[bytes] = field(repr=False)
     revoked_pcks: frozenset[bytes] = field(repr=False)
     issue: CollateralIssue
+    digests: CollateralDigests = field(repr=False)
     pck_chain: tuple[bytes, ...] | None = field(repr=False)
     terms: tuple[Term, ...]
     window: Window

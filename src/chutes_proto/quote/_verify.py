@@ -39,7 +39,7 @@ from chutes_proto.quote import _layout as layout
 from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._certificates import Certificate, Kind
-from chutes_proto.quote._collateral import Collateral, CollateralIssue, VerifiedCollateral
+from chutes_proto.quote._collateral import Collateral, CollateralDigests, CollateralIssue, VerifiedCollateral
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
 from chutes_proto.quote._layout import BytesLike, Quote, SgxReport, Tee
@@ -353,6 +353,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
             root_crl.this_update,
             pck_crl.this_update,
         ),
+        digests=CollateralDigests.of(collateral),
         pck_chain=None if beside is None else _read_chain(beside, "PCK chain beside the collateral", 2),
         terms=terms,
         window=window(terms),
