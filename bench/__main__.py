@@ -10,7 +10,8 @@ import bench
 
 
 def main() -> None:
-    subjects = sorted(m.name for m in iter_modules(bench.__path__) if m.name not in ("__main__", "herd", "measure"))
+    helpers = ("__main__", "floor", "herd", "layers", "measure")
+    subjects = sorted(m.name for m in iter_modules(bench.__path__) if m.name not in helpers)
     parser = argparse.ArgumentParser(prog="python -m bench", description=bench.__doc__)
     _ = parser.add_argument("subject", nargs="*", help=f"of {', '.join(subjects)} (default: all)")
     chosen = parser.parse_args().subject or subjects

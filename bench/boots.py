@@ -1,10 +1,12 @@
-"""The cost of a boot for a key server, a real process on SQLite over TLS, and the cost of a nonce.
+"""The cost of a boot for a key server, over TLS on SQLite, by layer and beside its floor; and the cost of a nonce.
 
 A boot has its own connection, with nonce, attestation and sync, each sent as the agent sends it: head and body at once.
-Its platform was seen before, so that the caches have it. CPU time is that of the whole server process, and of each part
-that is timed within it: the TLS session, the checks of signatures, and the store's transactions (of which the units'
-own Python, with sealing and audit rows, is measured in memory). The rest is everything else: sockets, loop, threads,
-HTTP, JSON, parsing, checks, log. A server whose application does nothing shows the share of sockets, loop and HTTP.
+Its platform was seen before, so that the caches have it. CPU time is that of the whole server process. The servers take
+turns, so that a slow moment affects all of them: the floor (``floor.py``), and this one on both loops. The same server
+without sockets, loop and threads (bare) runs here, its bytes are handed to it, and its thread's CPU time is the least
+disturbed by other work of the machine: the place to measure a small change.
+
+The layers (``layers.py``) are timed in other runs of the same servers, because timing costs some.
 
 Syncs are sent over connections that stay open, by client threads of one process, on the same machine.
 """
@@ -15,50 +17,61 @@ import functools
 import hashlib
 import json
 import os
+import platform as machine
 import signal
+import ssl
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from resource import RUSAGE_SELF, RUSAGE_THREAD, getrusage
+from statistics import fmean, median
 from types import MappingProxyType
 from typing import Any
 
 from attrs import evolve
 
+from bench.layers import NAMES, Layers
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
-from chutes_proto.effects import Flow
 from chutes_proto.effects import run as perform
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server import serving
 from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.setup import make_setup
-from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
-from chutes_proto.transport.tls import TlsSession
+from chutes_proto.testing.store_suite._parts import VM, boot, platform
+from chutes_proto.transport.client import ClientConnection
+from chutes_proto.transport.connections import Answer, Connections, Send, Sent
+from chutes_proto.transport.h1 import ServerConnection
+from chutes_proto.transport.tls import TlsSession, server_context
 from chutes_proto.wire.codec import JSON_HEADERS, encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.store.memory import MemoryStore
 
-BOOTS = 300
+TURNS = 6
+BOOTS = 50
+"""Boots of a turn."""
 SYNCS = 960
 CALLERS = (1, 16, 64)
 NONCES = 1_000_000
 VOLUMES = ("storage", "tdx-cache")
 PLATFORM = SimulatedPlatform(b"a world to measure in")
+
+Sender = Callable[[HttpRequest], HttpResponse]
 
 
 def run() -> None:
@@ -74,39 +87,52 @@ def run() -> None:
 
 
 def _whole_boots(folder: Path) -> None:
-    units = _units_alone()
-    print(f"CPU of the server for a whole boot, in ms; {BOOTS} boots, one after the other")
-    heads = (
-        "loop",
-        "boot",
-        "in kernel",
-        "TLS",
-        "signatures",
-        "database",
-        "its units",
-        "the rest",
-        "share",
-        "of it HTTP",
-    )
-    print("".join(head.rjust(11) for head in heads))
-    for transport in ("trio", "asyncio"):
-        whole, system, tls, signatures, store = _measured(folder, transport, "served")
-        idle, _, idle_tls, *_ = _measured(folder, transport, "idle")
-        rest = whole - tls - signatures - store
-        times = "".join(f"{value:11.2f}" for value in (whole, system, tls, signatures, store, units, rest))
-        print(f"{transport:>11}{times}{rest / whole:11.0%}{idle - idle_tls:11.2f}")
+    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    build = f"{machine.python_implementation()} {machine.python_version()}, {'' if optimized else 'not '}built with PGO"
+    whole = _measured(folder, "plain")
+    print(f"CPU of the server for a whole boot, in ms; medians of {TURNS} turns of {BOOTS} boots; {build}")
+    print(f"{'server':>12}{'whole':>12}{'in kernel':>12}{'over floor':>12}")
+    for server, turns in whole.items():
+        cpu = {part: median(turn[part] for turn in turns) for part in ("whole", "system")}
+        ratio = cpu["whole"] / median(turn["whole"] for turn in whole["floor"])
+        print(f"{server:>12}{cpu['whole']:12.2f}{cpu['system']:12.2f}{ratio:12.2f}")
+    timed = _measured(folder, "timed")
+    del timed["floor"]
+    print("\nBy layer, with timing on: ms a boot, and the share of the whole")
+    print(f"{'layer':>28}{'calls':>8}" + "".join(f"{server:>18}" for server in timed))
+    means = {
+        server: {part: fmean(turn[part] for turn in turns) for part in turns[0]} for server, turns in timed.items()
+    }
+    for name in (*NAMES, "everything else"):
+        row = f"{name:>28}{means['bare'].get(f'calls of {name}', 0):8.0f}"
+        for parts in means.values():
+            spent = parts.get(name, 0.0) if name in NAMES else parts["whole"] - sum(parts[each] for each in NAMES)
+            row += f"{spent:12.3f}{spent / parts['whole']:6.0%}"
+        print(row)
+    print(f"{'whole':>36}" + "".join(f"{parts['whole']:12.3f}{1:6.0%}" for parts in means.values()))
 
 
-def _measured(folder: Path, transport: str, what: str) -> list[float]:
-    """Return the CPU time of the server and of its parts for a boot, in ms."""
-    with _server(folder, transport, what) as (url, parts):
-        for number in range(20):
-            boot_at(folder, url, f"vm-{number % 10}")
-        before = parts()
-        for number in range(BOOTS):
-            boot_at(folder, url, f"vm-{number % 10}")
-        after = parts()
-    return [1e3 * (after[part] - before[part]) / BOOTS for part in after]
+def _measured(folder: Path, how: str) -> dict[str, list[dict[str, float]]]:
+    """Return, by server, what each turn of boots took: ms a boot."""
+    found: dict[str, list[dict[str, float]]] = {}
+    with ExitStack() as stack:
+        servers = {
+            "floor": stack.enter_context(_server(folder, "floor")),
+            "bare": stack.enter_context(_server(folder, "bare", how)),
+            "trio": stack.enter_context(_server(folder, "trio", how)),
+            "asyncio": stack.enter_context(_server(folder, "asyncio", how)),
+        }
+        for turn in range(-1, TURNS):  # the first one fills the caches
+            for server, (_, boot_one, parts) in servers.items():
+                before = parts()
+                for number in range(BOOTS):
+                    boot_one(f"vm-{number % 10}")
+                after = parts()
+                if turn >= 0:
+                    spent = {part: 1e3 * (after[part] - before.get(part, 0)) / BOOTS for part in after}
+                    calls = {part: value / 1e3 for part, value in spent.items() if part.startswith("calls of ")}
+                    found.setdefault(server, []).append(spent | calls)
+    return found
 
 
 def boot_at(folder: Path, url: str, vm: str) -> None:
@@ -116,8 +142,8 @@ def boot_at(folder: Path, url: str, vm: str) -> None:
         _boot_over(sender, identity, vm)
 
 
-def _boot_over(sender: HttpsSender, identity: ClientIdentity, vm: str) -> None:
-    nonce = _ask(sender, "GET", "/servers/nonce")["nonce"]
+def _boot_over(sender: Sender, identity: ClientIdentity, vm: str) -> None:
+    nonce = _ask(sender, "GET", "/servers/nonce")["nonce"].ljust(64, "0")
     quote = encode_quote(PLATFORM.quote(report_data(bytes.fromhex(nonce), identity.spki_sha256)))
     body = {"quote": quote, "miner_hotkey": VM.hotkey, "vm_name": vm}
     grant = _ask(sender, "POST", "/servers/boot/attestation", body, {"x-chutes-nonce": nonce})
@@ -125,84 +151,143 @@ def _boot_over(sender: HttpsSender, identity: ClientIdentity, vm: str) -> None:
     _ = _ask(sender, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
 
 
-def _units_alone() -> float:
-    """Return the CPU time of a boot's two units on a store in memory, in ms."""
-    store = MemoryStore()
-    boots = [evolve(boot(str(number)), now=boot("").now) for number in range(BOOTS)]
-    syncs = [sync(granted, "body", *VOLUMES) for granted in boots]
-    start = time.process_time()
-    for granted, unit in zip(boots, syncs, strict=True):
-        _ = store.transact(granted)
-        _ = store.transact(unit)
-    return 1e3 * (time.process_time() - start) / BOOTS
-
-
-# --- the server, timed from within ---
+# --- the servers ---
 
 Parts = Callable[[], dict[str, float]]
+"""Returns the CPU time of a server until now, and of its parts, in seconds."""
 
 
 @contextmanager
-def _server(folder: Path, transport: str, what: str = "served") -> Generator[tuple[str, Parts]]:
-    command = [sys.executable, "-m", "bench.boots", str(folder), transport, what]
+def _server(folder: Path, which: str, how: str = "plain") -> Generator[tuple[str, Callable[[str], None], Parts]]:
+    """Start a server; yields its URL, and a function that boots a VM there. ``how``: plain, or timed by layer."""
+    arguments = ["bench.floor", folder] if which == "floor" else ["bench.boots", folder, which, how]
+    command = [sys.executable, "-m", *map(str, arguments)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
-        output = process.stdout
+        output, wanted = process.stdout, process.stdin
 
         def parts() -> dict[str, float]:
             process.send_signal(signal.SIGUSR1)
             found: dict[str, float] = json.loads(output.readline())
             return found
 
+        def boot_within(vm: str) -> None:
+            _ = wanted.write(f"{vm}\n")
+            wanted.flush()
+            assert output.readline() == "booted\n"
+
         try:
-            yield output.readline().strip(), parts
+            url = output.readline().strip()
+            yield url, (boot_within if which == "bare" else functools.partial(boot_at, folder, url)), parts
         finally:
             process.terminate()
 
 
-def _serve(folder: str, transport: Any, what: str) -> None:
-    """Serve; at SIGUSR1, print the CPU time of the server and its parts. An idle server answers without work."""
-    cpu = {"tls": 0.0, "signatures": 0.0, "store": 0.0}
+def _serve(folder: Path, which: str, how: str) -> None:
+    """Serve; at SIGUSR1, print the CPU time of the server and of its layers."""
+    layers = Layers()
+    if how == "timed":
+        layers.install()
+    setup = make_setup(ServerConfig.load(folder / "server.toml"))
+    if which == "bare":
+        with closing(setup.store.open()) as store:
+            performer = Performer(store=store, collateral=setup.collateral, log=LogWriter())  # type: ignore[arg-type]
+            bare = _Bare(App(setup.service), performer, folder)
+            _report(layers, bare.cpu)
+            print("bare", flush=True)
+            for line in sys.stdin:
+                bare.boot(line.strip())
+                print("booted", flush=True)
+        return
+    _report(layers, lambda: {"whole": time.process_time(), "system": getrusage(RUSAGE_SELF).ru_stime})
+    announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
+    serving.serve_until_stopped(which, setup, setup.collateral, announce, (signal.SIGTERM,))  # type: ignore[arg-type]
 
-    def timed(part: str, owner: Any, *names: str) -> None:
-        for name in names:
-            setattr(owner, name, _timed(cpu, part, getattr(owner, name)))
 
-    timed("tls", TlsSession, "__init__", "receive_data", "send_data", "close", "data_to_send")
-    timed("signatures", ecdsa, "load_point", "verify", "verify_raw")
-    timed("store", SqliteStore, "transact")
-    if what == "idle":
-        setattr(App, "handle", _nothing_done)  # noqa: B010
-    lock = threading.Lock()
-
+def _report(layers: Layers, cpu: Callable[[], dict[str, float]]) -> None:
     def report(*_: object) -> None:
-        with lock:
-            print(json.dumps({"whole": time.process_time(), "system": os.times().system, **cpu}), flush=True)
+        calls = {f"calls of {name}": layers.calls[name] for name in NAMES}
+        print(json.dumps({**cpu(), **{name: layers.spent[name] for name in NAMES}, **calls}), flush=True)
 
     _ = signal.signal(signal.SIGUSR1, report)
-    setup = make_setup(ServerConfig.load(Path(folder) / "server.toml"))
-    announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
-    serving.serve_until_stopped(transport, setup, setup.collateral, announce, (signal.SIGTERM,))
 
 
-def _nothing_done(*_: object) -> Flow[HttpResponse]:
-    """Return, in place of the application, an answer that fits each step of a boot."""
-    yield from ()
-    members = dict.fromkeys(("nonce", "key", "boot_token", *VOLUMES), "0" * 64)
-    return HttpResponse(200, (("content-type", "application/json"),), json.dumps(members).encode())
+class _Bare:
+    """A server without sockets, loop and threads, beside its client: bytes are handed over within this process."""
 
+    def __init__(self, app: App, performer: Performer, folder: Path) -> None:
+        self._app = app
+        self._perform = performer.perform
+        self._server = server_context(
+            (folder / "server.pem").read_bytes(), Secret((folder / "server.key").read_bytes())
+        )
+        self._authorities = (folder / "ca.pem").read_bytes()
+        self._spent = self._in_kernel = 0.0
 
-def _timed(cpu: dict[str, float], part: str, work: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(work)
-    def timing(*arguments: Any, **named: Any) -> Any:
-        start = time.thread_time()
-        try:
-            return work(*arguments, **named)
-        finally:
-            cpu[part] += time.thread_time() - start
+    def cpu(self) -> dict[str, float]:
+        """Return the CPU time of the server's part."""
+        return {"whole": self._spent, "system": self._in_kernel}
 
-    return timing
+    def boot(self, vm: str) -> None:
+        """Boot one VM."""
+        identity = make_client_identity(int(time.time()) - 60, os.urandom(ENTROPY_SIZE))
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = client_context(identity, self._authorities)
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        connections = Connections(1024, lambda _: None)
+        connection: list[ServerConnection] = []
+
+        def served(data: bytes) -> None:
+            start, kernel = time.thread_time(), getrusage(RUSAGE_THREAD).ru_stime
+            if not connection:
+                connection.append(
+                    ServerConnection(time.monotonic(), tls=TlsSession(self._server), peer_address="10.0.0.1")
+                )
+            connection[0].receive_data(data, time.monotonic())
+            _ = incoming.write(self._answers(connections, connection[0]))
+            self._spent += time.thread_time() - start
+            self._in_kernel += getrusage(RUSAGE_THREAD).ru_stime - kernel
+
+        def reach(step: Callable[[], Any]) -> Any:
+            """Do a step of the client's TLS; the server has its turn whenever the client waits."""
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    served(outgoing.read())
+
+        def sender(request: HttpRequest) -> HttpResponse:
+            http = ClientConnection("127.0.0.1")
+            _ = tls.write(http.send_request(request))
+            response = None
+            while response is None:
+                response = http.receive_data(reach(lambda: tls.read(64 * 1024)))
+            return response
+
+        _ = reach(tls.do_handshake)
+        _boot_over(sender, identity, vm)
+        with suppress(ssl.SSLError):
+            tls.unwrap()
+        served(outgoing.read())
+
+    def _answers(self, connections: Connections, connection: ServerConnection) -> bytes:
+        """Take the steps of a connection until it waits for its peer; return what it sends."""
+        sent = b""
+        while step := connections.next_step(connection, time.monotonic()):
+            match step:
+                case Answer(request):
+                    connection.send_response(perform(self._app.handle(request), self._perform), time.monotonic())
+                case Send(data):
+                    sent += data
+                case Sent(response):
+                    self._app.sent(response)
+                case _:
+                    break
+        else:
+            connections.remove(connection)
+        return sent
 
 
 # --- syncs over HTTP ---
@@ -213,7 +298,7 @@ def _syncs(folder: Path) -> None:
     first = 0.0
     setup = make_setup(ServerConfig.load(folder / "server.toml"))
     runs = count()
-    with _server(folder, "trio") as (url, _):
+    with _server(folder, "trio") as (url, _, _):
         for callers in CALLERS:
             tokens = [f"{next(runs):064x}" for _ in range(SYNCS)]
             with closing(setup.store.open()) as store:
@@ -255,7 +340,7 @@ def _sender(folder: Path, url: str, identity: ClientIdentity | None = None) -> H
 
 
 def _ask(
-    sender: HttpsSender, method: str, path: str, body: Any = None, headers: Mapping[str, str] = MappingProxyType({})
+    sender: Sender, method: str, path: str, body: Any = None, headers: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
     sent = b"" if body is None else json.dumps(body).encode()
     answer = sender(HttpRequest(method, path, (*JSON_HEADERS, *headers.items()), sent))
@@ -289,4 +374,4 @@ def _nonces(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+    _serve(Path(sys.argv[1]), *sys.argv[2:])
