@@ -9,7 +9,9 @@ from attrs import evolve
 
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import Platform, Vm
+from chutes_proto.server._overview import what_if_lines
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import Platform, ReadWhatIf, Vm
 from chutes_proto.testing.store_suite._parts import boot
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.records import Kept
@@ -52,6 +54,12 @@ def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
         ("vm-old", "refused", False),
     ]
     assert (told["vms"][1]["code"], told["changes"][0]["refused"]) == ("tcb_rejected", 1)
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
+        shown = what_if_lines(store.transact(Ask(ReadWhatIf())))
+    assert shown is not None
+    assert "the policy of the server, at " in shown[0]
+    assert "1 of 2 VMs refused, 0 warned, 0 not judged; 0 refused later" in shown[0]
+    assert (len(shown), f"vm-old of {HOTKEY}: tcb_rejected: " in shown[2]) == (3, True)
     policy = site.directory / "new.toml"
     _ = policy.write_text('[tcb]\naccepted_statuses = ["UpToDate", "OutOfDate"]\n')
     ended = site.do("policy", "try", policy)

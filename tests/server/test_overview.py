@@ -10,7 +10,7 @@ from attrs import evolve
 from chutes_proto.server import _overview as overview
 from chutes_proto.server._overview import DAY, DENIALS, HALF_HOUR, Fleet, Recent, fleet_members, recent_members
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, InsertAll, Platform, Vm, VmRow
+from chutes_proto.store.rows import AuditRow, Insert, InsertAll, Platform, Vm, VmRow, WhatIf
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot
 from tests.store.memory import MemoryStore
 
@@ -160,3 +160,9 @@ def test_one_read_is_one_short_transaction(make: Callable[[], Recent | Fleet], m
     assert make().read(store, NOW) is True
     assert len([text for text in statements if text.startswith("SELECT")]) == 1
     assert all("LIMIT 2" in text for text in statements if text.startswith("SELECT"))
+
+
+@pytest.mark.parametrize("found", ["", "{", "[]", "{}", '{"policy":1,"at":"x"}', "1", "\ud800"])
+def test_a_what_if_of_another_form_is_not_shown(found: str) -> None:
+    assert overview.what_if_lines(WhatIf(NOW, found)) is None
+    assert overview.what_if_lines(None) is None

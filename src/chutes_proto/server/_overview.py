@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from attrs import define, field, frozen
 
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._why import Why, explain, recorded
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, FleetVm, ReadAudit, ReadFleet, Vm
+from chutes_proto.store.rows import AuditRow, FleetVm, ReadAudit, ReadFleet, Vm, WhatIf
 from chutes_proto.units.operator import FindVerdict
+from chutes_proto.wire import json
 
 DAY: Final = 86_400
 HALF_HOUR: Final = 1800
@@ -184,6 +186,22 @@ def fleet_members(fleet: Fleet) -> dict[str, object]:
             for group, vms, booted in shown
         ],
     }
+
+
+def what_if_lines(what_if: WhatIf | None) -> list[str] | None:
+    """The last what-if in lines; None without one, or for one that another release wrote in another form."""
+    if what_if is None:
+        return None
+    try:
+        found: Any = json.decode(what_if.found.encode())
+        counts = f"{found['refused']} of {found['judged']} VMs refused, {found['warned']} warned"
+        counts += f", {found['not_judged']} not judged; {found['refused_later']} refused later"
+        lines = [f"{rfc3339(what_if.tried_at)}: {found['policy']}, at {rfc3339(found['at'])}: {counts}"]
+        lines += [f"from {rfc3339(each['at'])} on: {each['refused']} refused" for each in found["changes"]]
+        lines += [f"{each['vm']} of {each['hotkey']}: {each['code']}: {each['reason']}" for each in found["first"]]
+    except (ValueError, LookupError, TypeError, OverflowError):
+        return None
+    return lines
 
 
 def recent_members(recent: Recent, now: int) -> dict[str, object]:

@@ -33,6 +33,7 @@ __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "Read
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
+__all__ += ["NoteWhatIf", "ReadWhatIf", "WhatIf"]
 __all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
 __all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["EvidenceRow", "ReadRevoked", "RevocationRow", "SetVersion"]
@@ -743,6 +744,29 @@ class ForgetKeyServers(StoreOp[None]):
     """Delete the key servers that were not seen after a time."""
 
     until: int
+
+
+@frozen
+class WhatIf:
+    """The last what-if over the fleet: when an operator asked, and the answer as a JSON object of bounded size.
+
+    A copy of the store does not take it along.
+    """
+
+    tried_at: int
+    found: str
+
+
+@frozen
+class NoteWhatIf(StoreOp[None]):
+    """Write the answer of a what-if, in place of the last one."""
+
+    what_if: WhatIf
+
+
+@frozen
+class ReadWhatIf(StoreOp[WhatIf | None]):
+    """The last what-if, if there was one."""
 
 
 @frozen

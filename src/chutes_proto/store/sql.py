@@ -252,6 +252,11 @@ CREATE TABLE key_server (
   configuration TEXT NOT NULL,
   seen_at BIGINT NOT NULL
 );
+CREATE TABLE what_if (
+  name TEXT PRIMARY KEY,
+  tried_at BIGINT NOT NULL,
+  found TEXT NOT NULL
+);
 ALTER TABLE attestation ADD COLUMN finding TEXT;
 ALTER TABLE audit ADD COLUMN evidence TEXT;
 ALTER TABLE audit ADD COLUMN idx BIGINT;
@@ -815,6 +820,13 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         lambda rows: tuple(sorted((store.KeyServer(*values) for values in rows), key=attrgetter("name"))),
     ),
     store.ForgetKeyServers: _query("DELETE FROM key_server WHERE seen_at <= :until"),
+    store.NoteWhatIf: _query(
+        "INSERT INTO what_if (name, tried_at, found) VALUES ('last', :what_if.tried_at, :what_if.found)"
+        " ON CONFLICT (name) DO UPDATE SET tried_at = excluded.tried_at, found = excluded.found"
+    ),
+    store.ReadWhatIf: _query(
+        "SELECT tried_at, found FROM what_if", lambda rows: store.WhatIf(*rows[0]) if rows else None
+    ),
     store.ReadFleet: _Query(_read_fleet, lambda _, rows: _fleet(rows)),
     store.ReadOld: _Query(_read_old, lambda op, rows: decode_rows(op.kind, rows)),
     store.CountRows: _Query(

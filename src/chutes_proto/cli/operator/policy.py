@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.server._profiles import EXTRA_KEYS
 from chutes_proto.server._whatif import Judged, judge
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import CountRows, EvidenceRow, VmRow
+from chutes_proto.store.rows import CountRows, NoteWhatIf, Vm, VmRow, WhatIf
 from chutes_proto.units.evidence import ReadEvidence
+from chutes_proto.wire import json
 
 if TYPE_CHECKING:
     from chutes_proto.io.server.setup import ServerSetup
@@ -128,7 +130,7 @@ def explain_command(file: str) -> int:
 
 _STATES: dict[str, output.State] = {"granted": "good", "warned": "warn", "refused": "bad", "not judged": "warn"}
 _TRIED: output.Columns = {
-    "VM": lambda each: output.vm(each.row.vm),
+    "VM": lambda each: output.vm(each.vm),
     "STATE": lambda each: output.Cell(each.state, _STATES[each.judged.state]),
     "REFUSED FROM": lambda each: "-" if each.judged.refused_from is None else output.when(each.judged.refused_from),
     "CODE": lambda each: each.judged.code or "-",
@@ -141,13 +143,13 @@ _LINES = 12
 
 @frozen
 class _Tried:
-    row: EvidenceRow
+    vm: Vm
+    was_refused: bool
     judged: Judged
 
     @property
     def state(self) -> str:
-        was = ", was refused" if self.row.code is not None else ""
-        return f"{self.judged.state}{was}"
+        return f"{self.judged.state}{', was refused' if self.was_refused else ''}"
 
 
 @command.command("try", cls=OperatorCommand)
@@ -179,7 +181,8 @@ def try_command(
     Judges the newest boot evidence of every VM again, offline: under another policy, with other reference values, at
     another date, or with Intel's early TCB info (`collateral fetch --update early`). Lists the VMs that would be
     refused and why, those that would be granted with a warning, those that will be refused within --days and from which
-    date on, and those that were refused and would be granted. Nothing is changed, and no server is asked.
+    date on, and those that were refused and would be granted. No VM is touched, and no server is asked. A summary is
+    noted in the store, where the admin page shows it.
 
     Ends with 1 if a VM would be refused at the date, or cannot be judged. Collateral is taken as renewed in time.
 
@@ -207,6 +210,7 @@ def try_command(
         return known[family]
 
     tried: list[_Tried] = []
+    reasons: dict[str, str] = {}
     counts, judged_vms, later = Counter[str](), 0, 0
     with closing(setup.store.open()) as store, output.progress("VMs judged") as tell:
         total, after = store.transact(Ask(CountRows(VmRow))), None
@@ -219,21 +223,27 @@ def try_command(
                     found = judge(setup.service, row, choose, date, proven=kept.proven, until=date + days * DAY)
                 except CollateralUnavailable as exc:
                     found = Judged("not judged", "collateral_unavailable", str(exc))
-                found = evolve(found, reason=found.reason[:_REASON_LENGTH])
+                reason = found.reason[:_REASON_LENGTH]  # most VMs have one of a few, kept once
+                found = evolve(found, reason=reasons.setdefault(reason, reason))
                 if row.code is None:
                     counts[found.state] += 1
                     judged_vms += 1
                     later += found.state in ("granted", "warned") and found.refused_from is not None
                 is_news = found.state != "granted" or found.refused_from is not None
                 if is_news if row.code is None else found.state in ("granted", "warned"):
-                    tried.append(_Tried(evolve(row, quote=b""), found))
+                    tried.append(_Tried(row.vm, row.code is not None, found))
             after = page[-1].row
             tell(judged_vms, max(total, judged_vms))
-    is_fine = not counts["refused"] and not counts["not judged"]
-    told: dict[str, object] = {"ok": is_fine, "at": date, "judged": judged_vms, "without_evidence": total - judged_vms}
-    told |= {name.replace(" ", "_"): counts[name] for name in _STATES} | {"refused_later": later}
-    changes = _changes(tried)
-    told |= {"changes": [{"at": when, "refused": count} for when, count in changes]}
+        is_fine = not counts["refused"] and not counts["not judged"]
+        told: dict[str, object] = {"ok": is_fine, "at": date, "judged": judged_vms}
+        told |= {"without_evidence": total - judged_vms}
+        told |= {name.replace(" ", "_"): counts[name] for name in _STATES} | {"refused_later": later}
+        changes = _changes(tried)
+        early = ["early TCB info"] if update == "early" else []
+        what = ", ".join((file or "the policy of the server", *measurements, *early))
+        noted = {"policy": what, **told, "changes": _dated(_few(changes)), "first": [*map(_tried, _first(tried))]}
+        store.transact(Ask(NoteWhatIf(WhatIf(now, json.encode(noted).decode()))))
+    told |= {"changes": _dated(changes)}
 
     def people() -> None:
         output.table(_TRIED, tried, empty="every VM is granted", under={"REASON": "CODE"})
@@ -264,24 +274,38 @@ _RENEWED = 100 * 365 * DAY
 
 def _changes(tried: list[_Tried]) -> list[tuple[int, int]]:
     """The dates from which on more VMs are refused, and how many are refused then."""
-    starts = Counter(each.judged.refused_from for each in tried if each.row.code is None)
+    starts = Counter(each.judged.refused_from for each in tried if not each.was_refused)
     dates = sorted(when for when in starts if when is not None)
     return [(when, sum(starts[earlier] for earlier in dates if earlier <= when)) for when in dates]
 
 
+def _few(changes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first changes and the last one."""
+    return changes if len(changes) <= _LINES else [*changes[: _LINES - 1], changes[-1]]
+
+
+def _dated(changes: list[tuple[int, int]]) -> list[dict[str, int]]:
+    return [{"at": when, "refused": count} for when, count in changes]
+
+
+def _first(tried: list[_Tried]) -> list[_Tried]:
+    """The first VMs that are refused, of those that were granted."""
+    found = (each for each in tried if each.judged.state == "refused" and not each.was_refused)
+    return [*islice(found, _LINES)]
+
+
 def _plot(changes: list[tuple[int, int]], total: int) -> None:
-    """A line for each change, of which the last ones and the first are shown."""
-    shown = changes if len(changes) <= _LINES else [*changes[: _LINES - 1], changes[-1]]
-    if shown:
+    """A line for each change."""
+    if changes:
         console.say("refused from then on:")
-    for when, count in shown:
+    for when, count in _few(changes):
         bar = "#" * max(1, round(_BAR * count / max(total, 1)))
         console.say(f"  {rfc3339(when)}  {bar:{_BAR}}  {count}")
 
 
 def _tried(each: _Tried) -> dict[str, object]:
-    judged, row = each.judged, each.row
-    names = {"hotkey": row.vm.hotkey, "vm": row.vm.name, "state": judged.state, "was_refused": row.code is not None}
+    judged, vm = each.judged, each.vm
+    names = {"hotkey": vm.hotkey, "vm": vm.name, "state": judged.state, "was_refused": each.was_refused}
     return {**names, "refused_from": judged.refused_from, "code": judged.code, "reason": judged.reason}
 
 

@@ -113,7 +113,6 @@ class Admin:
                 "version": __version__,
                 "ends": self._ends(),
                 "servers": self._servers(),
-                "what_if": None,
                 "facts": self._facts(),
             }
         )

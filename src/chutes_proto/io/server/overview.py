@@ -22,8 +22,9 @@ import anyio
 
 from chutes_proto.errors import StoreError
 from chutes_proto.server._admin import Page
-from chutes_proto.server._overview import Fleet, Recent, fleet_members, recent_members
-from chutes_proto.store._run import Store
+from chutes_proto.server._overview import Fleet, Recent, fleet_members, recent_members, what_if_lines
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import ReadWhatIf, WhatIf
 from chutes_proto.wire import json
 
 READ_SECONDS: Final = 0.5
@@ -65,6 +66,7 @@ class Overview:
         self._store = store
         self._recent = Recent()
         self._fleet = Fleet()
+        self._what_if: WhatIf | None = None
         self._asked = anyio.Event()
         self._asked_at = -LOOK_SECONDS
         self._members: Mapping[str, object] = self._shown(0)
@@ -94,6 +96,7 @@ class Overview:
         if counted is None or self._fleet.so_far is not None or now - counted.at >= COUNT_SECONDS:
             parts = [self._recent, self._fleet]
         try:
+            self._what_if = self._store.transact(Ask(ReadWhatIf()))
             while parts:
                 parts = [part for part in parts if part.read(self._store, now)]
                 if clock() > end:
@@ -103,4 +106,8 @@ class Overview:
         self._members = self._shown(now)
 
     def _shown(self, now: int) -> Mapping[str, object]:
-        return {"fleet": fleet_members(self._fleet), "recent": recent_members(self._recent, now)}
+        return {
+            "fleet": fleet_members(self._fleet),
+            "recent": recent_members(self._recent, now),
+            "what_if": what_if_lines(self._what_if),
+        }

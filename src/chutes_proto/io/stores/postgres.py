@@ -496,7 +496,7 @@ class PostgresStore:
         return found
 
     def _check_writing(self, connection: _Connection) -> None:
-        tables = ("fact", "key_server", *(kind.TABLE for kind in ROWS))
+        tables = ("fact", "key_server", "what_if", *(kind.TABLE for kind in ROWS))
         rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
         needed = (f"has_table_privilege('{table}', '{right}')" for table in tables for right in rights)
         if not _rows(connection, f"SELECT {' AND '.join(needed)}")[0][0]:

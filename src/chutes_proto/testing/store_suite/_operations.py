@@ -49,6 +49,7 @@ from chutes_proto.store.rows import (
     LogTileRow,
     NonceRow,
     NoteKeyServer,
+    NoteWhatIf,
     Pin,
     Platform,
     PurgeAudit,
@@ -76,6 +77,7 @@ from chutes_proto.store.rows import (
     ReadTimes,
     ReadUnclaimed,
     ReadUnsequenced,
+    ReadWhatIf,
     RevocationRow,
     RewrapGenerations,
     Row,
@@ -91,6 +93,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VoidTokens,
     VolumeRow,
+    WhatIf,
 )
 from chutes_proto.testing.store_suite._parts import (
     NOW,
@@ -328,6 +331,10 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(ask(ReadKeyServers(NOW - 60)), (one,), "key servers that were seen after a time")
     ask(ForgetKeyServers(NOW - 60))
     expect(ask(ReadKeyServers(0)), (one,), "key servers that were not forgotten")
+    expect(ask(ReadWhatIf()), None, "no what-if")
+    for what_if in (WhatIf(NOW, "{}"), WhatIf(NOW - 9, '{"judged":1}')):
+        ask(NoteWhatIf(what_if))
+        expect(ask(ReadWhatIf()), what_if, "the what-if that was noted last")
     for position, volume in enumerate(("zeta", "alpha")):
         ask(Insert(BootVolumeRow("b0", volume, position, 1, 2, in_use=False)))
     given = ask(ReadBootVolumes("b0"))
