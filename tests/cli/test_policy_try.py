@@ -85,3 +85,9 @@ def test_another_collateral_and_none(site: Site) -> None:
     assert site.do("policy", "try", "--update", "early", "--json").json["not_judged"] == 0
     assert site.do("policy", "try", "--collateral", directory / "early", "--json").json["refused"] == 1
     assert site.do("policy", "try", "--at", "2050-06-01", "--json").json["refused"] == 2  # certificates have expired
+
+
+def test_each_fault_of_the_configuration_is_a_line(site: Site) -> None:
+    _ = (site.directory / "new.toml").write_text("tcb = 1")
+    ended = site.do("policy", "try", site.directory / "new.toml", "--measurements", site.directory / "nowhere.toml")
+    assert (ended.code, [line.split()[1] for line in ended.err.splitlines()]) == (2, ["measurements:", "policy:"])

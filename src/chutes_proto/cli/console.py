@@ -118,8 +118,14 @@ def tell_lines(text: str) -> None:
 def complain(text: str, help_of: str = "") -> None:
     """An error, "what failed: why; what to do": one line in a log, and one for each part on a terminal.
 
-    An error that does not say what to do refers a terminal to the help of the command ``help_of``.
+    An error that does not say what to do refers a terminal to the help of the command ``help_of``. Several errors, as
+    of a configuration, are one a line.
     """
+    for problem in text.splitlines():
+        _complain(problem, help_of)
+
+
+def _complain(text: str, help_of: str) -> None:
     if not sys.stderr.isatty():
         tell(f"chutes-proto: {text}")
         return

@@ -130,8 +130,7 @@ def command(
     except FileUnavailable:
         raise
     except ConfigurationError as exc:
-        for problem in str(exc).splitlines():
-            console.complain(problem)
+        console.complain(str(exc))
         return console.REFUSED
     if check:
         return _check(setup)
