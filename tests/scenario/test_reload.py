@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 
 import pytest
 from attrs import evolve, fields
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import Files, write_file
@@ -30,6 +34,7 @@ from chutes_proto.io.server.workers import Supervisor, obey
 from chutes_proto.io.server.workers import _Worker as Worker
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet
+from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
@@ -119,6 +124,8 @@ def test_what_cannot_be_used_changes_nothing_and_says_why(site: Premises) -> Non
         return error
 
     assert "tcb.alow_smt: Unknown key; did you mean allow_smt?" in refused(lambda: say_policy(site, "tcb.alow_smt = 1"))
+    impossible = refused(lambda: say_policy(site, "tcb.platform_grace = 1"))
+    assert "platform_grace: goes with an OutOfDate status" in impossible
     assert "hotkeys" in refused(lambda: site.edit('hotkeys = "*"', 'hotkeys = ["5G"]'))
 
     def two() -> None:
@@ -229,6 +236,23 @@ def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(sit
     assert {key.kek_id for key in keys} == {new.kek_id}
 
 
+def test_workers_that_hang_hold_a_reload_no_longer_than_one_does(site: Premises) -> None:
+    setup = make_setup(ServerConfig.load(site.configuration))
+    with ExitStack() as opened:
+        log = LogWriter(os.open("/dev/null", os.O_WRONLY))
+        _ = opened.callback(log.close)
+        supervisor = Supervisor(Running(setup), 8, [], [], False, log, keeps_metrics=False, stop_seconds=1)
+        for number in range(8):
+            ours, _ = map(opened.enter_context, socketpair())
+            process: Any = None
+            supervisor._workers.append(Worker(number, process, 0.0, ours))
+        say_policy(site, OUTDATED)
+        supervisor.prepare_seconds, began = 0.5, time.monotonic()
+        error = str(supervisor.reload("uid 7")["error"])
+        assert error.splitlines() == [f"worker {number}: timed out" for number in range(8)]
+        assert time.monotonic() - began < 2
+
+
 def test_an_answer_that_comes_too_late_is_not_taken_for_one_to_a_later_reload(site: Premises) -> None:
     setup = make_setup(ServerConfig.load(site.configuration))
     with ExitStack() as opened:
@@ -246,9 +270,9 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_one_to_a_later_reload(si
         process: Any = None
         supervisor._workers.append(Worker(0, process, 0.0, ours))
         say_policy(site, OUTDATED)
-        ours.settimeout(0.1)
+        supervisor.prepare_seconds = 0.1
         assert "timed out" in str(supervisor.reload("uid 7")["error"])
-        ours.settimeout(60)
+        supervisor.prepare_seconds = 60
         may_go_on.set()
         say_policy(site, "")
         assert supervisor.reload("uid 7")["changes"] == []
@@ -262,9 +286,62 @@ def test_a_worker_that_prepared_nothing_carries_nothing_out() -> None:
         ours, theirs = map(opened.enter_context, socketpair())
         threading.Thread(target=obey, args=(theirs, None, None), daemon=True).start()
         process: Any = None
+        worker = Worker(0, process, 0.0, ours)
+        worker.ask("commit")
         with pytest.raises(ConfigurationError, match="nothing is prepared"):
-            _ = Worker(0, process, 0.0, ours).ask("commit")
+            _ = worker.answer(time.monotonic() + 60)
         ours.shutdown(SHUT_RDWR)  # ends the thread
+
+
+def test_a_file_that_is_replaced_while_the_files_are_read_is_not_taken_half(site: Premises) -> None:
+    """The certificate of one moment and the key of a later one, or half a policy: both could be valid files."""
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    say_policy(site, OUTDATED)
+    for change in (lambda: say_policy(site, ""), (site.directory / "policy.toml").unlink):
+        files = Files()
+        _ = files.read(site.directory / "policy.toml")  # the first half of the reload
+        _ = change()
+        with pytest.raises(ConfigurationError, match=r"policy\.toml: was changed while the files were read; wait"):
+            _ = prepare(running, None, files)
+    say_policy(site, OUTDATED)
+    assert prepare(running, None, Files()).changes == ("policy",)
+
+
+def test_every_file_of_a_reload_is_checked_first_and_kept_for_new_workers(site: Premises) -> None:
+    """Also those that a server without GPU evidence and callbacks has not."""
+    write_gpus(site.directory, SimulatedGpus(bytes(32), count=1), site.now, demand="record")
+    write_file(site.directory / "hotkey", wallet(bytes(32)), mode=0o600)
+    site.edit("hotkeys =", 'registration = { evidence = "callback", hotkey_file = "hotkey" }\nhotkeys =')
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    read = {Path(path).name for path in running.setup.files.content}
+    assert {"hotkey", "device-root.der", "rim-root.der", "server.key", "kek"} <= read
+    write_file(site.directory / "hotkey", wallet(bytes(31) + b"1"), mode=0o600)
+    write_file(site.directory / "gpus" / "rim-root.der", SimulatedPlatform(os.urandom(32)).root_der)
+    found = prepare(running, None, Files())
+    assert (found.changes, found.needs_restart) == (("registration hotkey",), ("gpu_evidence",))
+    later = make_setup(load_config(site.configuration, found.setup.files), found.setup.files)  # a new worker
+    hotkeys = [one.service.callback and one.service.callback.hotkey for one in (found.setup, later, running.setup)]
+    assert hotkeys[0] == hotkeys[1] != hotkeys[2]
+    assert later.service.gpu_appraisal == running.setup.service.gpu_appraisal
+    write_file(site.directory / "hotkey", b"{}", mode=0o600)
+    with pytest.raises(ConfigurationError, match=r"registration\.hotkey_file: "):
+        _ = prepare(running, None, Files())
+
+
+def wallet(seed: bytes) -> bytes:
+    address = HotkeyPair.from_seed(Secret(seed)).hotkey.address
+    return json.dumps({"secretSeed": f"0x{seed.hex()}", "ss58Address": address}).encode()
+
+
+def test_the_audit_row_has_the_digest_of_a_changed_key_too(site: Premises) -> None:
+    """Here a key in another form, which goes with the same certificate."""
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    key = load_pem_private_key((site.directory / "server.key").read_bytes(), None)
+    other = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    write_file(site.directory / "server.key", other, mode=0o600)
+    found = prepare(running, None, Files())
+    assert found.changes == ("certificate",)
+    assert found.before != found.after
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:

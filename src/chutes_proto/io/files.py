@@ -64,6 +64,7 @@ class Files:
 
     def __init__(self, content: Mapping[str, bytes] | None = None) -> None:
         self.content: dict[str, bytes] = dict(content or {})
+        self._stamps: dict[str, object] = {}
 
     def read(self, path: str | os.PathLike[str]) -> bytes:
         """See `read_file`."""
@@ -76,8 +77,24 @@ class Files:
     def _once(self, path: str | os.PathLike[str], read: Callable[[], bytes]) -> bytes:
         key = absolute(path)
         if key not in self.content:
+            self._stamps[key] = _stamp(key)  # before it is read: a change from now on is seen
             self.content[key] = read()
         return self.content[key]
+
+    def check_settled(self) -> None:
+        """Raise `ConfigurationError` if a file was changed or replaced since it was read: it may be half of two."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise ConfigurationError(f"{path}: was changed while the files were read; wait for that, and ask again")
+
+
+def _stamp(path: str) -> object:
+    """A value that changes with the file."""
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):  # reading it says why
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def check_private(path: str | Path, *, group_may: bool = False) -> None:

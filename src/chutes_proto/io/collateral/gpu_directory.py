@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -76,10 +77,15 @@ def make_gpu_directory(path: str | Path) -> Path:
     return Path(path)
 
 
-def read_gpu_roots(directory: str | Path) -> GpuRoots:
-    """Read ``device-root.der`` and ``rim-root.der``. Raises `ConfigurationError`."""
+def gpu_root_files(directory: str | Path) -> tuple[Path, Path]:
+    """The files of the roots for devices and for RIMs in a directory."""
+    return Path(directory) / "device-root.der", Path(directory) / "rim-root.der"
+
+
+def read_gpu_roots(directory: str | Path, read: Callable[[Path], bytes] = read_file) -> GpuRoots:
+    """Read the roots of `gpu_root_files`. Raises `ConfigurationError`."""
     try:
-        device, rim = (read_root(read_file(Path(directory) / f"{name}-root.der")) for name in ("device", "rim"))
+        device, rim = (read_root(read(file)) for file in gpu_root_files(directory))
     except GpuError as exc:
         raise ConfigurationError(f"{directory}: {exc}") from None
     return GpuRoots(device, rim)

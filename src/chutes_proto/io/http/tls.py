@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,9 +46,14 @@ def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None 
     return context
 
 
-def context_trusting(ca_file: str | Path | None, identity: ClientIdentity | None = None) -> ssl.SSLContext:
+def context_trusting(
+    ca_file: str | Path | None,
+    identity: ClientIdentity | None = None,
+    *,
+    read: Callable[[str | Path], bytes] = read_file,
+) -> ssl.SSLContext:
     """Return the `client_context` for the CAs in a file (None: the system's), which a `ConfigurationError` names."""
-    data = None if ca_file is None else read_file(ca_file)
+    data = None if ca_file is None else read(ca_file)
     try:
         return client_context(identity, data)
     except ConfigurationError as exc:

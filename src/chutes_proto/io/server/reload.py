@@ -16,12 +16,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
 from attrs import evolve, frozen
 
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable, QuoteError, StoreError
+from chutes_proto.io.collateral.gpu_directory import gpu_root_files
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import Files, absolute
 from chutes_proto.io.server.setup import ServerSetup, load_config, make_setup
@@ -77,8 +79,11 @@ class Running:
 
 
 def parts_of(setup: ServerSetup) -> dict[str, str]:
-    """The digest (SHA-256) of each part that a reload can replace; secrets are named by what may be shown of them."""
-    config, content = setup.config, setup.files.content
+    """The digest (SHA-256) of each part that a reload can replace.
+
+    A KEK and a hotkey are named by what may be shown of them; of a private key the digest may be.
+    """
+    config, content, callback = setup.config, setup.files.content, setup.service.callback
 
     def digest(*names: str | None) -> str:
         found = [content.get(str((setup.base / name).absolute()), b"") for name in names if name is not None]
@@ -94,8 +99,9 @@ def parts_of(setup: ServerSetup) -> dict[str, str]:
         "hotkeys": _digest([named["hotkeys"], named["blacklist"]]),
         "GPU kinds": _digest(named["gpus"]),
         "collateral": _digest(collateral),
-        "certificate": digest(config.tls.certificate),
-        "admin certificate": digest(config.admin.certificate, config.admin.client_ca),
+        "certificate": digest(config.tls.certificate, config.tls.key),
+        "admin certificate": digest(config.admin.certificate, config.admin.key, config.admin.client_ca),
+        "registration hotkey": "none" if callback is None else callback.hotkey.address,
         "KEK": _digest([key.kek_id for key in setup.service.vault.live]),
         "settings": _digest([settings, digest(config.signing_keys_file)]),
     }
@@ -195,18 +201,25 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
 
 def _keep_files(old: ServerSetup, files: Files) -> tuple[str, ...]:
     """Put the files that go with `_FIXED` into ``files`` as they were; returns the settings of those that differ."""
-    config, differing = old.config, list[str]()
-    for setting, name in (("roots", config.roots), ("gpu_evidence", config.gpu_evidence.policy)):
-        path = None if name is None else absolute(old.base / name)
-        if path is None or (held := old.files.content.get(path)) is None:
-            continue
-        try:
-            is_same = files.read(path) == held
-        except FileUnavailable:
-            is_same = False
-        if not is_same:
-            differing.append(setting)
-        files.content[path] = held  # for new workers, too
+    config, gpus = old.config, old.config.gpu_evidence
+    fixed: dict[str, tuple[str | Path | None, ...]] = {
+        "roots": (config.roots,),
+        "gpu_evidence": (gpus.policy, gpus.ca_file, *(() if gpus.roots is None else gpu_root_files(gpus.roots))),
+        "collateral": (config.collateral.ca_file,),
+    }
+    differing: dict[str, None] = {}
+    for setting, names in fixed.items():
+        for name in names:
+            path = None if name is None else absolute(old.base / name)
+            if path is None or (held := old.files.content.get(path)) is None:
+                continue
+            try:
+                is_same = files.read(path) == held
+            except FileUnavailable:
+                is_same = False
+            if not is_same:
+                differing[setting] = None
+            files.content[path] = held  # for new workers, too
     return tuple(differing)
 
 

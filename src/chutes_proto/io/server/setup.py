@@ -145,7 +145,7 @@ def load_config(path: str | PathLike[str], files: Files) -> ServerConfig:
 def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
     """Read all files that ``config`` names, through ``files``.
 
-    Raises `ConfigurationError` with all problems, one a line.
+    Raises `ConfigurationError` with all problems, one a line, also for a file that changes meanwhile.
     """
     files = Files() if files is None else files
     problems = Problems()
@@ -175,19 +175,19 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
     if config.admin.unix is not None:
         admin_path = str(base / config.admin.unix)
         _ = problems.attempt("admin.unix", lambda: check_socket_path(admin_path))
-    callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
+    callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base, files))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None
     if root is not None and policies is not None:
         grace = policies.collateral_grace
-        collateral = problems.attempt(collateral_key, lambda: _collateral(config, base, root, grace))
-    gpu_roots = problems.attempt("gpu_evidence.roots", lambda: _gpu_roots(config.gpu_evidence, base))
+        collateral = problems.attempt(collateral_key, lambda: _collateral(config, base, files, root, grace))
+    gpu_roots = problems.attempt("gpu_evidence.roots", lambda: _gpu_roots(config.gpu_evidence, base, files))
     gpu_policy = problems.attempt("gpu_evidence.policy", lambda: _gpu_policy(config.gpu_evidence, base, files))
     if gpu_roots is None or gpu_policy is None:
         raise problems.error()
     gpu_files = problems.attempt("gpu_evidence.directory", lambda: _gpu_files(config.gpu_evidence, base, gpu_roots))
     gpus = problems.attempt(
-        "gpu_evidence.ca_file", lambda: _gpu_source(config.gpu_evidence, base, gpu_roots, gpu_policy, gpu_files)
+        "gpu_evidence.ca_file", lambda: _gpu_source(config.gpu_evidence, base, files, gpu_roots, gpu_policy, gpu_files)
     )
     if tls is None or root is None or vault is None or policies is None or hotkeys is None or collateral is None:
         raise problems.error()
@@ -223,6 +223,7 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
         gpu_appraisal=None if gpus is None else GpuAppraisal(gpu_policy, gpu_roots),
         unsafe_networks=config.registration.parsed_networks,
     )
+    files.check_settled()
     place = store_place(config, base, with_mark=True)
     alike = Alike(f"{gethostname()}:{config.path or config.listen}", shared_settings(config, service))
     return ServerSetup(config, service, collateral, tls, admin_tls, place, base, alike, files, not_served, gpus)
@@ -277,11 +278,11 @@ def _proxies(options: ProxyOptions, base: Path, files: Files) -> TrustedProxies:
     )
 
 
-def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
+def _callback(options: RegistrationOptions, base: Path, files: Files) -> Callback | None:
     if options.hotkey_file is None:
         return None
     try:
-        pair = read_hotkey(base / options.hotkey_file)
+        pair = read_hotkey(base / options.hotkey_file, files)
     except LocalProtocolError as exc:  # the file, or sr25519 is not installed
         raise ConfigurationError(str(exc)) from None
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
@@ -313,7 +314,7 @@ def _policies(config: ServerConfig, base: Path, files: Files, profiles: list[Ser
 
 
 def _collateral(
-    config: ServerConfig, base: Path, root: TrustedRoot, grace: int
+    config: ServerConfig, base: Path, files: Files, root: TrustedRoot, grace: int
 ) -> CollateralDirectory | UpstreamCollateral:
     """The source of collateral, which uses what has expired for ``grace`` seconds."""
     options = config.collateral
@@ -335,7 +336,7 @@ def _collateral(
     )
     ca_file = None if options.ca_file is None else base / options.ca_file
     kept = None if options.cache is None else base / options.cache
-    return UpstreamCollateral(cache, context_trusting(ca_file), kept)
+    return UpstreamCollateral(cache, context_trusting(ca_file, read=files.read), kept)
 
 
 def _signing_keys(config: ServerConfig, base: Path, files: Files) -> bytes | None:
@@ -370,19 +371,24 @@ def _gpu_files(options: GpuEvidenceOptions, base: Path, roots: GpuRoots) -> GpuC
 
 
 def _gpu_source(
-    options: GpuEvidenceOptions, base: Path, roots: GpuRoots, policy: GpuPolicy, files: GpuCollateralDirectory | None
+    options: GpuEvidenceOptions,
+    base: Path,
+    files: Files,
+    roots: GpuRoots,
+    policy: GpuPolicy,
+    directory: GpuCollateralDirectory | None,
 ) -> GpuCollateralDirectory | GpuServices | None:
     if not options.rim_services and not options.ocsp_services:
-        return files
+        return directory
     seed = os.urandom(16)
     rims = [GpuService.parse(url) for url in options.rim_services if policy.measurements == "rims"]
     status = [GpuService.parse(url) for url in options.ocsp_services if policy.revocation != "off"]
     return GpuServices(
         rims=RimCache(rims, roots=roots, seed=seed) if rims else None,
         status=StatusCache(status, grace=policy.revocation_grace, seed=seed) if status else None,
-        context=context_trusting(None if options.ca_file is None else base / options.ca_file),
+        context=context_trusting(None if options.ca_file is None else base / options.ca_file, read=files.read),
         directory=None if options.cache is None else base / options.cache,
-        beside=files,
+        beside=directory,
     )
 
 
@@ -411,8 +417,8 @@ def _gpu_policy(options: GpuEvidenceOptions, base: Path, files: Files) -> GpuPol
         raise ConfigurationError(f"{path}: {exc}") from None
 
 
-def _gpu_roots(options: GpuEvidenceOptions, base: Path) -> GpuRoots:
-    return NVIDIA if options.roots is None else read_gpu_roots(base / options.roots)
+def _gpu_roots(options: GpuEvidenceOptions, base: Path, files: Files) -> GpuRoots:
+    return NVIDIA if options.roots is None else read_gpu_roots(base / options.roots, files.read)
 
 
 def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Literal["*"]:

@@ -48,7 +48,10 @@ METRICS_DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
 _VARIABLE: Final = "CHUTES_PROTO_WORKER"
 _SHORT_LIFE: Final = 5.0
 _PAUSE: Final = 1.0
-_ANSWER_SECONDS: Final = 60.0
+_PREPARE_SECONDS: Final = 60.0
+"""How long all workers together may check the files of a reload."""
+_COMMIT_SECONDS: Final = 10.0
+"""How long all workers together may take to replace their set-ups, which is one assignment."""
 
 P = ParamSpec("P")
 
@@ -141,15 +144,24 @@ class _Worker:
     channel: socket
     _numbers: Iterator[int] = field(init=False, factory=count)
 
-    def ask(self, said: str, *descriptors: int) -> dict[str, Any]:
-        """Say something to the worker, and return its answer. Raises `ConfigurationError`.
+    _asked: str = field(init=False, default="")
 
-        An answer to what was said before, which came too late then, is passed over.
+    def ask(self, said: str, *descriptors: int) -> None:
+        """Say something to the worker; `answer` has the rest."""
+        self._asked = f"{said} {next(self._numbers)}"
+        with suppress(OSError):  # it has ended, and its answer says so
+            self.channel.settimeout(0)  # a worker that reads nothing holds nobody up
+            _ = send_fds(self.channel, [self._asked.encode("ascii")], descriptors)
+
+    def answer(self, until: float) -> dict[str, Any]:
+        """Return the answer to what was asked, ``until`` a time of the monotonic clock. Raises `ConfigurationError`.
+
+        An answer to what was asked before, which came too late then, is passed over.
         """
-        said = f"{said} {next(self._numbers)}"
+        said = self._asked
         answer: dict[str, Any] = {"ok": False, "error": "it ended"}
         try:
-            _ = send_fds(self.channel, [said.encode("ascii")], descriptors)
+            self.channel.settimeout(max(0.001, until - time.monotonic()))
             with self.channel.makefile("rb") as lines:
                 answer = next((each for each in map(json.loads, lines) if each["to"] == said), answer)
         except (OSError, ValueError) as exc:
@@ -171,6 +183,8 @@ class Supervisor:
     log: LogWriter
     keeps_metrics: bool
     stop_seconds: float
+    prepare_seconds: float = _PREPARE_SECONDS
+    commit_seconds: float = _COMMIT_SECONDS
     _events: SimpleQueue[tuple[str, object]] = field(init=False, factory=SimpleQueue)
     _workers: list[_Worker] = field(init=False, factory=list)
     _stopping: bool = field(init=False, default=False)
@@ -188,17 +202,27 @@ class Supervisor:
             prepared = prepare(self.running, store, files)
             workers = tuple(self._workers)
             descriptor = _packed(files.content)
-            try:
-                for worker in workers:
-                    if worker.ask("prepare", descriptor)["after"] != prepared.after:
-                        raise ConfigurationError(f"worker {worker.number}: read something else; ask again")
-            finally:
-                os.close(descriptor)
+            for worker in workers:  # all at once, and for all of them one time
+                worker.ask("prepare", descriptor)
+            os.close(descriptor)
+            until = time.monotonic() + self.prepare_seconds
+            problems: list[str] = []
+            for worker in workers:
+                try:
+                    if worker.answer(until)["after"] != prepared.after:
+                        problems.append(f"worker {worker.number}: read something else; ask again")
+                except ConfigurationError as exc:
+                    problems.append(str(exc))
+            if problems:
+                raise ConfigurationError("\n".join(problems))
             if prepared.changes:
                 record(store, caller, prepared)
         for worker in workers:
+            worker.ask("commit")
+        until = time.monotonic() + self.commit_seconds
+        for worker in workers:
             try:
-                _ = worker.ask("commit")
+                _ = worker.answer(until)
             except ConfigurationError:
                 worker.process.kill()  # the one in its place gets the new files
         self.running.replace(prepared.setup)
@@ -234,7 +258,6 @@ class Supervisor:
 
     def _start(self, number: int, life: int, environ: dict[str, str]) -> None:
         ours, theirs = socketpair()
-        ours.settimeout(_ANSWER_SECONDS)
         files = _packed(self.running.setup.files.content)
         said = {
             "number": number,
