@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import h11
@@ -16,7 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chutes_proto.errors import LocalProtocolError
-from chutes_proto.transport.h1 import LAST_CALL_SECONDS, Limits, ServerConnection, peer_address
+from chutes_proto.transport import h1
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, LAST_CALL_SECONDS, Limits, ServerConnection, peer_address
+from chutes_proto.transport.plain import take_plain
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.transport.talk import JSON, Talk, answers, outcome
@@ -535,12 +537,19 @@ def cut(draw: st.DrawFn, data: st.SearchStrategy[bytes]) -> tuple[bytes, list[by
     return whole, [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
 
 
+def by_h11(pieces: Iterable[bytes], limits: Limits = DEFAULT_LIMITS) -> tuple[list[HttpRequest], bytes, bool]:
+    """The outcome where h11 reads every request."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h1, "take_plain", lambda *_: None)
+        return outcome(pieces, limits)
+
+
 @given(cut(st.binary(max_size=400) | st.lists(st.sampled_from(PARTS), max_size=12).map(b"".join)))
 @example((GET + GET[:-2], [GET + GET[:-2]]))
 def test_cuts_change_nothing(data: tuple[bytes, list[bytes]]) -> None:
     whole, pieces = data
     expected = outcome([whole], SMALL)
-    assert expected == outcome(pieces, SMALL) == outcome(bytewise(whole), SMALL)
+    assert expected == outcome(pieces, SMALL) == outcome(bytewise(whole), SMALL) == by_h11([whole], SMALL)
     assert expected[2]
     assert set(re.findall(rb"HTTP/1.1 (\d+)", expected[1])) <= {b"100", b"200", b"400", b"413", b"431"}
 
@@ -582,6 +591,58 @@ def test_every_request_arrives_as_it_was_said(said: list[tuple[HttpRequest, byte
     assert got == [request for request, _ in said]
     assert [answer.status for answer in answers(sent)] == [200] * len(said)
     assert closed
+
+
+# --- the narrow reader before h11 ---
+
+PLAIN = POST + b"X-A:b\r\nX-Empty: \tc d\t \r\nContent-Length: 5\r\n\r\nhello"
+BYTES = [bytes([byte]) for byte in b" \t\r\n:,019/\0\x0b\x7f\x80\xb2"] + [b"", b"\r\n"]
+LINES = [
+    *(b"Host: i", b"Host:", b"Content-Length: 5", b"Content-Length: 05", b"Content-Length: 4", b"content-length:5, 5"),
+    *(b"Transfer-Encoding: chunked", b"transfer-encoding:identity", b"Expect: 100-continue", b"Upgrade: h2c"),
+    *(b"Connection: close", b"CONNECTION: keep-alive", b" folded", b"\tfolded", b"X: \xe9", b"X:", b"X : y", b": y"),
+    *(b"TE: trailers", b"Content-Length : 5", b"Content-Length: +5", b"Content-Length: 5 5", b"Content-Length: 65537"),
+]
+
+
+@st.composite
+def nearly_plain(draw: st.DrawFn) -> bytes:
+    """A few requests, most of them plain but for a line or some bytes."""
+    said: list[bytes] = []
+    for plain in draw(st.lists(st.sampled_from([GET, PLAIN]), min_size=1, max_size=3)):
+        lines = plain.split(b"\r\n")
+        for line in draw(st.lists(st.sampled_from(LINES), max_size=1)):
+            lines.insert(draw(st.integers(1, len(lines) - 2)), line)
+        text = b"\r\n".join(lines)
+        for put in draw(st.lists(st.sampled_from(BYTES), max_size=2)):
+            at = draw(st.integers(0, len(text)))
+            text = text[:at] + put + text[at + draw(st.integers(0, 2)) :]
+        said.append(text)
+    return b"".join(said)
+
+
+@given(cut(nearly_plain()), st.sampled_from([DEFAULT_LIMITS, Limits(head_bytes=len(PLAIN) - 5, body_bytes=5)]))
+def test_a_request_that_is_read_at_once_is_what_h11_reads(data: tuple[bytes, list[bytes]], limits: Limits) -> None:
+    whole, pieces = data
+    assert outcome([whole], limits) == outcome(pieces, limits) == by_h11([whole], limits)
+
+
+def test_whole_and_plain_requests_alone_are_read_at_once() -> None:
+    data = bytearray(PLAIN + GET + PLAIN[:-1])
+    taken = [take_plain(data, 16384, 65536) for _ in range(3)]
+    headers = (("host", "h"), ("x-a", "b"), ("x-empty", "c d"), ("content-length", "5"))
+    assert taken[0] == ("POST", "/servers/vm/luks", headers, b"hello")
+    assert taken[1:] == [("GET", "/servers/nonce", (("host", "h"),), b""), None]
+    assert data == PLAIN[:-1]
+    for line in LINES:
+        unusual = bytearray(PLAIN.replace(b"X-A:b", line))
+        assert take_plain(unusual, 16384, 65536) is None
+
+
+def test_reading_at_once_takes_no_longer_than_the_head_is() -> None:
+    for filler in (b"a:" + b"\t" * 16000, b"a:" + b"b " * 8000, b"a" * 16000, b"a:b\r\n" * 3000):
+        head = bytearray(GET[:-2] + filler + b"\0\r\n\r\n")
+        assert fastest(lambda head=head: take_plain(head, 1 << 20, 1 << 20)) < 0.01  # type: ignore[misc]
 
 
 @given(st.lists(st.sampled_from([GET, GET[:9], b"\r\n\r\n", b"", "expire", "drain", "hand over", "send"]), max_size=12))
