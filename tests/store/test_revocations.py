@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from attrs import evolve, field, frozen
 from chutes_proto.errors import Refused
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import BootRow, Forget, Insert, Read, ReadTimes, Scan, VmRow
+from chutes_proto.store.rows import AuditRow, BootRow, Forget, Insert, Put, Read, ReadTimes, Scan, StoreOp, VmRow
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot, read, sync
-from chutes_proto.units.boot import BootGrant, GrantBoot
 from chutes_proto.units.revocations import (
     NO_REVOCATIONS,
     ReadRevocations,
@@ -40,40 +39,35 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DurableSto
 
 
 @frozen
-class Held(Unit[BootGrant]):
-    """A boot that has checked everything, and waits before its first row."""
+class Held(Unit[Any]):
+    """A unit that waits before its first operation of a kind; a boot that comes to an `Insert` has checked all."""
 
-    boot: GrantBoot
+    unit: Unit[Any]
+    before: type[StoreOp[Any]] = Insert
     inside: threading.Event = field(factory=threading.Event)
     leave: threading.Event = field(factory=threading.Event)
 
-    def script(self) -> Script[BootGrant]:
-        script: Generator[Any, Any, BootGrant] = self.boot.script()
+    @property
+    def ALONE(self) -> bool:  # type: ignore[override]  # noqa: N802
+        return self.unit.ALONE
+
+    def script(self) -> Script[Any]:
+        script: Generator[Any, Any, Any] = self.unit.script()
         reply: Any = None
         while True:
             try:
                 op = script.send(reply)
             except StopIteration as stop:
-                result: BootGrant = stop.value
-                return result
-            if isinstance(op, Insert):
+                return stop.value
+            if isinstance(op, self.before):
                 self.inside.set()
                 assert self.leave.wait(60)
             reply = yield from op
 
 
 def test_a_revocation_waits_for_the_grants_that_it_was_not_seen_by(store: DurableStore) -> None:
-    ended: list[str] = []
-
-    def run(name: str, unit: Unit[Any]) -> Callable[[], None]:
-        def work() -> None:
-            _ = store.transact(unit)
-            ended.append(name)
-
-        return work
-
     held = Held(boot("1"))
-    threads = [threading.Thread(target=run("boot", held)), threading.Thread(target=run("revoke", REVOKE))]
+    threads = [threading.Thread(target=store.transact, args=(unit,)) for unit in (held, REVOKE)]
     threads[0].start()
     assert held.inside.wait(60)
     threads[1].start()
@@ -81,7 +75,8 @@ def test_a_revocation_waits_for_the_grants_that_it_was_not_seen_by(store: Durabl
     held.leave.set()
     for thread in threads:
         thread.join(60)
-    assert ended == ["boot", "revoke"]
+    audit = store.transact(Ask(Scan(AuditRow)))  # in the order in which they were written
+    assert [row.event for row in audit] == ["boot", "vm revoked"]
     (claim,) = store.transact(ReadRevoked("vm", vm=VM))
     assert claim == store.transact(Ask(Scan(VmRow)))[0]
     refused(store, boot("2"))
@@ -89,11 +84,37 @@ def test_a_revocation_waits_for_the_grants_that_it_was_not_seen_by(store: Durabl
 
 def is_waiting(store: Any) -> bool:
     """Whether a unit waits for another one."""
-    if hasattr(store, "_waiting"):
-        return bool(store._waiting)
+    return bool(store._waiting) if hasattr(store, "_waiting") else waiting(store) > 0
+
+
+def waiting(store: Any) -> int:
+    """The number of sessions of PostgreSQL that wait for a lock."""
     with closing(store._connect()) as connection:
         waits = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        return bool(connection.execute(waits).fetchall())
+        return len(connection.execute(waits).fetchall())
+
+
+def test_nothing_begins_beside_a_revocation(empty_schema: str, tmp_path: Path) -> None:
+    """Two that had begun both would wait for each other, until the database ends one of them after a second."""
+    with ExitStack() as opened:
+        places = (StorePlace(empty_schema, tmp_path) for _ in range(3))
+        stores: list[Any] = [opened.enter_context(closing(place.open(migrate=True))) for place in places]
+        second = evolve(REVOKE, version=8, kind="hotkey", subject=VM.hotkey)
+        units = [Held(REVOKE, before=Put), Held(second, before=Put), Held(ReadRevocations(), before=ReadTimes)]
+        threads = [
+            threading.Thread(target=store.transact, args=(unit,)) for store, unit in zip(stores, units, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+            assert units[0].inside.wait(60)
+        _ = wait_until(lambda: waiting(stores[0]) == 2)
+        assert [unit.inside.is_set() for unit in units] == [True, False, False]
+        for unit in units:
+            unit.leave.set()
+        for thread in threads:
+            thread.join(60)
+        assert [dict(store.rollbacks) for store in stores] == [{}, {}, {}]
+        assert len(stores[0].transact(ReadRevocations()).rows) == 2
 
 
 def refused(store: DurableStore, unit: Unit[Any]) -> None:

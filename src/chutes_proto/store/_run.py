@@ -28,11 +28,14 @@ class Unit(Generic[T_co]):
 
     ``READS_COMMITTED`` is the one exception from serializable transactions, for a unit that takes a lock of its own
     first and then moves what others have committed: it sees what they commit meanwhile, and conflicts with none of
-    them. A store that runs one transaction at a time need not look at it.
+    them. A unit that runs ``ALONE`` begins when no other one runs, and none begins before it has ended: so a unit that
+    began before it was committed before it, too, and every later one sees its changes. A store that runs one
+    transaction at a time need not look at either.
     """
 
     __slots__ = ()
     READS_COMMITTED: ClassVar[bool] = False
+    ALONE: ClassVar[bool] = False
 
     def script(self) -> Script[T_co]:
         """A new run of the transaction."""

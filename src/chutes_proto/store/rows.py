@@ -35,7 +35,7 @@ __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
 __all__ += ["NoteWhatIf", "ReadWhatIf", "WhatIf"]
 __all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
-__all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
+__all__ += ["DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["EvidenceRow", "ReadRevoked", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
 __all__ += ["ReadUnsequenced", "Sequence"]
@@ -589,15 +589,6 @@ class Times:
 @frozen
 class ReadTimes(StoreOp[Times]):
     """The times that decide whether a nonce may be redeemed."""
-
-
-@frozen
-class Alone(StoreOp[None]):
-    """Wait until no other unit runs, and let none begin before this one has ended.
-
-    So a unit that began before this change was committed was committed before it, too, and every other one sees it. A
-    backup of the database does not hold it up.
-    """
 
 
 @frozen

@@ -381,7 +381,6 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "serial": "INTEGER",
         "room": "",
         "alone": "",
-        "exclusive": "SELECT 1",  # one unit writes at a time
         "lock": "",
         "number": "1 + abs(random() % 9007199254740991)",
     },
@@ -391,8 +390,6 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "number": "1 + CAST(floor(random() * 9007199254740991) AS BIGINT)",
         # Every unit holds the weakest lock of this table, so none runs beside a migration.
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
-        # The same but for who only reads it outside of units, as a backup does.
-        "exclusive": "LOCK TABLE fact IN EXCLUSIVE MODE",
         "lock": " FOR UPDATE SKIP LOCKED",
         # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
@@ -431,9 +428,7 @@ _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor
 
 def for_driver(statement: str, dialect: Dialect) -> str:
     """``statement`` with the parameter marks of the dialect's driver, and what its database says in its own way."""
-    for name in ("exclusive", "lock"):
-        statement = statement.replace(f"{{{name}}}", _TYPES[dialect][name])
-    statement = statement.replace("{clock}", _CLOCK[dialect])
+    statement = statement.replace("{lock}", _TYPES[dialect]["lock"]).replace("{clock}", _CLOCK[dialect])
     return statement if dialect == "sqlite" else statement.replace("?", "%s")
 
 
@@ -858,7 +853,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _times,
     ),
     # revocations and erasures
-    store.Alone: _query("{exclusive}"),
     store.SetVersion: _query("UPDATE fact SET value = :to WHERE name = 'revocations'"),
     store.ReadRevoked: _query(_select(store.RevocationRow, ""), partial(_sorted, store.RevocationRow)),
     store.DeleteRevocation: _query("DELETE FROM revocation WHERE kind = :kind AND subject = :subject"),

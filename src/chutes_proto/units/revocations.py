@@ -6,7 +6,7 @@ Rules kept here:
   is deleted: its keys are there when it is allowed again;
 * the set is small. A server has it in memory with its version; a unit reads the version in its own transaction, and
   the set too if that is another one. So no unit decides by an old set;
-* a change waits until no unit runs (`Alone`): every grant that is committed later has seen it;
+* a change waits until no unit runs (``ALONE``): every grant that is committed later has seen it;
 * the refusal is final (403): a VM that is shut out must not try again for ever. It concerns who asks, and ends nothing
   that runs.
 """
@@ -14,7 +14,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import ClassVar, Final
 
 from attrs import field, frozen
 
@@ -148,9 +148,10 @@ class Revoke(Unit[None]):
     ends_at: int | None
     reason: str
 
+    ALONE: ClassVar[bool] = True
+
     def script(self) -> Script[None]:
-        """Wait for the units that run; then write row, version and audit."""
-        yield from store.Alone()
+        """Write row, version and audit."""
         row = store.RevocationRow(self.kind, self.subject, self.reason, self.now, self.ends_at)
         yield from store.Put(row)
         yield from store.SetVersion(self.version)

@@ -141,7 +141,10 @@ _HOLDERS: Final = (
 """The statement that lists the sessions with locks on our tables, the oldest transaction first."""
 
 _LOCK_VERSION: Final = "LOCK TABLE fact IN ROW SHARE MODE"
-"""The lock that each unit holds: a migration waits for it, and so does `Alone`, but no backup."""
+"""The lock that each unit holds: a migration waits for it, and so does a unit that runs alone, but no backup."""
+
+_LOCK_ALONE: Final = "LOCK TABLE fact IN EXCLUSIVE MODE"
+"""That of a unit which runs alone, taken at once: two that first had the weaker one would wait for each other."""
 
 _LOCK_READING: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
 """That of a long transaction which grants nothing: only a migration waits for it."""
@@ -377,6 +380,7 @@ class PostgresStore:
         # The lock comes before the reads, so that these see a migration for which the lock waited.
         self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
         self._begin_committed = self._beginning("READ COMMITTED", _LOCK_VERSION, then=READ_VERSION)
+        self._begin_alone = self._beginning("SERIALIZABLE", _LOCK_ALONE, then=READ_VERSION)
         self._begin_reading = self._beginning("SERIALIZABLE", _LOCK_READING, then=READ_VERSION)
         try:
             if migrate:
@@ -398,7 +402,7 @@ class PostgresStore:
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
-        begin = self._begin_committed if unit.READS_COMMITTED else self._begin
+        begin = self._begin_committed if unit.READS_COMMITTED else self._begin_alone if unit.ALONE else self._begin
         return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin)
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
@@ -695,7 +699,7 @@ class PostgresStore:
                 raise self._standby()
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
-            if begin in (self._begin, self._begin_committed, self._begin_reading):
+            if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
                 _ = self._versions(connection).check(more)
                 if timeline != self._timeline:  # another server than the one that was compared last
                     connection.is_looked_at = False

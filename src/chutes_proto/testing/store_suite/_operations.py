@@ -10,7 +10,6 @@ from attrs import evolve
 
 from chutes_proto.store.rows import (
     ROWS,
-    Alone,
     AttestationRow,
     AuditRow,
     AuditWanted,
@@ -486,7 +485,6 @@ def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
         ask(SetHorizon(horizon))
         ask(DecideLoss(horizon))  # it moves nothing that units read
         expect(ask(ReadTimes()).horizon, horizon, "the horizon")
-    ask(Alone())
     ask(SetVersion(1 << 62))
     expect(ask(ReadTimes()).version, 1 << 62, "the version of the revocations")
     clock = ask(ReadTimes()).clock
