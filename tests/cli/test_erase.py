@@ -245,6 +245,12 @@ def test_a_server_says_once_that_it_cannot_note_erasures(site: Site, monkeypatch
         '{"store":"1","erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
         '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
         "[" * 50_000,
+        "1",
+        '{"store":1,"kind":"vm","subject":"v","reason":"r","created_at":1,"ends_at":null}',
+        '{"store":1,"kind":"all","subject":"v","reason":"r","created_at":1,"ends_at":null,"allowed_at":null}',
+        '{"store":1,"kind":"vm","subject":"v","reason":"r","created_at":"1","ends_at":null,"allowed_at":null}',
+        '{"store":1,"kind":"vm","subject":"v","reason":"r","created_at":1,"ends_at":null,"allowed_at":true}',
+        '{"store":1,"kind":"vm","subject":1,"reason":"r","created_at":1,"ends_at":null,"allowed_at":null}',
     ],
 )
 @pytest.mark.parametrize("site", ["sqlite"], indirect=True)
@@ -253,4 +259,4 @@ def test_a_file_that_cannot_be_read_stops_the_server(site: Site, line: str) -> N
     file = marked(site)
     _ = file.write_text(line + "\n")
     ended = site.do("store", "restored", "--reason", "x")
-    assert (ended.code, f"{file}, line 1: not an erasure" in ended.err) == (1, True)
+    assert (ended.code, f"{file}, line 1: neither an erasure nor a revocation" in ended.err) == (1, True)

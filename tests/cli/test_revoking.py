@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from chutes_proto.errors import Refused
+from chutes_proto.io.server.reload import Running
+from chutes_proto.io.server.serving import open_store
+from chutes_proto.store.rows import Vm
 from tests.cli import test_operating
-from tests.cli.test_operating import HOTKEY, Site
+from tests.cli.test_erase import marked, setup_of
+from tests.cli.test_operating import HOTKEY, NOW, Site
 
 site = test_operating.site
 
@@ -65,3 +71,75 @@ def test_wrong_usage_changes_nothing(site: Site, words: tuple[str, ...]) -> None
     site.boot("1")
     assert site.do(*words).code == 2
     assert site.json("revocations")["revocations"] == []
+
+
+def put_back(site: Site) -> None:
+    """Put the backup in place of the store."""
+    for end in ("-wal", "-shm"):
+        (site.directory / f"keys.db{end}").unlink(missing_ok=True)
+    _ = shutil.copy(site.directory / "backup", site.directory / "keys.db")
+
+
+def in_force(site: Site) -> list[tuple[str, str]]:
+    return [(row["subject"].rpartition("/")[2], row["reason"]) for row in site.json("revocations")["revocations"]]
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("how", ["start", "restored"])
+def test_a_restored_store_repeats_what_was_revoked_and_allowed(site: Site, how: str) -> None:
+    """Of VMs 1 to 4 the backup knows that 2 to 4 are revoked; 3 was allowed since, 4 revoked anew, 1 revoked."""
+    file = marked(site)
+    for number in "1234":
+        site.boot(number, vm=Vm(HOTKEY, f"vm-{number}"))
+    for number in "234":
+        told = site.json("vm", "revoke", f"vm-{number}", "--reason", "before")
+    assert told["recorded_in"] == str(file)
+    _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
+    assert site.do("vm", "allow", "vm-3").code == 0
+    for number in "14":
+        assert site.do("vm", "revoke", f"vm-{number}", "--reason", "since").code == 0
+    expected = in_force(site)
+    assert [name for name, _ in expected] == ["vm-1", "vm-2", "vm-4"]
+    kept = file.read_bytes()
+    put_back(site)
+    assert in_force(site) != expected
+    if how == "restored":
+        assert site.json("store", "restored")["revocations_repeated"] == 3
+    else:
+        with open_store(Running(setup_of(site))) as (_, warnings):
+            assert any("3 revocations or ends of one repeated" in warning for warning in warnings)
+    assert in_force(site) == expected
+    with open_store(Running(setup_of(site))) as (_, warnings):
+        assert not any("repeated" in warning for warning in warnings)
+    assert file.read_bytes() == kept
+    events = [row["event"] for row in site.json("audit", "list")["rows"]]
+    assert sorted(event for event in events if "again" in event) == ["vm allowed again", *["vm revoked again"] * 2]
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_what_the_file_alone_knows_is_allowed_again(site: Site) -> None:
+    file = marked(site)
+    site.boot("1")
+    _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
+    assert site.do("vm", "revoke", "vm-1").code == 0
+    put_back(site)
+    assert site.do("vm", "allow", f"{HOTKEY}/vm-1").code == 0
+    put_back(site)
+    with open_store(Running(setup_of(site))):
+        assert in_force(site) == []
+    assert site.do("vm", "revoke", "vm-1").code == 0
+    assert len(file.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_each_change_counts_as_later_than_the_one_before(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in one second, and where the clock of another machine is behind."""
+    _ = marked(site)
+    for at, words in ((NOW, "revoke"), (NOW, "allow"), (NOW - 500, "revoke"), (NOW - 900, "allow")):
+        monkeypatch.setattr("chutes_proto.cli.operator.operating.now", lambda at=at: at)
+        _ = shutil.copy(site.directory / "keys.db", site.directory / "backup") if site.rows() else None
+        assert site.do("hotkey", words, HOTKEY).code == 0
+    assert in_force(site) == []
+    with open_store(Running(setup_of(site))) as (_, warnings):
+        assert not any("repeated" in warning for warning in warnings)
+    assert in_force(site) == []

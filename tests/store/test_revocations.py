@@ -18,8 +18,8 @@ from chutes_proto.store.rows import AuditRow, BootRow, Forget, Insert, Put, Read
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot, read, sync
 from chutes_proto.units.revocations import (
     NO_REVOCATIONS,
+    ReadParty,
     ReadRevocations,
-    ReadRevoked,
     Revoke,
     check_boot_allowed,
     subject_of,
@@ -77,7 +77,7 @@ def test_a_revocation_waits_for_the_grants_that_it_was_not_seen_by(store: Durabl
         thread.join(60)
     audit = store.transact(Ask(Scan(AuditRow)))  # in the order in which they were written
     assert [row.event for row in audit] == ["boot", "vm revoked"]
-    (claim,) = store.transact(ReadRevoked("vm", vm=VM))
+    (claim,) = store.transact(ReadParty("vm", vm=VM))
     assert claim == store.transact(Ask(Scan(VmRow)))[0]
     refused(store, boot("2"))
 

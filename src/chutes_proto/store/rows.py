@@ -35,8 +35,8 @@ __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
 __all__ += ["NoteWhatIf", "ReadWhatIf", "WhatIf"]
 __all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
-__all__ += ["DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
-__all__ += ["EvidenceRow", "ReadRevoked", "RevocationRow", "SetVersion"]
+__all__ += ["EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
+__all__ += ["EvidenceRow", "ReadRevocation", "ReadRevoked", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
 __all__ += ["ReadUnsequenced", "Sequence"]
 
@@ -458,7 +458,8 @@ Revocable: TypeAlias = Literal["vm", "hotkey", "platform"]
 class RevocationRow:
     """An operator's revocation of a party, until ``ends_at`` or, if that is None, for good.
 
-    ``subject`` is ``HOTKEY/NAME`` of a VM, a hotkey, or a platform as a `Pin` prints itself.
+    ``subject`` is ``HOTKEY/NAME`` of a VM, a hotkey, or a platform as a `Pin` prints itself. The row stays when the
+    party is allowed again, at ``allowed_at``: so a store that lacks the change can be told from one that never had it.
     """
 
     TABLE: ClassVar[str] = "revocation"
@@ -469,6 +470,12 @@ class RevocationRow:
     reason: str
     created_at: int
     ends_at: int | None
+    allowed_at: int | None = None
+
+    @property
+    def changed_at(self) -> int:
+        """The time of the last change: of two rows about one party, the later one holds."""
+        return self.created_at if self.allowed_at is None else self.allowed_at
 
 
 @frozen
@@ -600,12 +607,15 @@ class SetVersion(StoreOp[None]):
 
 @frozen
 class ReadRevoked(StoreOp[tuple[RevocationRow, ...]]):
-    """All revocations, in the order of their keys. They are few: a boot reads them within the time of a unit."""
+    """All revocations but of parties that were allowed again, in the order of their keys.
+
+    They are few: a boot reads them within the time of a unit.
+    """
 
 
 @frozen
-class DeleteRevocation(StoreOp[None]):
-    """Delete a revocation."""
+class ReadRevocation(StoreOp[RevocationRow | None]):
+    """The row about one party, also if it was allowed again."""
 
     kind: Revocable
     subject: str

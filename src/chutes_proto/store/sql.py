@@ -221,6 +221,7 @@ CREATE TABLE revocation (
   reason TEXT NOT NULL,
   created_at BIGINT NOT NULL,
   ends_at BIGINT,
+  allowed_at BIGINT,
   PRIMARY KEY (kind, subject)
 );
 CREATE TABLE evidence (
@@ -854,8 +855,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     ),
     # revocations and erasures
     store.SetVersion: _query("UPDATE fact SET value = :to WHERE name = 'revocations'"),
-    store.ReadRevoked: _query(_select(store.RevocationRow, ""), partial(_sorted, store.RevocationRow)),
-    store.DeleteRevocation: _query("DELETE FROM revocation WHERE kind = :kind AND subject = :subject"),
+    store.ReadRevoked: _all(store.RevocationRow, "allowed_at IS NULL"),
+    store.ReadRevocation: _one(store.RevocationRow, "kind = :kind AND subject = :subject"),
     store.ReadClaims: _either(
         lambda op: op.pin.kind == "ppid",
         _all(store.VmRow, "ppid = :pin.value"),

@@ -7,6 +7,8 @@ Rules kept here:
 * the set is small. A server has it in memory with its version; a unit reads the version in its own transaction, and
   the set too if that is another one. So no unit decides by an old set;
 * a change waits until no unit runs (``ALONE``): every grant that is committed later has seen it;
+* a party that is allowed again keeps its row, with the time. So each change can be told from an older one, and a store
+  that came back from a backup repeats those that it has lost (``io/stores/erasures.py``);
 * the refusal is final (403): a VM that is shut out must not try again for ever. It concerns who asks, and ends nothing
   that runs.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.quote._terms import rfc3339
@@ -80,7 +82,7 @@ NO_REVOCATIONS: Final = Revocations()
 
 def is_in_force(row: store.RevocationRow, now: int) -> bool:
     """Return whether a revocation has not ended."""
-    return row.ends_at is None or now < row.ends_at
+    return row.allowed_at is None and (row.ends_at is None or now < row.ends_at)
 
 
 def told_end(row: store.RevocationRow) -> str:
@@ -152,7 +154,8 @@ class Revoke(Unit[None]):
 
     def script(self) -> Script[None]:
         """Write row, version and audit."""
-        row = store.RevocationRow(self.kind, self.subject, self.reason, self.now, self.ends_at)
+        at = yield from _change_at(self.now, self.kind, self.subject)
+        row = store.RevocationRow(self.kind, self.subject, self.reason, at, self.ends_at)
         yield from store.Put(row)
         yield from store.SetVersion(self.version)
         yield from _audit(self.now, f"{self.kind} revoked", f"{self.reason}; {told_end(row)}", self.subject)
@@ -169,20 +172,53 @@ class Allow(Unit[store.RevocationRow]):
     reason: str
 
     def script(self) -> Script[store.RevocationRow]:
-        """Delete the row; write version and audit."""
-        rows = yield from store.ReadRevoked()
-        row = Revocations.of(0, rows).rows.get((self.kind, self.subject))
-        if row is None:
+        """Note it in the row; write version and audit."""
+        row = yield from store.ReadRevocation(self.kind, self.subject)
+        if row is None or row.allowed_at is not None:
             text = f"{self.kind} {self.subject} is not revoked; `chutes-proto revocations` shows what is"
             raise Refused(Code.KEY_NOT_FOUND, text)
-        yield from store.DeleteRevocation(self.kind, self.subject)
+        at = yield from _change_at(self.now, self.kind, self.subject)
+        yield from store.Put(evolve(row, allowed_at=at))
         yield from store.SetVersion(self.version)
         yield from _audit(self.now, f"{self.kind} allowed", self.reason, self.subject)
         return row
 
 
 @frozen
-class ReadRevoked(Unit[tuple[store.VmRow, ...]]):
+class RepeatRevocation(Unit[bool]):
+    """Do a revocation, or the end of one, again, unless the store has that change or a later one of the party.
+
+    Returns whether it was repeated.
+    """
+
+    now: int
+    version: int
+    row: store.RevocationRow
+
+    ALONE: ClassVar[bool] = True
+
+    def script(self) -> Script[bool]:
+        """Compare the times; write row, version and audit."""
+        row = self.row
+        there = yield from store.ReadRevocation(row.kind, row.subject)
+        if there is not None and there.changed_at >= row.changed_at:
+            return False
+        yield from store.Put(row)
+        yield from store.SetVersion(self.version)
+        done = f"{row.kind} {'revoked' if row.allowed_at is None else 'allowed'} again"
+        reason = f"since {rfc3339(row.changed_at)}; repeated, because the store had lost that: {row.reason}"
+        yield from _audit(self.now, done, reason, row.subject)
+        return True
+
+
+def _change_at(now: int, kind: store.Revocable, subject: str) -> Script[int]:
+    """The time of a change, later than that of the one before: operators' clocks differ."""
+    there = yield from store.ReadRevocation(kind, subject)
+    return now if there is None else max(now, there.changed_at + 1)
+
+
+@frozen
+class ReadParty(Unit[tuple[store.VmRow, ...]]):
     """The VMs that are bound to a platform and that a revocation concerns: they may run."""
 
     kind: store.Revocable

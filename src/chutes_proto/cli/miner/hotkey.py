@@ -14,7 +14,7 @@ from chutes_proto.cli.operator import operating, revoking
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, Refused
 from chutes_proto.io.files import read_file
-from chutes_proto.units.revocations import ReadRevoked
+from chutes_proto.units.revocations import ReadParty
 
 
 class _HotkeyCommand(Command):
@@ -109,7 +109,7 @@ def revoke_command(address: str, until: int | None, reason: str, config: str) ->
     See also: hotkey allow, revocations, vm revoke
     """
     hotkey = _of_operator(address)
-    return revoking.revoke("hotkey", hotkey, ReadRevoked("hotkey", hotkey=hotkey), until, reason, config)
+    return revoking.revoke("hotkey", hotkey, ReadParty("hotkey", hotkey=hotkey), until, reason, config)
 
 
 @command.command("allow", cls=OperatorCommand)

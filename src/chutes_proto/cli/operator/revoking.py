@@ -15,9 +15,11 @@ from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server.store_setup import erasures_file
+from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Pin, Revocable, RevocationRow, Scan, VmRow
-from chutes_proto.units.revocations import Allow, ReadRevoked, Revoke, is_in_force, told_end
+from chutes_proto.store.rows import Pin, ReadRevoked, Revocable, RevocationRow, VmRow
+from chutes_proto.units.revocations import Allow, ReadParty, Revoke, is_in_force, told_end
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,28 +41,36 @@ def new_version() -> int:
     return 1 + secrets.randbits(62)
 
 
-def revoke(kind: Revocable, subject: str, who: ReadRevoked, until: int | None, reason: str, config: str) -> int:
+def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, reason: str, config: str) -> int:
     """Revoke a party, and list the VMs that may run; the result is the exit code."""
     now = operating.now()
     if until is not None and until <= now:
         raise ConfigurationError("--until: it is not in the future, so nothing would be revoked; say a later time")
-    with operating.opened(config) as (_, store):
+    with operating.opened(config) as (setup, store):
         store.transact(Revoke(now, new_version(), kind, subject, until, reason))
         running = store.transact(who)
+        file = erasures_file(setup.config)
+        _ = keep_erasures(store, file)
 
     def people() -> None:
         row = RevocationRow(kind, subject, reason, now, until)
         console.say(f"{kind} {subject} is revoked {told_end(row)}; a VM of it that runs goes on until it is stopped")
+        if file is None:
+            output.prose("a restored backup does not know it: set store.mark_file, and it is repeated", "warn")
         output.table(_MAY_RUN, running, empty="no VM of it is bound to a platform")
 
     told = {"ok": True, "kind": kind, "subject": subject, "ends_at": until}
+    told["recorded_in"] = None if file is None else str(file)
     return answer({**told, "vms": [*map(_claim, running)]}, people)
 
 
 def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
     """Undo a revocation; the result is the exit code."""
-    with operating.opened(config) as (_, store):
+    with operating.opened(config) as (setup, store):
+        file = erasures_file(setup.config)
+        _ = keep_erasures(store, file)  # in a store that was restored it may be what the file alone knows
         _ = store.transact(Allow(operating.now(), new_version(), kind, subject, reason))
+        _ = keep_erasures(store, file)
     return operating.done(f"{kind} {subject} may boot again; start its VMs that were refused")
 
 
@@ -120,7 +130,7 @@ def revoke_platform(ppid: bytes | None, instance: bytes | None, until: int | Non
     See also: platform allow, revocations, vm revoke
     """
     pin = _pin(ppid, instance)
-    return revoke("platform", str(pin), ReadRevoked("platform", pin=pin), until, reason, config)
+    return revoke("platform", str(pin), ReadParty("platform", pin=pin), until, reason, config)
 
 
 @platform.command("allow")
@@ -162,7 +172,7 @@ def revocations(config: str) -> int:
     See also: vm revoke, hotkey revoke, platform revoke
     """
     with operating.opened(config) as (_, store):
-        rows = store.transact(Ask(Scan(RevocationRow)))
+        rows = store.transact(Ask(ReadRevoked()))
     return operating.answer_rows("revocations", rows, _members, _COLUMNS, "nothing is revoked", {"REASON": "STATE"})
 
 

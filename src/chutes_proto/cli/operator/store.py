@@ -223,7 +223,7 @@ def _decided(
         raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
     path = None if config is None else erasures_file(ServerConfig.load(config))
     with closing(place.open()) as opened:
-        repeated, keys = keep_erasures(opened, path)
+        repeated = keep_erasures(opened, path)
         done = opened.transact(StoreRestored(operating.now(), reason, event))
     again = f"boots are granted again after {rfc3339(done.horizon)}"
     return _told(
@@ -232,8 +232,9 @@ def _decided(
             "restored" if event == "store restored" else "accepted": f"all earlier nonces and tokens are void; {again}",
             "nonce_horizon": rfc3339(done.horizon),
             "nonce_horizon_before": rfc3339(done.before),
-            "vms_erased_again": repeated,
-            "keys_erased_again": keys,
+            "vms_erased_again": repeated.vms,
+            "keys_erased_again": repeated.keys,
+            "revocations_repeated": repeated.revocations,
         }
     )
 

@@ -31,16 +31,15 @@ from chutes_proto.store.rows import (
     ReadAll,
     ReadFleet,
     ReadPage,
+    ReadRevoked,
     ReadUnclaimed,
-    RevocationRow,
-    Scan,
     Vm,
     VmRow,
     VolumeRow,
 )
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.operator import BindVm, PurgeBoots, RebindVm
-from chutes_proto.units.revocations import ReadRevoked, subject_of
+from chutes_proto.units.revocations import ReadParty, subject_of
 
 command: Group = Group(
     "vm",
@@ -212,7 +211,7 @@ def revoke_vm(vm: str, until: int | None, reason: str, config: str) -> int:
     """
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm, new=True)
-    return revoking.revoke("vm", subject_of(named), ReadRevoked("vm", vm=named), until, reason, config)
+    return revoking.revoke("vm", subject_of(named), ReadParty("vm", vm=named), until, reason, config)
 
 
 @command.command("allow")
@@ -228,7 +227,7 @@ def allow_vm(vm: str, reason: str, config: str) -> int:
     See also: vm revoke, revocations
     """
     with operating.opened(config) as (_, store):
-        revoked = store.transact(Ask(Scan(RevocationRow)))
+        revoked = store.transact(Ask(ReadRevoked()))
         names = {
             row.subject for row in revoked if row.kind == "vm" and vm in (row.subject, row.subject.partition("/")[2])
         }

@@ -15,7 +15,7 @@ from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 
 import anyio
-from attrs import define
+from attrs import asdict, define
 
 from chutes_proto import __version__
 from chutes_proto._error import ChutesError
@@ -173,12 +173,11 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
         different = [str(each) for each in find_differences(store, setup.alike)]
         if different and setup.config.store.different_configuration == "refuse":
             raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}")
-        repeated, keys = keep_erasures(store, erasures_file(setup.config))
+        repeated = keep_erasures(store, erasures_file(setup.config))
         store.keep_mark()
-        again = f"erasures: {repeated} VMs were erased again, because the store had lost that; {keys} keys destroyed"
         with sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
-            found = [*([again] if repeated else []), *(str(finding) for finding in store_findings(store))]
-            yield store, [*found, *different]
+            found = [f"erasures: {repeated}"] if repeated else []
+            yield store, [*found, *(str(finding) for finding in store_findings(store)), *different]
 
 
 @asynccontextmanager
@@ -245,7 +244,7 @@ async def _watching(
 
 
 async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[[Record], None]) -> None:
-    """Note erasures of the store in the file of this server, and repeat those that the store has lost."""
+    """Note erasures and revocations in the file of this server, and repeat those that the store has lost."""
     path, seen, failed = erasures_file(setup.config), setup.service.revoked.now.version, ""
     while path is not None:
         await anyio.sleep(WATCH_SECONDS)
@@ -253,7 +252,7 @@ async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[
         if version == seen:
             continue
         try:
-            repeated, keys = await anyio.to_thread.run_sync(keep_erasures, store, path, abandon_on_cancel=True)
+            repeated = await anyio.to_thread.run_sync(keep_erasures, store, path, abandon_on_cancel=True)
             seen, failed = version, ""
         except StoreError as exc:
             if str(exc) != failed:  # it is tried again every second
@@ -261,7 +260,7 @@ async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[
                 log(Record(Level.ERROR, "erasures_not_kept", {"error": failed}))
             continue
         if repeated:
-            log(Record(Level.WARNING, "erasures_repeated", {"vms": repeated, "keys": keys}))
+            log(Record(Level.WARNING, "erasures_repeated", asdict(repeated)))
 
 
 async def _log_ends(running: Running, log: Callable[[Record], None]) -> None:

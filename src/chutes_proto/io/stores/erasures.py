@@ -1,11 +1,13 @@
-"""The erasures of a store in a file beside its mark: a store that comes back from a backup repeats them.
+"""Erasures and revocations in a file beside the mark of a store: one that comes back from a backup repeats them.
 
 Rules kept here:
 
-* a server, and each command that erases, adds what the store has to the file, and erases again what the file has and
-  the store has not; before a server serves, and before `store restored` lets others go on;
-* the file is replaced as a whole or not at all, and only ever grows. A line is one erasure; one that cannot be read is
-  an error that names the file: an erasure that is skipped would bring keys back;
+* a server, and each command that erases, revokes or allows, adds what the store has to the file, and does again what
+  the file has and the store has not; before a server serves, and before `store restored` lets others go on;
+* the file is replaced as a whole or not at all, and loses nothing. A line is one erasure, or the last change of one
+  party's revocation; one that cannot be read is an error that names the file: a line that is skipped would bring keys
+  back, or a VM;
+* of two changes of a party's revocation the later one holds, whether it is in the file or in the store;
 * a line has the number of its store. Those of another store stay in the file and erase nothing: the other may have a
   VM of the same name, whose keys were never erased.
 """
@@ -19,20 +21,52 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, get_args
+
+from attrs import asdict, define, frozen
 
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.files import read_lines, write_file
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ErasureRow, Scan, Vm
+from chutes_proto.store.rows import ErasureRow, Revocable, RevocationRow, Scan, Vm
 from chutes_proto.units.erasure import RepeatErasure, through_of
+from chutes_proto.units.revocations import RepeatRevocation
 
 LONGEST: Final = 64 * 1024
 """The most bytes of a line."""
 _BLOCK: Final = 1 << 20
-_MEMBERS: Final = {"store", "erasure_id", "hotkey", "vm", "erased_at", "through"}
+_ERASURE: Final = {"store", "erasure_id", "hotkey", "vm", "erased_at", "through"}
+_REVOCATION: Final = {"store", "kind", "subject", "reason", "created_at", "ends_at", "allowed_at"}
+_Party: TypeAlias = tuple[Revocable, str]
+
+
+@frozen
+class Repeated:
+    """The erasures and the changes of revocations that were done again, and how many keys that destroyed."""
+
+    vms: int = 0
+    keys: int = 0
+    revocations: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.vms or self.revocations)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.vms} VMs were erased again, {self.keys} keys of them destroyed, and {self.revocations} revocations"
+            " or ends of one repeated, because the store had lost that"
+        )
+
+
+@define
+class _Noted:
+    """The lines of a file: of one store by what they are about, of others as they are."""
+
+    erasures: dict[str, ErasureRow]
+    revocations: dict[_Party, RevocationRow]
+    others: list[bytes]
 
 
 def file_beside(mark_file: Path) -> Path:
@@ -40,32 +74,45 @@ def file_beside(mark_file: Path) -> Path:
     return mark_file.with_name(f"{mark_file.name}.erasures")
 
 
-def keep_erasures(store: DurableStore, path: Path | None) -> tuple[int, int]:
-    """Repeat in ``store`` the erasures of the file, and add those of the store to it.
+def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
+    """Repeat in ``store`` the erasures and revocations of the file, and add those of the store to it.
 
-    Returns how many erasures were repeated, and how many keys that destroyed. Raises `StoreError` also for a file that
-    cannot be read or written.
+    Raises `StoreError` also for a file that cannot be read or written.
     """
     if path is None:
-        return 0, 0
-    known, others = _read(path, store.store_id)
-    repeated = keys = 0
-    there = {row.erasure_id: row for row in store.transact(Ask(Scan(ErasureRow)))}
-    for record in known.values():
-        if record.erasure_id in there:
+        return Repeated()
+    noted = _read(path, store.store_id)
+    vms = keys = revocations = 0
+    erased = {row.erasure_id: row for row in store.transact(Ask(Scan(ErasureRow)))}
+    for record in noted.erasures.values():
+        if record.erasure_id in erased:
             continue
-        erased = store.transact(RepeatErasure(int(time.time()), 1 + secrets.randbits(62), record))
-        repeated, keys = repeated + (erased is not None), keys + (erased or 0)
-    if there.keys() - known.keys():
-        lines = [json.dumps(_plain(row, store.store_id)).encode() for row in {**known, **there}.values()]
-        try:
-            write_file(path, b"".join(line + b"\n" for line in (*others, *lines)), mode=0o600)
-            owner = path.parent.stat()
-            if os.geteuid() == 0:  # an operator's command; the server must be able to read it
-                os.chown(path, owner.st_uid, owner.st_gid)
-        except (ConfigurationError, OSError) as exc:
-            raise StoreError(f"erasures: {path}: {exc}") from None
-    return repeated, keys
+        destroyed = store.transact(RepeatErasure(int(time.time()), 1 + secrets.randbits(62), record))
+        vms, keys = vms + (destroyed is not None), keys + (destroyed or 0)
+    changed = {(row.kind, row.subject): row for row in store.transact(Ask(Scan(RevocationRow)))}
+    for party, row in noted.revocations.items():
+        there = changed.get(party)
+        if there is None or there.changed_at < row.changed_at:
+            unit = RepeatRevocation(int(time.time()), 1 + secrets.randbits(62), row)
+            revocations += store.transact(unit)
+            changed[party] = row
+    if erased.keys() - noted.erasures.keys() or changed != noted.revocations:
+        noted.erasures |= erased
+        noted.revocations = changed
+        _write(path, noted, store.store_id)
+    return Repeated(vms, keys, revocations)
+
+
+def _write(path: Path, noted: _Noted, store_id: int) -> None:
+    lines = [json.dumps(_plain(row, store_id)).encode() for row in noted.erasures.values()]
+    lines += [json.dumps({"store": store_id, **asdict(row)}).encode() for row in noted.revocations.values()]
+    try:
+        write_file(path, b"".join(line + b"\n" for line in (*noted.others, *lines)), mode=0o600)
+        owner = path.parent.stat()
+        if os.geteuid() == 0:  # an operator's command; the server must be able to read it
+            os.chown(path, owner.st_uid, owner.st_gid)
+    except (ConfigurationError, OSError) as exc:
+        raise StoreError(f"erasures: {path}: {exc}") from None
 
 
 def _plain(row: ErasureRow, store_id: int) -> dict[str, object]:
@@ -73,33 +120,51 @@ def _plain(row: ErasureRow, store_id: int) -> dict[str, object]:
     return {**members, "erased_at": row.erased_at, "through": row.through}
 
 
-def _read(path: Path, store_id: int) -> tuple[dict[str, ErasureRow], list[bytes]]:
-    """Read the erasures of a store by their ids, and the lines of other stores as they are."""
+def _read(path: Path, store_id: int) -> _Noted:
+    """Read the lines of a store, and keep those of other stores as they are."""
     try:
         lines = [*read_lines(path, limit=LONGEST)] if path.exists() else []
     except (ConfigurationError, OSError) as exc:
         raise StoreError(f"erasures: {path}: {exc}") from None
-    found: dict[str, ErasureRow] = {}
-    others: list[bytes] = []
+    noted = _Noted({}, {}, [])
     for number, line in enumerate(lines, 1):
         try:
             told: Any = json.loads(line)
-            if told.keys() != _MEMBERS:
-                raise ValueError(told)
-            texts = (told["erasure_id"], told["hotkey"], told["vm"], told["through"])
-            numbers = (told["store"], told["erased_at"])
-            if not all(type(text) is str for text in texts) or not all(type(one) is int for one in numbers):
-                raise ValueError(told)
-            row = ErasureRow(told["erasure_id"], Vm(told["hotkey"], told["vm"]), told["erased_at"], told["through"])
-            _ = through_of(row)
-        except (ValueError, AttributeError, RecursionError):
-            text = f"erasures: {path}, line {number}: not an erasure; restore the file, or remove the line if you know"
-            raise StoreError(f"{text} what it was") from None
-        if told["store"] == store_id:
-            found[row.erasure_id] = row
+            row = _erasure(told) if "erasure_id" in told else _revocation(told)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            text = f"erasures: {path}, line {number}: neither an erasure nor a revocation; restore the file, or remove"
+            raise StoreError(f"{text} the line if you know what it was") from None
+        if told["store"] != store_id:
+            noted.others.append(line.strip())
+        elif isinstance(row, ErasureRow):
+            noted.erasures[row.erasure_id] = row
         else:
-            others.append(line.strip())
-    return found, others
+            noted.revocations[row.kind, row.subject] = row
+    return noted
+
+
+def _erasure(told: Any) -> ErasureRow:
+    """The erasure of a line. Raises `ValueError`, or as Python does, for another form."""
+    _check(told, _ERASURE, "erasure_id hotkey vm through", "store erased_at")
+    row = ErasureRow(told["erasure_id"], Vm(told["hotkey"], told["vm"]), told["erased_at"], told["through"])
+    _ = through_of(row)
+    return row
+
+
+def _revocation(told: Any) -> RevocationRow:
+    """The revocation of a line. Raises as `_erasure` does."""
+    times = [name for name in ("ends_at", "allowed_at") if told[name] is not None]
+    _check(told, _REVOCATION, "kind subject reason", " ".join(("store", "created_at", *times)))
+    if told["kind"] not in get_args(Revocable):
+        raise ValueError(told)
+    return RevocationRow(**{name: value for name, value in told.items() if name != "store"})
+
+
+def _check(told: Any, members: set[str], texts: str, numbers: str) -> None:
+    if told.keys() != members or not all(type(told[name]) is str for name in texts.split()):
+        raise ValueError(told)
+    if not all(type(told[name]) is int for name in numbers.split()):
+        raise ValueError(told)
 
 
 def scrub(place: StorePlace, erased: Sequence[bytes]) -> list[Path]:

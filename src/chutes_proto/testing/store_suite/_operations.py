@@ -24,7 +24,6 @@ from chutes_proto.store.rows import (
     CountStates,
     DecideLoss,
     Delete,
-    DeleteRevocation,
     DeleteServer,
     EraseGeneration,
     ErasureRow,
@@ -71,6 +70,7 @@ from chutes_proto.store.rows import (
     ReadOtherwiseSealed,
     ReadPage,
     ReadRetired,
+    ReadRevocation,
     ReadRevoked,
     ReadTile,
     ReadTimes,
@@ -181,7 +181,7 @@ _INSERTED = (
     _REFUSAL,
     evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1", tcb_status="SWHardeningNeeded"),
     RevocationRow("hotkey", VM.hotkey, "leaked", NOW, NOW + 60),
-    RevocationRow("vm", "hotkey/name", "left", NOW, None),
+    RevocationRow("vm", "hotkey/name", "left", NOW, None, NOW + 1),
     ErasureRow("e1", VM, NOW, "{}"),
     EvidenceRow("refused p 0", VM, "a1", "tcb_rejected", bytes(5000), "{}", NOW),
     EvidenceRow("vm h/n", VM, "b0", None, b"\0\xff", "{}", NOW),
@@ -358,8 +358,11 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     for each in (evolve(revoked, kind="vm"), revoked, evolve(revoked, ends_at=NOW)):
         ask(Put(each))
     expect(ask(Scan(RevocationRow)), (evolve(revoked, ends_at=NOW), evolve(revoked, kind="vm")), "revocations")
-    ask(DeleteRevocation("platform", revoked.subject))
-    expect(ask(ReadRevoked()), (evolve(revoked, kind="vm"),), "revocations after one was deleted")
+    allowed = evolve(revoked, allowed_at=NOW + 1)
+    ask(Put(allowed))
+    expect(ask(ReadRevoked()), (evolve(revoked, kind="vm"),), "revocations after one was undone")
+    expect(ask(ReadRevocation("platform", revoked.subject)), allowed, "a revocation that was undone")
+    expect(ask(ReadRevocation("hotkey", revoked.subject)), None, "no revocation")
     ask(Insert(_HOST))
     ask(Put(evolve(_HOST, name="8xh200")))
     ask(Insert(evolve(_HOST, fingerprint="00" * 32, created_at=NOW + 1)))
