@@ -66,7 +66,7 @@ def test_a_good_configuration_lacks_nothing(command: Command, site: Path) -> Non
     assert ended.code == 0
     assert "certificate: " in ended.out
     assert "server.pem expires in " in ended.out
-    assert re.search(r"\.json expires in (29|30) days, at 2", ended.out)
+    assert re.search(r"\.json\) expires in (29|30) days, at 2", ended.out)
     assert "problem" not in ended.out
 
 

@@ -37,8 +37,8 @@ def states(health: Health) -> dict[str, str]:
 
 
 def test_a_certificate_is_noted_before_it_ends_and_a_problem_afterwards(setup: ServerSetup, store: SqliteStore) -> None:
-    end = read_health(setup, store).certificate_end
-    assert end is not None
+    (certificate,) = read_health(setup, store).ends_of("certificate")
+    end = certificate.end
     for at, state in ((end - 60 * DAY, "ok"), (end - DAY, "note"), (end, "problem"), (0, "problem")):
         health = read_health(setup, store, at)
         assert (states(health)["certificate"], health.is_ready) == (state, state != "problem")
@@ -52,13 +52,26 @@ def test_a_certificate_that_cannot_be_read_again_is_noted(setup: ServerSetup, st
         assert (states(health)["certificate"], health.is_ready) == ("note", True)
 
 
+def test_a_certificate_that_was_renewed_and_not_loaded_does_not_hide_the_end_of_the_loaded_one(
+    setup: ServerSetup, store: SqliteStore
+) -> None:
+    (certificate,) = read_health(setup, store).ends_of("certificate")
+    write_server(setup.base, SimulatedPlatform(bytes(32)), int(time.time()))
+    waiting, ended = (read_health(setup, store, at) for at in (None, certificate.end))
+    (told,) = [finding for finding in waiting.findings if finding.what == "certificate"]
+    assert (told.state, "server.pem is not the loaded one" in told.detail) == ("note", True)
+    assert told.remedy == "chutes-proto reload"
+    assert states(ended)["certificate"] == "problem"
+
+
 def test_collateral_that_has_expired_is_named(setup: ServerSetup, store: SqliteStore) -> None:
     now = read_health(setup, store)
     assert states(now)["collateral"] == "ok"
-    (family, (_, end)), *_ = now.collateral.items()
-    later = read_health(setup, store, end + 1)
-    assert states(later)["collateral"] == "note"
-    assert family in next(finding.detail for finding in later.findings if finding.what == "collateral")
+    (family,) = now.ends_of("collateral")
+    for at in (family.end - DAY, family.end + 1):
+        later = read_health(setup, store, at)
+        (told,) = [finding for finding in later.findings if finding.what == "collateral"]
+        assert (told.state, family.name in told.detail, later.is_ready) == ("note", True, True)
 
 
 def test_a_store_that_cannot_be_asked_is_a_problem(setup: ServerSetup, store: SqliteStore) -> None:

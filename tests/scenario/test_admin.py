@@ -70,7 +70,7 @@ def test_it_tells_what_happened_and_names_no_vm(premises: Premises) -> None:
         assert admin.get("/livez").text == "ok\n"
         found = checks(admin)
         assert {check: each["state"] for check, each in found.items()} == dict.fromkeys(
-            ["store", "clock", "certificate", "collateral"], "ok"
+            ["store", "clock", "certificate", "collateral", "profile", "kek"], "ok"
         )
         counted = series(admin)
         assert counted["requests_total", "", "verify_boot_attestation", "200"] == 1

@@ -30,8 +30,8 @@ tests:
         values: '0 0 2x10'
       - series: 'chutes_proto_requests_total{operation="verify_boot_attestation", status="503", code="draining"}'
         values: '0+60x20'
-      - series: 'chutes_proto_collateral_expires_timestamp_seconds{family="f", instance="a"}'
-        values: '250000x20'
+      - series: 'chutes_proto_check{instance="a", check="collateral"}'
+        values: '0 1x20'
     alert_rule_test:
       - {eval_time: 1m, alertname: KeyServerCheck, exp_alerts: []}
       - eval_time: 6m
@@ -46,11 +46,13 @@ tests:
         exp_alerts:
           - exp_labels: {severity: page, code: draining}
             exp_annotations: {summary: " answers boots with draining", runbook: "monitor.md#bootsfail"}
-      - eval_time: 1m
-        alertname: CollateralExpires
+      - eval_time: 12m
+        alertname: EndsSoon
         exp_alerts:
-          - exp_labels: {severity: ticket, family: f, instance: a}
-            exp_annotations: {summary: collateral of f ends within 3 days, runbook: "monitor.md#collateralexpires"}
+          - exp_labels: {severity: ticket, instance: a, check: collateral}
+            exp_annotations:
+              summary: "a: collateral ends soon, has ended, or cannot be used"
+              runbook: monitor.md#endssoon
 """
 
 

@@ -233,7 +233,8 @@ class Cache(ABC, Generic[K, S, V, R_co]):
 
     def held(self) -> tuple[V, ...]:
         """All cached collateral, valid or not."""
-        return tuple(entry.held for entry in self._entries.values() if entry.held is not None)
+        entries = list(self._entries.values())  # at once: another thread may ask while there are new ones
+        return tuple(entry.held for entry in entries if entry.held is not None)
 
     # --- changes ---
 

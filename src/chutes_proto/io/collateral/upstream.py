@@ -14,9 +14,9 @@ from typing import Final
 
 from attrs import field, frozen
 
-from chutes_proto.collateral.library import Family
+from chutes_proto.collateral.library import Family, Item
 from chutes_proto.collateral.platforms import PlatformCache
-from chutes_proto.errors import FileUnavailable
+from chutes_proto.errors import CollateralUnavailable, FileUnavailable
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.http.https import TimeLimits
@@ -44,13 +44,26 @@ class UpstreamCollateral:
         if self.directory is None:
             return []
         _ = make_directory(self.directory)
-        kept = CollateralDirectory(self.directory, self.cache.root, grace=self.cache.policy.grace).items(now)
+        kept = self._items(now)
         usable = [item.content for item in kept if isinstance(item.content, VerifiedCollateral)]
         for content in sorted(usable, key=lambda content: content.window):
             self.cache.restore(Family.of(content), content)
         records = [Record(Level.INFO, "collateral_restored", {"directory": str(self.directory), "files": len(usable)})]
         useless = [item for item in kept if isinstance(item.content, str)]
         return records + [Record(Level.WARNING, "collateral_not_restored", {"error": str(item)}) for item in useless]
+
+    def kept(self, now: int) -> list[tuple[str, VerifiedCollateral]]:
+        """Return what an earlier process kept, after its file; nothing if it cannot be read."""
+        try:
+            items = self._items(now)
+        except CollateralUnavailable:
+            return []
+        return [(item.name, item.content) for item in items if isinstance(item.content, VerifiedCollateral)]
+
+    def _items(self, now: int) -> tuple[Item, ...]:
+        if self.directory is None:
+            return ()
+        return CollateralDirectory(self.directory, self.cache.root, grace=self.cache.policy.grace).items(now)
 
     def keep(self, family: Family, collateral: Collateral) -> Record | None:
         """Write fetched collateral for a later process; return the log record of a fault."""

@@ -47,7 +47,7 @@ STALE_SECONDS: Final = 30.0
 CONNECTIONS: Final = 64
 
 MOST_ENDS: Final = 200
-"""The most certificates and families of collateral on the page, those that end first."""
+"""The most ends on the page, the first ones."""
 
 
 class Admin:
@@ -133,14 +133,19 @@ class Admin:
         ]
 
     def _ends(self) -> list[dict[str, object]]:
-        """The certificate and each family of collateral, with begin and end."""
+        """All that ends, with begin, end and state."""
         if (health := self._health) is None:
             return []
-        found = [("collateral", name, *window) for name, window in health.collateral.items()]
-        if health.certificate is not None:
-            found.append(("certificate", self._running.setup.config.tls.certificate, *health.certificate))
-        found.sort(key=lambda each: each[3])
-        return [dict(zip(("what", "name", "begin", "end"), each, strict=True)) for each in found[:MOST_ENDS]]
+        return [
+            {
+                "what": each.kind.replace("_", " "),
+                "name": each.name,
+                "begin": each.begin,
+                "end": each.end,
+                "state": each.state(health.at),
+            }
+            for each in health.ends[:MOST_ENDS]
+        ]
 
     def _facts(self) -> list[tuple[str, str | int]]:
         """Of the store, and of this process."""

@@ -1,29 +1,24 @@
-"""The state of a server, read in a thread beside the requests: store, clock, certificate, collateral, counts of rows.
+"""The state of a server, read in a thread beside the requests: store, clock, what ends, counts of rows.
 
-Rules kept here:
-
-* a problem means that boots are not served well from here: somebody must mend the store, which refuses a wrong clock,
-  or the certificate;
-* collateral that has expired is a note: it may be of one platform only, and every server lacks it alike.
+A problem means that boots are not served well from here: somebody must mend the store, which refuses a wrong clock, or
+the certificate. ``ends.py`` says what ends, and when that is worth a note.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
-from attrs import field, frozen
-from cryptography import x509
+from attrs import frozen
 
 from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreBusy, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file
 from chutes_proto.io.finding import Finding, State
+from chutes_proto.io.server.ends import KINDS, End, Kind, ends_of, summary
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.quote import VerifiedCollateral
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountSealed, CountStates, ReadAudit, ReadTimes
@@ -31,26 +26,21 @@ from chutes_proto.store.rows import CountSealed, CountStates, ReadAudit, ReadTim
 SKEW_SECONDS: Final = 2
 """A clock that differs more from the database's is worth a note. The store itself refuses one that is wrong."""
 
-_DAY: Final = 86_400
-_EARLY: Final = 30 * _DAY
 _BEYOND: Final = 2**62
 
 
 @frozen
 class Health:
-    """The checks at the time ``at`` (unix seconds): ``collateral`` has begin and end of each family's."""
+    """The checks at the time ``at`` (unix seconds), and all that ends."""
 
     at: int
     findings: tuple[Finding, ...]
-    certificate: tuple[int, int] | None = None
-    """Begin and end of the certificate."""
     clock_skew: int | None = None
-    collateral: Mapping[str, tuple[int, int]] = field(factory=dict[str, "tuple[int, int]"])
+    ends: tuple[End, ...] = ()
 
-    @property
-    def certificate_end(self) -> int | None:
-        """The end of the certificate, None for one that cannot be read."""
-        return None if self.certificate is None else self.certificate[1]
+    def ends_of(self, *kinds: Kind) -> tuple[End, ...]:
+        """The ends of these kinds, the first first."""
+        return tuple(each for each in self.ends if each.kind in kinds)
 
     @property
     def is_ready(self) -> bool:
@@ -85,9 +75,11 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")
     if setup.service.readiness.fault is not None:
         storing = Finding("problem", "store", setup.service.readiness.fault)
-    certificate, window = _certificate(setup, at)
-    collateral, windows = _collateral(setup, at)
-    return Health(at, (storing, clock, certificate, collateral), window, skew, windows)
+    ends = ends_of(setup, at)
+    found = {kind: summary(kind, ends, at) for kind in _kinds(setup)}
+    found["certificate"] = _certificate(setup, found["certificate"], ends, at)
+    found["collateral"] = _collateral(setup, found["collateral"], ends, at)
+    return Health(at, (storing, clock, *found.values()), skew, ends)
 
 
 def read_counts(store: Store) -> Counts:
@@ -108,38 +100,38 @@ def _clock(skew: int | None) -> Finding:
     return Finding(state, "clock", f"{skew:+d} s beside the database's", remedy)
 
 
-def _certificate(setup: ServerSetup, now: int) -> tuple[Finding, tuple[int, int] | None]:
-    path = Path(setup.base, setup.config.tls.certificate)
+def _kinds(setup: ServerSetup) -> tuple[Kind, ...]:
+    """The kinds of ends that are looked at until a restart, whether there is one now or not."""
+    absent = {"admin_certificate"} if setup.config.admin.certificate is None else set[str]()
+    absent |= {"gpu_rim", "gpu_status"} if setup.gpus is None else set()
+    return tuple(kind for kind in KINDS if kind not in absent)
+
+
+def _certificate(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], now: int) -> Finding:
+    path = setup.base / setup.config.tls.certificate
+    begin = next((each.begin for each in ends if each.kind == "certificate"), None)
+    if begin is not None and now < begin:
+        return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}")
     try:
-        chain = x509.load_pem_x509_certificates(read_file(path))
-    except (FileUnavailable, ValueError) as exc:
-        return Finding("note", "certificate", f"{path}: {exc}; the loaded one is used"), None
-    end = min(int(each.not_valid_after_utc.timestamp()) for each in chain)
-    begin = max(int(each.not_valid_before_utc.timestamp()) for each in chain)
-    if now < begin:
-        return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}"), (begin, end)
-    state: State = "problem" if now >= end else "note" if end - now < _EARLY else "ok"
-    verb = "expired" if now >= end else "expires"
-    remedy = "" if state == "ok" else f"replace {path}, then run chutes-proto reload, or send SIGHUP"
-    return Finding(state, "certificate", f"{verb} at {rfc3339(end)}", remedy), (begin, end)
+        is_loaded = read_file(path) == setup.files.read(path)
+    except FileUnavailable as exc:
+        waits = f"{exc}; the loaded one is used"
+    else:
+        waits = "" if is_loaded else f"{path} is not the loaded one"
+    if not waits or finding.state == "problem":
+        return finding
+    return Finding("note", "certificate", f"{waits}; {finding.detail}", "chutes-proto reload")
 
 
-def _collateral(setup: ServerSetup, now: int) -> tuple[Finding, dict[str, tuple[int, int]]]:
+def _collateral(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], now: int) -> Finding:
+    """Add what cannot be used to the finding about what ends."""
     source = setup.collateral
-    useless: list[str] = []
-    try:
-        if isinstance(source, UpstreamCollateral):
-            held = source.cache.held()
-        else:
-            items = source.items(now)
-            held = tuple(item.content for item in items if isinstance(item.content, VerifiedCollateral))
-            useless = [str(item) for item in items if isinstance(item.content, str)]
-    except CollateralUnavailable as exc:
-        return Finding("note", "collateral", str(exc)), {}
-    windows = {f"{each.fmspc.hex()}-{each.ca}-{each.tee}": each.window for each in held}
-    expired = sorted(family for family, (_, end) in windows.items() if end <= now)
-    if expired:
-        return Finding("note", "collateral", f"expired: {', '.join(expired)}"), windows
-    if useless:
-        return Finding("note", "collateral", useless[0]), windows
-    return Finding("ok", "collateral", f"of {len(windows)} platform families"), windows
+    if not isinstance(source, UpstreamCollateral):
+        try:
+            useless = [str(item) for item in source.items(now) if isinstance(item.content, str)]
+        except CollateralUnavailable as exc:
+            useless = [str(exc)]
+        if useless and finding.state == "ok":
+            return Finding("note", "collateral", useless[0])
+    count = sum(each.kind == "collateral" for each in ends)
+    return finding if finding.state != "ok" else Finding("ok", "collateral", f"of {count} platform families")

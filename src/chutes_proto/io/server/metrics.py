@@ -86,6 +86,11 @@ class Metrics:
         self._expires = self._gauge("collateral_expires_timestamp_seconds", "End of collateral.", "family")
         self._issued = self._gauge("collateral_issued_timestamp_seconds", "Begin of collateral.", "family")
         self._certificate = self._gauge("certificate_expires_timestamp_seconds", "End of the TLS certificate.")
+        self._profiles = self._gauge("profile_ends_timestamp_seconds", "End of a profile's schedule.", "profile")
+        self._kek = self._gauge("kek_created_timestamp_seconds", "The time of the file of kek_file.", "kek")
+        self._gpus = self._gauge(
+            "gpu_collateral_expires_timestamp_seconds", "The first end of RIM signers, and of OCSP answers.", "kind"
+        )
         self._skew = self._gauge("clock_skew_seconds", "This machine's clock minus the database's.")
         self._read_at = self._gauge("checks_timestamp_seconds", "The time of the last look at the checks.")
         self._keys = self._gauge("keys", "Generations of keys in the store.", "state")
@@ -164,14 +169,24 @@ class Metrics:
         self._read_at.set(health.at)
         for finding in health.findings:
             self._checks.labels(finding.what).set({"ok": 0, "note": 1, "problem": 2}[finding.state])
-        if health.certificate_end is not None:
-            self._certificate.set(health.certificate_end)
         if health.clock_skew is not None:
             self._skew.set(health.clock_skew)
-        self._forget(self._expires, self._issued)
-        for family, (begin, end) in health.collateral.items():
-            self._issued.labels(family).set(begin)
-            self._expires.labels(family).set(end)
+        self._forget(self._expires, self._issued, self._profiles, self._kek, self._gpus)
+        for each in reversed(health.ends):  # of several of one label, the first to end stays
+            match each.kind:
+                case "certificate":
+                    self._certificate.set(each.end)
+                case "collateral":
+                    self._issued.labels(each.name).set(each.begin or 0)
+                    self._expires.labels(each.name).set(each.end)
+                case "profile":
+                    self._profiles.labels(each.name).set(each.end)
+                case "kek":
+                    self._kek.labels(each.name).set(each.begin or 0)
+                case "gpu_rim" | "gpu_status":
+                    self._gpus.labels(each.kind.removeprefix("gpu_")).set(each.end)
+                case "admin_certificate":
+                    pass  # who reads this has seen it
 
     def count(self, counts: Counts) -> None:
         """Set the gauges of what the store holds."""

@@ -27,6 +27,7 @@ from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.checking import check_ends
 from chutes_proto.io.server.control import Control
+from chutes_proto.io.server.ends import DAY
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.reload import Reloader, Running, prepare
 from chutes_proto.io.server.sequencer import sequencing
@@ -82,7 +83,6 @@ END_SECONDS: Final = 2.0
 A store may hang for longer, or for ever.
 """
 
-_DAY: Final = 86_400.0
 _ENDING: Final = threading.Lock()
 
 
@@ -201,7 +201,7 @@ async def open_server(
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with (
         open_performer(store, collateral, gpus=setup.gpus, log=log) as performer,
-        _watching(running, store, performer, log),
+        _watching(running, store, performer, log, worker),
     ):
         if not admin:
             yield Server(running.follow(App(setup.service)), performer, limits=setup.limits, connections=connections)
@@ -227,7 +227,11 @@ async def open_server(
 
 @asynccontextmanager
 async def _watching(
-    running: Running, store: DurableStore, performer: Performer, log: Callable[[Record], None]
+    running: Running,
+    store: DurableStore,
+    performer: Performer,
+    log: Callable[[Record], None],
+    worker: int | None = None,
 ) -> AsyncGenerator[None]:
     """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
     setup = running.setup
@@ -237,7 +241,8 @@ async def _watching(
         _ = background.start_soon(performer.run, sweep_nonces(setup.service.readiness))
         _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)
-        _ = background.start_soon(_log_ends, running, log)
+        if worker in (None, 0):  # one of all workers
+            _ = background.start_soon(log_ends, running, log)
         _ = background.start_soon(_keep_erasures, setup, store, log)
         yield
         background.cancel_scope.cancel()
@@ -263,16 +268,20 @@ async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[
             log(Record(Level.WARNING, "erasures_repeated", asdict(repeated)))
 
 
-async def _log_ends(running: Running, log: Callable[[Record], None]) -> None:
-    """Log at the start and every day what expires soon: certificate, collateral, profiles."""
+async def log_ends(running: Running, log: Callable[[Record], None]) -> None:
+    """Log at the start and every day what ends soon, and what has ended."""
+
+    def look() -> list[Finding]:
+        return [*check_ends(running.setup, kept=False)]
+
     while True:
         found: list[Finding] = []
         with suppress(ChutesError, ValueError, OSError):  # a file is away: the checks tell it
-            found = await anyio.to_thread.run_sync(lambda: [*check_ends(running.setup)], abandon_on_cancel=True)
+            found = await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
         for finding in found:
             if finding.state != "ok":
                 log(Record(Level.WARNING, "expires", {"what": finding.what, "about": finding.detail}))
-        await anyio.sleep(_DAY)
+        await anyio.sleep(DAY)
 
 
 async def _log_notes(store: DurableStore, log: Callable[[Record], None]) -> None:
