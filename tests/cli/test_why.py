@@ -12,12 +12,14 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.io.server.setup import make_setup
+from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._why import Denial, Difference, Finding, explain
 from chutes_proto.store.rows import Platform, Vm
 from chutes_proto.units.boot import RecordRefusal
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, Site
+from tests.quote.logs import EVENTS, grub, log
 
 site = test_operating.site
 
@@ -90,3 +92,32 @@ def test_the_log_has_what_the_store_has_not(site: Site, monkeypatch: pytest.Monk
     both = site.json("why", "vm-1", "--log", "-", "--last", 5)["refusals"]
     assert [each["request_id"] for each in both] == ["1" * 32, "4" * 32]
     assert site.do("why", "vm-1", "--log", site.directory / "nothing").code == 2
+
+
+def test_an_event_log_names_the_event_that_differs(site: Site) -> None:
+    good, other = log(*EVENTS), log(*EVENTS[:-1], grub("kernel_cmdline", b"init=/bin/sh\x1b[2J"))
+    found, expected = (parse_event_log(data).rtmrs[2].hex() for data in (other, good))
+    differs = (Difference("RTMR2", found, expected), Difference("MRTD", "aa", "bb"))
+    record(site, evolve(REFUSED, finding=evolve(FINDING, differences=differs).to_json()))
+    for name, data in (("CCEL", other), ("good", good), ("neither", log(*EVENTS[:3]))):
+        _ = (site.directory / name).write_bytes(data)
+    of_vm, against = ("--event-log", site.directory / "CCEL"), ("--against", site.directory / "good")
+
+    (traced,) = site.json("why", "vm-1", *of_vm, *against)["refusals"][0]["event_log"]
+    assert (traced["register"], traced["is_of_boot"], traced["is_good"]) == ("RTMR2", True, True)
+    said = site.do("why", "vm-1", *of_vm, *against).out
+    assert "RTMR2: first event that differs: found event 8" in " ".join(said.split())
+    assert "init=/bin/sh" in said
+    assert "\x1b" not in said
+    (alone,) = site.json("why", "vm-1", *of_vm)["refusals"][0]["event_log"]
+    assert (alone["is_of_boot"], alone["is_good"]) == (True, None)
+    (strange,) = site.json("why", "vm-1", "--event-log", site.directory / "neither")["refusals"][0]["event_log"]
+    assert "is not of this boot" in strange["text"]
+    (bad,) = site.json("why", "vm-1", *of_vm, "--against", site.directory / "neither")["refusals"][0]["event_log"]
+    assert bad["is_good"] is False
+    assert "does not lead to the expected value" in bad["text"]
+    assert site.json("why", "vm-1")["refusals"][0]["event_log"] == []
+
+    _ = (site.directory / "bad").write_bytes(b"no log")
+    for words in (against, ("--event-log", site.directory / "bad"), ("--event-log", site.directory / "nowhere")):
+        assert site.do("why", "vm-1", *words).code == 2

@@ -298,10 +298,15 @@ def replay(log: EventLog, rtmrs: Rtmrs, *, good: EventLog | None = None) -> Repl
 
 def first_difference(log: EventLog, good: EventLog) -> Difference | None:
     """The first event of the first register in which the digests of two logs differ; None if they measure the same."""
-    for register in REGISTERS[1:]:
-        for got, expected in zip_longest(log.of(register), good.of(register)):
-            if got is None or expected is None or got.digest != expected.digest:
-                return Difference(register, got, expected)
+    found = (difference_in(register, log, good) for register in REGISTERS[1:])
+    return next((each for each in found if each is not None), None)
+
+
+def difference_in(register: str, log: EventLog, good: EventLog) -> Difference | None:
+    """The first event of a register in which the digests of two logs differ; None if they measure the same in it."""
+    for got, expected in zip_longest(log.of(register), good.of(register)):
+        if got is None or expected is None or got.digest != expected.digest:
+            return Difference(register, got, expected)
     return None
 
 

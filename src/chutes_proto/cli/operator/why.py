@@ -17,10 +17,12 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, answer, parsed
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.errors import Refused
-from chutes_proto.io.files import read_lines
+from chutes_proto.errors import ConfigurationError, Refused
+from chutes_proto.io.files import read_head, read_lines
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.quote._eventlog import MAX_SIZE, EventLog, EventLogFormatError, parse_event_log
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.server._traces import Traced, trace
 from chutes_proto.server._why import Denial, Why, explain, recorded
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, AuditWanted, FindLastBoot
@@ -54,24 +56,34 @@ class _Refusal:
 @click.option(
     "--last", metavar="N", callback=parsed(operating.count), default="1", help="only the N newest (default: 1)"
 )
+@click.option("--event-log", metavar="LOG", help="the event log of the VM that was refused")
+@click.option("--against", metavar="GOOD", help="the event log of a known-good boot")
 @operating.shows
-def command(subject: str, log: str | None, last: int, config: str) -> int:
+def command(subject: str, log: str | None, last: int, event_log: str | None, against: str | None, config: str) -> int:
     """Explain why a VM was refused.
 
     For the newest refusal of a VM or a hotkey, or for one request: what was refused, at which step of verification,
     the values found and expected, the nearest profile, and what you can do. The server's log has the same text in each
     record of a refusal, under the key why.
 
+    With --event-log (CCEL; on Linux /sys/firmware/acpi/tables/data/CCEL of the VM) it says for each RTMR that differs
+    whether the log leads to the value that was found, and with --against the first event that is not that of a
+    known-good boot.
+
     The store has the refusals of genuine quotes. Everything that is refused before, such as a nonce that is too old, is
     in the log alone.
 
     Examples:
       chutes-proto why vm-1 --config server.toml
+      chutes-proto why vm-1 --event-log CCEL --against good/CCEL --config server.toml
       chutes-proto why 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --last 5 --config server.toml --json
 
     See also: audit list, replay, verify
     """
     wanted = _wanted(subject)
+    if against is not None and event_log is None:
+        raise click.UsageError("--against goes with --event-log")
+    logs = _events(event_log), _events(against)
     with operating.opened(config) as (_, store):
         found = {each.denial.request_id: each for each in _of_log(log, wanted)} if log else {}
         found |= {each.denial.request_id: each for each in _of_store(store, wanted, last)}
@@ -90,10 +102,28 @@ def command(subject: str, log: str | None, last: int, config: str) -> int:
             output.prose(f"refused at {each.at}{request}: {first}", "bad")
             for line in rest:
                 output.prose(f"  {line}", rest=4)
+            for traced in _traced(each, logs):
+                output.prose(f"  {traced}", rest=4)
         if granted_at is not None:
             output.prose(f"granted since, at {rfc3339(granted_at)}", "good")
 
-    return answer({"ok": True, "refusals": [*map(_members, refusals)], "granted_at": granted_at}, people)
+    listed = [_members(each, _traced(each, logs)) for each in refusals]
+    return answer({"ok": True, "refusals": listed, "granted_at": granted_at}, people)
+
+
+def _events(path: str | None) -> EventLog | None:
+    """The event log in a file. Raises `ConfigurationError`."""
+    if path is None:
+        return None
+    try:
+        return parse_event_log(read_head(path, MAX_SIZE + 1))
+    except EventLogFormatError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None
+
+
+def _traced(refusal: _Refusal, logs: tuple[EventLog | None, EventLog | None]) -> tuple[Traced, ...]:
+    log, good = logs
+    return () if log is None else trace(refusal.why.differences, log, good)
 
 
 def _wanted(subject: str) -> AuditWanted:
@@ -162,11 +192,15 @@ def _granted_at(store: DurableStore, refusals: list[_Refusal]) -> int | None:
     return boot.created_at if boot is not None and boot.created_at >= row.at else None
 
 
-def _members(refusal: _Refusal) -> dict[str, object]:
+def _members(refusal: _Refusal, traced: tuple[Traced, ...]) -> dict[str, object]:
     denial, why, row = refusal.denial, refusal.why, refusal.audit
     names = ("request_id", "hotkey", "vm", "event", "code", "reason")
     told: dict[str, object] = {"at": refusal.at, **{name: getattr(denial, name) for name in names}}
     told |= {"step": why.step, "profile": why.profile, "remedy": why.remedy, "text": str(why)}
     told["differences"] = [attrs.asdict(each) for each in why.differences]
+    told["event_log"] = [
+        {"register": one.register, "is_of_boot": one.is_of_boot, "is_good": one.is_good, "text": str(one)}
+        for one in traced
+    ]
     kept = {} if row is None else operating.members(row, "platform quote_digest")
     return told | {"platform": kept.get("platform"), "quote_digest": kept.get("quote_digest")}
