@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ from chutes_proto.auth.client_identity import ClientIdentity, make_client_identi
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.transport.h1 import DEFAULT_LIMITS
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.endpoints import ENDPOINTS
 from tests.cli.conftest import HOTKEY, start_server
@@ -105,6 +107,12 @@ def code(response: httpx.Response) -> tuple[int, str]:
 def test_the_guide_and_the_example_configure_the_server_alike() -> None:
     lines = [line.lstrip("# ") for line in CONFIGURATION.read_text().splitlines() if line.startswith("#     ")]
     assert tomllib.loads("\n".join(lines)) == tomllib.loads(GUIDE[0].text)
+
+
+def test_nginx_closes_a_kept_connection_before_the_server_does() -> None:
+    """Whoever sends a request just as its connection is closed has lost it."""
+    (kept,) = re.findall(r"keepalive_timeout (\d+)s;", CONFIGURATION.read_text())
+    assert int(kept) < DEFAULT_LIMITS.idle_seconds
 
 
 def test_the_guides_probe_finds_the_server_ready(site: Site, require_program: Callable[[str], str]) -> None:

@@ -255,6 +255,15 @@ async def test_a_unix_socket_speaks_plain_http(tmp_path: Path) -> None:
             assert b'"peer":""' in await ask(plain)
 
 
+async def test_a_proxy_hears_at_once_that_its_idle_connection_ends(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    limits = Limits(idle_seconds=0.2, linger_seconds=600)
+    async with running(limits, more=(listen_unix(path),)), await anyio.connect_unix(path) as kept:
+        assert b'"peer":""' in await ask(kept)
+        with anyio.fail_after(60):
+            assert await read_all(kept) == b""
+
+
 async def test_deadlines_of_silent_and_slow_peers() -> None:
     limits = Limits(handshake_seconds=0.2, idle_seconds=0.2, request_seconds=0.2, linger_seconds=0.2)
     async with running(limits) as server:

@@ -16,6 +16,8 @@ Rules kept here:
 * one request at a time: bytes of the next wait until the answer has been sent;
 * after the last answer the peer is told that there will be no more, and a bounded amount of its further bytes is
   discarded: closing at once could destroy the answer on its way (RFC 9112, section 9.6);
+* a connection that ends with nothing to send is closed at once: a proxy would send its next request over an open one,
+  and lose it;
 * h11 reads a request, but for a whole and plain one, of which ``plain.py`` makes the same in less time;
 * times are seconds of a monotonic clock, given by the caller at each call.
 """
@@ -456,16 +458,14 @@ class ServerConnection:
             self._outbox += self._tls.data_to_send()
 
     def _finish(self, reason: str, now: float) -> None:
-        """End our side: nothing follows the bytes in the outbox."""
+        """End our side: nothing follows the bytes in the outbox. Without any, all that ends it is that it is closed."""
         self._last = True
         self.close_reason = self.close_reason or reason
         self._inbox.clear()
         if self._tls is not None:
             self._tls.close()
             self._outbox += self._tls.data_to_send()
-        self._enter(_Phase.ANSWERING, now)
-        if not self._outbox:
-            self._answered(now)
+        self._enter(_Phase.ANSWERING if self._outbox else _Phase.CLOSED, now)
 
     def _note_sent(self, now: float) -> None:
         """Note that the caller has sent the bytes it was given: it calls again only then."""
