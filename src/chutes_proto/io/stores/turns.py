@@ -17,6 +17,7 @@ from attrs import define, field
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.threads import Threads
 from chutes_proto.store._run import Unit
 from chutes_proto.store._turns import PAUSE_SECONDS, Found, Turn, Turns
 
@@ -27,9 +28,14 @@ async def open_turns(store: DurableStore) -> AsyncGenerator[StoreTurns]:
 
     At the end it waits for the transactions that have begun, whose callers may have left.
     """
-    async with anyio.create_task_group() as group:
-        yield StoreTurns(store, group)
-        group.cancel_scope.cancel()
+    async with anyio.create_task_group() as pauses:
+        turns = StoreTurns(store, pauses)
+        try:
+            yield turns
+        finally:
+            pauses.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await turns.close()
 
 
 @define(eq=False)
@@ -38,18 +44,20 @@ class _Job:
     begun: anyio.Event = field(init=False, factory=anyio.Event)
     ended: anyio.Event = field(init=False, factory=anyio.Event)
     result: Any = field(init=False, default=None)
-    fault: Exception | None = field(init=False, default=None)
+    fault: BaseException | None = field(init=False, default=None)
 
 
 class StoreTurns:
-    """The turns of one store; transactions run in ``group``."""
+    """The turns of one store. A turn whose transaction found the store away pauses in ``pauses``."""
 
-    def __init__(self, store: DurableStore, group: anyio.abc.TaskGroup) -> None:
+    def __init__(self, store: DurableStore, pauses: anyio.abc.TaskGroup) -> None:
         self._store = store
-        self._group = group
+        self._pauses = pauses
         self._turns = Turns(store.callers)
-        self._jobs: dict[Turn, _Job] = {}
-        self._threads = anyio.CapacityLimiter(store.callers + 1)  # and one that asks whether the store is back
+        self._threads = Threads(f"store {store.name}")
+        self._jobs: dict[Turn, _Job] = {}  # of the turns that have not begun
+        self._running: dict[Turn, _Job] = {}
+        self._closing = False
 
     async def transact(self, effect: Transact[Any]) -> object:
         """Perform `Transact`. A caller that is cancelled does not end a transaction that has begun."""
@@ -57,16 +65,8 @@ class StoreTurns:
         turn, job = self._turns.ask(), _Job(effect.unit)
         self._jobs[turn] = job
         self._begin()
-        try:
-            with anyio.move_on_after(effect.turn_seconds):
-                await job.begun.wait()
-        finally:
-            if not turn.has_begun:
-                self._turns.leave(turn)
-                del self._jobs[turn]
         if not turn.has_begun:
-            text = f"store {self._store.name}: no turn within {effect.turn_seconds:.1f} s"
-            raise StoreBusy(f"{text}; it does not answer, or other transactions take too long")
+            await self._wait_for_turn(turn, job, effect.turn_seconds)
         with anyio.CancelScope(deadline=until):
             await job.ended.wait()
         if not job.ended.is_set():
@@ -76,31 +76,59 @@ class StoreTurns:
             raise job.fault
         return job.result
 
-    def _begin(self) -> None:
-        for turn in self._turns.begin():
-            job = self._jobs.pop(turn)
-            job.begun.set()
-            _ = self._group.start_soon(self._run, turn, job)
+    async def close(self) -> None:
+        """Begin no turn any more, and wait for the transactions that run."""
+        self._closing = True
+        for job in [*self._running.values()]:
+            await job.ended.wait()
+        self._threads.close()
 
-    async def _run(self, turn: Turn, job: _Job) -> None:
-        found: Found = "unknown"
+    async def _wait_for_turn(self, turn: Turn, job: _Job, seconds: float) -> None:
         try:
-            try:
-                transact = partial(self._store.transact, job.unit)
-                job.result = await anyio.to_thread.run_sync(transact, limiter=self._threads)
-                found = "answered"
-            except Exception as exc:  # noqa: BLE001 - it is the caller's
-                job.fault = exc
-                found = _found(exc)
-            job.ended.set()
-            if found == "away":
-                await anyio.sleep(PAUSE_SECONDS)
+            with anyio.move_on_after(seconds):
+                await job.begun.wait()
         finally:
-            self._turns.end(turn, found)
-            self._begin()
+            if not turn.has_begun:
+                self._turns.leave(turn)
+                del self._jobs[turn]
+        if not turn.has_begun:
+            text = f"store {self._store.name}: no turn within {seconds:.1f} s"
+            raise StoreBusy(f"{text}; it does not answer, or other transactions take too long")
+
+    def _begin(self) -> None:
+        for turn in [] if self._closing else self._turns.begin():
+            job = self._running[turn] = self._jobs.pop(turn)
+            job.begun.set()
+            self._threads.run(partial(self._carry_out, job), partial(self._end, turn))
+
+    def _carry_out(self, job: _Job) -> Found:
+        """Run a transaction, in a thread."""
+        try:
+            job.result = self._store.transact(job.unit)
+        except BaseException as exc:  # noqa: BLE001 - it is the caller's
+            job.fault = exc
+            return _found(exc)
+        return "answered"
+
+    def _end(self, turn: Turn, found: Found) -> None:
+        self._running.pop(turn).ended.set()
+        if found == "away" and not self._closing:
+            _ = self._pauses.start_soon(self._pause, turn)
+        else:
+            self._pass_on(turn, found)
+
+    async def _pause(self, turn: Turn) -> None:
+        try:
+            await anyio.sleep(PAUSE_SECONDS)
+        finally:
+            self._pass_on(turn, "away")
+
+    def _pass_on(self, turn: Turn, found: Found) -> None:
+        self._turns.end(turn, found)
+        self._begin()
 
 
-def _found(exc: Exception) -> Found:
+def _found(exc: BaseException) -> Found:
     if isinstance(exc, StoreAway):
         return "away"
     return "unknown" if isinstance(exc, (StoreBusy, FateUnknown)) else "answered"
