@@ -166,7 +166,6 @@ def test_a_stranger_hears_that_there_is_no_such_server(world):
 # --- conflicts ---
 
 CONFLICTS = [
-    ({"gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
     ({"host": HOST}, Code.HOST_TAKEN),
     ({"host": "same.example"}, Code.HOST_TAKEN),
     ({"id": "n1"}, Code.SERVER_TAKEN),
@@ -186,6 +185,22 @@ def test_what_is_a_servers_is_no_others(world, taken, code, pair):
         assert "n1" not in detail
         assert "vm-1" not in detail
     assert everything(world) == before
+
+
+@pytest.mark.parametrize("pair", [MINER, OTHER], ids=["owner", "stranger"])
+def test_a_declared_uuid_keeps_no_other_server_out(world, pair):
+    """Nobody has signed it, so each server has its own declaration; the audit tells an operator of the others."""
+    registered(register(world))
+    both = [gpu("gpu-0"), gpu("GPU-1", device_index=1)]
+    registered(register(world, pair, id="n2", name="x", host="5.6.7.8", gpus=both))
+    assert [(row.uuid, row.server_id) for row in world.rows(GpuRow)] == [
+        ("gpu-0", "n1"),
+        ("gpu-0", "n2"),
+        ("gpu-1", "n2"),
+    ]
+    assert "2 GPUs, of which server n1 declared gpu-0 before" in world.rows(AuditRow)[-1].reason
+    answer(world.ask_signed("DELETE", "/servers/n1"))
+    assert [(row.uuid, row.server_id) for row in world.rows(GpuRow)] == [("gpu-0", "n2"), ("gpu-1", "n2")]
 
 
 @pytest.mark.parametrize(
@@ -228,17 +243,15 @@ def test_a_server_without_evidence_yields_its_address_to_a_boot_from_there(world
 @pytest.mark.parametrize(
     ("claims", "code"),
     [
-        ({"gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
-        ({"gpus": [gpu("GPU-9"), gpu("GPU-0", device_index=1)]}, Code.GPU_TAKEN),
         ({"id": "n1"}, Code.SERVER_TAKEN),
-        ({"id": "n1", "gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
+        ({"id": "n1", "gpus": [gpu("gpu-0")]}, Code.SERVER_TAKEN),
         ({"host": HOST}, Code.HOST_TAKEN),
         ({"host": "same.example"}, Code.HOST_TAKEN),
-        ({"host": HOST, "id": "n1", "gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
+        ({"host": HOST, "id": "n1", "gpus": [gpu("gpu-0")]}, Code.HOST_TAKEN),
     ],
 )
 @pytest.mark.parametrize("neighbour", [False, True], ids=["alone", "neighbour"])
-def test_a_boot_shows_no_gpu_no_id_and_no_address_but_its_own(world, claims, code, neighbour):
+def test_a_boot_shows_no_id_and_no_address_but_its_own(world, claims, code, neighbour):
     """The claimant's own address may be held without evidence: that holder stays too where the rest is refused."""
     world.names["same.example"] = (HOST,)
     registered(register(world))

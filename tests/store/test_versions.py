@@ -10,13 +10,23 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from attrs import evolve
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes, SetHorizon
+from chutes_proto.store.rows import (
+    Claim,
+    DeleteServer,
+    FindDeclaration,
+    GpuRow,
+    ReadGpus,
+    ReadTimes,
+    Scan,
+    SetHorizon,
+)
 from chutes_proto.store.sql import Step
 from chutes_proto.testing.store_suite._parts import boot, dump, sync
 from tests.store.harness import Gate
@@ -58,6 +68,38 @@ def test_each_older_schema_becomes_ours(place: StorePlace, version: int, monkeyp
         store.transact(granted)
         store.transact(sync(granted, "body", "storage"))
         assert store.check()["boot"] == 1
+
+
+def test_declared_gpus_are_kept_and_are_nobodys_from_version_3_on(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of version 2 goes on beside the migration: it writes its rows, with a uuid of its own."""
+    set_release(monkeypatch, *CURRENT[:2])
+    place.open(migrate=True).close()
+    servers = ", ".join(f"('n{n}', 'r{n}', 'hotkey', 'name {n}', 'host', '192.0.2.{n}', 1)" for n in range(3))
+    names = "server_id, registration, hotkey, name, host, address, created_at"
+    execute(place, f"INSERT INTO server ({names}) VALUES {servers}")
+    execute(place, "INSERT INTO gpu VALUES ('gpu', 'n0', 'h200', '{}')")
+    set_release(monkeypatch, *CURRENT)
+    with closing(place.open(migrate=True)) as store:
+        execute(place, "INSERT INTO gpu VALUES ('other', 'n1', 'h200', '{}') ON CONFLICT DO NOTHING")
+        row = GpuRow("gpu", "n0", "h200", "{}")
+        claims = [store.transact(Ask(Claim(evolve(row, server_id=server)))) for server in ("n0", "n2")]
+        assert claims == [False, True]
+        assert store.transact(Ask(FindDeclaration("gpu"))) == "n0"
+        assert store.transact(Ask(ReadGpus("n0"))) == (row,)
+        store.transact(Ask(DeleteServer("n0")))
+        assert [gpu.server_id for gpu in store.transact(Ask(Scan(GpuRow)))] == ["n2", "n1"]
+
+
+def execute(place: StorePlace, statement: str) -> None:
+    """As a server of another release."""
+    if place.path is not None:
+        with closing(sqlite3.connect(place.path)) as connection, connection:
+            connection.execute(statement)
+    else:
+        with psycopg.connect(place.address) as other:
+            other.execute(statement.encode())
 
 
 def test_a_newer_release_keeps_the_rows_and_the_older_one_refuses_them(

@@ -35,7 +35,7 @@ from chutes_proto.errors import (
     TransportError,
     Unavailable,
 )
-from chutes_proto.wire import codec, miners
+from chutes_proto.wire import codec, fleet, miners
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
 from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, Name, hex_32
@@ -51,6 +51,9 @@ _WITHOUT_EFFECT: Final = frozenset(
 )
 """The codes of a server that has not begun the operation."""
 
+
+_OWN: Final = frozenset({Code.HOST_TAKEN, Code.GPU_TAKEN})
+"""The codes that a registration may meet because it is there already; at servers of earlier releases the second."""
 
 Gpu: TypeAlias = miners.NodeArgs
 """One GPU of a server, as its owner declares it."""
@@ -140,8 +143,7 @@ def register_server(
         try:
             _ = yield from _ask(miner, miners.REGISTER_SERVER, message, miners.MessageAnswer)
         except Refused as exc:
-            # A GPU is the first thing that a registration meets of itself; another's would meet its id or host too.
-            if not lost or exc.code != Code.GPU_TAKEN or not (yield from _is_registered(miner, message, began)):
+            if not lost or exc.code not in _OWN or not (yield from _is_registered(miner, message, began)):
                 raise
 
     yield from _persist(miner, miners.REGISTER_SERVER, attempt)
@@ -250,14 +252,17 @@ def _time(text: str) -> datetime:
 
 def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: int) -> Flow[bool]:
     """Whether the miner has this server, registered since ``began`` as far as the two clocks may differ."""
-    request = miners.ServerRequest(server_id=message.id)
     try:
-        found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerDetailsAnswer)
+        answer = yield from _ask(miner, fleet.INVENTORY, miners.SignedRequest(), fleet.InventoryAnswer)
     except Refused:
         return False
-    created = _time(found.created_at).timestamp()
     name = message.id if message.name is None else message.name
-    return (found.name, found.ip) == (name, message.host) and created > began - WINDOW
+    wanted = (message.id, name, message.host, sorted(gpu.uuid for gpu in message.gpus))
+    return any(
+        (one.server_id, one.name, one.ip, sorted(gpu.uuid for gpu in one.gpus)) == wanted
+        and _time(one.created_at).timestamp() > began - WINDOW
+        for one in answer.servers
+    )
 
 
 def _repeat(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
@@ -289,9 +294,8 @@ def _ask(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A], nonc
     if endpoint.signed is None:
         raise LocalProtocolError(f"{endpoint.operation} is not signed")
     nonce = nonce or str((yield from Now()))
-    signed, *_ = messages_to_sign(
-        endpoint.signed, miner.signatures, miner.hotkey, nonce, request.method, request.target, request.body
-    )
+    parts = (request.method, request.target, request.body, endpoint.purpose)
+    signed, *_ = messages_to_sign(endpoint.signed, miner.signatures, miner.hotkey, nonce, *parts)
     headers = (*request.headers, *signature_headers(miner.hotkey, nonce, signed, miner.signer))
     response = yield from Send(evolve(request, headers=headers))
     return cast("A", codec.decode_answer(endpoint, response))

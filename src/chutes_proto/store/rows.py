@@ -34,7 +34,7 @@ __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "Stat
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
 __all__ += ["NoteWhatIf", "ReadWhatIf", "WhatIf"]
-__all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
+__all__ += ["DoubtCandidates", "FindDeclaration", "FindRecent", "PurgeTiles"]
 __all__ += ["EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["EvidenceRow", "ReadRevocation", "ReadRevoked", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
@@ -332,10 +332,13 @@ class ServerRow:
 
 @frozen
 class GpuRow:
-    """A GPU of a server; ``declared`` is its owner's declaration as JSON."""
+    """A GPU that a server's owner declared, as JSON in ``declared``.
+
+    Nobody has signed a uuid, so that several servers may declare the same. `GpuDeviceRow` says whose a GPU is.
+    """
 
     TABLE: ClassVar[str] = "gpu"
-    KEY: ClassVar[tuple[str, ...]] = ("uuid",)
+    KEY: ClassVar[tuple[str, ...]] = ("uuid", "server_id")
 
     uuid: str
     server_id: str
@@ -1028,6 +1031,13 @@ class ReadGpus(StoreOp[tuple[GpuRow, ...]]):
     """The GPUs of a server, by uuid."""
 
     server_id: str
+
+
+@frozen
+class FindDeclaration(StoreOp[str | None]):
+    """The id of a server that declared a GPU of this uuid; of several, the first by id."""
+
+    uuid: str
 
 
 @frozen

@@ -205,6 +205,7 @@ CREATE INDEX generation_kek ON generation (kek_id);
 """
 
 _EXPAND: Final = """
+{gpus};
 CREATE TABLE gpu_device (
   device_id TEXT PRIMARY KEY,
   server_id TEXT NOT NULL REFERENCES server (server_id) ON DELETE CASCADE,
@@ -315,6 +316,8 @@ _INDEXES: Final = (
     "CREATE INDEX server_attested ON server (attested)",
     # A provisioned boot by the nonce that confirms its root key.
     "CREATE INDEX boot_root_confirm ON boot (root_confirm_digest)",
+    # A declared GPU; version 2 took the uuid for its identity, which it is not.
+    "CREATE UNIQUE INDEX gpu_declared ON gpu (uuid, server_id)",
     # The log: an entry by its index, of which there is one, and the rows that are not sequenced yet, which are few.
     "CREATE UNIQUE INDEX audit_idx ON audit (idx)",
     "CREATE INDEX audit_unsequenced ON audit (id) WHERE idx IS NULL",
@@ -343,6 +346,7 @@ class Step:
 # * expand: add tables; columns that are nullable or have a constant default; indexes that are not unique. Servers of
 #   the version before neither read nor write these, so a row without them must mean what it meant before. They insert
 #   no value of a new enumeration, and must still decode a row that a newer server wrote;
+# * a constraint may go that servers of the version before never count on;
 # * no NOT NULL without a default, no CHECK, UNIQUE or foreign key on what they write, no rewrite of a table and no
 #   UPDATE of many rows: each holds a lock for as long as it works. Fill in by pages, later, from a command;
 # * contract: drop or rename only what no server from ``compatible_since`` on uses: so in a later step than the one that
@@ -381,6 +385,18 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "bytes": "BLOB",
         "serial": "INTEGER",
         "room": "",
+        # SQLite drops no primary key.
+        "gpus": """
+CREATE TABLE gpu_again (
+  uuid TEXT NOT NULL,
+  server_id TEXT NOT NULL REFERENCES server (server_id) ON DELETE CASCADE,
+  identifier TEXT NOT NULL,
+  declared TEXT NOT NULL
+);
+INSERT INTO gpu_again SELECT uuid, server_id, identifier, declared FROM gpu;
+DROP TABLE gpu;
+ALTER TABLE gpu_again RENAME TO gpu;
+CREATE INDEX gpu_server ON gpu (server_id)""",
         "alone": "",
         "lock": "",
         "number": "1 + abs(random() % 9007199254740991)",
@@ -389,6 +405,7 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "bytes": "BYTEA",
         "serial": "BIGINT GENERATED ALWAYS AS IDENTITY",
         "number": "1 + CAST(floor(random() * 9007199254740991) AS BIGINT)",
+        "gpus": "ALTER TABLE gpu DROP CONSTRAINT gpu_pkey",
         # Every unit holds the weakest lock of this table, so none runs beside a migration.
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
         "lock": " FOR UPDATE SKIP LOCKED",
@@ -801,6 +818,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     store.ReadGpus: _query(_select(store.GpuRow, "WHERE server_id = :server_id"), partial(_sorted, store.GpuRow)),
+    store.FindDeclaration: _query("SELECT min(server_id) FROM gpu WHERE uuid = :uuid", lambda rows: rows[0][0]),
     store.ReadHostProfiles: _query(
         _select(store.HostProfileRow, "ORDER BY created_at, fingerprint LIMIT :limit"),
         partial(decode_rows, store.HostProfileRow),

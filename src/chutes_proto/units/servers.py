@@ -2,11 +2,13 @@
 
 Rules kept here:
 
-* an id, an address, a GPU, and a name among one hotkey's servers belong to one server: the tables' own constraints;
+* an id, an address, and a name among one hotkey's servers belong to one server: the tables' own constraints. So does a
+  GPU by the serial number that NVIDIA signed, where its evidence is required. A declared uuid belongs to nobody: it is
+  recorded, and the audit says who declared it before;
 * a name differs from the other ids of the same hotkey, and an id from the other names, so that either names one server;
 * a server is removed by its owner, by the operator, or by a registration at its address with better evidence. The
-  evidence of a registration shows one thing, the address that its linked boot came from. It does not show GPUs or ids,
-  and of a time long ago not even that, because addresses change hands. A claim to anything else removes nothing;
+  linked boot of a registration shows one thing, the address that it came from. It does not show ids, and of a time
+  long ago not even that, because addresses change hands. A claim to anything else removes nothing;
 * removing a server keeps the keys of its VM;
 * anyone else than the owner is told that the server does not exist.
 """
@@ -89,6 +91,7 @@ class RegisterServer(Unit[store.ServerRow]):
         if self.shown is not None:
             self._check_shown(self.shown, link)
         yield from self._check_free(link)
+        declared = yield from self._declared_before()
         server = store.ServerRow(
             server_id=self.server_id,
             registration=self.request_id,
@@ -106,7 +109,7 @@ class RegisterServer(Unit[store.ServerRow]):
             if not (yield from store.Claim(row)):  # another transaction came in between
                 raise StoreBusy(f"a {row.TABLE} row was claimed meanwhile")
         reason = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
-        reason = f"at {server.address}: {reason}; {len(self.gpus)} GPUs"
+        reason = f"at {server.address}: {reason}; {len(self.gpus)} GPUs{declared}"
         if self.shown is not None:
             gpus = yield from keep_gpus(self.shown.gpus, server, self.now)
             records = Records(self.now, self.request_id, server.vm, self.shown, self.address)
@@ -166,11 +169,6 @@ class RegisterServer(Unit[store.ServerRow]):
             )
             yield from _audit(self, neighbour, "server yields", reason, better.boot_id if better else None)
             neighbour = None
-        for gpu in self.gpus:
-            held = yield from store.Read(store.GpuRow, gpu.uuid)
-            if held is not None:
-                text = "Nodes already exist in inventory, please contact chutes team to resolve: " + str([gpu.uuid])
-                raise _taken(Code.GPU_TAKEN, text, (yield from store.Read(store.ServerRow, held.server_id)))
         if neighbour is not None:
             text = _TAKEN
             if neighbour.hotkey == self.hotkey:
@@ -184,6 +182,14 @@ class RegisterServer(Unit[store.ServerRow]):
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
             raise _taken(Code.SERVER_TAKEN, text, holder)
         yield from _check_name(self.hotkey, self.server_id, self.name)
+
+    def _declared_before(self) -> Script[str]:
+        """The first of the GPUs that another server has declared too, for the audit; nobody has signed a uuid."""
+        for gpu in self.gpus:
+            holder = yield from store.FindDeclaration(gpu.uuid)
+            if holder is not None:
+                return f", of which server {holder} declared {gpu.uuid} before"
+        return ""
 
     def _has_owned(self, neighbour: store.ServerRow) -> bool:
         """Whether the host itself says that it is not ``neighbour``'s, a server without evidence."""

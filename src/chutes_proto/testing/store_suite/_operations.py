@@ -28,6 +28,7 @@ from chutes_proto.store.rows import (
     EraseGeneration,
     ErasureRow,
     EvidenceRow,
+    FindDeclaration,
     FindLastBoot,
     FindLastBootFrom,
     FindRecent,
@@ -523,7 +524,7 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     }
     for what, second in taken.items():
         expect(ask(Claim(second)), False, f"a second server with one {what}")
-    expect(ask(Claim(evolve(_GPU, server_id="n2"))), False, "a GPU of two servers")
+    expect(ask(Claim(_GPU)), False, "a GPU that a server declares twice")
     expect(ask(Claim(evolve(_DEVICE, server_id="n2"))), False, "a device of two servers")
     expect(dump(harness.open()), before, "rows after claims that failed")
     expect(ask(Claim(evolve(third, hotkey="other", name="vm-0"))), True, "another hotkey's server of one name")
@@ -532,10 +533,11 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Read(ServerRow, "5.6.7.8", "address")), fresh_server, "the server at an address")
     expect(ask(Read(ServerRow, "5.6.7.9", "address")), None, "the server at no address")
     expect(ask(ReadAll(ServerRow, VM.hotkey)), (_SERVER, fresh_server), "servers of a hotkey")
-    expect(ask(Read(GpuRow, "gpu-1")), _GPU, "a GPU")
     expect(ask(ReadGpus("n1")), (_GPU,), "the GPUs of a server")
     expect(ask(ReadGpus("n3")), (), "the GPUs of no server")
-    expect(ask(Read(GpuRow, "gpu-2")), None, "a GPU that is not there")
+    expect(ask(Claim(evolve(_GPU, server_id="n2"))), True, "a GPU that two servers declare")
+    expect(ask(FindDeclaration("gpu-1")), "n1", "the first server that declares a GPU")
+    expect(ask(FindDeclaration("gpu-2")), None, "a GPU that is not there")
     expect(ask(Read(GpuDeviceRow, "41A0")), _DEVICE, "a device")
     ask(Put(evolve(_DEVICE, serial_number="53C3")))
     expect(ask(Read(GpuDeviceRow, "41A0")), evolve(_DEVICE, serial_number="53C3"), "a device with other firmware")
@@ -554,7 +556,8 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Read(ServerRow, "n1")), renamed, "a server after a name that is taken")
     ask(DeleteServer("n1"))
     expect(ask(Read(ServerRow, "n1")), None, "a deleted server")
-    expect(ask(Read(GpuRow, "gpu-1")), None, "a GPU of a deleted server")
+    expect(ask(ReadGpus("n1")), (), "the GPUs of a deleted server")
+    expect(ask(FindDeclaration("gpu-1")), "n2", "the other server that declares a GPU of a deleted one")
     expect(ask(Read(GpuDeviceRow, "41A0")), None, "a device of a deleted server")
     expect(len(ask(Scan(AttestationRow))), 4, "verdicts after their server is gone")
     expect(len(ask(Scan(ServerRow))), 2, "servers after one is gone")

@@ -26,6 +26,7 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Vm,
 )
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.testing.store_suite._parts import (
     CALLERS,
     DAY,
@@ -51,8 +52,9 @@ from chutes_proto.testing.store_suite._parts import (
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.nonces import SKEW, ForgetNonces, RaiseHorizon
 from chutes_proto.units.operator import RewrapKeys, StoreRestored
+from chutes_proto.units.records import SignedGpu, SignedGpus
 from chutes_proto.units.rotation import Pair
-from chutes_proto.units.servers import RegisterServer
+from chutes_proto.units.servers import HostQuote, RegisterServer
 from chutes_proto.wire.codes import Code
 
 T = TypeVar("T")
@@ -241,7 +243,7 @@ def a_platform_gets_no_more_names_than_it_may(harness: Harness) -> None:
 
 
 def servers_at_once_share_nothing(harness: Harness) -> None:
-    """Many registrations at once that want one address, one GPU or one id: one of each has it."""
+    """Many registrations at once that want one address, one signed GPU or one id: one of each has it."""
     codes = {"address": Code.HOST_TAKEN, "gpu": Code.GPU_TAKEN, "server_id": Code.SERVER_TAKEN}
     for number, (wanted, code) in enumerate(codes.items()):
         units = [_registration(f"{number}-{index}", f"{number}", wanted) for index in range(CALLERS)]
@@ -250,8 +252,13 @@ def servers_at_once_share_nothing(harness: Harness) -> None:
 
 
 def _registration(own: str, shared: str, wanted: str) -> RegisterServer:
-    """A registration of hotkey ``own``, all of whose claims are its own but for the one that is ``wanted``."""
+    """A registration of hotkey ``own``, all of whose claims are its own but for the one that is ``wanted``.
+
+    All declare one uuid, which keeps nobody out; a GPU is claimed by its signed serial number.
+    """
     server_id = shared if wanted == "server_id" else own
+    gpu = SignedGpu(shared if wanted == "gpu" else own, "53C2")
+    pin = platform(own).pin
     return RegisterServer(
         now=NOW,
         request_id=entropy(own, 16).hex(),
@@ -260,9 +267,10 @@ def _registration(own: str, shared: str, wanted: str) -> RegisterServer:
         name="name",
         host="a.example",
         address=shared if wanted == "address" else own,
-        gpus=(GpuRow(shared if wanted == "gpu" else own, server_id, "h200", "{}"),),
-        profiles={},
+        gpus=(GpuRow("gpu", server_id, "h200", "{}"),),
+        profiles={PROFILE.identity: PROFILE},
         peer_address="",
+        shown=HostQuote(entropy(own, 32), pin, *PROFILE.identity, None, SignedGpus("", (gpu,), is_required=True)),
     )
 
 
