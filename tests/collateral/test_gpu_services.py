@@ -21,7 +21,7 @@ from chutes_proto.collateral.gpus import GpuService, RimCache, StatusCache
 from chutes_proto.errors import Unavailable
 from chutes_proto.gpu import EvidenceRefusedError, GpuCollateral, GpuPolicy, authenticate, verify
 from chutes_proto.io.collateral.aio import open_gpu_collateral
-from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
+from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, make_gpu_directory
 from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.log import Record
@@ -34,6 +34,7 @@ from tests.clients import make_client
 from tests.collateral.test_gpus import asked_serial, by_serial
 from tests.scenario.operations import LOOPS, SERVER, Site, Vm, close_stores, open_store
 from tests.server.world import GPU, MINER, PLATFORM, service
+from tests.waiting import async_wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -123,6 +124,10 @@ def accepted(found: GpuCollateral) -> bool:
     return all(device.revocation_checked for device in verdict.devices)
 
 
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.glob("*/*")}
+
+
 def spoil(directory: Path) -> None:
     for path in [*directory.glob("*/*")]:
         _ = path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -148,6 +153,30 @@ async def test_fetched_once_and_kept_on_disk_for_the_next_process(tmp_path: Path
         log.clear()
         assert not accepted(await fetched(source(services, tmp_path), log))
         assert "collateral_not_restored" in {record.event for record in log}
+
+
+async def test_what_has_ended_is_removed_from_the_cache(tmp_path: Path) -> None:
+    """OCSP answers are one for each machine that was ever seen. A revocation is for ever, and the rest is not ours."""
+    now = int(time.time())
+    directory = make_gpu_directory(tmp_path)
+    revoked = GPUS.having("revoked")
+    pieces = {
+        "rims/ended.xml": GPUS.having("rim_signer_expired").rims(now)[0],
+        "rims/in-use.xml": GPUS.rims(now)[0],
+        "status/in-use.der": GPUS.status(now)[0],
+        "status/text": b"not an OCSP answer",
+    }
+    pieces |= {f"status/old-{at}.der": data for at, data in enumerate(GPUS.status(now - 3 * 86_400))}
+    pieces |= {f"status/revoked-{at}.der": data for at, data in enumerate(revoked.status(now - 3 * 86_400))}
+    for name, data in pieces.items():
+        _ = (directory / name).write_bytes(data)
+    log: list[Record] = []
+    with serving() as services:
+        async with open_gpu_collateral(source(services, tmp_path), log=log.append):
+            _ = await async_wait_until(lambda: [record.event for record in log] == ["collateral_pruned"])
+    left = files(tmp_path)
+    assert {"rims/in-use.xml", "status/in-use.der", "status/text"} == {name for name in left if "revoked" not in name}
+    assert len(left) == 4  # and the one revocation
 
 
 async def test_files_beside_count_while_the_services_are_down(tmp_path: Path) -> None:

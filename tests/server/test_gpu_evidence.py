@@ -17,6 +17,7 @@ from chutes_proto.gpu import (
     parse_report,
     verify_rim,
 )
+from chutes_proto.gpu._rim import authenticate_rim
 from chutes_proto.server._app import App
 from chutes_proto.server._gpu_evidence import Demand, GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
@@ -129,6 +130,30 @@ def test_our_missing_collateral_is_our_fault_and_stops_no_boot() -> None:
         assert "GPU evidence NOT accepted" in audited(recording)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("rim_signer_expired", "rim_other_product", "rim_driver_missing", "rims_none", "rim_conflict"),
+        *("status_expired", "status_responder_expired", "status_signature", "status_missing"),
+    ],
+)
+def test_rims_and_answers_that_are_no_good_are_our_fault(fault: str) -> None:
+    """The devices are genuine: whoever registers them comes again when we have got better ones."""
+    faulty = GPUS.having(fault)
+    world = make("require")
+    rims = Rims.of(authenticate_rim(data, roots=GPUS.roots) for data in faulty.rims(NOW))
+    world.gpus = GpuCollateral(rims, Revocation.of(faulty.status(NOW)))
+    assert refusal(register(world))[:2] == (503, Code.COLLATERAL_UNAVAILABLE)
+
+
+def test_a_device_whose_certificate_has_expired_is_not_our_fault() -> None:
+    world = make("require")
+    world.shows = GPUS.having("brom_expired")
+    status, code, text = refusal(register(world))
+    assert (status, code) == (403, Code.GPU_EVIDENCE_REJECTED)
+    assert text.endswith("certificate_expired")
+
+
 def test_a_gpu_belongs_to_the_server_that_showed_it() -> None:
     """Whatever uuid is declared, and whichever firmware made the certificate."""
     demands: tuple[Demand, ...] = ("require", "record")
@@ -144,6 +169,18 @@ def test_a_gpu_belongs_to_the_server_that_showed_it() -> None:
             registered(second)
             assert "was shown by server n1 before" in audited(world)
         assert [row.server_id for row in world.rows(GpuDeviceRow)] == ["n1"]
+
+
+def test_who_declares_a_gpu_without_showing_it_keeps_nobody_out() -> None:
+    """The first declaration of a uuid is a stranger's, whose host showed nothing."""
+    world = make("record")
+    world.shows = None
+    world.names["stranger.example"] = ("9.9.9.9",)
+    registered(register(world, OTHER, id="n9", host="stranger.example", gpus=[gpu("GPU-0")]))
+    world.app.service = evolve(world.app.service, profiles=make("require").app.service.profiles)
+    world.shows = GPUS
+    registered(register(world, gpus=[gpu("GPU-0")]))
+    assert [row.server_id for row in world.rows(GpuDeviceRow)] == ["n1"]
 
 
 def attest(world: WithGpus, gpus: SimulatedGpus | None) -> Any:

@@ -153,7 +153,7 @@ class RimCache(Cache[RimKey, GpuService, HeldRim, bytes]):
         self, upstreams: Sequence[GpuService], *, roots: GpuRoots, policy: CachePolicy = POLICY, seed: bytes = b""
     ) -> None:
         super().__init__(upstreams, policy=policy, seed=seed)
-        self._roots = roots
+        self.roots = roots
 
     def obtain(self, upstream: GpuService, key: RimKey) -> Flow[tuple[HeldRim, bytes]]:
         """See `Cache.obtain`."""
@@ -164,7 +164,7 @@ class RimCache(Cache[RimKey, GpuService, HeldRim, bytes]):
 
     def read(self, key: RimKey, data: bytes) -> HeldRim:
         """Verify a RIM, of whatever time. Raises `UpstreamError` for one of something else, and `GpuError`."""
-        rim = authenticate_rim(data, roots=self._roots)
+        rim = authenticate_rim(data, roots=self.roots)
         if (rim.product, rim.version.upper()) != (key.chip, key.version.upper()):
             raise UpstreamError(f"it is of {rim.product} {rim.version}")
         return HeldRim(rim)

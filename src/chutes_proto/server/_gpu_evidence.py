@@ -5,8 +5,8 @@ Rules kept here:
 * the evidence is over the same nonce as the quote beside it, which the TD that hands it over is measured to ask for;
 * only evidence of genuine devices, over the nonce, makes the server fetch what they are verified with;
 * ``record`` refuses nothing: the audit row says which devices verified, or why they did not;
-* ``require`` refuses evidence that does not verify, or that is missing; RIMs or OCSP answers that are not there are a
-  fault of ours (503);
+* ``require`` refuses evidence that does not verify, or that is missing. RIMs or OCSP answers that are not there, have
+  ended or do not verify are a fault of ours (503);
 * no boot depends on any of this.
 """
 
@@ -19,9 +19,17 @@ from attrs import evolve, field, frozen
 
 from chutes_proto.effects import FetchGpuCollateral, Flow, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
-from chutes_proto.gpu import NVIDIA, AcceptedEvidence, GenuineDevice, GpuCollateral, GpuError, GpuPolicy, GpuRoots
-from chutes_proto.gpu import _steps as steps
-from chutes_proto.gpu._policy import EvidenceRefusedError, accept, open_evidence
+from chutes_proto.gpu import (
+    NVIDIA,
+    AcceptedEvidence,
+    GenuineDevice,
+    GpuCollateral,
+    GpuError,
+    GpuPolicy,
+    GpuRoots,
+    GpuVerificationError,
+)
+from chutes_proto.gpu._policy import EvidenceRefusedError, Opened, accept, open_evidence
 from chutes_proto.quote._measurements import Profile
 from chutes_proto.units.records import SignedGpu, SignedGpus
 from chutes_proto.wire.codes import Code
@@ -29,12 +37,11 @@ from chutes_proto.wire.codes import Code
 Demand = Literal["record", "require"]
 """A profile's demand on GPU evidence."""
 
-_OURS: Final = (
-    steps.RimMissingError,
-    steps.StatusMissingError,
-    steps.StatusNotYetValidError,
-    steps.StatusExpiredError,
-)
+_OURS: Final = frozenset({*range(1, 9), *range(13, 24), 25, 26, 27})
+"""The steps that a genuine device's evidence fails only for want of good RIMs and OCSP answers.
+
+Steps 1 to 8 are then of a RIM's signer or a responder: the device's own chain was verified before.
+"""
 _REJECTED: Final = "The evidence of the GPUs is not accepted."
 
 
@@ -68,6 +75,7 @@ def appraise_gpus(
     about = f"{len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
     if appraisal is None:
         return SignedGpus(f"GPU evidence NOT verified, {about}")
+    opened: Opened = []
     try:
         opened = open_evidence(text.encode(), nonce=nonce, now=now, roots=appraisal.roots)
         genuine = tuple(device for device in opened if isinstance(device, GenuineDevice))
@@ -88,7 +96,7 @@ def appraise_gpus(
         reason = f"GPU evidence NOT accepted: {_code(exc)}: {exc}"
         if not is_required:
             return SignedGpus(f"{reason[:1000]}; {about}")
-        if isinstance(exc, CollateralUnavailable) or isinstance(_cause(exc), _OURS):
+        if _is_ours(exc, opened):
             detail = "No reference values or certificate status for these GPUs now. Retry later."
             raise Unavailable(Code.COLLATERAL_UNAVAILABLE, detail, reason=reason, retry_after=60) from None
         raise Refused(Code.GPU_EVIDENCE_REJECTED, f"{_REJECTED} {_code(exc)}", reason=reason) from None
@@ -103,8 +111,12 @@ def _policy(policy: GpuPolicy, profile: Profile) -> GpuPolicy:
     return evolve(policy, models=frozenset(profile.expected_gpus))
 
 
-def _cause(error: GpuError) -> GpuError:
-    return error.error if isinstance(error, EvidenceRefusedError) else error
+def _is_ours(error: GpuError | CollateralUnavailable, opened: Opened) -> bool:
+    """Whether reference values or the status of certificates are at fault, and not the evidence."""
+    if not isinstance(error, EvidenceRefusedError):
+        return isinstance(error, CollateralUnavailable)
+    cause = error.error
+    return isinstance(cause, GpuVerificationError) and cause.step in _OURS and cause not in opened
 
 
 def _code(error: GpuError | CollateralUnavailable) -> str:

@@ -63,8 +63,17 @@ async def open_gpu_collateral(
     async with open_client(source.context) as client:
         performer = Performer(get=HttpxGetter(client, source.limits), log=log)
         async with anyio.create_task_group() as group:
+            _ = group.start_soon(_prune, source, performer)
             yield GpuFetcher(source, performer, group)
             group.cancel_scope.cancel()
+
+
+async def _prune(source: GpuServices, performer: Performer) -> None:
+    """Remove the files of pieces that have ended, now and once a day."""
+    while True:
+        if record := await anyio.to_thread.run_sync(source.prune, await performer.run(clock())):
+            _ = await performer.perform(Log(record))
+        await anyio.sleep(86_400)
 
 
 @asynccontextmanager
