@@ -82,6 +82,23 @@ def test_the_policy_of_a_hotkey_is_for_who_proves_it(text: str, claimed: bool, p
     assert _accepts(text, claimed="another") == (text.startswith(OUTDATED))
 
 
+def test_a_claimed_hotkey_gets_no_profile_that_the_default_refuses() -> None:
+    """Two profiles accept this TD: the default by one, the exception by both, of which the first is another."""
+    twin = attrs.evolve(PROFILE, name="twin", attributes=AttributePolicy(sept_ve_disable="any"))
+    mine = f'[per_hotkey.me]\nidentity.ppid = ["{PLATFORM.ppid.hex()}"]'
+    bound = parse_policy_set(f"{OUTDATED}\n[per_profile.twin]\n{NOBODY}\n{mine}").bind((twin, PROFILE))
+    assert bound.appraise(STALE, stage="boot", proven="me").profile == twin
+    for claimed in (None, "me"):
+        assert bound.appraise(STALE, stage="boot", claimed=claimed).profile == PROFILE
+    texts = (f"[per_profile.{name}]\n{OUTDATED}" for name in ("simulated", "twin"))
+    default, own = (parse_policy_set(text).bind((twin, PROFILE))._groups[None] for text in texts)
+    apart = BoundPolicies((twin, PROFILE), {None: default, "me": own})
+    assert apart.appraise(STALE, stage="boot").profile == PROFILE
+    assert apart.appraise(STALE, stage="boot", proven="me").profile == twin
+    with pytest.raises(AppraisalError, match="TCB status"):
+        _ = apart.appraise(STALE, stage="boot", claimed="me")
+
+
 def test_the_refusals_are_those_of_the_nearest_profile() -> None:
     bound = parse_policy_set("[per_profile.other]\ntcb.allow_smt = false").bind((OTHER, PROFILE))
     with pytest.raises(AppraisalError) as caught:

@@ -10,7 +10,7 @@ Rules kept here:
 * an exception says only what differs, key by key; the hotkey's comes before the profile's, one of a profile's name and
   version before one of its name. Where a default or an exception is ``any_of`` or ``all_of``, the exception says all;
 * a hotkey's exception takes the place of the rest only for a caller that proves the hotkey. For one that only claims
-  it both must accept, so a claim never loosens anything and never escapes anything;
+  it both must accept, by the same profile, so a claim never loosens anything and never escapes anything;
 * every combination is made, and so checked, when the file is read.
 """
 
@@ -150,11 +150,37 @@ class BoundPolicies:
         if proven in self.hotkeys:
             return self._by(proven, verdict, stage, event_log)
         accepted = self._by(None, verdict, stage, event_log)
-        return self._by(claimed, verdict, stage, event_log) if claimed in self.hotkeys else accepted
+        if claimed not in self.hotkeys:
+            return accepted
+        own = self._by(claimed, verdict, stage, event_log)
+        return own if own.matched == accepted.matched else self._by_both(claimed, verdict, stage, event_log)
 
-    def _by(self, hotkey: str | None, verdict: Verdict, stage: Stage, event_log: EventLog | None) -> AcceptedVerdict:
+    def _by_both(
+        self, claimed: str | None, verdict: Verdict, stage: Stage, event_log: EventLog | None
+    ) -> AcceptedVerdict:
+        """Accept by the first profile by which both the default and the exception accept."""
         refused: list[AppraisalError] = []
-        for policy in self._groups[hotkey]:
+        for profile in self.profiles:
+            try:
+                _ = self._by(None, verdict, stage, event_log, profile)
+                return self._by(claimed, verdict, stage, event_log, profile)
+            except AppraisalError as exc:
+                refused.append(exc)
+        raise min(refused, key=_distance)
+
+    def _by(
+        self,
+        hotkey: str | None,
+        verdict: Verdict,
+        stage: Stage,
+        event_log: EventLog | None,
+        only: Profile | None = None,
+    ) -> AcceptedVerdict:
+        refused: list[AppraisalError] = []
+        policies = self._groups[hotkey]
+        if only is not None:
+            policies = tuple(_with_profiles(each, (only,)) for each in policies if only in leaves(each)[0].profiles)
+        for policy in policies:
             try:
                 return policy.appraise(verdict, stage=stage, event_log=event_log)
             except AppraisalError as exc:
