@@ -21,10 +21,11 @@ from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import GenerationRow, Vm
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import EvidenceRow, GenerationRow, Put, Scan, Vm
 from chutes_proto.units.revocations import Revocations
 from tests.cli import test_operating
-from tests.cli.test_operating import HOTKEY, NOW, Site
+from tests.cli.test_operating import HOTKEY, NOW, PLATFORM, Site
 from tests.loops import on_loop
 
 site = test_operating.site
@@ -90,18 +91,32 @@ def test_no_file_of_sqlite_holds_a_key_afterwards(site: Site, secure: bool, monk
         monkeypatch.setattr("chutes_proto.io.stores.sqlite._SETTINGS", (*settings, ("secure_delete", 0)))
     for label in "12345":
         site.boot(label, rekey=("storage",), at=NOW - 9)
-    values = sealed(site.rows())
+    quotes = [PLATFORM.quote(bytes([number]) * 64) for number in range(3)]
+    with closing(setup_of(site).store.open()) as opened:
+        for row in (evidence(0, quotes[0], "vm-1"), evidence(1, quotes[1], "vm-1"), evidence(2, quotes[2], "vm-2")):
+            opened.transact(Ask(Put(row)))
+    values = [*sealed(site.rows()), *(quote[at : at + 32] for quote in quotes[:2] for at in (636, 668))]
     if not secure:
         with closing(sqlite3.connect(site.directory / "keys.db")) as connection:
             _ = connection.execute("PRAGMA secure_delete = 0")
             _ = connection.execute("CREATE TABLE moved AS SELECT * FROM generation")
             _ = connection.execute("DROP TABLE moved")
+            _ = connection.execute("CREATE TABLE moved AS SELECT * FROM evidence")
+            _ = connection.execute("DROP TABLE moved")
             connection.commit()
     with closing(SqliteStore(site.directory / "keys.db")):
-        assert held(site, values)
-        assert site.json("vm", "erase", "vm-1", "--yes")["ok"]
+        assert all(held(site, values[at : at + 2]) for at in range(0, len(values), 2))
+        told = site.json("vm", "erase", "vm-1", "--yes")
+        assert (told["ok"], told["quotes"]) == (True, 2)
         assert held(site, values) == []
     assert held(site, values) == []
+    assert held(site, [quotes[2][636:668]])
+
+
+def evidence(place: int, quote: bytes, vm: str) -> EvidenceRow:
+    """That of a granted boot, or with a place that of a refused one."""
+    name = f"refused p {place}" if place else f"vm {HOTKEY}/{vm}"
+    return EvidenceRow(name, Vm(HOTKEY, vm), "a", "tcb_rejected" if place else None, quote, "{}", NOW - 9)
 
 
 def test_an_erasure_that_was_cut_short_is_run_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +149,9 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> N
     file = marked(site)
     site.boot("1")
     site.boot("2", vm=Vm(HOTKEY, "vm-2"))
+    with closing(setup_of(site).store.open()) as opened:
+        for row in (evidence(0, PLATFORM.quote(bytes(64)), "vm-1"), evidence(1, PLATFORM.quote(bytes(64)), "vm-1")):
+            opened.transact(Ask(Put(row)))
     values = sealed(tuple(row for row in site.rows() if row.vm.name == "vm-1"))
     _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
     assert site.do("vm", "erase", "vm-1", "--yes").code == 0
@@ -150,6 +168,8 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> N
             assert any("1 VMs were erased again" in warning for warning in warnings)
     assert [row.vm.name for row in site.rows() if row.sealed] == ["vm-2"] * 2
     assert [vm["vm"] for vm in site.json("vm", "list")["vms"]] == ["vm-2"]
+    with closing(setup_of(site).store.open()) as opened:
+        assert opened.transact(Ask(Scan(EvidenceRow))) == ()
     site.boot("3", at=NOW + 200)  # later keys of the name stay, whatever is repeated
     with open_store(Running(setup_of(site))) as (_, warnings):
         assert not any("erased again" in warning for warning in warnings)

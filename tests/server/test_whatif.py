@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from attrs import evolve
+from msgspec.structs import asdict
 
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._collateral import Collateral, CollateralDigests
 from chutes_proto.quote._files import UnixTime
 from chutes_proto.quote._measurements import Schedule
 from chutes_proto.quote._policy import Policy, TcbPolicy
@@ -125,6 +127,9 @@ def test_the_newest_evidence_of_each_vm_is_kept_and_of_strangers_a_few(fleet: Wo
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == [f"vm {HOTKEY}/vm-good"]
     assert all(4000 < len(row.quote) < 6000 for row in after.values())
+    used = asdict(CollateralDigests.of(Collateral.from_json(PLATFORM.collateral_json(fleet.now))))
+    kept = json.loads(after[f"vm {HOTKEY}/vm-good"].collateral)
+    assert kept["sha256"] == {name: value.hex() for name, value in used.items()}
     fleet.platform = PLATFORM.having("rtmr1")
     for number in range(3 * REFUSED_KEPT):
         assert refusal(fleet.boot(vm_name=f"stranger-{number}"))[0] == 403
@@ -137,5 +142,8 @@ def test_the_newest_evidence_of_each_vm_is_kept_and_of_strangers_a_few(fleet: Wo
 
 def test_an_erasure_takes_the_evidence_along(fleet: World) -> None:
     vm = next(row.vm for row in fleet.rows(EvidenceRow) if row.vm.name == "vm-good")
+    fleet.platform = PLATFORM.having("rtmr1")
+    assert refusal(fleet.boot(vm_name="vm-good"))[0] == 403
+    assert len([row for row in fleet.rows(EvidenceRow) if row.vm == vm]) == 2
     _ = fleet.store.transact(EraseVm(NOW, "e", 1, vm, "gone", carry_out=True))
     assert vm not in {row.vm for row in fleet.rows(EvidenceRow)}

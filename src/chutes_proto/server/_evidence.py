@@ -87,7 +87,9 @@ class Evidence:
     @property
     def kept(self) -> Kept:
         """The parts that are kept, to be appraised again."""
-        return Kept(self.quote, json.encode(asdict(self.verdict.collateral)).decode())
+        verdict = self.verdict
+        digests = {name: value.hex() for name, value in asdict(verdict.verified.digests).items()}
+        return Kept(self.quote, json.encode({**asdict(verdict.collateral), "sha256": digests}).decode())
 
     @property
     def advisories(self) -> str:

@@ -487,7 +487,7 @@ class EvidenceRow:
 
     Of quotes that were refused, each platform has a few places, which are used again: ``evidence_id`` names the VM, or
     platform and place. ``code`` is None for a grant. ``collateral`` is a JSON object with the numbers and dates of the
-    collateral that it was appraised with. A row takes about 5 kB.
+    collateral that it was appraised with, and in ``sha256`` the digest of each document. A row takes about 5 kB.
     """
 
     TABLE: ClassVar[str] = "evidence"
@@ -1020,7 +1020,7 @@ class Read(StoreOp[R | None], Generic[R]):
 
 @frozen
 class ReadAll(StoreOp[tuple[R, ...]], Generic[R]):
-    """A VM's key generations, by volume and number, or its known disks, by volume; or a hotkey's servers, by id."""
+    """A VM's key generations, by volume and number, its known disks, by volume, or its evidence; a hotkey's servers."""
 
     kind: type[R]
     owner: Vm | str

@@ -311,6 +311,8 @@ _INDEXES: Final = (
     "CREATE INDEX attestation_created ON attestation (created_at, attestation_id)",
     # The VMs of a platform that is named by its PPID.
     "CREATE INDEX vm_ppid ON vm (ppid)",
+    # The evidence of a VM that is erased: its own, and refused quotes that named it.
+    "CREATE INDEX evidence_vm ON evidence (hotkey, vm)",
     # A boot that is deleted must not be a server's.
     "CREATE INDEX server_boot ON server (boot_id)",
     "CREATE INDEX server_attested ON server (attested)",

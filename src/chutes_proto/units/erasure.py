@@ -20,7 +20,6 @@ from attrs import frozen
 from chutes_proto.errors import Refused
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.units.records import evidence_id
 from chutes_proto.units.revocations import subject_of
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
@@ -28,11 +27,15 @@ from chutes_proto.wire.codes import Code
 
 @frozen
 class Erased:
-    """The keys that an erasure destroys, the claim that it frees, and its record, None if it was not carried out."""
+    """The keys and the quotes that an erasure destroys, the claim that it frees, and its record, if it was carried out.
+
+    The quotes are of granted boots of the VM, and of refused ones that named it.
+    """
 
     keys: tuple[store.GenerationRow, ...]
-    claim: store.VmRow | None
-    record: store.ErasureRow | None
+    evidence: tuple[store.EvidenceRow, ...] = ()
+    claim: store.VmRow | None = None
+    record: store.ErasureRow | None = None
 
 
 @frozen
@@ -58,17 +61,18 @@ class EraseVm(Unit[Erased]):
         claim = yield from store.Read(store.VmRow, self.vm)
         if not keys and claim is None:
             if any(record.vm == self.vm for record in (yield from store.Scan(store.ErasureRow))):
-                return Erased((), None, None)
+                return Erased(())
             raise Refused(Code.KEY_NOT_FOUND, f"{subject_of(self.vm)} has no keys and is bound to no platform")
+        evidence = yield from store.ReadAll(store.EvidenceRow, self.vm)
         if not self.carry_out:
-            return Erased(keys, claim, None)
+            return Erased(keys, evidence, claim)
         through = {row.volume: row.generation for row in rows}  # by volume and number
         text = json.encode(through).decode()
         erased_at = max([self.now, *(row.created_at for row in keys)])  # clocks differ by seconds
         record = store.ErasureRow(self.erasure_id, self.vm, erased_at, text)
-        yield from _erase(self.now, self.version, record, keys, "vm erased", self.reason)
+        yield from _erase(self.now, self.version, record, keys, evidence, "vm erased", self.reason)
         yield from _forget(self.vm)
-        return Erased(keys, claim, record)
+        return Erased(keys, evidence, claim, record)
 
 
 @frozen
@@ -94,7 +98,9 @@ class RepeatErasure(Unit[int | None]):
         ]
         keys = [row for row in old if row.sealed is not None]
         reason = f"erased at {record.erased_at}; repeated, because the store had lost that"
-        yield from _erase(self.now, self.version, record, keys, "vm erased again", reason)
+        kept = yield from store.ReadAll(store.EvidenceRow, record.vm)
+        evidence = [row for row in kept if row.received_at <= record.erased_at]
+        yield from _erase(self.now, self.version, record, keys, evidence, "vm erased again", reason)
         claim = yield from store.Read(store.VmRow, record.vm)
         if claim is not None and claim.created_at <= record.erased_at and len(old) == len(rows):
             yield from _forget(record.vm)
@@ -110,10 +116,18 @@ def through_of(record: store.ErasureRow) -> dict[str, int]:
 
 
 def _erase(
-    now: int, version: int, record: store.ErasureRow, keys: Sequence[store.GenerationRow], event: str, reason: str
+    now: int,
+    version: int,
+    record: store.ErasureRow,
+    keys: Sequence[store.GenerationRow],
+    evidence: Sequence[store.EvidenceRow],
+    event: str,
+    reason: str,
 ) -> Script[None]:
     for row in keys:
         yield from store.EraseGeneration(row)
+    if evidence:
+        yield from store.Delete(store.EvidenceRow, tuple(row.evidence_id for row in evidence))
     yield from store.VoidTokens(record.vm, now)
     yield from store.Insert(record)
     yield from store.SetVersion(version)
@@ -124,4 +138,3 @@ def _erase(
 def _forget(vm: store.Vm) -> Script[None]:
     yield from store.Forget(store.VmRow, vm)
     yield from store.Forget(store.VolumeRow, vm)
-    yield from store.Delete(store.EvidenceRow, (evidence_id(vm),))

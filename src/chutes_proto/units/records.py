@@ -74,7 +74,7 @@ class SignedGpus:
 
 @frozen
 class Kept:
-    """The bytes of a genuine quote, and the numbers and dates of its collateral as a JSON object."""
+    """The bytes of a genuine quote, and numbers, dates and digests of its collateral as a JSON object."""
 
     quote: bytes
     collateral: str

@@ -19,6 +19,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.server.store_setup import StoreSetup, erasures_file
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.erasures import keep_erasures, scrub
+from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import (
@@ -297,9 +298,9 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
     """Destroy all keys of a VM at once, for ever, and free its name.
 
     Its disks can never be opened again with what this server has: active keys go as well, and those that `keys purge`
-    would keep. Its tokens are void, its claim is forgotten, and its platform has one more place for a name. First stop
-    the VM, and revoke it: one that boots again gets new keys as another VM would. Without --yes nothing is destroyed,
-    only shown.
+    would keep. Its tokens are void, its claim and the quotes that are kept of it are gone, and its platform has a place
+    more for a name. First stop the VM, and revoke it: one that boots again gets new keys as another VM would. Without
+    --yes nothing is destroyed, only shown.
 
     The command says what may still hold copies of the sealed keys, and how that ends. The erasure is noted beside
     store.mark_file, too: a store that comes back from a backup is erased again before it is served.
@@ -319,6 +320,7 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
         if yes:
             _ = keep_erasures(store, path)
     values = [value for row in done.keys for value in (row.sealed, row.wrapped_key) if value]
+    values += [half for row in done.evidence for half in _halves(row.quote)]
     left = scrub(setup.store, values) if yes else []
     remain = [f"{file}: it still holds a copy; stop all servers, and run the command again" for file in left]
     remain += _may_remain(setup)
@@ -328,7 +330,12 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
     told: dict[str, object] = {"ok": not left, "erased": yes, "hotkey": named.hotkey, "vm": named.name}
     told["platform"] = None if done.claim is None else str(done.claim.pin)
     told["keys"] = [operating.members(row, "volume generation state") for row in done.keys]
-    told |= {"in_use": used, "recorded_in": str(path) if yes and path else None, "may_remain": remain}
+    told |= {
+        "quotes": len(done.evidence),
+        "in_use": used,
+        "recorded_in": str(path) if yes and path else None,
+        "may_remain": remain,
+    }
 
     def people() -> None:
         output.table(_ERASED, done.keys, empty="no keys")
@@ -344,6 +351,12 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
     return answer(told, people, ok=not left)
 
 
+def _halves(quote: bytes) -> tuple[bytes, bytes]:
+    """The two halves of a quote's signature, which no other quote has. SQLite cuts a long value between two pages."""
+    signature = parse_quote(quote).signature
+    return signature[:32], signature[32:]
+
+
 def _may_remain(setup: StoreSetup) -> list[str]:
     """Places that this command cannot reach, and how what they hold ends."""
     backups = (
@@ -353,7 +366,7 @@ def _may_remain(setup: StoreSetup) -> list[str]:
     if setup.store.path is not None:
         return [backups, "the file system: freed blocks and snapshots, until they are overwritten or deleted"]
     return [
-        "dead rows of PostgreSQL, here and on standbys: run VACUUM FULL generation",
+        "dead rows of PostgreSQL, here and on standbys: run VACUUM FULL generation, evidence",
         "archived WAL, and the WAL of base backups: until both are deleted or recycled",
         backups,
     ]

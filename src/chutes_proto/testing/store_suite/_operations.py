@@ -355,6 +355,11 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     ask(Put(known))
     expect(ask(ReadAll(VolumeRow, VM)), (known,), "a VM's volumes")
     expect(ask(ReadAll(VolumeRow, stranger)), (), "another VM's volumes")
+    granted = EvidenceRow("vm", VM, "b0", None, bytes(5000), "{}", NOW)
+    refused = evolve(granted, evidence_id="refused", code="tcb_rejected")
+    for evidence in (granted, refused, evolve(granted, evidence_id="another", vm=stranger)):
+        ask(Put(evidence))
+    expect(ask(ReadAll(EvidenceRow, VM)), (refused, granted), "a VM's evidence")
     revoked = RevocationRow("platform", str(_PIN), "stolen", NOW, None)
     for each in (evolve(revoked, kind="vm"), revoked, evolve(revoked, ends_at=NOW)):
         ask(Put(each))
