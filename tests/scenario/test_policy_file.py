@@ -14,9 +14,11 @@ from chutes_proto.io.server.control import ask_to_reload
 from chutes_proto.io.server.development import write_collateral
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._identity import IdentityPolicy
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._measurements import SCHEDULE_KEYS
 from chutes_proto.quote._policy import TcbPolicy
 from chutes_proto.testing._faults import Fault
-from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire.codes import Code
 from tests.cli.conftest import HOTKEY
 from tests.scenario.premises import Premises
@@ -63,6 +65,7 @@ ROWS: list[tuple[str, str, str, tuple[Code, str] | None]] = [
     ("allow_smt", "tcb.allow_smt = false", "", (Code.TCB_REJECTED, TCB)),
     ("collateral_grace", "", "expired", (Code.COLLATERAL_UNAVAILABLE, RETRY)),
     ("collateral_grace", "tcb.collateral_grace = 172800", "expired", None),
+    ("ppid", "MINE", "", None),  # the values of this very platform and TD, for this row and those of the other names
     *(
         (name, f"identity.{name} = {OTHER_16}", "", (Code.TCB_REJECTED, TCB))
         for name in ("ppid", "platform_instance_id")
@@ -109,6 +112,18 @@ ROWS: list[tuple[str, str, str, tuple[Code, str] | None]] = [
     ("per_hotkey", f"{OUTDATED}\n[per_hotkey.{HOTKEY}]\n{OUTDATED}", STALE, None),
 ]
 
+# The same for the keys of a profile's schedule and for its attributes.
+PROFILE_ROWS: list[tuple[str, str, str, tuple[Code, str] | None]] = [
+    ("not_before", "not_before = 2001-01-01", "", None),
+    ("not_before", "not_before = 2199-01-01", "", (Code.MEASUREMENT_MISMATCH, MEASURED)),
+    ("not_after", "not_after = 2199-01-01", "", None),
+    ("not_after", "not_after = 2001-01-01", "", (Code.MEASUREMENT_MISMATCH, MEASURED)),
+    ("retirement_grace", "not_after = 2001-01-01\nretirement_grace = 9000000000", "", None),
+    ("mode", 'mode = "warn"', "", None),
+    ("mode", 'mode = "warn"', "rtmr1", (Code.MEASUREMENT_MISMATCH, f"{MEASURED} (RTMR1)")),
+    ("attributes", '[profile.attributes]\nsept_ve_disable = "any"', "sept_ve_disable_clear", None),
+]
+
 TWO_RECOVERIES = Fault(
     name="two recoveries",
     side="collateral",
@@ -132,7 +147,28 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Premises]:
 def test_a_rule_decides_over_a_boot(
     served: Premises, rule: str, policy: str, faults: str, answer: tuple[Code, str] | None
 ) -> None:
+    boot_by(served, policy.replace("MINE", own(served.platform)), "", faults, answer)
+
+
+@pytest.mark.parametrize(("rule", "lines", "faults", "answer"), PROFILE_ROWS)
+def test_a_profile_decides_over_a_boot(
+    served: Premises, rule: str, lines: str, faults: str, answer: tuple[Code, str] | None
+) -> None:
+    boot_by(served, "", lines, faults, answer)
+
+
+def own(platform: SimulatedPlatform) -> str:
+    """Each rule about who it is, with the one value that this platform and its TDs have."""
+    body = parse_quote(platform.quote(bytes(64))).body
+    found = {name: getattr(body, name) for name in ("mr_seam", "mr_config_id", "mr_owner", "mr_owner_config")}
+    found |= {"ppid": platform.ppid, "platform_instance_id": platform.platform_instance_id}
+    return "".join(f'identity.{name} = ["{value.hex()}"]\n' for name, value in found.items())
+
+
+def boot_by(served: Premises, policy: str, profile: str, faults: str, answer: tuple[Code, str] | None) -> None:
+    """Boot a VM on a platform with ``faults`` by these files, and expect ``answer``."""
     write_file(served.directory / "policy.toml", policy.encode())
+    write_file(served.directory / "measurements.toml", f"{PROFILE.to_toml()}{profile}".encode())
     honest = served.platform
     served.platform = _with(honest, faults)
     age = 31 * 86400 if faults == "expired" else 0
@@ -157,4 +193,5 @@ def test_the_table_has_every_rule() -> None:
     """Of TDs: a server serves no enclaves."""
     of_enclaves = {"mr_enclave", "mr_signer", "isv_prod_id", "min_isv_svn"}
     rules = {key for part in (TcbPolicy, AttributePolicy, IdentityPolicy) for key in attrs.fields_dict(part)}
+    assert {*SCHEDULE_KEYS, "attributes"} == {row[0] for row in PROFILE_ROWS}
     assert rules - of_enclaves | {"any_of", "all_of", "per_profile", "per_hotkey"} == {row[0] for row in ROWS} - {""}

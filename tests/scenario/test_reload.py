@@ -106,7 +106,17 @@ def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> 
     assert reload(site)["changes"] == [f"hotkeys: {HOTKEY} removed"]
     assert site.vm().boot(status=403)["code"] == "hotkey_rejected"
     said = site.here("reload")
-    assert (said.code, said.out) == (0, "nothing has changed\nnot applied until a restart: listen\n")
+    head, tail = "nothing has changed\nnot applied until a restart: listen\n", "note: policy: tcb.platform_grace: "
+    assert (said.code, said.out.startswith(head), tail in said.out) == (0, True, True)
+    with site.configuration.open("a") as file:
+        _ = file.write("[schedule.1]\nnot_after = 2001-01-01\n")  # a date in the past, where a later one was meant
+    say_policy(site, "tcb.min_tcb_date = 2199-01-01\ntcb.min_evaluation_number = 1")
+    policy, none_counts, *ended = reload(site)["warnings"]
+    assert policy.startswith("policy: tcb.min_tcb_date: 2199-01-01T00:00:00Z is in the future, so every platform is")
+    assert none_counts == "profiles: none counts now, so no VM is granted; change their schedule"
+    assert [one.partition(" ended ")[0] for one in ended] == ["profile: newer 1", "profile: simulated 1"]
+    checked = site.here("serve", "--check")
+    assert (checked.code, policy in checked.out, none_counts in checked.err) == (1, True, True)
 
 
 def test_what_cannot_be_used_changes_nothing_and_says_why(site: Premises) -> None:

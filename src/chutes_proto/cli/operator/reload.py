@@ -27,8 +27,9 @@ def command(config: str) -> int:
     Asks the server at the socket that `control` of the configuration names, waits, and prints what changed. The server
     reads its configuration, policy, reference values, hotkeys, GPU kinds, collateral directory, certificates and KEKs,
     and checks them whole first. If anything is wrong, nothing changes, in none of its workers. Settings of sockets,
-    limits, store and root of trust are named, and stay until a restart. The audit row has the digests of before and
-    after, and the user id of who asked.
+    limits, store and root of trust are named, and stay until a restart. Rules that are probably not meant, and what
+    ends soon, are noted, as `serve --check` does. The audit row has the digests of before and after, and the user id of
+    who asked.
 
     SIGHUP does the same, and the result is in the server's log.
 
@@ -56,3 +57,5 @@ def _say(found: Mapping[str, Any]) -> None:
         console.say("nothing has changed")
     for name in found["needs_restart"]:
         output.prose(f"not applied until a restart: {name}", "warn")
+    for warning in found.get("warnings", ()):  # of this release on
+        output.prose(f"note: {warning}", "warn")

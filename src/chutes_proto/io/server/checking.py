@@ -11,6 +11,7 @@ from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.ends import ends_of
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.store_setup import check_store
+from chutes_proto.quote._policy_words import policy_notes
 
 
 def check_setup(setup: ServerSetup) -> Iterator[Finding]:
@@ -40,8 +41,16 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         yield from check_store(setup.store, setup.service.vault, setup.alike)
     except (ConfigurationError, StoreError) as exc:
         yield Finding.of_problem(str(exc))
+    yield from check_policy(setup)
     for warning in setup.warnings:
         yield Finding("note", "warning", warning)
+
+
+def check_policy(setup: ServerSetup) -> Iterator[Finding]:
+    """Rules of the policy file that are probably not meant, such as a date that refuses every platform."""
+    if setup.config.policy is not None:
+        for note in policy_notes(setup.service.policies, int(time.time())):
+            yield Finding("note", "policy", note)
 
 
 def check_ends(setup: ServerSetup, *, kept: bool = True) -> Iterator[Finding]:

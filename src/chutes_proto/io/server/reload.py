@@ -26,6 +26,7 @@ from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileU
 from chutes_proto.io.collateral.gpu_directory import gpu_root_files
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import Files, absolute
+from chutes_proto.io.server.checking import check_ends, check_policy
 from chutes_proto.io.server.setup import ServerSetup, load_config, make_setup
 from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.io.stores.address import DurableStore
@@ -273,5 +274,7 @@ def reported(caller: str, log: Callable[[Record], None], attempt: Callable[[], P
         return {"ok": False, "error": error}
     fields: dict[str, Value] = {"caller": caller, "changes": list(done.changes), "before": done.before}
     fields |= {"after": done.after, "needs_restart": list(done.needs_restart)}
+    found = (*check_policy(done.setup), *check_ends(done.setup, kept=False))
+    fields["warnings"] = [str(each) for each in found if each.state != "ok"]
     log(Record(Level.INFO, "reloaded", fields))
     return {"ok": True, **{name: value for name, value in fields.items() if name != "caller"}}
