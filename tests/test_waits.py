@@ -68,12 +68,25 @@ def found(is_looked_for: Callable[[ast.Call], bool]) -> set[str]:
     return {where for where, call in all_calls() if is_looked_for(call)}
 
 
+def called(call: ast.Call) -> str:
+    """The name of a function, with that of its module where there is one."""
+    match call.func:
+        case ast.Name(name):
+            return name
+        case ast.Attribute(ast.Name(module), name):
+            return f"{module}.{name}"
+        case ast.Attribute(_, name):
+            return f"?.{name}"
+        case _:
+            return ""
+
+
 def is_sleep(call: ast.Call) -> bool:
-    return ast.unparse(call.func) in ("sleep", "time.sleep", "anyio.sleep", "trio.sleep", "asyncio.sleep")
+    return called(call) in ("sleep", "time.sleep", "anyio.sleep", "trio.sleep", "asyncio.sleep")
 
 
 def is_short_wait(call: ast.Call) -> bool:
-    name = ast.unparse(call.func).rpartition(".")[2]
+    name = called(call).rpartition(".")[2]
     given = (*call.args, *(keyword.value for keyword in call.keywords))
     return name in ("wait", "join", "result", "move_on_after", "fail_after") and any(
         isinstance(value, ast.Constant) and isinstance(value.value, int | float) and 0 < value.value < 1
@@ -82,7 +95,7 @@ def is_short_wait(call: ast.Call) -> bool:
 
 
 def is_run(call: ast.Call) -> bool:
-    return ast.unparse(call.func) in ("anyio.run", "trio.run", "asyncio.run")
+    return called(call) in ("anyio.run", "trio.run", "asyncio.run")
 
 
 def test_each_sleep_is_reviewed() -> None:

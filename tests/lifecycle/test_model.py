@@ -151,6 +151,7 @@ class Search:
         return tries is not None
 
 
+@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]) -> None:
     for bound in bounds(policy):
