@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Final, NoReturn, cast
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 import attrs
 from attrs import define, frozen
@@ -26,11 +26,13 @@ from chutes_proto.errors import StoreError
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._config import ServerConfig
-from chutes_proto.server._readiness import Readiness
-from chutes_proto.server._service import Service
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ForgetKeyServers, KeyServer, NoteKeyServer, ReadKeyServers
 from chutes_proto.wire import json
+
+if TYPE_CHECKING:
+    from chutes_proto.server._readiness import Readiness
+    from chutes_proto.server._service import Service
 
 NOTE_SECONDS: Final = 20
 LIVE_SECONDS: Final = 60

@@ -7,17 +7,16 @@ else.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import httpx
 
 from chutes_proto import effects
+from chutes_proto._lazy import LazyModule
 from chutes_proto.effects import Effect, Flow
 from chutes_proto.gpu import GenuineDevice, GpuCollateral
 from chutes_proto.io.drivers import sync
 from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, log_record, unknown
-from chutes_proto.io.http.evidence import fetch_evidence
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import origin, prepare, whole_answer
 from chutes_proto.io.quoters.choose import GpuTool, Quoter
@@ -26,6 +25,11 @@ from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.store._run import Store
 from chutes_proto.wire.http import TRACEPARENT, Headers, HttpRequest, HttpResponse
+
+if TYPE_CHECKING:
+    import httpx
+else:
+    httpx = LazyModule("httpx")
 
 T = TypeVar("T")
 
@@ -126,6 +130,8 @@ class Performer:
             case effects.Resolve(name):
                 return await self._resolve_in_thread(name)
             case effects.FetchEvidence():
+                from chutes_proto.io.http.evidence import fetch_evidence  # only this needs httpx
+
                 return await fetch_evidence(effect)
             case effects.Now() | effects.Entropy() | effects.Log():  # these do not block
                 return self._blocking.perform(effect)

@@ -12,23 +12,21 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import anyio
-import httpx
 
+from chutes_proto._lazy import LazyModule
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import Headers, HttpResponse
 from chutes_proto.wire.origin import Origin
 
-_NOT_DELIVERED = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,
-    httpx.UnsupportedProtocol,
-)
+if TYPE_CHECKING:
+    import httpx
+else:
+    httpx = LazyModule("httpx")  # a server that asks nobody would spend a tenth of its start on it
 
 
 def open_client(context: ssl.SSLContext) -> httpx.AsyncClient:
@@ -95,7 +93,13 @@ def transport_errors() -> Generator[None]:
         yield
     except httpx.LocalProtocolError as exc:
         raise LocalProtocolError(f"HTTP/1.1 cannot carry the request: {exc}") from exc
-    except _NOT_DELIVERED as exc:
+    except (
+        httpx.ConnectError,
+        httpx.ConnectTimeout,
+        httpx.PoolTimeout,
+        httpx.ProxyError,
+        httpx.UnsupportedProtocol,
+    ) as exc:
         raise TransportError(_text(exc), maybe_delivered=False) from exc
     except (httpx.TransportError, OSError) as exc:
         raise TransportError(_text(exc), maybe_delivered=True) from exc

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 
@@ -407,7 +408,7 @@ def serve_until_stopped(
     The process ends `END_SECONDS` after that, whatever its threads do: unfinished work leaves no trace, because a unit
     of the store is one transaction. This limit also holds for the work of the process after this function.
     """
-    if transport not in anyio.get_available_backends():
+    if find_spec(transport) is None:
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
     running = Running(setup)
     source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
