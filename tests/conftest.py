@@ -25,8 +25,8 @@ SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
 # A shared or slow machine must not turn into a failure, so no profile has a deadline. Another profile is chosen with
 # `--hypothesis-profile NAME`.
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("default", _PATIENT, max_examples=50)
-settings.register_profile("ci", _PATIENT, max_examples=50, derandomize=True, database=None, print_blob=True)
+settings.register_profile("default", _PATIENT, max_examples=25)
+settings.register_profile("ci", _PATIENT, max_examples=25, derandomize=True, database=None, print_blob=True)
 settings.register_profile("soak", _PATIENT, max_examples=10_000)
 settings.load_profile("ci" if CI else "default")
 

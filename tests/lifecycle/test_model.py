@@ -34,6 +34,8 @@ from tests.lifecycle.world import PASSES, VOLUME, Choices, Policy, World, explor
 
 T = TypeVar("T")
 
+pytestmark = pytest.mark.no_cover  # to measure what other tests cover doubles the time
+
 EXCHANGES: tuple[Exchange, ...] = ("base", "two-phase")
 POLICIES = [Policy(*policy) for policy in itertools.product(EXCHANGES, (True, False))]
 BACKUPS = [Policy("two-phase", ours, backups=True) for ours in (True, False)]
@@ -151,7 +153,6 @@ class Search:
         return tries is not None
 
 
-@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]) -> None:
     for bound in bounds(policy):
@@ -222,7 +223,6 @@ class Drawn(Choices):
         return options[index]
 
 
-@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 @given(st.data())
 def test_long_lives(policy: Policy, data: st.DataObject) -> None:

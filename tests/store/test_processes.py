@@ -27,7 +27,7 @@ from chutes_proto.testing.store_suite._parts import VAULT, VM
 from tests.conftest import ROOT, SOAK
 from tests.store.worker import pair, two_phase, unit
 
-KILLS = 200 if SOAK else 10
+KILLS = 200 if SOAK else 5
 THREADS = 8
 
 

@@ -43,7 +43,8 @@ class PostgresCalls(Calls):
         assert found == dump(self.memory)
 
 
+@pytest.mark.no_cover
 def test_calls(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PostgresCalls, "database", database, raising=False)
-    few = settings(settings(), max_examples=settings().max_examples // 4, stateful_step_count=STEPS)
+    few = settings(settings(), max_examples=settings().max_examples // 2, stateful_step_count=STEPS)
     run_state_machine_as_test(PostgresCalls, settings=few)
