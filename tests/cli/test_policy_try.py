@@ -17,6 +17,7 @@ from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.records import Kept
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, PLATFORM, Site
+from tests.server.test_whatif import RECOVERY
 
 site = test_operating.site
 
@@ -67,7 +68,7 @@ def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
     assert "2 VMs judged" in ended.out
     assert "1 VMs have no evidence yet" in ended.out
     _ = policy.write_text("[tcb]\nplatform_grace_days = 1\n")
-    assert site.do("policy", "try", policy).code in (1, 2)
+    assert site.do("policy", "try", policy).code == 2
     said = site.do("policy", "try").out
     assert "refused from then on:" in said
     assert "tcb_rejected" in said
@@ -83,6 +84,11 @@ def test_another_collateral_and_none(site: Site) -> None:
     assert {vm["state"] for vm in early.json["vms"]} == {"not judged"}
     _ = shutil.copytree(directory, directory / "early")
     assert site.do("policy", "try", "--update", "early", "--json").json["not_judged"] == 0
+    (file,) = (directory / "early").iterdir()
+    _ = file.write_bytes(PLATFORM.having(RECOVERY).collateral_json(NOW))
+    assert site.do("policy", "try", "--update", "early", "--json").json["refused"] == 2
+    assert site.do("policy", "try", "--json").json["refused"] == 1
+    _ = shutil.copy(next(directory.glob("*.json")), file)
     assert site.do("policy", "try", "--collateral", directory / "early", "--json").json["refused"] == 1
     assert site.do("policy", "try", "--at", "2050-06-01", "--json").json["refused"] == 2  # certificates have expired
 

@@ -21,7 +21,9 @@ from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Service
 from chutes_proto.server._whatif import judge
 from chutes_proto.store.rows import EvidenceRow
+from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.testing._statements import TCB_LADDER, TcbInfo
 from chutes_proto.units.boot import REFUSED_KEPT
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.evidence import ReadEvidence
@@ -49,8 +51,25 @@ def fleet() -> World:
     return world
 
 
-def judged(world: World, new: Service, at: int, until: int) -> dict[str, Any]:
-    content = Collateral.from_json(PLATFORM.collateral_json(NOW))
+def _recovered(info: TcbInfo) -> TcbInfo:
+    best = info.levels[0]
+    better = evolve(best, sgx=(TCB_LADDER["UpToDate"] + 1, *best.sgx[1:]))
+    levels = (better, evolve(best, status="OutOfDate"), *info.levels[1:])
+    return evolve(info, levels=levels, evaluation_number=info.evaluation_number + 1)
+
+
+RECOVERY = Fault(
+    name="recovery",
+    what="early TCB info: what is up to date is out of date",
+    side="collateral",
+    tcb_info=_recovered,
+    qe_identity=lambda identity: evolve(identity, evaluation_number=identity.evaluation_number + 1),
+)
+"""What Intel offers early, before a TCB recovery: a machine needs new microcode to be up to date."""
+
+
+def judged(world: World, new: Service, at: int, until: int, update: tuple[Fault, ...] = ()) -> dict[str, Any]:
+    content = Collateral.from_json(PLATFORM.having(*update).collateral_json(NOW))
     found = verify_collateral(content, now=NOW, root=new.root, grace=100 * 365 * DAY)
     return {
         kept.row.vm.name: judge(new, kept.row, lambda _: found, at, proven=kept.proven, until=until)
@@ -59,12 +78,12 @@ def judged(world: World, new: Service, at: int, until: int) -> dict[str, Any]:
     }
 
 
-def boots(new: Service, at: int) -> dict[str, str]:
+def boots(new: Service, at: int, update: tuple[Fault, ...] = ()) -> dict[str, str]:
     """The oracle: what each of these VMs gets that boots at a date."""
     found: dict[str, str] = {}
     for kind in KINDS:
         world = World(App(new), now=at)
-        world.platform = PLATFORM.having(kind) if kind else PLATFORM
+        world.platform = PLATFORM.having(*filter(None, (kind,)), *update)
         response = world.boot(vm_name=f"vm-{kind or 'good'}")
         found[f"vm-{kind or 'good'}"] = "granted" if response.status == 200 else str(refusal(response)[1])
     return found
@@ -87,21 +106,39 @@ NEW = [
 ]
 
 
+EARLY = [
+    pytest.param(served(TcbPolicy()), id="UpToDate alone"),
+    pytest.param(served(evolve(EVERY, platform_grace=(NOW - 1_710_288_000) + 40 * DAY)), id="a grace"),
+    pytest.param(served(evolve(EVERY, min_evaluation_number=22)), id="a later evaluation"),
+]
+
+
 @pytest.mark.parametrize("new", NEW)
 def test_it_says_what_booting_everything_again_would_say(fleet: World, new: Service) -> None:
+    compare(fleet, new, [NOW, NOW + 10 * DAY, NOW + 31 * DAY, NOW + 200 * DAY])
+
+
+@pytest.mark.parametrize("new", EARLY)
+def test_it_says_what_booting_after_a_recovery_would_say(fleet: World, new: Service) -> None:
+    compare(fleet, new, [NOW, NOW + 31 * DAY], (RECOVERY,))
+
+
+def compare(fleet: World, new: Service, dates: list[int], update: tuple[Fault, ...] = ()) -> None:
+    """Compare the answer for each VM at each date, and for a later refusal the second before it and its first."""
     horizon = NOW + 400 * DAY
-    dates = [NOW, NOW + 10 * DAY, NOW + 31 * DAY, NOW + 200 * DAY]
     for at in dates:
-        expected = boots(new, at)
-        found = judged(fleet, new, at, horizon)
-        assert {vm: one.code if one.state == "refused" else "granted" for vm, one in found.items()} == expected
-        for vm, one in found.items():
-            if one.refused_from is not None and one.state != "refused":
+        expected = boots(new, at, update)
+        found = judged(fleet, new, at, horizon, update)
+        granted = {vm for vm, one in found.items() if one.state in ("granted", "warned")}
+        assert {vm: "granted" if vm in granted else one.code for vm, one in found.items()} == expected
+        for vm in granted:
+            one = found[vm]
+            if one.refused_from is not None:
                 assert one.refused_from > at
-                assert boots(new, one.refused_from - 1)[vm] == "granted"
-                assert boots(new, one.refused_from)[vm] == one.code
-            elif one.state != "refused":
-                assert boots(new, horizon)[vm] == "granted"
+                assert boots(new, one.refused_from - 1, update)[vm] == "granted"
+                assert boots(new, one.refused_from, update)[vm] == one.code
+            else:
+                assert boots(new, horizon, update)[vm] == "granted"
 
 
 def test_a_warning_is_told_and_collateral_may_be_missing(fleet: World) -> None:

@@ -43,7 +43,7 @@ from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.codes import Code
 
 _NOT_VERIFIED = "Unable to parse provided quote for verification."
-_OURS = (
+OURS = (
     steps.CertificateNotYetValidError,
     steps.RootMismatchError,
     steps.CollateralTeeError,
@@ -120,7 +120,7 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
         _check_current(collateral, now)
         verdict = verify_quote(signed, collateral, now=now)
     except VerificationError as exc:
-        if isinstance(exc, _OURS):
+        if isinstance(exc, OURS):
             raise _no_collateral(f"{exc.code}: {exc}").because(exc) from None
         text = _NOT_VERIFIED + _part(exc)
         raise Refused(Code.QUOTE_REJECTED, text, reason=f"{exc.code}: {exc}").because(exc) from None

@@ -23,7 +23,7 @@ from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._policy_set import leaves
 from chutes_proto.quote._verify import Verdict, certificates_end, check_signed, foresee, open_quote, verify_quote
 from chutes_proto.server._boot import known_hotkey
-from chutes_proto.server._evidence import Evidence, appraise
+from chutes_proto.server._evidence import OURS, Evidence, appraise
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import EvidenceRow
 from chutes_proto.wire.codes import Code
@@ -63,6 +63,8 @@ def judge(
         found = collateral(opened.pck)
         verdict = verify_quote(signed, found, now=max(row.received_at, found.window[0]))
     except VerificationError as exc:
+        if isinstance(exc, OURS):
+            return Judged("not judged", str(Code.COLLATERAL_UNAVAILABLE), f"{exc.code}: {exc}", at)
         return Judged("refused", str(Code.QUOTE_REJECTED), f"{exc.code}: {exc}", at)
     ends = certificates_end(verdict)
 
