@@ -7,13 +7,13 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.effects import Effect, Transact
-from chutes_proto.errors import StoreError
+from chutes_proto.errors import StoreError, Unavailable
 from chutes_proto.server._app import App
 from chutes_proto.server._config import MaintenanceOptions
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, HostProfileRow, ServerRow
 from chutes_proto.testing._platform import PROFILE
-from chutes_proto.units.fleet import HOSTS_OF_HOTKEY, NameHost, RegisterHost, Window, is_older
+from chutes_proto.units.fleet import HOSTS, HOSTS_OF_HOTKEY, NameHost, RegisterHost, Window, is_older
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
 from tests.server.test_servers import boot, gpu, register
@@ -296,6 +296,24 @@ def test_hosts_of_all_miners_together_register_so_often(world):
     assert refusal(limited) == (429, Code.RATE_LIMITED, "Rate limit exceeded. Try again later.")
     assert limited.header("retry-after") == "30"
     assert answer(host(world))["status"] == "unknown"
+
+
+def test_a_few_hotkeys_do_not_fill_all_places(world):
+    """A newcomer takes the place of the oldest that no operator named, of the hotkey that has most of these."""
+    rows = [HostProfileRow(f"{number:064x}", f"miner {number % 16}", "{}", NOW + number) for number in range(HOSTS)]
+    for row in rows:
+        _ = world.store.transact(RegisterHost(row))
+    _ = world.store.transact(NameHost(NOW, rows[0].fingerprint, PROFILE.name, None, "test"))
+    for expected in (rows[1], rows[2]):
+        assert answer(host(world, HOSTS_PATH, {**HOST, "numa": {"node_count": int(expected.hotkey[6:])}}))["stored"]
+        assert expected.fingerprint not in {row.fingerprint for row in world.rows(HostProfileRow)}
+    assert len(world.rows(HostProfileRow)) == HOSTS
+    with pytest.raises(Unavailable):  # one of those that have most
+        _ = world.store.transact(RegisterHost(HostProfileRow("a" * 64, "miner 5", "{}", NOW)))
+    for row in world.rows(HostProfileRow):
+        _ = world.store.transact(NameHost(NOW, row.fingerprint, PROFILE.name, None, "test"))
+    with pytest.raises(Unavailable):
+        _ = world.store.transact(RegisterHost(HostProfileRow("a" * 64, "new", "{}", NOW)))
 
 
 HOST_ORDER = [

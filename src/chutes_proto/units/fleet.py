@@ -12,6 +12,7 @@ Rules kept here:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -176,7 +177,9 @@ class BeginMaintenance(Unit[Preflight]):
 class RegisterHost(Unit[tuple[store.HostProfileRow, bool]]):
     """Keep a host profile; returns its row, and whether this added it.
 
-    Raises `Unavailable` (``host_profiles_full``) for more than are kept.
+    Where as many are kept as may be, it takes the place of one that no operator has named, of the hotkey that has most
+    of these: a few hotkeys cannot fill all places. Raises `Unavailable` (``host_profiles_full``) if there is none to
+    give way, and for more than are kept of one hotkey.
     """
 
     row: store.HostProfileRow
@@ -187,12 +190,24 @@ class RegisterHost(Unit[tuple[store.HostProfileRow, bool]]):
             return known, False
         kept = yield from store.ReadHostProfiles(HOSTS)
         of_hotkey = sum(one.hotkey == self.row.hotkey for one in kept)
-        if len(kept) >= HOSTS or of_hotkey >= HOSTS_OF_HOTKEY:
+        gives_way = _gives_way(kept, of_hotkey) if len(kept) >= HOSTS else None
+        if of_hotkey >= HOSTS_OF_HOTKEY or (len(kept) >= HOSTS and gives_way is None):
             text = "As many host profiles are kept as this server keeps. Ask its operator."
             reason = f"{len(kept)} of {HOSTS} host profiles, {of_hotkey} of {HOSTS_OF_HOTKEY} of {self.row.hotkey}"
             raise Unavailable(Code.HOST_PROFILES_FULL, text, reason=reason, retry_after=3600)
+        if gives_way is not None:
+            yield from store.Delete(store.HostProfileRow, (gives_way,))
         yield from store.Insert(self.row)
         return self.row, True
+
+
+def _gives_way(kept: Sequence[store.HostProfileRow], of_hotkey: int) -> str | None:
+    """The oldest profile that is not named, of the hotkey that has most of these, if it has more than ``of_hotkey``."""
+    pending = [row for row in kept if row.name is None]
+    counts = Counter(row.hotkey for row in pending)
+    most = max(counts.values(), default=0)
+    oldest = (row.fingerprint for row in pending if counts[row.hotkey] == most > of_hotkey)
+    return next(oldest, None)
 
 
 @frozen

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 PORT: Final = 30443
 PURPOSE: Final = "attest"
 OWNER_PURPOSES: Final = ("attest", "tee")
-"""The words of an owner's signature that are accepted: which one hosts send is not established."""
+"""The words of an owner's signature that are accepted: which one hosts send is not established.
+
+A miner's tool signs requests to a key server with ``tee``, too. One that an attacker captured lets him show that
+miner's hotkey from a host of his own, for as long as the nonce is fresh; and only that miner, whom the answer must
+name, can register the host. So it gains the attacker nothing.
+"""
 
 _PROOF: Final = ("x-chutes-hotkey", "x-chutes-nonce", "x-chutes-signature")
 
