@@ -172,6 +172,33 @@ def test_who_logs_does_not_wait_for_the_end(full: tuple[int, int], monkeypatch: 
     assert not end.is_alive()
 
 
+def test_the_end_does_not_wait_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_writer, "REST_SECONDS", 600.0)
+    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 60.0)
+    reading, writing = os.pipe()
+    log = LogWriter(writing)
+    log(record(0))
+    assert told(read(reading, 1)) == [0]
+    log(record(1))  # while the thread rests
+    log.close()
+    assert told(read(reading, 1)) == [1]
+    assert not log._thread.is_alive()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_record_that_is_not_json_does_not_end_the_log() -> None:
+    reading, writing = os.pipe()
+    with closing(LogWriter(writing)) as log:
+        wrong: Any = {"number": object()}
+        log(Record(Level.INFO, "counted", wrong))
+        log(record(1))
+        lost, kept = map(json.loads, read(reading, 2).splitlines())
+    assert (lost["event"], lost["lost"], kept["number"]) == ("log_failed", "counted", 1)
+    os.close(reading)
+    os.close(writing)
+
+
 WITHOUT_STANDARD_ERROR = """
 import os, sys
 from chutes_proto.io.server.log_writer import LogWriter
