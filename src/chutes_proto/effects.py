@@ -12,7 +12,8 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from attrs import frozen
@@ -236,16 +237,22 @@ def run(flow: Flow[T], perform: Callable[[Effect[Any]], Any]) -> T:
         flow.close()
 
 
-async def run_async(flow: Flow[T], perform: Callable[[Effect[Any]], Awaitable[Any]]) -> T:
+async def run_async(
+    flow: Flow[T],
+    perform: Callable[[Effect[Any]], Awaitable[Any]],
+    at_once: Mapping[type[Effect[Any]], Callable[[Any], Any]] = MappingProxyType({}),
+) -> T:
     """Drive ``flow`` to its end with an asynchronous ``perform``, under any event loop.
 
+    Effects of the types in ``at_once``, which wait for nothing, are performed by those functions.
     A cancellation comes out of ``perform``, passes by the flow's ``except Exception`` and closes the flow.
     """
     try:
         effect = next(flow)
         while True:
             try:
-                reply = await perform(effect)
+                work = at_once.get(type(effect))
+                reply = await perform(effect) if work is None else work(effect)
             except Exception as exc:
                 effect = flow.throw(exc)
             else:

@@ -101,18 +101,22 @@ class Performer:
         self._fetch = fetch or self._fetch_in_thread
         self._fetch_gpus = fetch_gpus
         self._transact = transact or self._perform_in_thread
-        self._blocking = sync.Performer(quoter=quoter, gpu_tool=gpu_tool, store=store, disks=disks, gpus=gpus, log=log)
+        self._blocking = sync.Performer(quoter=quoter, gpu_tool=gpu_tool, store=store, disks=disks, gpus=gpus)
+        self._at_once = sync.at_once(log, anyio.current_time)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end; return what it returns, raise what it raises."""
-        return await effects.run_async(flow, self.perform)
+        return await effects.run_async(flow, self.perform, self._at_once)
 
     async def perform(self, effect: Effect[Any]) -> object:
         """Perform one effect; return the reply that the effect documents.
 
         Raises `LocalProtocolError` for an effect that needs a part that this driver does not have.
         """
+        work = self._at_once.get(type(effect))
+        if work is not None:
+            return work(effect)
         match effect:
             case effects.Send(request):
                 return await self._send(request)
@@ -123,8 +127,6 @@ class Performer:
             case effects.Sleep(seconds):
                 await anyio.sleep(seconds)
                 return None
-            case effects.Uptime():
-                return anyio.current_time()
             case effects.FetchCollateral(identity, now, instead_of):
                 return await self._fetch(identity, now, instead_of)
             case effects.Resolve(name):
@@ -133,8 +135,6 @@ class Performer:
                 from chutes_proto.io.http.evidence import fetch_evidence  # only this needs httpx
 
                 return await fetch_evidence(effect)
-            case effects.Now() | effects.Entropy() | effects.Log():  # these do not block
-                return self._blocking.perform(effect)
             case effects.FetchGpuCollateral(now, devices) if self._fetch_gpus is not None:
                 return await self._fetch_gpus(devices, now)
             case effects.MakeQuote() | effects.CollectGpuEvidence() | effects.FetchGpuCollateral():

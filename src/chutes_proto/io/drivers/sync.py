@@ -97,6 +97,19 @@ def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
     return log_carefully
 
 
+def at_once(
+    log: Callable[[Record], None], uptime: Callable[[], float]
+) -> dict[type[Effect[Any]], Callable[[Any], Any]]:
+    """Return the functions that perform the effects for which no driver waits, most of those of a request."""
+    log = careful(log)
+    return {
+        effects.Now: lambda _: int(time.time()),
+        effects.Uptime: lambda _: uptime(),
+        effects.Entropy: lambda effect: os.urandom(effect.size),
+        effects.Log: lambda effect: log(effect.record),
+    }
+
+
 RESOLVE_SECONDS: Final = 5.0
 """How long `Resolve` may take, where the driver can interrupt it."""
 RESOLVERS: Final = 16
@@ -158,7 +171,7 @@ class Performer:
         self._collateral = collateral or Missing("collateral")
         self._disks = disks or Missing("disks")
         self._gpus = gpus or Missing("gpus")
-        self._log = careful(log)
+        self._at_once = at_once(log, time.monotonic)
 
     def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end; return what it returns, raise what it raises."""
@@ -169,6 +182,9 @@ class Performer:
 
         Raises `LocalProtocolError` for an effect that needs a part that this driver does not have.
         """
+        work = self._at_once.get(type(effect))
+        if work is not None:
+            return work(effect)
         match effect:
             case effects.Send(request):
                 return self._send(request)
@@ -180,12 +196,6 @@ class Performer:
                 return self._gpu_tool(nonce)
             case effects.Sleep(seconds):
                 time.sleep(seconds)
-            case effects.Now():
-                return int(time.time())
-            case effects.Uptime():
-                return time.monotonic()
-            case effects.Entropy(size):
-                return os.urandom(size)
             case effects.Get(url):
                 return self._get(url)
             case effects.Post(url, headers, body):
@@ -208,8 +218,6 @@ class Performer:
                 return self._disks.inspect(device)
             case effects.ActOnDisk(action, keys):
                 return self._disks.act(action, keys)
-            case effects.Log(record):
-                self._log(record)
             case _:
                 raise unknown(effect)
         return None

@@ -240,7 +240,7 @@ class MeteredPerformer(Performer):
 
         began = time.monotonic()
         try:
-            return await effects.run_async(flow, perform)
+            return await effects.run_async(flow, perform, self._inner._at_once)  # noqa: SLF001 - of the same class
         finally:
             self._metrics.step("compute", max(0.0, time.monotonic() - began - waited))
 
