@@ -6,8 +6,9 @@ answers and the time to end.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from signal import Signals
 from socket import socket
 
@@ -125,8 +126,25 @@ class Server:
             self._slots.release()
 
     async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
-        while step := self._connections.next_step(connection, anyio.current_time()):
-            match step:
+        """Serve one connection to its end: in one scope, until a deadline passes, and then in another."""
+        is_served = False
+        try:
+            while not is_served:
+                with anyio.CancelScope() as waiting:
+                    self._waiting[connection] = waiting
+                    is_served = await self._take_steps(accepted, connection, waiting)
+                if waiting.cancelled_caught:
+                    connection.expire(anyio.current_time())
+        finally:
+            del self._waiting[connection]
+
+    async def _take_steps(self, accepted: socket, connection: ServerConnection, waiting: anyio.CancelScope) -> bool:
+        """Take the steps of a connection; False if a deadline passed just as its peer did what was waited for.
+
+        ``waiting`` has the connection's deadline while its peer is waited for, and else none.
+        """
+        while not waiting.cancel_called:
+            match self._connections.next_step(connection, anyio.current_time()):
                 case Answer(request, sent_ahead):
                     if sent_ahead:
                         await anyio.lowlevel.checkpoint()
@@ -134,25 +152,19 @@ class Server:
                     connection.send_response(response, anyio.current_time())
                 case Send(data):
                     if left := _unsent(accepted, memoryview(data)):
-                        with self._wait(connection):
-                            await _sent(accepted, left)
+                        waiting.deadline = connection.deadline
+                        await _sent(accepted, left)
+                        waiting.deadline = math.inf
                 case Sent(response):
                     self._app.sent(response)
                 case Receive():
-                    with self._wait(connection):
-                        connection.receive_data(await _received(accepted), anyio.current_time())
-
-    @contextmanager
-    def _wait(self, connection: ServerConnection) -> Generator[None]:
-        """Wait for the peer, until the connection's deadline."""
-        with anyio.CancelScope(deadline=connection.deadline) as waiting:
-            self._waiting[connection] = waiting
-            try:
-                yield
-            finally:
-                del self._waiting[connection]
-        if waiting.cancelled_caught:
-            connection.expire(anyio.current_time())
+                    waiting.deadline = connection.deadline
+                    data = await _received(accepted)
+                    waiting.deadline = math.inf
+                    connection.receive_data(data, anyio.current_time())
+                case None:
+                    return True
+        return False
 
     def _wake(self, connection: ServerConnection) -> None:
         if waiting := self._waiting.get(connection):
