@@ -61,6 +61,7 @@ def test_a_new_server_works(
         url = server.url.replace("127.0.0.1", "localhost")
         who = ("--hotkey", HOTKEY, "--vm", "vm-1", "--platform", tmp_path / "platform")
         assert command("boot", url, "--ca", ca, *who).code == 0
+        assert command("reload", "--config", site / "server.toml").out.startswith("nothing has changed\n")
     finally:
         end(server.process)
     assert (state / "keys.db").exists()

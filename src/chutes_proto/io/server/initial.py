@@ -50,6 +50,9 @@ measurements = ["measurements.toml"]
 # The hotkeys that are served; "*" is any.
 hotkeys = "*"
 
+# `chutes-proto reload` asks here to read these files again, without a restart.
+control = "{state}control.sock"
+
 # Intel's statements about platforms, fetched when they are needed and kept for the next start.
 [collateral]
 cache = "{state}collateral"
