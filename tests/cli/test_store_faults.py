@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -32,6 +30,7 @@ from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent, MinerClient
 from tests.cli.conftest import HOTKEY, Server
 from tests.postgres import Cluster, schema
+from tests.small_disk import remount, small_disk
 from tests.waiting import async_wait_until
 
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -203,28 +202,6 @@ async def test_a_database_that_stops(start: Start, cluster: Cluster, number: sig
 
 
 # --- SQLite ---
-
-
-@contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
-    """A disk of its own at ``place``; where none can be made the test is skipped."""
-    place.mkdir()
-    mounted = (
-        os.geteuid() == 0
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", place], check=False
-        ).returncode
-    )
-    if not mounted:
-        pytest.skip("only root may mount a small disk, where the machine lets it")
-    try:
-        yield place
-    finally:
-        _ = subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def remount(disk: Path, option: str) -> None:
-    _ = subprocess.run(["mount", "-o", f"remount,{option}", disk], check=True)
 
 
 async def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -23,6 +22,7 @@ from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
+from tests.small_disk import remount, small_disk
 from tests.store.harness import Gate, together
 from tests.waiting import wait_until
 
@@ -485,17 +485,9 @@ def test_each_fault_is_said_and_nothing_changes(url: str, state: str, text: str,
         assert not store.transact(sync(granted, "body", "storage")).replayed
 
 
-@pytest.mark.skipif("not __import__('os').geteuid() == 0", reason="only root may mount a small disk")
 def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
-    disk = cluster.folder / "disk"
-    disk.mkdir()
     owner = cluster.folder.stat().st_uid
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size=2m,mode=700,uid={owner}", "tmpfs", disk], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    try:
+    with small_disk(cluster.folder / "disk", owner=owner) as disk:
         ask(cluster.url(), f"CREATE TABLESPACE small LOCATION '{disk}'")
         with schema(cluster.url()) as url:
             small = f"{url}%20-cdefault_tablespace%3Dsmall"
@@ -512,11 +504,9 @@ def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
 
                 told(lambda: store.transact(Flood()), "the database's disk is full; nothing was changed")
                 assert dump(store) == before
-                subprocess.run(["mount", "-o", "remount,size=32m", disk], check=True)
+                remount(disk, "size=32m")
                 assert not store.transact(sync(granted, "body", "storage")).replayed
         ask(cluster.url(), "DROP TABLESPACE small")
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_database_that_turns_read_only_is_said(store: PostgresStore) -> None:
