@@ -326,8 +326,7 @@ def machine(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[H
             _ = subprocess.run([losetup, "--detach", device], check=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("action", ["run", "resume"])
+@pytest.mark.parametrize(("action", "number"), [("run", signal.SIGTERM), ("resume", signal.SIGINT)])
 def test_a_signal_closes_what_was_opened_also_by_what_it_met(
     machine: Held, action: str, number: signal.Signals
 ) -> None:

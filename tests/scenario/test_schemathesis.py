@@ -14,7 +14,7 @@ from chutes_proto.wire.endpoints import ENDPOINTS
 from tests.cli.conftest import Server, end, start_server
 from tests.conftest import SOAK
 
-EXAMPLES = 100 if SOAK else 6
+EXAMPLES = 100 if SOAK else 3
 """Test cases of each operation: a number, not a time, so that a slow machine asks as much as a quick one."""
 SEED = 1
 LIMIT_SECONDS = 900
