@@ -40,10 +40,14 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def metrics_files(pid: int) -> list[str]:
-    """The files that all workers of a server keep their counts in."""
+def metrics_directory(pid: int) -> Path:
+    """The directory that all workers of a server keep their counts in."""
     (place,) = re.findall(rb"PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{pid}/environ").read_bytes())
-    return sorted(each.name for each in Path(place.decode()).iterdir())
+    return Path(place.decode())
+
+
+def metrics_files(pid: int) -> list[str]:
+    return sorted(each.name for each in metrics_directory(pid).iterdir())
 
 
 def boot(premises: Premises, name: str = "vm-1") -> None:
@@ -92,16 +96,24 @@ def test_workers_are_one_server(premises: Premises, transport: str) -> None:
 def test_workers_end_with_a_supervisor_that_is_killed_and_leave_its_address(premises: Premises) -> None:
     """Nobody waits for their drain: the next server can listen, and completes the boots that are open."""
     premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
+    listen(premises, 'unix = "admin.sock"')
     premises.start("--workers", "2")
     premises.edit("127.0.0.1:0", premises.url.removeprefix("https://"))
     vm = premises.vm()
     token = vm.boot()["boot_token"]
     workers = children(premises)
+    left = metrics_directory(workers[0])
     premises.kill()
     _ = wait_until(lambda: all(map(is_gone, workers)))
+    assert left.exists()
     premises.start("--workers", "2")
+    assert not left.exists()
+    other = metrics_directory(children(premises)[0])
+    premises.run("serve", "--workers", "2", "--config", premises.configuration)  # its address is in use
+    assert other.exists()
     _ = vm.sync(token)
     premises.stop()
+    assert not other.exists()
 
 
 def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:

@@ -7,13 +7,16 @@ Rules kept here:
 * a worker that ends by itself is replaced, after a pause if it did not live long;
 * what the supervisor is told, it tells the workers: to stop, to stop at once;
 * a reload is read once, by the supervisor: all workers check it, then all carry it out, or none does;
-* workers end when their supervisor does, however that ended: each holds the end of a pipe whose other end it has.
+* workers end when their supervisor does, however that ended: each holds the end of a pipe whose other end it has;
+* the directory of the workers' counts ends with its supervisor: the next one removes those that killed ones left.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +24,10 @@ import tempfile
 import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
+from pathlib import Path
 from queue import SimpleQueue
 from socket import recv_fds, send_fds, socket, socketpair
 from typing import Any, Final, ParamSpec
@@ -46,6 +50,7 @@ METRICS_DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus-client keeps the values of several processes in files, and sums them."""
 
 _VARIABLE: Final = "CHUTES_PROTO_WORKER"
+_COUNTS: Final = "chutes-proto-counts-"
 _SHORT_LIFE: Final = 5.0
 _PAUSE: Final = 1.0
 _PREPARE_SECONDS: Final = 60.0
@@ -129,6 +134,38 @@ def _unpacked(descriptor: int) -> dict[str, bytes]:
     with os.fdopen(descriptor, "rb") as file:
         data = os.pread(descriptor, os.fstat(file.fileno()).st_size, 0)
     return {path: b64decode(text) for path, text in json.loads(data).items()}
+
+
+@contextmanager
+def _counts_directory() -> Generator[Path]:
+    """A directory that is this process's as long as it holds its lock; those without a lock are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_COUNTS}*"):
+        with suppress(OSError), _locked(left):  # another user's, or in use
+            shutil.rmtree(left)
+    with ExitStack() as opened:
+        while True:
+            made = Path(tempfile.mkdtemp(prefix=_COUNTS))
+            with suppress(OSError):  # another process took it for one that was left
+                opened.enter_context(_locked(made))
+                break
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Hold the lock of a directory of this user. Raises `OSError` if that cannot be."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid() or not found.st_nlink:
+            raise FileNotFoundError(directory)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def in_background(run: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -243,8 +280,7 @@ class Supervisor:
             environ = dict(os.environ)
             _ = environ.pop("NOTIFY_SOCKET", None)  # the supervisor speaks to the service manager
             if self.keeps_metrics:
-                directory = opened.enter_context(tempfile.TemporaryDirectory(prefix="chutes-proto-"))
-                environ[METRICS_DIRECTORY] = directory
+                environ[METRICS_DIRECTORY] = str(opened.enter_context(_counts_directory()))
             _ = opened.callback(self._kill)
             for number in range(self.count):
                 self._start(number, life, environ)
