@@ -2,8 +2,7 @@
 
 Rules kept here:
 
-* only the server's user and root may ask: its mode is 0600, and the kernel says who asks (unix(7), SO_PEERCRED);
-* the path belongs to the latest server that serves: a successor replaces it only then.
+* only the server's user and root may ask: the socket is a private one, and the kernel says who asks.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from struct import calcsize, unpack
 from typing import Any, Final
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server.sockets import PrivateSocket, peer_user
 
 RELOAD_SECONDS: Final = 120.0
 """How long a command waits for a reload: a database may be slow, and every worker reads its files."""
@@ -29,51 +28,29 @@ _PAUSE: Final = 1.0
 _MOST: Final = 1024 * 1024
 
 
-class Control:
+class Control(PrivateSocket):
     """Answers at ``path``; ``reload`` is called in a thread of its own, with the words that name the caller.
 
     Until `open` it has another name. Raises `ConfigurationError` for a path that cannot be used.
     """
 
     def __init__(self, path: Path, reload: Callable[[str], Mapping[str, object]]) -> None:
-        self._path = path
+        super().__init__("control", path)
         self._reload = reload
-        self._made = path.with_name(f"{path.name}.{os.getpid()}")
         self._closed = threading.Event()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
-            self._socket.bind(str(self._made))
-            self._socket.listen()
-        except OSError as exc:
-            self._socket.close()
-            raise ConfigurationError(f"control: {path}: {exc.strerror or exc}") from None
-        finally:
-            _ = os.umask(before)
         threading.Thread(target=self._serve, name="control", daemon=True).start()
-
-    def open(self) -> None:
-        """Take the path: who asks there from now on asks this server. Raises `ConfigurationError`."""
-        try:
-            _ = self._made.replace(self._path)
-        except OSError as exc:
-            raise ConfigurationError(f"control: {self._path}: {exc.strerror or exc}") from None
-        self._made = self._path
 
     def close(self, *, is_successors: bool) -> None:
         """Close it, and remove its file unless the path ``is_successors``."""
         self._closed.set()
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
-        self._socket.close()
-        if not is_successors:
-            self._made.unlink(missing_ok=True)
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
+        super().close(is_successors=is_successors)
 
     def _serve(self) -> None:
         while True:
             try:
-                connection, _ = self._socket.accept()
+                connection, _ = self.socket.accept()
             except OSError:  # closed, or no descriptor is free
                 if self._closed.wait(_PAUSE):
                     return
@@ -83,8 +60,7 @@ class Control:
                 connection.sendall(json.dumps(self._answer(connection)).encode() + b"\n")
 
     def _answer(self, connection: socket.socket) -> Mapping[str, object]:
-        _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
-        if user not in (0, os.geteuid()):
+        if (user := peer_user(connection)) not in (0, os.geteuid()):
             return {"ok": False, "error": f"user {user} may not ask; ask as the server's user or as root"}
         if connection.recv(len(_ASKED), socket.MSG_WAITALL) != _ASKED:
             return {"ok": False, "error": "the only request is reload"}

@@ -6,6 +6,8 @@ Rules kept here:
   mode is 0660;
 * a Unix socket that a server left behind is replaced; one on which a server answers is not, nor is any other file;
 * a socket that was given, by a service manager or a running server, is used only where the configuration names it;
+* a private socket is for the server's user alone: its mode is 0600. Its path belongs to the latest server that serves,
+  so a successor replaces it only then;
 * a server has no more connections than the system allows it open files.
 """
 
@@ -18,6 +20,7 @@ import socket
 import stat
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
+from struct import calcsize, unpack
 from typing import Final, cast
 
 from attrs import frozen
@@ -162,6 +165,52 @@ def listen_unix(path: Path, *, key: str = "proxy.unix") -> Listening:
         bound.close()
         raise ConfigurationError(f"{key}: {path}: {_text(exc)}") from None
     return serve_plain(bound)
+
+
+class PrivateSocket:
+    """A listening Unix socket at ``path``, for the setting ``key``. Until `open` it has another name.
+
+    So the present server keeps its own. Raises `ConfigurationError` for a path that cannot be used.
+    """
+
+    def __init__(self, key: str, path: Path) -> None:
+        self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._key = key
+        self._path = path
+        self._made = path.with_name(f"{path.name}.{os.getpid()}")
+        before = os.umask(0o177)
+        try:
+            self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
+            self.socket.bind(str(self._made))
+            self.socket.listen()
+        except OSError as exc:
+            self.socket.close()
+            raise self._unusable(exc) from None
+        finally:
+            _ = os.umask(before)
+
+    def open(self) -> None:
+        """Take the path: who asks there from now on asks this server. Raises `ConfigurationError`."""
+        try:
+            _ = self._made.replace(self._path)
+        except OSError as exc:
+            raise self._unusable(exc) from None
+        self._made = self._path
+
+    def close(self, *, is_successors: bool) -> None:
+        """Close it, and remove its file unless the path ``is_successors``."""
+        self.socket.close()
+        if not is_successors:
+            self._made.unlink(missing_ok=True)
+
+    def _unusable(self, exc: OSError) -> ConfigurationError:
+        return ConfigurationError(f"{self._key}: {self._path}: {exc.strerror or exc}")
+
+
+def peer_user(connection: socket.socket) -> int:
+    """Return the user of the process at the other end of a Unix socket. Source: unix(7), SO_PEERCRED."""
+    _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
+    return int(user)
 
 
 def serve_plain(bound: socket.socket) -> Listening:

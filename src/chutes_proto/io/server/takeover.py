@@ -5,8 +5,7 @@ Rules kept here:
 * the sockets stay open in one process or the other at every moment, so connections that arrive meanwhile wait in the
   kernel's queue and none is refused;
 * the running server goes on as if nothing had happened until its successor says that it serves;
-* the successor uses the same store, because it redeems the tokens and nonces of the other's boots;
-* the path belongs to the latest server that serves: a successor replaces it only then.
+* the successor uses the same store, because it redeems the tokens and nonces of the other's boots.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from struct import calcsize, unpack
 from typing import Final
 
 import anyio
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.server.sockets import ACCEPT_PAUSE
+from chutes_proto.io.server.sockets import ACCEPT_PAUSE, PrivateSocket, peer_user
 
 START_SECONDS: Final = 60.0
 """How long a running server waits for a successor that has taken its sockets and does not serve yet."""
@@ -81,56 +79,29 @@ def take_over(path: Path, store: str) -> TakenOver | None:
 
 
 def _check_user(path: Path, connection: socket.socket) -> None:
-    """Refuse the sockets of a stranger, who could go on accepting on them. Source: unix(7), SO_PEERCRED."""
-    _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
-    if user not in (0, os.geteuid()):
+    """Refuse the sockets of a stranger, who could go on accepting on them."""
+    if (user := peer_user(connection)) not in (0, os.geteuid()):
         raise ConfigurationError(f"takeover: {path}: a process of user {user} answers there; name another path")
 
 
-class Door:
+class Door(PrivateSocket):
     """The socket at which a successor asks. Until `open` it has another name, so that the present server keeps its own.
 
     Raises `ConfigurationError` for a path that cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._made = path.with_name(f"{path.name}.{os.getpid()}")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
-            self._socket.bind(str(self._made))
-            self._socket.listen()
-            self._socket.setblocking(False)
-        except OSError as exc:
-            self._socket.close()
-            raise ConfigurationError(f"takeover: {path}: {exc.strerror or exc}") from None
-        finally:
-            _ = os.umask(before)
-
-    def open(self) -> None:
-        """Take the path: who asks there from now on asks this server. Raises `ConfigurationError`."""
-        try:
-            _ = self._made.replace(self._path)
-        except OSError as exc:
-            raise ConfigurationError(f"takeover: {self._path}: {exc.strerror or exc}") from None
-        self._made = self._path
-
-    def close(self, *, is_successors: bool) -> None:
-        """Close it, and remove its file unless the path ``is_successors``."""
-        self._socket.close()
-        if not is_successors:
-            self._made.unlink(missing_ok=True)
+        super().__init__("takeover", path)
+        self.socket.setblocking(False)
 
     async def successor(self, store: str, sockets: Sequence[tuple[str, socket.socket]]) -> None:
         """Offer ``sockets``, each with its setting, to all who ask; return once one of them serves on them."""
         message = json.dumps({"store": store, "sockets": [key for key, _ in sockets]}).encode()
         descriptors = [each.fileno() for _, each in sockets]
         while True:
-            await anyio.wait_readable(self._socket)
+            await anyio.wait_readable(self.socket)
             try:
-                connection, _ = self._socket.accept()
+                connection, _ = self.socket.accept()
             except OSError:  # the other went away, or there are no file descriptors left
                 await anyio.sleep(ACCEPT_PAUSE)
                 continue
