@@ -114,8 +114,8 @@ class Listeners:
         """Whether another process serves on them, too: then files of Unix sockets are left to it."""
         self.owns_given: bool = False
         """Whether the files of given Unix sockets are this process's to remove: who gave them may still serve there."""
-        self.all_given: bool = True
-        """Whether each of them was given."""
+        self.all_given: bool = False
+        """Whether each at which VMs ask was given. The operator's may be this process's own, and go with it."""
         self.keyed: list[tuple[str, socket]] = []
         """Each socket, after the setting that it was opened for."""
         self._offered = GivenSockets(given)
@@ -123,6 +123,7 @@ class Listeners:
         with ExitStack() as self._opened:
             self.sockets: list[Listening] = self._tcp("listen", setup.config.listen_address, lambda: running.setup.tls)
             self.sockets += self._unix("proxy.unix", setup.proxy_socket)
+            self.all_given = {each.socket for each in self.sockets} <= {each for _, each in given}
             self.admin: list[Listening] = []
             if admin.address is not None:
                 self.admin += self._tcp("admin.listen", admin.address, lambda: running.setup.admin_tls)
@@ -134,14 +135,12 @@ class Listeners:
 
     def _tcp(self, key: str, address: tuple[str, int], context: Callable[[], ServerContext | None]) -> list[Listening]:
         given = self._offered.take_tcp(key, address)
-        self.all_given &= bool(given)
         return self._keep(key, [serve_tls(each, context) for each in given] or listen_tls(address, context, key=key))
 
     def _unix(self, key: str, path: Path | None) -> list[Listening]:
         if path is None:
             return []
         given = self._offered.take_unix(key, path)
-        self.all_given &= bool(given)
         kept = self._keep(key, [serve_plain(each) for each in given] or [listen_unix(path, key=key)])
         _ = self._opened.callback(self._remove, path, is_given=bool(given))
         return kept
@@ -436,7 +435,6 @@ def serve_until_stopped(
             async with open_server(running, store, source, log, listeners.admin, number) as server:
 
                 def stop(why: str, *, handed_over: bool) -> None:
-                    listeners.handed_over |= handed_over
                     seconds = server.stop(handed_over=handed_over)
                     fields: dict[str, Value] = {
                         "signal": why,
@@ -457,6 +455,7 @@ def serve_until_stopped(
                 async def end_after_takeover() -> None:
                     if held.door is not None:
                         await held.door.successor(store.name, listeners.keyed)
+                        listeners.handed_over = True
                         stop("takeover", handed_over=True)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {
