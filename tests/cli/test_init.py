@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from chutes_proto.io.files import write_file
 from chutes_proto.io.quoters.simulated import open_platform
@@ -117,3 +120,24 @@ def test_the_unit_hands_over_every_file_that_init_writes(command: Callable[..., 
     made = command("init", tmp_path, "--name", "keys.example", "--json").json["files"]
     handed = set(re.findall(r"^LoadCredential=(\S+):/etc/chutes-proto/\1$", UNIT.read_text(), re.MULTILINE))
     assert handed == {Path(file["path"]).name for file in made} - {"server.csr"} | {"server.pem"}
+
+
+# As systemd's MemoryDenyWriteExecute= does it. Source: prctl(2), PR_SET_MDWE.
+DENIED = """\
+import ctypes, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
+    sys.exit(77)
+from chutes_proto.auth.server_identity import make_server_identity
+from chutes_proto.transport.tls import server_context
+identity = make_server_identity(0, bytes(32))
+server_context(identity.chain_pem, identity.key_pem)
+"""
+
+
+def test_the_tls_library_writes_memory_and_executes_it() -> None:
+    """So the unit must not deny it. When this fails, cffi needs it no more: set the line in the unit, see ADR 33."""
+    done = subprocess.run([sys.executable, "-c", DENIED], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("Linux has PR_SET_MDWE from 6.3 on")
+    assert "MemoryError: Cannot allocate write+execute memory for ffi.callback()" in done.stderr
+    assert not re.search("^MemoryDenyWriteExecute=", UNIT.read_text(), re.MULTILINE)
