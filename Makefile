@@ -18,7 +18,7 @@ BENCH_SUBJECTS ?=
 PYTEST_ARGS ?=
 TARGET_PYTHON ?= $(or $(wildcard /usr/bin/python3),$(PYTHON))
 SOAK_TESTS ?= tests/lifecycle tests/store tests/units tests/cli/test_processes.py tests/scenario/test_reload.py tests/cli/test_store_faults.py \
-	tests/scenario/test_virtual_machine.py tests/scenario/test_container.py tests/scenario/test_restarts.py tests/scenario/test_recipes.py tests/cluster tests/quote/test_differential.py \
+	tests/scenario/test_virtual_machine.py tests/scenario/test_server_unit.py tests/scenario/test_container.py tests/scenario/test_restarts.py tests/scenario/test_recipes.py tests/cluster tests/quote/test_differential.py \
 	tests/gpu/test_flipped_bits.py
 
 BIN := $(VENV)/bin

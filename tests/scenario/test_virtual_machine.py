@@ -146,6 +146,10 @@ mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=262144 usr /ru
 mount -t overlay -o "lowerdir=$rootmnt/usr:/run/usr" usr "$rootmnt/usr"
 """
 
+WITH_SYSTEMD = "rw init=/usr/lib/systemd/systemd systemd.getty_auto=0 systemd.log_color=0 SYSTEMD_COLORS=0" + "".join(
+    f" systemd.mask={name}" for name in ("ldconfig.service", "dbus.socket", "dbus.service", "systemd-logind.service")
+)
+
 # In the place of the script that runs the agent in the initramfs.
 NETWORK = """\
 #!/bin/sh
@@ -360,6 +364,19 @@ def write_tree(tree: Path, files: Mapping[str, str]) -> None:
         path.chmod(0o755 if text.startswith("#!") else 0o600)
 
 
+def write_system(tree: Path) -> None:
+    """The files that a system of systemd has beside its programs."""
+    files = {
+        "etc/machine-id": f"{os.urandom(16).hex()}\n",
+        "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
+        "etc/group": "root:x:0:\n",
+        "usr/lib/clock-epoch": "",  # systemd distrusts a clock that is years ahead of this file
+    }
+    write_tree(tree, files)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (tree / name).symlink_to(f"usr/{name}")
+
+
 @define
 class Machine:
     """A VM: raw disks, and what its console says."""
@@ -376,6 +393,10 @@ class Machine:
     """More of the kernel's command line."""
     files: dict[str, str] = field(factory=dict[str, str])
     """The differences in the initramfs."""
+    shares: dict[str, str] = field(factory=lambda: {"usr": "/usr"})
+    """Folders of this machine that it can read, by their tags."""
+    forwarded: str = ""
+    """The ports of this machine that lead into it, as qemu writes them."""
     faults: list[Callable[[socket.socket], None]] = field(factory=list[Callable[[socket.socket], None]])
     """The quote service's faults in its first connections."""
 
@@ -434,12 +455,13 @@ class Machine:
         command = [QEMU, "-accel", "tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-no-user-config", "-no-reboot"]
         command += ["-display", "none", "-monitor", "none", "-serial", "stdio", "-rtc", f"base={self.clock}"]
         command += ["-kernel", str(self.image.kernel), "-initrd", str(self.initrd()), "-append", line]
-        command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
+        command += ["-netdev", f"user,id=net{self.forwarded}", "-device", "virtio-net-pci,netdev=net,romfile="]
         for name in self.disks:
             command += ["-drive", f"if=none,id={name},format=raw,file={self.disk(name)}"]
             command += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
-        command += ["-fsdev", "local,id=usr,path=/usr,security_model=none,readonly=on"]
-        command += ["-device", "virtio-9p-pci,fsdev=usr,mount_tag=usr"]
+        for name, path in self.shares.items():
+            command += ["-fsdev", f"local,id={name},path={path},security_model=none,readonly=on"]
+            command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={name}"]
         return command
 
     def boots(self, hear: Callable[[str], None] = lambda _: None) -> str:
@@ -505,10 +527,7 @@ class Machine:
 
     def make_systemd(self, unit: str, *enabled: str) -> Path:
         """A file system with this machine's systemd, the unit as it is shipped, and what needs the unit's volumes."""
-        self.words = "rw init=/usr/lib/systemd/systemd systemd.getty_auto=0 systemd.log_color=0 SYSTEMD_COLORS=0"
-        self.words += " guest_device initcall_blacklist=virtio_vsock_init"
-        for name in ("ldconfig.service", "dbus.socket", "dbus.service", "systemd-logind.service"):
-            self.words += f" systemd.mask={name}"
+        self.words = f"{WITH_SYSTEMD} guest_device initcall_blacklist=virtio_vsock_init"
         self.settings["quoter"] = "auto"
         here: dict[str, object] = {"ca_file": "/etc/chutes-proto/ca.pem", "on_failure.action": "exit"}
         files = {
@@ -526,15 +545,10 @@ class Machine:
             "etc/systemd/system/bare.target": BARE,
             "usr/lib/chutes-proto/end": END,
             "etc/fstab": FSTAB + (CONFIG_MOUNT if "config" in self.disks else ""),
-            "etc/machine-id": f"{os.urandom(16).hex()}\n",
-            "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
-            "etc/group": "root:x:0:\n",
-            "usr/lib/clock-epoch": "",  # systemd distrusts a clock that is years ahead of this file
         }
         tree = self.folder / "root"
         write_tree(tree, files)
-        for name in ("bin", "lib", "lib64", "sbin"):
-            (tree / name).symlink_to(f"usr/{name}")
+        write_system(tree)
         build(tree / "usr/lib/chutes-proto/agent.pyz", PYTHON)
         command = ["systemctl", f"--root={tree}", "enable", "--quiet", unit, "report.service", *enabled]
         _ = subprocess.run(command, check=True)
