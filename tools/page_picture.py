@@ -6,6 +6,7 @@ a headless Chromium.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -23,7 +24,8 @@ from attrs import evolve
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server._why import Difference, Finding
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import NoteWhatIf, Vm, WhatIf
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from chutes_proto.units.boot import RecordRefusal
@@ -52,6 +54,24 @@ DENIALS: Final = (
 DAY: Final = 86_400
 
 
+def tried(now: int) -> WhatIf:
+    """The summary of a `policy try` that would refuse two VMs."""
+    counts = {"judged": 202, "refused": 2, "warned": 9, "not_judged": 0, "refused_later": 4}
+    reason = "TCB status OutOfDate, advisory INTEL-SA-01079; accepted: UpToDate, SWHardeningNeeded"
+    first = [
+        {"vm": f"gpu-{n}", "hotkey": VM.hotkey, "code": str(Code.TCB_REJECTED), "reason": reason} for n in (112, 140)
+    ]
+    changes = [{"at": now + 30 * DAY, "refused": 2}, {"at": now + 90 * DAY, "refused": 6}]
+    found = {
+        "policy": "policy.toml, early TCB info",
+        "at": now + 30 * DAY,
+        **counts,
+        "changes": changes,
+        "first": first,
+    }
+    return WhatIf(now - 7300, json.dumps(found))
+
+
 def fill(path: Path, now: int) -> None:
     """A fleet, its boots of a day, and some denials."""
     chance = random.Random(24)  # noqa: S311 - a picture
@@ -62,6 +82,7 @@ def fill(path: Path, now: int) -> None:
         for _ in range(chance.choice((1, 1, 2)))
     ]
     with closing(SqliteStore(path)) as store:
+        store.transact(Ask(NoteWhatIf(tried(now))))
         for at, number in sorted(boots):
             name, version, status = vms[number]
             unit = boot(f"{number} {at}", now=at, vm=Vm(VM.hotkey, f"gpu-{number:03}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import closing
@@ -13,7 +14,7 @@ from attrs import evolve
 from chutes_proto import __version__
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, KeyServer, NoteKeyServer, Vm
+from chutes_proto.store.rows import AuditRow, Insert, KeyServer, NoteKeyServer, NoteWhatIf, Vm, WhatIf
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from tests.scenario.premises import Premises
 from tests.scenario.test_admin import listen
@@ -45,6 +46,10 @@ def fill(premises: Premises) -> None:
         for version in (__version__, "0.0.1"):
             row = KeyServer(f"server of {version}", version, "{}", premises.now + 3600)  # it does not end meanwhile
             store.transact(Ask(NoteKeyServer(row)))
+        first = [{"vm": text, "hotkey": VM.hotkey, "code": "tcb_rejected", "reason": "OutOfDate"} for text in HOSTILE]
+        counts = dict.fromkeys(("warned", "not_judged", "refused_later"), 0) | {"refused": 4, "judged": 9}
+        tried = {"policy": "new.toml", "at": premises.now, **counts, "changes": [], "first": first}
+        store.transact(Ask(NoteWhatIf(WhatIf(premises.now, json.dumps(tried)))))
         for number, text in enumerate(HOSTILE):
             unit = evolve(boot(text, now=premises.now, vm=Vm(VM.hotkey, text)), platform=platform(text))
             _ = store.transact(evolve(unit, profile_name=text, profile_version=text, tcb_status=text, root=None))
@@ -69,10 +74,12 @@ def test_it_shows_the_fleet_and_runs_nothing_of_what_it_shows(
         said = "document.querySelector('#groups')?.textContent.includes('simulated') && document.body.textContent"
         text = page.wait(f"({said})")
         for hostile in HOSTILE:
-            assert text.count(hostile) >= 6, hostile  # name, version and status of a group, and of a denial
+            assert text.count(hostile) >= 7, hostile  # in a group and a denial, and of a VM in the last what-if
         assert not any(str(secret) in text for secret in secrets.values())
         assert re.search(rf"server of {__version__}{__version__}differs: ", text)
         assert "server of 0.0.10.0.1not compared: another release" in text
+        assert page.evaluate("document.querySelector('#what-if').checkVisibility()")
+        assert re.search(r"Last what-if.*: new\.toml, at .*: 4 of 9 VMs refused, 0 warned, ", text, re.DOTALL)
         assert page.evaluate("document.documentElement.dataset.owned") is None
         assert page.evaluate("document.querySelectorAll('img, iframe, script').length") == 1  # its own script
         asked = {event["params"]["request"]["url"] for event in page.events if is_request(event)}

@@ -158,7 +158,7 @@ class Admin:
         found += [("note", note) for note in store.notes]
         return [
             *found,
-            ("this process", os.getpid()),
+            ("this process", str(os.getpid())),
             ("serves since", rfc3339(self._began)),
             ("open connections", self._open_connections()),
             ("open boots", len(self._running.setup.service.boots)),
