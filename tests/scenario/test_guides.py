@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,11 +19,16 @@ from attrs import frozen
 from psycopg.conninfo import conninfo_to_dict
 
 from chutes_proto.auth.server_identity import make_server_identity
+from chutes_proto.cli.main import main
 from chutes_proto.io.files import write_file
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.store.rows import HostProfileRow
+from chutes_proto.units.fleet import RegisterHost
 from tests.cli.conftest import HOTKEY, PROGRAM, end, start_server
+from tests.conftest import ROOT
 from tests.scenario.premises import Premises
-from tools.docs.pages import DOCS, Step, fences, steps
+from tools.docs.newcomer import PAGES as FOLLOWED
+from tools.docs.pages import DOCS, Step, command_lines, fences, steps
 
 in_a_file = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
 
@@ -282,3 +287,72 @@ def test_a_store_begins_in_an_empty_database(premises: Premises, database: str) 
         finally:
             _ = administrator.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
             _ = administrator.execute(f"DROP ROLE IF EXISTS {name}".encode())
+
+
+@in_a_file
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("how-to/revoke", 6), ("how-to/newer-images", 5), ("how-to/container", 1), ("reference/policies", 1)],
+)
+def test_each_command_of_a_page_runs(
+    premises: Premises, page: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other, where the VM that they name has booted."""
+    premises.start_here()
+    _ = premises.vm().boot()
+    with closing(premises.open()) as store:
+        _ = store.transact(RegisterHost(HostProfileRow("3f9a".ljust(64, "0"), HOTKEY, "{}", premises.now)))
+    _ = (premises.directory / "policy.toml").write_bytes((ROOT / "examples/policy.toml").read_bytes())
+    monkeypatch.chdir(premises.directory)
+    listed = list(command_lines(DOCS / f"{page}.md"))
+    assert len(listed) >= least
+    for line in listed:
+        assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr()}"
+
+
+# --- no command of a page is without a run ---
+
+RUN_BY = {
+    **{
+        str(page.relative_to(ROOT)): "docs/test_tools.py:test_a_newcomer_gets_through_every_tutorial"
+        for page in FOLLOWED
+    },
+    **dict.fromkeys(
+        ("docs/how-to/backup-restore.md", "docs/how-to/keys-and-disks.md", "docs/how-to/rotate-kek.md"),
+        "scenario/test_recipes.py:test_no_recipe_is_left_out",
+    ),
+    **dict.fromkeys(
+        (
+            "docs/how-to/reference-values.md",
+            "docs/how-to/upgrade.md",
+            "docs/how-to/denied-at-night.md",
+            "docs/how-to/capacity.md",
+        ),
+        "scenario/test_guides.py:test_a_guide_is_followed",
+    ),
+    **dict.fromkeys(
+        (
+            "docs/how-to/revoke.md",
+            "docs/how-to/newer-images.md",
+            "docs/how-to/container.md",
+            "docs/reference/policies.md",
+        ),
+        "scenario/test_guides.py:test_each_command_of_a_page_runs",
+    ),
+    "docs/how-to/production.md": "scenario/test_guides.py:test_a_server_is_set_up_for_production",
+    "docs/how-to/tcb-recovery.md": "scenario/test_guides.py:test_a_tcb_recovery_is_seen_early",
+    "docs/how-to/postgresql.md": "scenario/test_recipes.py:test_a_move_to_postgresql",
+    "docs/how-to/nginx.md": "scenario/test_nginx.py:test_a_boot_and_its_sync",
+    "docs/how-to/gpus.md": "cli/test_gpu.py:test_what_was_fetched_is_a_bundle_for_offline_use",
+}
+"""Each page with commands, and the test that runs them."""
+
+
+def test_no_command_of_a_page_is_without_a_run() -> None:
+    pages = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    assert {str(page.relative_to(ROOT)) for page in pages if any(command_lines(page))} == set(RUN_BY)
+    for page, place in RUN_BY.items():
+        file, _, test = place.partition(":")
+        source = (ROOT / "tests" / file).read_text("utf-8")
+        assert f"def {test}(" in source, place
+        assert Path(page).stem in source or test.startswith("test_a_newcomer"), f"{place} does not name {page}"
