@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from chutes_proto.io.http.tls import client_context
 from chutes_proto.server._config import LimitOptions
 from tests.cli.conftest import start_server
 from tests.scenario.premises import Premises
@@ -19,6 +23,7 @@ from tests.scenario.test_restarts import IS_SOAK, TRANSPORTS
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
+LIMIT = 12
 TAKEOVER = 'takeover = "takeover.sock"\nlimits.drain_seconds = 2'
 
 
@@ -144,3 +149,13 @@ def test_workers_share_the_limits(premises: Premises) -> None:
     assert shared.store_connections == 4
     assert shared.body_bytes == LimitOptions().body_bytes
     assert premises.run("serve", "--dev", "--workers", "2").code == 2
+
+    premises.edit("limits.drain_seconds = 0", f"limits.drain_seconds = 0\nlimits.requests_per_minute = {LIMIT}")
+    premises.start("--workers", "2")
+    began, trusted = time.monotonic(), client_context(ca_pem=premises.ca.read_bytes())
+    answers = [httpx.get(f"{premises.url}/servers/nonce", verify=trusted, timeout=60) for _ in range(3 * LIMIT)]
+    more = math.ceil((time.monotonic() - began) * LIMIT / 60)
+    granted = [answer.status_code for answer in answers].count(200)
+    assert LIMIT // 2 <= granted <= LIMIT + more, (granted, more)  # each connection reaches either worker
+    assert {answer.status_code for answer in answers} == {200, 429}
+    premises.stop()
