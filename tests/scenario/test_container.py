@@ -1,6 +1,6 @@
 """The container: its image is built on a base of Debian's packages, and started without root and with a read-only root.
 
-Where no container runs, its root directory is entered by chroot, as the same user.
+Where no container runs, its root directory is entered by chroot, as the same user, in mounts of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from attrs import frozen
 
 from tests.conftest import ROOT, SOAK
 from tests.scenario.premises import Premises
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 BASE, IMAGE = "localhost/chutes-proto-base", "localhost/chutes-proto-test"
 PACKAGES = "python3,python3-venv,ca-certificates"
+FILE = ROOT / "examples/container/Containerfile"
 SECONDS = 1800
 USER = 65532
 
@@ -76,7 +78,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = [word for path in pip_files() for word in ("--volume", f"{path}:{path}:ro")]
     environ = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")]
     settings += [word for each in environ for word in ("--env", each)]
-    file = checkout / "examples/container/Containerfile"
+    file = checkout / FILE.relative_to(ROOT)
     built = ["podman", "build", "--isolation", "chroot", "--network", "host", "--build-arg", f"BASE={BASE}", *settings]
     for name, limit in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
         most = resource.getrlimit(limit)[1]
@@ -89,21 +91,61 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _ = subprocess.run(["podman", "image", "prune", "--force"], capture_output=True, check=False)
 
 
-def command(image: str, premises: Premises) -> tuple[list[str], str | None]:
-    """The command that starts it, and the root directory where that is by chroot."""
-    site, state = premises.directory, premises.directory.with_name("state")
-    whole = ["podman", "run", "--rm", "--read-only", "--cap-drop", "all", "--network", "host", "--tmpfs", "/tmp"]
-    whole += ["-v", f"{site}:/etc/chutes-proto:ro", "-v", f"{state}:/var/lib/chutes-proto", image]
-    tried = subprocess.run([*whole, "--version"], capture_output=True, check=False, timeout=SECONDS)
-    if tried.returncode == 0:
-        return whole, None
-    name = run("podman", "create", image).strip()
-    root = run("podman", "mount", name).strip()
-    for inside, outside in (("etc/chutes-proto", site), ("var/lib/chutes-proto", state)):
-        shutil.copytree(outside, Path(root, inside), dirs_exist_ok=True)
-        _ = run("chown", "-R", f"{USER}:{USER}", Path(root, inside))
-    (Path(root) / "dev").mkdir(exist_ok=True)
-    return ["chroot", f"--userspec={USER}:{USER}", root, *entry(image)], root
+# In mounts of its own: the root read only, and what the container has beside it.
+CHROOT = f"""\
+set -e
+root=$1 site=$2 state=$3
+shift 3
+mount --bind "$root" "$root"
+mount --bind "$site" "$root/etc/chutes-proto"
+mount --bind "$state" "$root/var/lib/chutes-proto"
+mount --bind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/tmp"
+mount -o remount,bind,ro "$root"
+mount -o remount,bind,ro "$root/etc/chutes-proto"
+exec chroot --userspec={USER}:{USER} "$root" "$@"
+"""
+
+
+@frozen
+class Container:
+    """The image, with its root read only and the operator's two directories in it."""
+
+    image: str
+    directories: tuple[Path, Path]
+    root: str | None
+    """Its root directory where no container runs."""
+
+    @classmethod
+    def of(cls, image: str, premises: Premises) -> Container:
+        directories = (premises.directory, premises.directory.with_name("state"))
+        container = cls(image, directories, None)
+        if subprocess.run(container.command("true"), capture_output=True, check=False, timeout=SECONDS).returncode == 0:
+            return container
+        root = Path(run("podman", "mount", run("podman", "create", image).strip()).strip())
+        for place in ("etc/chutes-proto", "var/lib/chutes-proto", "dev", "tmp"):
+            (root / place).mkdir(parents=True, exist_ok=True)
+        return cls(image, directories, str(root))
+
+    def command(self, *words: str) -> list[str]:
+        """Runs a program in it, by default its own."""
+        site, state = map(str, self.directories)
+        if self.root is not None:
+            return [
+                "unshare",
+                "--mount",
+                "sh",
+                "-c",
+                CHROOT,
+                "sh",
+                self.root,
+                site,
+                state,
+                *(words or entry(self.image)),
+            ]
+        whole = ["podman", "run", "--rm", "--read-only", "--cap-drop", "all", "--network", "host", "--tmpfs", "/tmp"]
+        whole += ["-v", f"{site}:/etc/chutes-proto:ro", "-v", f"{state}:/var/lib/chutes-proto"]
+        return [*whole, *(("--entrypoint", words[0]) if words else ()), self.image, *words[1:]]
 
 
 def entry(image: str) -> Sequence[str]:
@@ -119,18 +161,30 @@ def test_it_serves_without_root_and_with_a_read_only_root(premises: Premises, im
     listen(premises, 'listen = "127.0.0.1:9464"')
     for place in (premises.directory, state):
         _ = run("chown", "-R", f"{USER}:{USER}", place)
-    started, root = command(image, premises)
+    container = Container.of(image, premises)
+    for where in ("/opt/chutes-proto/bin", "/etc/chutes-proto", "/"):
+        tried = subprocess.run(
+            container.command("touch", f"{where}/written"), capture_output=True, text=True, check=False
+        )
+        assert "Read-only file system" in tried.stderr
+    assert run(*container.command("id", "-u")).strip() == str(USER)
     log = premises.directory.with_name("container.log")
-    with log.open("w") as file, subprocess.Popen(started, stdout=file, stderr=file) as server:
+    with log.open("w") as file, subprocess.Popen(container.command(), stdout=file, stderr=file) as server:
         try:
             _ = wait_until(lambda: server.poll() is not None or '"serving"' in log.read_text(), 120)
             assert server.poll() is None, log.read_text()
             with httpx.Client(base_url="http://127.0.0.1:9464", trust_env=False, timeout=60) as admin:
                 assert admin.get("/livez").text == "ok\n"
                 assert admin.get("/readyz").json()["ready"] is True
-            status = Path(f"/proc/{server.pid}/status").read_text()
-            assert root is None or re.search(rf"^Uid:(\t{USER}){{4}}$", status, re.MULTILINE)
+            assert run(*container.command(*health_check())) == ""
         finally:
             server.terminate()
             _ = server.wait(60)
     assert '"stopped"' in log.read_text()
+
+
+def health_check() -> Sequence[str]:
+    """The command of the image's health check."""
+    (line,) = re.findall(r"^HEALTHCHECK .*? CMD (\[.*?\])$", FILE.read_text().replace("\\\n", ""), re.MULTILINE)
+    words: list[str] = json.loads(line)
+    return words
