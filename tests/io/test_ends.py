@@ -171,6 +171,11 @@ def test_the_end_of_a_profile_is_seen_coming(tmp_path: Path) -> None:
     _ = (tmp_path / "server.toml").write_text(given)
     told = {one.what: one.state for one in check_ends(set_up(tmp_path))}
     assert (told["profiles"], told["profile"]) == ("problem", "note")
+    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+        health = read_health(set_up(tmp_path), store)
+    assert [one.detail for one in health.findings if one.state == "problem"] == [
+        "none counts now, so no VM is granted; change their schedule"
+    ]
 
 
 @pytest.mark.trio

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from chutes_proto.effects import Sleep, run
 from chutes_proto.quote._steps import QuoteSignatureError
@@ -35,7 +36,7 @@ def test_a_measurement_that_differs_is_named_with_both_values_and_the_nearest_pr
     why = explain(Denial(row.code, row.reason, request_id, HOTKEY, "vm-1", "", finding))
     assert str(why) == told["why"]
     assert f"RTMR1: found {difference.found}, expected {difference.expected}" in why.lines()
-    assert "chutes-proto replay" in why.lines()[-1]
+    assert "chutes-proto why --event-log" in why.lines()[-1]
 
 
 def test_a_quote_that_does_not_verify_is_named_by_its_step(world: World) -> None:
@@ -101,6 +102,17 @@ def test_a_row_of_another_release_explains_what_it_can() -> None:
     made = Finding(38, "rtmr", "a rule", "boot", "image 1.0", (Difference("RTMR1", "00", "11"),))
     assert Finding.from_json(made.to_json()) == made
     assert explain(Denial("tcb_rejected", "too old")).lines()[1] == "the server's own check: too old"
+
+
+@pytest.mark.parametrize("what", ["profile_ended", "profile_not_yet"])
+def test_the_remedy_for_a_schedule_is_not_to_accept_an_image(what: str) -> None:
+    """But where registers differ, too, the schedule of the nearest profile is of no matter."""
+    differs = (Difference(what, "now", "another time"),)
+    finding = Finding(38, what, "a rule", "boot", "image 1.0", differs)
+    denial = Denial("measurement_mismatch", "", finding=finding)
+    assert "profiles list` shows the schedule" in explain(denial).remedy
+    both = evolve(finding, differences=(*differs, Difference("RTMR1", "00", "11")))
+    assert explain(evolve(denial, finding=both)).remedy == remedy("measurement_mismatch")
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code.status in (401, 403, 404, 409, 503)])

@@ -133,13 +133,13 @@ def explain(denial: Denial) -> Why:
     where = f"the server's own check: {denial.reason}"
     if finding is not None:
         stage = f", {finding.stage} stage" if finding.stage else ""
-        where = f"at step {finding.step} of verification{stage} ({finding.code}): {finding.rule}"
+        where = f"at step {finding.step} of verification{stage} ({finding.code}), whose rule is: {finding.rule}"
     return Why(
         what,
         where,
         None if finding is None else finding.step,
         None if finding is None else finding.profile,
-        remedy(denial.code),
+        _of_schedule(finding) or remedy(denial.code),
         () if finding is None else finding.differences,
     )
 
@@ -147,6 +147,12 @@ def explain(denial: Denial) -> Why:
 def remedy(code: str) -> str:
     """Tell an operator the remedy for refusals of this code."""
     return _REMEDIES.get(code) or (_OURS if code in _FAULTS else _OTHERWISE)
+
+
+def _of_schedule(finding: Finding | None) -> str | None:
+    """The remedy for a VM that its profile's schedule alone refuses: its image is known, so there is none to add."""
+    differing = () if finding is None else finding.differences
+    return _SCHEDULED.get(differing[0].what) if len(differing) == 1 else None
 
 
 def _text(value: object) -> str:
@@ -163,11 +169,21 @@ _OTHERWISE: Final = "the request itself is wrong: read the reason, and compare t
 _AGAIN: Final = "boot the VM again; if it comes back, compare the clocks, and whether all servers share one store"
 _PROXY: Final = "compare what ends TLS before the server with [proxy] of the configuration"
 
+_ADD_HOTKEY: Final = (
+    "add the hotkey to `hotkeys` of the configuration if you serve its owner, and run `chutes-proto reload`"
+)
+_SCHEDULED: Final = {
+    "profile_ended": "boot a newer image on it, or move `not_after` of its profile and `chutes-proto reload`;"
+    " `chutes-proto profiles list` shows the schedule, `profiles vms` the VMs that need another image",
+    "profile_not_yet": "boot an older image on it, wait, or move `not_before` of its profile and `chutes-proto reload`;"
+    " `chutes-proto profiles list` shows the schedule",
+}
 _REMEDIES: Final[Mapping[str, str]] = {
     Code.MEASUREMENT_MISMATCH: "if you rolled this image, firmware or kernel command line out, add its reference values"
-    " (`chutes-proto profiles import`); `chutes-proto replay` finds the first event that differs. Otherwise accept"
-    " nothing: somebody else changed the VM",
-    Code.TCB_REJECTED: "update firmware, microcode or TDX module of the host, or let the policy accept this status",
+    " (`chutes-proto profiles import`, then `reload`); `chutes-proto why --event-log` names the event that differs."
+    " Otherwise accept nothing: somebody else changed the VM",
+    Code.TCB_REJECTED: "update firmware, microcode or TDX module of the host, or let the policy accept it:"
+    " `chutes-proto policy try` says for which VMs that counts, `reload` lets it count",
     Code.ATTRIBUTES_REJECTED: "start the TD without debug and with the attributes that the profile names",
     Code.QUOTE_REJECTED: "`chutes-proto verify` of the VM's quote names the step: the platform is revoked, or its quote"
     " or collateral is of another root",
@@ -180,8 +196,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.QUOTE_NONCE_INVALID: _AGAIN,
     Code.CONFIRM_NONCE_INVALID: _AGAIN,
     Code.ROTATION_SUPERSEDED: "boot the VM again: another decision about its keys came between",
-    Code.HOTKEY_REJECTED: "add the hotkey to `hotkeys` of the configuration if you serve its owner",
-    Code.HOTKEY_UNKNOWN: "add the hotkey to `hotkeys` of the configuration if you serve its owner",
+    Code.HOTKEY_REJECTED: _ADD_HOTKEY,
+    Code.HOTKEY_UNKNOWN: _ADD_HOTKEY,
     Code.HOTKEY_BLACKLISTED: "remove the hotkey from `blacklist` if it may boot again",
     Code.HOTKEY_MISMATCH: "the token is another hotkey's: look for a client that mixes VMs",
     Code.VM_NAME_MISMATCH: "the token is another VM's: look for a client that mixes VMs",

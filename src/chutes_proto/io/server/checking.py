@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding
-from chutes_proto.io.server.ends import ends_of
+from chutes_proto.io.server.ends import check_profiles, ends_of
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.store_setup import check_store
 from chutes_proto.quote._policy_words import policy_notes
@@ -56,7 +56,6 @@ def check_policy(setup: ServerSetup) -> Iterator[Finding]:
 def check_ends(setup: ServerSetup, *, kept: bool = True) -> Iterator[Finding]:
     """Everything that ends, and when; ``kept`` is as for `ends_of`."""
     now = int(time.time())
-    profiles = [one.measurements for one in setup.service.profiles.values()]
-    if profiles and not any(profile.schedule.accepts(now) for profile in profiles):
-        yield Finding("problem", "profiles", "none counts now, so no VM is granted; change their schedule")
+    if (none_counts := check_profiles(setup, now)) is not None:
+        yield none_counts
     yield from (each.finding(now) for each in ends_of(setup, now, kept=kept))

@@ -110,6 +110,14 @@ def summary(kind: Kind, ends: Iterable[End], now: int) -> Finding:
     return Finding(first.state, kind, first.detail + more, first.remedy)
 
 
+def check_profiles(setup: ServerSetup, now: int) -> Finding | None:
+    """The problem that no profile counts now, if there are profiles and so it is."""
+    profiles = [one.measurements for one in setup.service.profiles.values()]
+    if not profiles or any(profile.schedule.accepts(now) for profile in profiles):
+        return None
+    return Finding("problem", "profiles", "none counts now, so no VM is granted; change their schedule")
+
+
 def _certificates(setup: ServerSetup) -> Iterator[End]:
     """The chains that are loaded, whatever their files say by now."""
     names: tuple[tuple[Kind, str | None], ...] = (

@@ -10,13 +10,13 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreBusy, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file
 from chutes_proto.io.finding import Finding, State
-from chutes_proto.io.server.ends import KINDS, End, Kind, ends_of, summary
+from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, ends_of, summary
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
@@ -77,6 +77,8 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
         storing = Finding("problem", "store", setup.service.readiness.fault)
     ends = ends_of(setup, at)
     found = {kind: summary(kind, ends, at) for kind in _kinds(setup)}
+    if (none_counts := check_profiles(setup, at)) is not None:
+        found["profile"] = evolve(none_counts, what="profile")
     found["certificate"] = _certificate(setup, found["certificate"], ends, at)
     found["collateral"] = _collateral(setup, found["collateral"], ends, at)
     return Health(at, (storing, clock, *found.values()), skew, ends)
