@@ -162,4 +162,7 @@ class Records:
 
 def legible(text: str, limit: int) -> str:
     """``text`` as any store takes it: no control characters, no lone surrogates, at most ``limit`` characters."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:limit])
+    text = text[:limit]
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

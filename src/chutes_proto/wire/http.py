@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
@@ -67,6 +68,7 @@ class HttpResponse:
         return next((value for key, value in self.headers if key == name), None)
 
 
+@lru_cache(maxsize=1024)
 def plain_address(text: str) -> str:
     """Normalise an IP address: an IPv4 address mapped into IPv6 becomes the IPv4 address.
 
@@ -80,6 +82,7 @@ def plain_address(text: str) -> str:
     return str(address)
 
 
+@lru_cache(maxsize=1024)
 def address_prefix(address: str) -> bytes:
     """The part of an address that stands for one host: all of IPv4, the /64 of IPv6; empty without an address."""
     try:
