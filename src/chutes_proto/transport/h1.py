@@ -331,6 +331,9 @@ class ServerConnection:
 
     def _parse(self, now: float) -> None:
         if self._reading is None:
+            if not self._inbox:  # the peer has ended after a request
+                self._finish("", now)
+                return
             plain = take_plain(self._inbox, self._limits.head_bytes, self._limits.body_bytes)
             if plain is not None:
                 self._ready = self._request(*plain)
