@@ -6,6 +6,7 @@ answers and the time to end.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -50,9 +51,11 @@ class Server:
         self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
         self._handed_over = False
         self._ended = ended
+        self._now: Callable[[], float] = anyio.current_time
 
     async def serve(self, listening: Sequence[Listening]) -> None:
         """Serve until cancelled, or until the end that `stop` began; close the sockets."""
+        self._now = _clock()
         with self._serving:
             async with anyio.create_task_group() as nursery:
                 with self._accepting:
@@ -60,7 +63,7 @@ class Server:
                         for listener in listening:
                             _ = listeners.start_soon(self._accept, listener, nursery)
                 if not self._handed_over:
-                    self._connections.finish(anyio.current_time())
+                    self._connections.finish(self._now())
 
     def stop(self, *, handed_over: bool = False) -> float:
         """Tell the application to stop; it decides when to end, and connections end with their next answer.
@@ -70,7 +73,7 @@ class Server:
 
         Returns the number of seconds after which the server has ended.
         """
-        now = anyio.current_time()
+        now = self._now()
         self._serving.deadline = end = self._app.stop(now, handed_over=handed_over)
         self._handed_over = handed_over
         if handed_over:
@@ -86,7 +89,7 @@ class Server:
         return len(self._connections)
 
     def _update_end(self) -> None:
-        self._accepting.deadline = self._app.ends_at(anyio.current_time())
+        self._accepting.deadline = self._app.ends_at(self._now())
 
     async def _accept(self, listening: Listening, nursery: TaskGroup) -> None:
         with listening.socket as listener:
@@ -109,7 +112,7 @@ class Server:
             with accepted:
                 peer = peer_address(accepted.getpeername())
                 connection = ServerConnection(
-                    anyio.current_time(), tls=listening.session(), limits=self._limits, peer_address=peer
+                    self._now(), tls=listening.session(), limits=self._limits, peer_address=peer
                 )
                 try:
                     await self._serve_connection(accepted, connection)
@@ -134,7 +137,7 @@ class Server:
                     self._waiting[connection] = waiting
                     is_served = await self._take_steps(accepted, connection, waiting)
                 if waiting.cancelled_caught:
-                    connection.expire(anyio.current_time())
+                    connection.expire(self._now())
         finally:
             del self._waiting[connection]
 
@@ -144,12 +147,12 @@ class Server:
         ``waiting`` has the connection's deadline while its peer is waited for, and else none.
         """
         while not waiting.cancel_called:
-            match self._connections.next_step(connection, anyio.current_time()):
+            match self._connections.next_step(connection, self._now()):
                 case Answer(request, sent_ahead):
                     if sent_ahead:
                         await anyio.lowlevel.checkpoint()
                     response = await self._performer.run(self._app.handle(request))
-                    connection.send_response(response, anyio.current_time())
+                    connection.send_response(response, self._now())
                 case Send(data):
                     if left := _unsent(accepted, memoryview(data)):
                         waiting.deadline = connection.deadline
@@ -161,7 +164,7 @@ class Server:
                     waiting.deadline = connection.deadline
                     data = await _received(accepted)
                     waiting.deadline = math.inf
-                    connection.receive_data(data, anyio.current_time())
+                    connection.receive_data(data, self._now())
                 case None:
                     return True
         return False
@@ -199,6 +202,16 @@ async def run_until_stopped(
 async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable[[], None]]) -> None:
     async for number in received:
         signals[Signals(number)]()
+
+
+def _clock() -> Callable[[], float]:
+    """Return the running loop's clock, which `anyio.current_time` would look for at each of many calls."""
+    loop = anyio.lowlevel.current_token().native_token
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return loop.time
+    import trio.lowlevel
+
+    return trio.lowlevel.current_clock().current_time
 
 
 async def _accepted(listener: socket) -> socket:
