@@ -574,6 +574,18 @@ def test_a_name_is_bound_before_it_boots(site: Site) -> None:
     assert site.do("vm", "bind", f"{HOTKEY}/vm-1", *PPID).code == 0
     assert "not since it was bound" in site.do("vm", "list").out
     assert [row["last_boot_at"] for row in site.json("vm", "list")["vms"]] == [None, NOW]
+    setup = make_setup(ServerConfig.load(site.configuration))
+    grant = evolve(boot("2", now=NOW + 1, vm=Vm(HOTKEY, "vm-2")), vault=setup.service.vault)
+    with closing(setup.store.open()) as store:
+        _ = store.transact(
+            evolve(grant, hotkey_proven=True, tcb_status="OutOfDate", advisories="INTEL-SA-1 INTEL-SA-2")
+        )
+    names = "profile_name profile_version tcb_status advisories last_boot_at proven ppid"
+    last = site.json("vm", "list")["vms"][1]
+    told = ["profile", "1.0", "OutOfDate", ["INTEL-SA-1", "INTEL-SA-2"], NOW + 1, True, grant.platform.ppid.hex()]
+    assert [last[name] for name in names.split()] == told
+    for shown in ("1.0", "OutOfDate", "INTEL-SA-1 INTEL-SA-2", "yes"):
+        assert shown in site.do("vm", "list").out
     refused = site.do("vm", "bind", "other/vm-1", *PPID)
     assert (refused.code, "is not a hotkey" in refused.err) == (2, True)
 

@@ -14,7 +14,7 @@ from chutes_proto.cli.console import moment
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.output import Cell
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.server.store_setup import erasures_file
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.store._run import Ask
@@ -50,7 +50,10 @@ def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, rea
         store.transact(Revoke(now, new_version(), kind, subject, until, reason))
         running = store.transact(who)
         file = erasures_file(setup.config)
-        _ = keep_erasures(store, file)
+        try:
+            _ = keep_erasures(store, file)
+        except StoreError as exc:
+            raise StoreError(f"{kind} {subject} is revoked, but a restored backup will not know it: {exc}") from None
 
     def people() -> None:
         row = RevocationRow(kind, subject, reason, now, until)

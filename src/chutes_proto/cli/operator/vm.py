@@ -130,7 +130,7 @@ def _claims(store: DurableStore) -> Iterator[_Bound]:
 def _members(each: _Bound | Vm) -> dict[str, object]:
     if isinstance(each, Vm):
         return {"hotkey": each.hotkey, "vm": each.name, "platform": None}
-    names = "hotkey vm platform proven exchange created_at last_boot_at"
+    names = "hotkey vm platform ppid proven exchange created_at last_boot_at"
     ran = {name: getattr(each.ran, name) for name in ("profile_name", "profile_version", "tcb_status")}
     advisories = None if each.ran.advisories is None else each.ran.advisories.split()
     told = operating.members(each.row, names) | {"last_boot_at": each.row.last_boot_at or None}
