@@ -145,7 +145,7 @@ def _counts_directory() -> Generator[Path]:
     with ExitStack() as opened:
         while True:
             made = Path(tempfile.mkdtemp(prefix=_COUNTS))
-            with suppress(OSError):  # another process took it for one that was left
+            with suppress(BlockingIOError, FileNotFoundError):  # another process took it for one that was left
                 opened.enter_context(_locked(made))
                 break
         try:
