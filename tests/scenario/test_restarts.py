@@ -7,6 +7,7 @@ are asked for once, and no call waits longer than 30 seconds.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -50,13 +51,18 @@ class DeployedVm:
     url: str
     ending: threading.Event
     patience: int = CALL_SECONDS
-    boots: int = 0
+    boots: float = 0
     retries: list[str] = field(factory=list)
 
     def live(self) -> None:
-        while not self.ending.is_set():
-            self.boot()
-            self.boots += 1
+        """Raises `GaveUp`, and nobody waits for more boots then."""
+        try:
+            while not self.ending.is_set():
+                self.boot()
+                self.boots += 1
+        except GaveUp:
+            self.boots = math.inf
+            raise
 
     def boot(self) -> None:
         identity = make_client_identity(int(time.time()) - 60, os.urandom(32))
@@ -123,7 +129,7 @@ def load(premises: Premises, url: str, patience: int = CALL_SECONDS) -> Iterator
 
 
 def wait_for_boots(vms: list[DeployedVm], more: int = 1, seconds: float = 120) -> None:
-    """Until each VM has booted as many times more."""
+    """Until each VM has booted as many times more, or gave up."""
     before = [vm.boots for vm in vms]
     _ = wait_until(lambda: all(vm.boots >= old + more for vm, old in zip(vms, before, strict=True)), seconds)
 
