@@ -201,6 +201,11 @@ def test_the_service_runs_with_few_rights_and_a_restart_loses_no_boot(machine: M
                 assert operator.run(f"systemctl restart {UNIT}") == ""
             wait_for_boots(vms, seconds=SECONDS)
         assert [vm.retries for vm in vms] == [[]] * len(vms)
+        # A command of root's leaves no file that the service's user cannot use.
+        told = operator.run("/opt/chutes-proto/bin/chutes-proto vm list --config /etc/chutes-proto/server.toml")
+        assert all(vm.name in told for vm in vms), told
+        owners = operator.run("stat --format=%u /var/lib/private/chutes-proto/*").split()
+        assert (len(set(owners)), "0" in owners) == (1, False)
         _ = operator.run(f"systemctl kill --signal=KILL {UNIT}; until systemctl is-active {UNIT}; do sleep 1; done")
         with load(site, url, patience=PATIENCE) as vms:
             wait_for_boots(vms, seconds=SECONDS)
