@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from hashlib import sha384
+from collections.abc import Callable, Iterator
+from hashlib import sha256, sha384
+from typing import Any
 
 import attrs
 import pytest
 
+from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.auth.signing import signature_headers
 from chutes_proto.io.files import write_file
 from chutes_proto.io.server.control import ask_to_reload
 from chutes_proto.io.server.development import write_collateral
@@ -17,8 +20,10 @@ from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._measurements import SCHEDULE_KEYS
 from chutes_proto.quote._policy import TcbPolicy
+from chutes_proto.secret import Secret
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
+from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from tests.cli.conftest import HOTKEY
 from tests.scenario.premises import Premises
@@ -28,6 +33,8 @@ ATTRIBUTES = "Unable to parse provided quote for verification. (attributes)"
 MEASURED = "Quote does not match expected measurements. Ensure you are running a supported VM."
 RETRY = "No collateral for this platform now. Retry shortly."
 STALE = "tcb_out_of_date"
+PAIR = HotkeyPair.from_seed(Secret(b"s" * 32))
+PROVEN = PAIR.hotkey.address
 OTHER_16, OTHER_48 = f'["{"07" * 16}"]', f'["{"07" * 48}"]'
 OUTDATED = 'tcb.accepted_statuses = ["UpToDate", "OutOfDate"]'
 SERVICE = 'attributes.service_td = "allowed"'
@@ -165,8 +172,38 @@ def own(platform: SimulatedPlatform) -> str:
     return "".join(f'identity.{name} = ["{value.hex()}"]\n' for name, value in found.items())
 
 
-def boot_by(served: Premises, policy: str, profile: str, faults: str, answer: tuple[Code, str] | None) -> None:
+@pytest.mark.parametrize(
+    ("policy", "faults", "answer"),
+    [
+        (f"[per_hotkey.{PROVEN}]\n{OUTDATED}", STALE, None),
+        (f"{OUTDATED}\n[per_hotkey.{PROVEN}]\nidentity.ppid = {OTHER_16}", STALE, (Code.TCB_REJECTED, TCB)),
+        (f"identity.ppid = {OTHER_16}\n[per_hotkey.{PROVEN}]\nMINE", "", None),
+    ],
+)
+def test_the_exception_for_a_hotkey_decides_over_who_proves_it(
+    served: Premises, policy: str, faults: str, answer: tuple[Code, str] | None
+) -> None:
+    def signed(status: int) -> dict[str, Any]:
+        vm = served.vm("vm-signed")
+        nonce = str(vm.ask("GET", "/servers/nonce", params={"miner_hotkey": PROVEN})["nonce"])
+        body = json.encode({"quote": vm.quote(nonce, "boot"), "miner_hotkey": PROVEN, "vm_name": vm.name})
+        message = f"{PROVEN}:{nonce}:{sha256(body).hexdigest()}".encode()
+        headers = dict(signature_headers(PAIR.hotkey, nonce, message, PAIR.sign)) | {"content-type": "application/json"}
+        return vm.ask("POST", "/servers/boot/attestation", content=body, headers=headers, status=status)
+
+    boot_by(served, policy.replace("MINE", own(served.platform)), "", faults, answer, signed)
+
+
+def boot_by(
+    served: Premises,
+    policy: str,
+    profile: str,
+    faults: str,
+    answer: tuple[Code, str] | None,
+    boot: Callable[[int], dict[str, Any]] | None = None,
+) -> None:
     """Boot a VM on a platform with ``faults`` by these files, and expect ``answer``."""
+    boot = boot or (lambda status: served.vm().boot(status=status))
     write_file(served.directory / "policy.toml", policy.encode())
     write_file(served.directory / "measurements.toml", f"{PROFILE.to_toml()}{profile}".encode())
     honest = served.platform
@@ -176,7 +213,7 @@ def boot_by(served: Premises, policy: str, profile: str, faults: str, answer: tu
     answered = ask_to_reload(served.directory / "control.sock")
     assert answered["ok"], answered
     try:
-        told = served.vm().boot(status=200 if answer is None else 503 if answer[1] == RETRY else 403)
+        told = boot(200 if answer is None else 503 if answer[1] == RETRY else 403)
     finally:
         served.platform = honest
     assert answer is None or (told["code"], told["detail"]) == answer

@@ -52,6 +52,15 @@ from tests.waiting import wait_until
 
 STALE = "tcb_out_of_date"
 OUTDATED = 'tcb.accepted_statuses = ["UpToDate", "OutOfDate"]'
+GPU_KIND = """
+[gpus.b300]
+model = " B300"
+memory_gb = 288
+processors = 148
+max_threads_per_processor = 1024
+clock_base_mhz = 1590
+clock_boost_mhz = 1965
+"""
 OTHER = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 
 
@@ -92,9 +101,15 @@ def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> 
     write_file(site.directory / "server.pem", identity.chain_pem)
     write_file(site.directory / "server.key", identity.key_pem.reveal(), mode=0o600)
     site.new_key()
+    _ = (site.directory / "collateral").rename(site.directory / "elsewhere")
+    site.edit('collateral = { directory = "collateral" }', 'collateral = { directory = "elsewhere" }')
+    with site.configuration.open("a") as file:
+        _ = file.write(GPU_KIND)
     site.edit('listen = "127.0.0.1:0"', 'listen = "127.0.0.1:1"')
     done = reload(site)
-    assert done["changes"] == ["reference values: newer 1 added", "hotkeys", "certificate", "KEK"]
+    assert done["changes"] == [
+        *("reference values: newer 1 added", "hotkeys", "GPU kinds", "collateral", "certificate", "KEK")
+    ]
     assert done["needs_restart"] == ["listen"]
     write_file(site.ca, identity.ca_pem)
     assert len(site.vm().ask("GET", "/servers/tee/measurements")) == 2
