@@ -679,7 +679,8 @@ def logs() -> list[bytes]:
     proof = Proof(2, (bytes(32), bytes([255] * 32)), note)
     texts = (proof, note, signer.verifier, Place(None, 1234067, 7), Place(0, 0))
     receipt = Receipt('{"event":"boot"}', proof).to_bytes()
-    return [*(str(text).encode() for text in texts), receipt, bundle([b"", b"one entry"])]
+    bundled = Receipt('{"event":"boot"}', proof, {"quote": b"q", "policy": b""}).to_bytes()
+    return [*(str(text).encode() for text in texts), receipt, bundled, bundle([b"", b"one entry"])]
 
 
 def check_traceparent(data: bytes) -> None:

@@ -30,6 +30,7 @@ from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.secret import Secret
 from chutes_proto.server._call import Call, found_json
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
+from chutes_proto.server._grounds import ACCEPTED, outcome_of
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
@@ -62,7 +63,9 @@ def attest_boot(service: Service, call: Call[BootAttestationRequest]) -> Flow[Bo
     try:
         return (yield from _claim(service, call, nonce, key, evidence))
     except Refused as exc:
-        yield from record_refusal(call, Vm(hotkey, message.vm_name), evidence, exc, "boot")
+        proven = service.rules.proves(hotkey, lambda: _proven(call))
+        rested_on = evidence.grounds(service, "boot", outcome_of(exc), hotkey_proven=proven)
+        yield from record_refusal(call, Vm(hotkey, message.vm_name), evidence, exc, "boot", rested_on)
         raise
 
 
@@ -108,6 +111,9 @@ def _claim(
         tcb_status=evidence.tcb_status,
         advisories=evidence.advisories,
         kept=evidence.kept,
+        rested_on=evidence.grounds(
+            service, "boot", ACCEPTED, hotkey_proven=service.rules.proves(message.miner_hotkey, lambda: _proven(call))
+        ),
         profile_state=listed_as,
         exchange="base" if profile.exchange == "base" else "two-phase",
         token_needs_certificate=profile.token_needs_certificate,
@@ -221,7 +227,7 @@ def _hotkey(address: str) -> Hotkey:
 
 
 def record_refusal(
-    call: Call[Any], vm: Vm, evidence: Evidence, refusal: Refused, stage: Literal["boot", "runtime"]
+    call: Call[Any], vm: Vm, evidence: Evidence, refusal: Refused, stage: Literal["boot", "runtime"], rested_on: str
 ) -> Flow[None]:
     """Record the refusal of a genuine TD."""
     unit = RecordRefusal(
@@ -236,5 +242,6 @@ def record_refusal(
         stage=stage,
         finding=found_json(refusal),
         kept=evidence.kept if stage == "boot" else None,
+        rested_on=rested_on,
     )
     refusal.recorded = yield from call.record_refusal(unit)

@@ -32,6 +32,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._call import SignedCall
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._gpu_evidence import appraise_gpus
+from chutes_proto.server._grounds import ACCEPTED
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.units.servers import HostQuote, ReadCaller
 from chutes_proto.wire.codes import Code
@@ -79,7 +80,8 @@ def ask_host(
     )
     is_owned = given.owner is not None
     accepted = (evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, evidence.tcb_status)
-    return HostQuote(*accepted, gpus, is_owned)
+    rested_on = evidence.grounds(service, "runtime", ACCEPTED, hotkey_proven=True)
+    return HostQuote(*accepted, gpus, is_owned, rested_on=rested_on)
 
 
 def _fetch(

@@ -31,10 +31,11 @@ from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote._layout import parse_quote
-from chutes_proto.quote._measurements import Profile
+from chutes_proto.quote._measurements import Profile, Stage
 from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
+from chutes_proto.server._grounds import grounds, refusal_code
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
 from chutes_proto.units.records import AcceptedQuote, Kept
@@ -79,10 +80,11 @@ class Evidence:
         """The status of the platform's TCB."""
         return str(self.verdict.tcb_status)
 
-    def accepted(self, profile: Profile) -> AcceptedQuote:
+    def accepted(self, profile: Profile, rested_on: str) -> AcceptedQuote:
         """The quote as rows name it, accepted under ``profile``."""
         names = (profile.name, profile.version, self.tcb_status)
-        return AcceptedQuote(self.quote_digest, self.platform.pin, *names, advisories=self.advisories)
+        pin = self.platform.pin
+        return AcceptedQuote(self.quote_digest, pin, *names, advisories=self.advisories, rested_on=rested_on)
 
     @property
     def kept(self) -> Kept:
@@ -90,6 +92,10 @@ class Evidence:
         verdict = self.verdict
         digests = {name: value.hex() for name, value in asdict(verdict.verified.digests).items()}
         return Kept(self.quote, json.encode({**asdict(verdict.collateral), "sha256": digests}).decode())
+
+    def grounds(self, service: Service, stage: Stage, outcome: str, *, hotkey_proven: bool | None) -> str:
+        """The grounds of a decision on it, for the audit row."""
+        return grounds(self.verdict, service.documents, stage, outcome, hotkey_proven=hotkey_proven)
 
     @property
     def advisories(self) -> str:
@@ -154,43 +160,21 @@ def appraise(
     ``claimed`` is the hotkey that the caller names; ``proven`` returns the one that it proves, or raises `Refused`.
     Raises `Unavailable` where the policy refuses the collateral: no VM could mend it.
     """
-    rc: Profile | None = None
-    own = _proven(proven) if claimed in service.policy.hotkeys else None
     try:
-        accepted = service.policy.appraise(evidence.verdict, stage=stage, claimed=claimed, proven=own)
-        if _may_use(service, accepted.profile, proven):
-            return accepted
-        rc = accepted.profile
-        return service.public_policy.appraise(evidence.verdict, stage=stage, claimed=claimed, proven=own)
+        return service.rules.accept(evidence.verdict, stage, claimed, proven)
     except AppraisalError as exc:
-        reason = str(exc) if rc is None else f"release candidate {rc}, and no authorized hotkey is proven; {exc}"
-        parts = {refusal.part for refusal in exc.refusals}
-        if "collateral" in parts:
-            raise _no_collateral(reason).because(exc) from None
-        if "tcb" in parts:
-            raise Refused(Code.TCB_REJECTED, f"{_NOT_VERIFIED} (TCB status)", reason=reason).because(exc) from None
-        if "attributes" in parts:
-            text = f"{_NOT_VERIFIED} (attributes)"
-            raise Refused(Code.ATTRIBUTES_REJECTED, text, reason=reason).because(exc) from None
-        registers = [refusal.register for refusal in exc.refusals if refusal.register]
-        named = f" ({registers[0]})" if registers else ""
-        raise Refused(Code.MEASUREMENT_MISMATCH, _NOT_EXPECTED + named, reason=reason).because(exc) from None
-
-
-def _may_use(service: Service, profile: Profile, proven: Callable[[], Hotkey] | None) -> bool:
-    """Whether the profile is one of a release, or the caller proves a hotkey that may use the release candidate."""
-    served = service.profiles.get(profile.identity)
-    if served is None or not served.rc:
-        return True
-    return _proven(proven) in served.authorized_hotkeys
-
-
-def _proven(proven: Callable[[], Hotkey] | None) -> str | None:
-    """The hotkey that the caller proves; None without a proof that holds, which is not refused for that here."""
-    try:
-        return None if proven is None else proven().address
-    except Refused:
-        return None
+        reason = "; ".join([*getattr(exc, "__notes__", ()), str(exc)])
+        match refusal_code(exc):
+            case None:
+                raise _no_collateral(reason).because(exc) from None
+            case Code.TCB_REJECTED as code:
+                text = f"{_NOT_VERIFIED} (TCB status)"
+            case Code.ATTRIBUTES_REJECTED as code:
+                text = f"{_NOT_VERIFIED} (attributes)"
+            case code:
+                registers = [refusal.register for refusal in exc.refusals if refusal.register]
+                text = _NOT_EXPECTED + (f" ({registers[0]})" if registers else "")
+        raise Refused(code, text, reason=reason).because(exc) from None
 
 
 def _part(error: VerificationError) -> str:

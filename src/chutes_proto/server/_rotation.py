@@ -29,6 +29,7 @@ from chutes_proto.keys.vault import FreshKey
 from chutes_proto.server._boot import check_proof, known_hotkey, record_refusal, token_digest
 from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._grounds import ACCEPTED, outcome_of
 from chutes_proto.server._retry import transact_patiently, verify_with_retries
 from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import check_names, check_shape, check_volumes, entropy_parts
@@ -78,7 +79,15 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 nonce_digest=digest,
                 certificate=key.digest,
                 body_digest=body_digest,
-                quote=evidence.accepted(profile),
+                quote=evidence.accepted(
+                    profile,
+                    evidence.grounds(
+                        service,
+                        "runtime",
+                        ACCEPTED,
+                        hotkey_proven=service.rules.proves(vm.hotkey, _prover(service, call)),
+                    ),
+                ),
                 peer_address=request.peer_address,
                 volumes=volumes,
                 formatted=None if message.formatted is None else frozenset(message.formatted),
@@ -93,7 +102,9 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
             request,
         )
     except Refused as exc:
-        yield from record_refusal(call, vm, evidence, exc, "runtime")
+        proven = service.rules.proves(vm.hotkey, _prover(service, call))
+        rested_on = evidence.grounds(service, "runtime", outcome_of(exc), hotkey_proven=proven)
+        yield from record_refusal(call, vm, evidence, exc, "runtime", rested_on)
         raise
     yield from call.log(
         "volumes_attested",

@@ -18,6 +18,7 @@ from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.server._call import SignedCall, found_json
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._gpu_evidence import appraise_gpus
+from chutes_proto.server._grounds import ACCEPTED, outcome_of
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import AttestationRow, ServerRow
@@ -70,7 +71,7 @@ def attest_runtime(
                 request_id=call.request_id,
                 server=server,
                 nonce=nonce,
-                quote=evidence.accepted(profile),
+                quote=evidence.accepted(profile, evidence.grounds(service, "runtime", ACCEPTED, hotkey_proven=True)),
                 peer_address=address,
                 gpus=gpus,
                 platform=evidence.platform,
@@ -78,7 +79,10 @@ def attest_runtime(
             )
         )
     except (Refused, BadRequest) as exc:
-        yield from _record(call, server, nonce, evidence, exc)
+        rested_on = None
+        if evidence is not None and isinstance(exc, Refused):
+            rested_on = evidence.grounds(service, "runtime", outcome_of(exc), hotkey_proven=True)
+        yield from _record(call, server, nonce, evidence, exc, rested_on)
         raise
     yield from call.log(
         "server_attested",
@@ -128,11 +132,12 @@ def _record(
     nonce: Nonce,
     evidence: Evidence | None,
     refusal: Refused | BadRequest,
+    rested_on: str | None,
 ) -> Flow[None]:
     if evidence is None:
         quote = Quote.refused(hashlib.sha256(call.message.quote.encode()).digest())
     else:
-        quote = Quote.refused(evidence.quote_digest, evidence.platform.pin)
+        quote = Quote.refused(evidence.quote_digest, evidence.platform.pin, rested_on)
     unit = RecordRuntimeRefusal(
         now=call.now,
         request_id=call.request_id,

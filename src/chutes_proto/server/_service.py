@@ -22,6 +22,7 @@ from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS, Gpu
+from chutes_proto.server._grounds import Documents, Rules
 from chutes_proto.server._known import KnownVms
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
 from chutes_proto.server._nonces import NonceMint
@@ -82,6 +83,7 @@ class Service:
     root that quotes are verified to: every grant's log line has it, so that trust in a simulated platform is seen.
     ``callback`` goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
     ``rotate_after`` is the least age of a key, in seconds, that a disk gets in the place of another one.
+    ``documents`` are what policies and profiles were read from, which audit rows name.
     """
 
     vault: Vault
@@ -106,10 +108,16 @@ class Service:
     fresh_seconds: int = 3600
     gpu_appraisal: GpuAppraisal | None = None
     gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
+    documents: Documents = Documents()
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
     policy: BoundPolicies = field(init=False, eq=False, default=Factory(_bound, takes_self=True))
     public_policy: BoundPolicies = field(init=False, eq=False, default=Factory(_public, takes_self=True))
+    rules: Rules = field(
+        init=False,
+        eq=False,
+        default=Factory(lambda self: Rules(self.policy, self.public_policy, self.profiles), takes_self=True),
+    )
     _published: dict[tuple[Profile, ...], EncodedMeasurements] = field(init=False, eq=False, factory=dict)
     verifications: Admission = field(default=Factory(_verifications, takes_self=True))
     tokens: TokenMint = field(default=Factory(lambda self: TokenMint.of(self.vault), takes_self=True))

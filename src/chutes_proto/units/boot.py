@@ -116,13 +116,14 @@ class GrantBoot(Unit[BootGrant]):
     revocations: Revocations = NO_REVOCATIONS
     advisories: str | None = None
     kept: Kept | None = None
+    rested_on: str | None = None
 
     @property
     def quote(self) -> AcceptedQuote:
         """The quote as rows name it."""
         pin = self.platform.pin
         names = (self.profile_name, self.profile_version, self.tcb_status)
-        return AcceptedQuote(self.quote_digest, pin, *names, advisories=self.advisories)
+        return AcceptedQuote(self.quote_digest, pin, *names, advisories=self.advisories, rested_on=self.rested_on)
 
     def script(self) -> Script[BootGrant]:
         """Claim, nonce, root passphrase, boot, records."""
@@ -269,6 +270,7 @@ class RecordRefusal(Unit[bool]):
     finding: str | None = None
     per_day: int = REFUSALS_PER_DAY
     kept: Kept | None = None
+    rested_on: str | None = None
 
     def script(self) -> Script[bool]:
         """Count, then write the verdict, its audit row and, in one of the platform's places, the evidence."""
@@ -278,7 +280,8 @@ class RecordRefusal(Unit[bool]):
             return False
         vm = store.Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
         reason = legible(self.reason, 2000)
-        records = Records(self.now, self.request_id, vm, Quote.refused(self.quote_digest, pin), self.peer_address)
+        quote = Quote.refused(self.quote_digest, pin, self.rested_on)
+        records = Records(self.now, self.request_id, vm, quote, self.peer_address)
         yield from records.verdict(self.stage, reason, self.code, finding=self.finding)
         if self.kept is not None:
             yield from self.kept.refused(pin, count % REFUSED_KEPT, vm, self.request_id, self.code, self.now)

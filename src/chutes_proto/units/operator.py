@@ -517,10 +517,15 @@ def _audit(
 
 @frozen
 class RecordReload(Unit[None]):
-    """Record that a server is about to read its files again; ``reason`` has who asked, and both digests."""
+    """Record that a server is about to read its files again; ``reason`` has who asked, and both digests.
+
+    ``evidence`` is a JSON object with the digests of policy and reference values, before and after.
+    """
 
     now: int
     reason: str
+    evidence: str | None = None
 
     def script(self) -> Script[None]:
-        yield from _audit(self.now, "reloaded", legible(self.reason, 2000))
+        row = store.AuditRow(self.now, "operator", "reloaded", "done", legible(self.reason, 2000))
+        yield from store.Insert(evolve(row, evidence=self.evidence))

@@ -17,7 +17,10 @@ from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision,
 
 @frozen
 class Quote:
-    """A quote as rows name it: SHA-256, its platform if it verified; profile and TCB status if it was accepted."""
+    """A quote as rows name it: SHA-256, its platform if it verified; profile and TCB status if it was accepted.
+
+    ``rested_on`` says what the verdict rested on, for ``AuditRow.evidence``.
+    """
 
     digest: bytes
     pin: Pin | None
@@ -25,11 +28,12 @@ class Quote:
     profile_version: str | None
     tcb_status: str | None
     advisories: str | None = field(default=None, kw_only=True)
+    rested_on: str | None = field(default=None, kw_only=True)
 
     @classmethod
-    def refused(cls, digest: bytes, pin: Pin | None = None) -> Quote:
+    def refused(cls, digest: bytes, pin: Pin | None = None, rested_on: str | None = None) -> Quote:
         """A quote that was not accepted; without ``pin`` one that did not verify."""
-        return Quote(digest, pin, None, None, None)
+        return Quote(digest, pin, None, None, None, rested_on=rested_on)
 
 
 @frozen
@@ -156,6 +160,7 @@ class Records:
                 quote_digest=self.quote.digest or None,
                 keys=keys,
                 peer_address=self.peer_address,
+                evidence=self.quote.rested_on,
             )
         )
 

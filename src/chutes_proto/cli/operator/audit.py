@@ -36,6 +36,7 @@ _END = 1 << 62
 _SHOWN = 1000
 _STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
 _COLUMNS: output.Columns = {
+    "ENTRY": lambda row: "-" if row.idx is None else str(row.idx),
     "TIME": lambda row: output.when(row.at),
     "ACTOR": lambda row: row.actor,
     "EVENT": lambda row: row.event,
@@ -106,6 +107,8 @@ def listing(
     config: str,
 ) -> int:
     """Show audit rows for people, the newest last.
+
+    ENTRY is the index in the audit log, which `receipt show` takes; a row has one within a second.
 
     Examples:
       chutes-proto audit list --event boot --last 20 --config server.toml
@@ -207,7 +210,8 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, "rows": found}, told)
 
 
-def _verifier(text: str) -> Verifier:
+def verifier_key(text: str) -> Verifier:
+    """A verifier key of a log or a witness. Raises `ValueError`."""
     try:
         return Verifier.parse(text)
     except ConfigurationError as exc:
@@ -222,7 +226,7 @@ keys_option: Decorator = click.option(
     "keys",
     metavar="KEY",
     multiple=True,
-    callback=parsed(_verifier),
+    callback=parsed(verifier_key),
     help="a verifier key of the log (default: the keys in the store); may be repeated",
 )
 _files_option: Decorator = click.option(
@@ -400,4 +404,4 @@ def _newest(store: DurableStore, unit: ReadAuditPage, limit: int) -> list[AuditR
 
 def _members(row: AuditRow) -> dict[str, object]:
     names = "at actor event decision reason hotkey vm boot_id request_id platform profile quote_digest keys"
-    return operating.members(row, f"{names} peer_address")
+    return operating.members(row, f"{names} peer_address evidence idx")

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import click
+from attrs import evolve
 
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Argument, Group, answer, json_option
-from chutes_proto.cli.describe import exits
+from chutes_proto.cli.base import Argument, Group, answer, json_option, parsed
+from chutes_proto.cli.describe import EXITS, exits
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.audit import keys_option, signed
+from chutes_proto.cli.operator.audit import keys_option, signed, verifier_key
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.errors import ConfigurationError, LogError, Refused, StoreError
-from chutes_proto.io.files import read_file
+from chutes_proto.cli.verifier.fields import root_option, trusted_root
+from chutes_proto.errors import ConfigurationError, FileUnavailable, LogError, Refused, StoreError
+from chutes_proto.io.files import Files, read_file
+from chutes_proto.io.server.store_setup import StoreSetup
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.yaml_file import read_yaml
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._errors import CollateralFormatError
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.server._grounds import Bundle, VerdictError, judge_again, missing_digests
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditWanted, ReadAudit
+from chutes_proto.store.rows import AuditWanted, EvidenceRow, Read, ReadAudit
 from chutes_proto.tlog.notes import Verifier
 from chutes_proto.tlog.receipts import LARGEST, Receipt
+from chutes_proto.units.boot import REFUSED_KEPT
 from chutes_proto.units.log import ProveEntry
 from chutes_proto.wire.codes import Code
+
+T = TypeVar("T")
 
 _INDEX_DIGITS = 15
 
@@ -29,8 +45,9 @@ command: Group = Group(
     of=OperatorCommand,
     help="""Prove a decision of the key server offline.
 
-    A receipt has one entry of the audit log, the proof that the log has it, and a signed checkpoint of the log. It is
-    verified without the server, with the log's public key alone.
+    A receipt has one entry of the audit log, the proof that the log has it, and a signed checkpoint of the log; if you
+    like the evidence, too: quote, collateral, policy and reference values. It is verified without the server, with the
+    log's public key alone.
 
     Examples:
       chutes-proto receipt show 0 --config server.toml
@@ -41,14 +58,29 @@ command: Group = Group(
 )
 
 
+_STEPS: Final = {
+    11: "step 1: not a receipt",
+    12: "step 2: its checkpoint is not signed by the log, or not by a witness",
+    13: "step 3: the log does not have the entry",
+    14: "step 4: the evidence is not what the entry names",
+    15: "step 5: the evidence is judged otherwise than the entry says",
+}
+"""The exit codes of `receipt verify`, by the first step that fails."""
+
+
 @command.command(exits=exits("the receipt is printed", "no such entry, or the log cannot be signed"))
 @click.argument("entry", cls=Argument, metavar="ENTRY", help="the index of an entry, or the request id of a decision")
+@click.option("--evidence", "with_evidence", is_flag=True, help="put in what the verdict rested on, which must be kept")
 @operating.config_option
-def show(entry: str, config: str) -> int:
+def show(entry: str, with_evidence: bool, config: str) -> int:
     """Print the receipt of an entry of the audit log.
 
     Sequences what is left, signs the present state, and prints one JSON object on one line, which `receipt verify`
     reads. A request id, which a refusal and the server's log show, finds the newest entry of that request.
+
+    With --evidence, the quote, the collateral, the policy and the reference values are in it, so that it can be judged
+    again. They are taken from the store and from the server's files, as long as these are still those that the entry
+    names: of each VM the store keeps the quote of its newest granted boot.
 
     Examples:
       chutes-proto receipt show 0 --config server.toml
@@ -72,20 +104,73 @@ def show(entry: str, config: str) -> int:
             receipt = store.transact(ProveEntry(index, found.size, note))
         except LogError as exc:
             raise StoreError(f"audit log: {exc}; see `chutes-proto audit verify`") from None
+        if with_evidence:
+            receipt = evolve(receipt, evidence=_kept_evidence(setup, store, json.loads(receipt.entry)))
     console.say(receipt.to_bytes().decode().rstrip("\n"))
     return console.GRANTED
 
 
-@command.command(exits=exits("the log has the entry", "it is not proven: altered, or of another log"))
+def _kept_evidence(setup: StoreSetup, store: DurableStore, entry: Mapping[str, Any]) -> dict[str, bytes]:
+    """The evidence of an entry, if all of it is still kept. Raises `Refused`."""
+    from chutes_proto.io.server.setup import read_documents
+
+    documents = read_documents(setup.config, setup.store.base, Files())
+    try:
+        quote = _kept_quote(store, entry)
+        bundles = [Bundle(quote, each, documents) for each in _kept_collateral(setup)]
+        missing = min((missing_digests(entry, each) for each in bundles), key=len, default=["collateral"])
+    except LogError as exc:
+        raise Refused(Code.KEY_NOT_FOUND, str(exc)) from None
+    for bundle in bundles:
+        if not missing_digests(entry, bundle):
+            return bundle.evidence
+    raise Refused(Code.KEY_NOT_FOUND, f"not kept any more: {', '.join(missing)}; leave out --evidence")
+
+
+def _kept_quote(store: DurableStore, entry: Mapping[str, Any]) -> bytes:
+    """The quote of an entry; nothing if the store has another one, or none."""
+    pin = f"{entry.get('platform_kind')}:{entry.get('platform_id')}"
+    names = [f"vm {entry.get('hotkey')}/{entry.get('vm')}", *(f"refused {pin} {at}" for at in range(REFUSED_KEPT))]
+    for name in names:
+        row = store.transact(Ask(Read(EvidenceRow, name)))
+        if row is not None and hashlib.sha256(row.quote).hexdigest() == entry.get("quote_digest"):
+            return row.quote
+    return b""
+
+
+def _kept_collateral(setup: StoreSetup) -> list[Collateral]:
+    """The collateral in the files of a server."""
+    options = setup.config.collateral
+    name = options.directory or options.cache
+    found: list[Collateral] = []
+    for path in sorted((setup.store.base / name).glob("*.json")) if name else ():
+        with suppress(CollateralFormatError, FileUnavailable):
+            found += Collateral.all_from_json(read_file(path))
+    return found
+
+
+@command.command(exits={0: "all of it holds", 2: EXITS[2], **_STEPS})
 @click.argument("file", cls=Argument, metavar="FILE", help="a receipt")
 @keys_option
+@click.option(
+    "--witness",
+    "witnesses",
+    metavar="KEY",
+    multiple=True,
+    callback=parsed(verifier_key),
+    help="the key of a witness that must have signed, too; may be repeated",
+)
+@root_option
 @json_option
-def verify(file: str, keys: tuple[Verifier, ...]) -> int:
+def verify(file: str, keys: tuple[Verifier, ...], witnesses: tuple[Verifier, ...], root: str | None) -> int:
     """Verify a receipt offline, and print its entry.
 
-    Checks the signature of the checkpoint with --key, and that the log of that checkpoint has the entry. The key is the
-    one that `audit key` prints: get it in another way than the receipt. It does not judge the evidence again: the entry
-    has the digest of the quote, and the verdict.
+    The steps are: 1. it is a receipt; 2. its checkpoint is signed with --key and by each --witness; 3. the log of that
+    checkpoint has the entry; 4. the evidence, if it is in the receipt, is what the entry names; 5. judged again, with
+    the collateral, policy and reference values of that time, it has the same verdict. The exit code says which step
+    failed first. Without the evidence, the entry is proven, and its verdict taken as it stands.
+
+    The key is the one that `audit key` prints: get it in another way than the receipt.
 
     Examples:
       chutes-proto receipt verify receipt.json --key "$(cat log/key)"
@@ -95,11 +180,54 @@ def verify(file: str, keys: tuple[Verifier, ...]) -> int:
     """
     if not keys:
         raise ConfigurationError("--key: name the public key of the log, which `chutes-proto audit key` prints")
+    trusted, data = trusted_root(root), read_file(Path(file), limit=LARGEST)
     try:
-        receipt = Receipt.from_bytes(read_file(Path(file), limit=LARGEST))
-        checkpoint = receipt.verify(keys)
-    except LogError as exc:
-        raise StoreError(f"{file}: {exc}") from None
+        receipt, entry = _step(11, lambda: _read(data))
+        checkpoint = _step(12, lambda: receipt.signed(keys, witnesses))
+        _step(13, lambda: receipt.included(checkpoint))
+        verdict = None
+        if receipt.evidence:
+            bundle = _step(14, lambda: Bundle.of(receipt.evidence))
+            verdict = _step(14, lambda: judge_again(entry, bundle, read_yaml, trusted))
+    except _StepError as exc:
+        told: dict[str, object] = {"ok": False, "step": exc.code - _STEP, "error": exc.why}
+        _ = answer(told, f"{file}: {_STEPS[exc.code]}: {exc.why}")
+        return exc.code
+    about = f"entry {receipt.proof.index} of the log {checkpoint.origin}, which has {checkpoint.size} entries:"
+    last = (
+        f"the evidence, judged again at {rfc3339(json.loads(entry['evidence'])['judged_at'])}: {verdict}"
+        if verdict
+        else "the evidence is not in the receipt, so it was not judged again"
+    )
     told = {"ok": True, "index": receipt.proof.index, "origin": checkpoint.origin, "size": checkpoint.size}
-    text = f"entry {receipt.proof.index} of the log {checkpoint.origin}, which has {checkpoint.size} entries:"
-    return answer(told | {"entry": json.loads(receipt.entry)}, f"{text}\n{receipt.entry}")
+    return answer(told | {"entry": entry, "verdict": verdict}, f"{about}\n{receipt.entry}\n{last}")
+
+
+def _read(data: bytes) -> tuple[Receipt, dict[str, Any]]:
+    """A receipt, and the members of its entry. Raises `LogError`."""
+    receipt = Receipt.from_bytes(data)
+    try:
+        return receipt, dict(json.loads(receipt.entry))
+    except (ValueError, TypeError, RecursionError):
+        raise LogError("its entry is not an audit row") from None
+
+
+_STEP: Final = 10
+
+
+class _StepError(Exception):
+    """A step that failed, by its exit code."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+        self.why = why
+
+
+def _step(code: int, attempt: Callable[[], T]) -> T:
+    try:
+        return attempt()
+    except VerdictError as exc:
+        raise _StepError(15, str(exc)) from None
+    except LogError as exc:
+        raise _StepError(code, str(exc)) from None

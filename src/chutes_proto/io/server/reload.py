@@ -167,6 +167,8 @@ class Prepared:
     needs_restart: tuple[str, ...]
     before: str
     after: str
+    documents: str
+    """A JSON object with the digests of policy and reference values, before and after."""
 
 
 def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepared:
@@ -197,7 +199,9 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
         new = evolve(new, collateral=old.collateral)
     service = evolve(new.service.in_place_of(old.service), gpu_appraisal=old.service.gpu_appraisal)
     new = evolve(new, service=service, store=old.store, gpus=old.gpus)
-    return Prepared(new, changes_between(old, new), needs_restart, digest_of(old), digest_of(new))
+    digests = {"before": old.service.documents.digests, "after": service.documents.digests}
+    documents = json.dumps(digests, sort_keys=True, separators=(",", ":"))
+    return Prepared(new, changes_between(old, new), needs_restart, digest_of(old), digest_of(new), documents)
 
 
 def _keep_files(old: ServerSetup, files: Files) -> tuple[str, ...]:
@@ -254,7 +258,7 @@ def record(store: DurableStore, caller: str, prepared: Prepared) -> None:
     """Write the audit row of a reload that is about to happen. Raises `StoreError`."""
     changes = "; ".join(prepared.changes)
     reason = f"{caller}: {prepared.before} to {prepared.after}: {changes}"
-    store.transact(RecordReload(int(time.time()), reason))
+    store.transact(RecordReload(int(time.time()), reason, prepared.documents))
 
 
 def why_refused(exc: Exception) -> str:

@@ -43,7 +43,7 @@ from chutes_proto.io.server.store_setup import Problems, check_configuration, re
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._errors import PolicyError
-from chutes_proto.quote._measurements import Profile, Schedule, check_distinct
+from chutes_proto.quote._measurements import Schedule, check_distinct
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet, parse_policy_set
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
@@ -53,6 +53,13 @@ from chutes_proto.server._alike import Alike, shared_settings
 from chutes_proto.server._config import GpuEvidenceOptions, ProxyOptions, RegistrationOptions, ServerConfig
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS
+from chutes_proto.server._grounds import (
+    Documents,
+    names_of,
+    policy_document,
+    reference_values_document,
+    scheduled,
+)
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
@@ -203,6 +210,7 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
         root=root,
         trust=trust(root, config.roots),
         policies=policies,
+        documents=read_documents(config, base, files),
         profiles={profile.measurements.identity: profile for profile in profiles},
         hotkeys=hotkeys,
         volumes=config.volumes,
@@ -299,7 +307,7 @@ def _policies(config: ServerConfig, base: Path, files: Files, profiles: list[Ser
         _ = policies.bind(())
     except PolicyError as exc:
         raise ConfigurationError(f"{path}: {exc}") from None
-    known = {name for profile in profiles for name in _names(profile.measurements)[1:]}
+    known = {name for profile in profiles for name in names_of(profile.measurements)[1:]}
     for name in policies.profile_names:
         if name not in known:
             raise ConfigurationError(f"{path}: per_profile.{name!r}: {_not_served(name, known)}")
@@ -311,6 +319,16 @@ def _policies(config: ServerConfig, base: Path, files: Files, profiles: list[Ser
         if config.hotkeys != "*" and hotkey not in config.hotkeys:
             raise ConfigurationError(f"{path}: per_hotkey.{hotkey!r}: is not among hotkeys; add it there, or remove it")
     return policies
+
+
+def read_documents(config: ServerConfig, base: Path, files: Files) -> Documents:
+    """Read the files of policy and profiles, as audit rows name them. Raises `FileUnavailable`."""
+    policy = None if config.policy is None else files.read(base / config.policy)
+    measurements = [files.read(base / name) for name in config.measurements]
+    return Documents(
+        policy_document(policy, config.collateral.grace_seconds),
+        reference_values_document(measurements, config.profile_defaults, config.schedule),
+    )
 
 
 def _collateral(
@@ -464,23 +482,12 @@ def read_profiles(
 
 def _scheduled(schedules: Mapping[str, Schedule], served: list[ServedProfile]) -> list[ServedProfile]:
     """The profiles with the schedules that the configuration has for them. Raises `ConfigurationError`."""
-    named = {one.measurements.identity: _names(one.measurements) for one in served}
+    named = {one.measurements.identity: names_of(one.measurements) for one in served}
     known = {name for names in named.values() for name in names}
     for name in schedules:
         if name not in known:
             raise ConfigurationError(f"{name!r}: {_not_served(name, known)}")
-    found: list[ServedProfile] = []
-    for one in served:
-        for name in named[one.measurements.identity]:
-            if name in schedules:
-                one = evolve(one, measurements=evolve(one.measurements, schedule=schedules[name]))
-        found.append(one)
-    return found
-
-
-def _names(profile: Profile) -> tuple[str, str, str]:
-    """The names of a profile, the most special one last."""
-    return profile.version, profile.name, str(profile)
+    return scheduled(served, schedules)
 
 
 def _not_served(name: str, known: Iterable[str]) -> str:
