@@ -76,6 +76,7 @@ from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier
 from chutes_proto.tlog.proofs import Proof
 from chutes_proto.tlog.receipts import Receipt
 from chutes_proto.tlog.tiles import Place, bundle, unbundle
+from chutes_proto.tlog.witness import read_cosignature, read_size
 from chutes_proto.transport import h1, qgs
 from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
@@ -668,9 +669,17 @@ def check_log(data: bytes) -> None:
     with suppress(LogError):
         assert bundle(unbundle(data)) == data
     with suppress(LogError):
+        assert read_size(data) >= 0
+    with suppress(LogError):
+        _ = read_cosignature(data, WITNESSED, WITNESS, 0)
+    with suppress(LogError):
         assert str(Place.parse(data.decode("latin-1"))).encode("latin-1") == data
     with suppress(ConfigurationError):
         assert str(Verifier.parse(data.decode("latin-1"))).encode("latin-1") == data
+
+
+WITNESS = Verifier("witness.example/w1", bytes(32), is_witness=True)
+WITNESSED = Note("keys.example/audit\n0\n\n", ())
 
 
 def logs() -> list[bytes]:
@@ -680,7 +689,7 @@ def logs() -> list[bytes]:
     texts = (proof, note, signer.verifier, Place(None, 1234067, 7), Place(0, 0))
     receipt = Receipt('{"event":"boot"}', proof).to_bytes()
     bundled = Receipt('{"event":"boot"}', proof, {"quote": b"q", "policy": b""}).to_bytes()
-    return [*(str(text).encode() for text in texts), receipt, bundled, bundle([b"", b"one entry"])]
+    return [*(str(text).encode() for text in texts), receipt, bundled, bundle([b"", b"one entry"]), b"3\n"]
 
 
 def check_traceparent(data: bytes) -> None:

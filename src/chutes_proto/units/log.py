@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, Final, Generic, TypeVar
 
 from attrs import evolve, frozen
 
@@ -147,6 +147,16 @@ def from_tiles(compute: Callable[[Read], T]) -> Script[T]:
     for level, number in tiles.needed(compute):
         held[level, number] = yield from _tile(level, number)
     return compute(tiles.reader(lambda level, number: held[level, number]))
+
+
+@frozen
+class FromTiles(Unit[T], Generic[T]):
+    """Compute something from hashes of the tree. Raises `LogError` where a tile lacks one."""
+
+    compute: Callable[[Read], T]
+
+    def script(self) -> Script[T]:
+        return (yield from from_tiles(self.compute))
 
 
 @frozen

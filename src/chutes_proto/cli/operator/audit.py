@@ -21,6 +21,7 @@ from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.log_files import CHECKPOINT, LogDirectory, check_stored, export_log, read_checkpoint
 from chutes_proto.io.server.sequencer import Sequencer, checkpoint_path
 from chutes_proto.io.server.store_setup import StoreSetup
+from chutes_proto.io.server.witnesses import Witness, Witnesses, witnessed_path
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
@@ -275,8 +276,8 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
 def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) -> tuple[Report, list[Checkpoint]]:
     with operating.opened(config) as (setup, store):
         file = checkpoint_path(setup.mark_file)  # read before the log: it grows meanwhile
-        if file is not None and file.exists():
-            paths.append(file)
+        if file is not None:
+            paths += [each for each in (file, witnessed_path(file)) if each.exists()]
         keys = keys or tuple(signer.verifier for signer in store.transact(ReadLogKeys(setup.vault)))
         known = [read_checkpoint(path, keys) for path in paths]
         with store.snapshot() as rows, output.waiting("entries checked") as tell:
@@ -301,15 +302,28 @@ def _told(report: Report, known: list[Checkpoint]) -> int:
     return answer(told, "\n".join(lines), ok=not findings)
 
 
-@command.command(exits=exits("the checkpoint is printed", "the log does not extend the last one, or cannot be signed"))
+@command.command(exits=exits("the checkpoint is printed", "the log cannot be signed, or a witness did not sign"))
+@click.option("--witness", "urls", metavar="URL", multiple=True, help="a witness to ask, too; with --witness-key")
+@click.option(
+    "--witness-key",
+    "witness_keys",
+    metavar="KEY",
+    multiple=True,
+    callback=parsed(verifier_key),
+    help="the verifier key of that witness, in the same order",
+)
 @operating.config_option
 @json_option
-def checkpoint(config: str) -> int:
+def checkpoint(urls: tuple[str, ...], witness_keys: tuple[Verifier, ...], config: str) -> int:
     """Sign the present state of the audit log, and print it.
 
     Sequences what is left, and prints a checkpoint: name and size of the log, the root hash of its tree, and a
     signature. Keep it where nobody who can write the database can write; `audit verify` then finds every change of an
     earlier entry. Nothing is signed that does not extend the checkpoint that the server keeps beside store.mark_file.
+
+    The witnesses of the configuration (audit.witnesses), and those of --witness, are asked to cosign it. A witness
+    signs no log that contradicts what it signed before. Their signatures are lines of the checkpoint. If one does not
+    sign, the others' are printed, and the exit code is 1.
 
     Examples:
       chutes-proto audit checkpoint --config server.toml
@@ -317,10 +331,20 @@ def checkpoint(config: str) -> int:
 
     See also: audit verify, audit key
     """
+    if len(urls) != len(witness_keys):
+        raise ConfigurationError("--witness: each goes with a --witness-key, which its operator publishes")
     with operating.opened(config) as (setup, store):
         _, note, found = signed(setup, store)
-    told = {"ok": True, "origin": found.origin, "size": found.size, "root": found.root.hex(), "checkpoint": str(note)}
-    return answer(told, str(note))
+        audit, faults = setup.config.audit, list[str]()
+        witnesses = [Witness(each.url, Verifier.parse(each.key)) for each in audit.witnesses]
+        if witnesses := [*witnesses, *map(Witness, urls, witness_keys)]:
+            ca_file = None if audit.ca_file is None else setup.store.base / audit.ca_file
+            asked = Witnesses(store, witnesses, checkpoint_path(setup.mark_file), ca_file)
+            note, faults = asked.ask(note)
+    for fault in faults:
+        console.complain(fault)
+    told = {"ok": not faults, "origin": found.origin, "size": found.size, "root": found.root.hex()}
+    return answer(told | {"checkpoint": str(note), "faults": faults}, str(note), ok=not faults)
 
 
 @command.command()

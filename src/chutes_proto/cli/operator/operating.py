@@ -26,7 +26,7 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, Decorator, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.describe import exits
 from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
-from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
+from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store
@@ -72,6 +72,7 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
     if not setup.store.is_made() and not new:
         raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
     with closing(setup.store.open()) as store:
+        _ = copy_audit(setup.config, setup.store.base, store)
         yield setup, store
 
 

@@ -48,16 +48,24 @@ def checkpoint_path(mark_file: Path | None) -> Path | None:
 
 
 class Sequencer:
-    """Sequences the audit rows of ``store``; ``file`` gets its newest checkpoint, unless it is None.
+    """Sequences the audit rows of ``store``; ``file`` gets its newest checkpoint, unless it is None, then ``signed``.
 
     ``vault`` returns the present one: a new key of the log must not be sealed under a KEK that a reload has removed.
     """
 
-    def __init__(self, store: DurableStore, vault: Callable[[], Vault], origin: str | None, file: Path | None) -> None:
+    def __init__(
+        self,
+        store: DurableStore,
+        vault: Callable[[], Vault],
+        origin: str | None,
+        file: Path | None,
+        signed: Callable[[Note], object] = lambda _: None,
+    ) -> None:
         self._store = store
         self._vault = vault
         self._origin = origin or ""
         self._file = file
+        self._signed = signed
         self._signer: Signer | None = None
         self._ending = threading.Event()
 
@@ -123,6 +131,7 @@ class Sequencer:
         note = signer.sign(found.text)
         if self._file is not None and writes:
             write_file(self._file, str(note).encode(), mode=0o644)
+            _ = self._signed(note)
         return note
 
     def _held(self, signer: Signer) -> tuple[Checkpoint | None, Note | None, Signer]:
@@ -156,10 +165,14 @@ class Sequencer:
 
 @contextmanager
 def sequencing(
-    store: DurableStore, vault: Callable[[], Vault], origin: str | None, file: Path | None
+    store: DurableStore,
+    vault: Callable[[], Vault],
+    origin: str | None,
+    file: Path | None,
+    signed: Callable[[Note], object] = lambda _: None,
 ) -> Generator[None]:
     """Sequence in a thread while the block runs; see `Sequencer`."""
-    sequencer = Sequencer(store, vault, origin, file)
+    sequencer = Sequencer(store, vault, origin, file, signed)
     thread = threading.Thread(target=sequencer.run, name="sequencer of the audit log", daemon=True)
     thread.start()
     try:

@@ -47,11 +47,14 @@ from chutes_proto.io.server.sockets import (
 from chutes_proto.io.server.store_setup import (
     MAKE_ALIKE,
     check_keys,
+    copy_audit,
     erasures_file,
     find_differences,
+    read_witnesses,
     store_findings,
 )
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
+from chutes_proto.io.server.witnesses import witnessing
 from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, in_background, obey, worker_command
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.log import Level, Record
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     from chutes_proto.io.drivers.sync import CollateralSource
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.log import Value
+    from chutes_proto.tlog.notes import Note
     from chutes_proto.transport.tls import ServerContext
 
 T = TypeVar("T")
@@ -168,6 +172,7 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
     """
     setup = running.setup
     with closing(setup.store.open()) as store:
+        sinks = copy_audit(setup.config, setup.base, store)
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
         different = [str(each) for each in find_differences(store, setup.alike)]
@@ -175,7 +180,17 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
             raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}")
         repeated = keep_erasures(store, erasures_file(setup.config))
         store.keep_mark()
-        with sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
+        file = setup.checkpoint_file
+        witnesses = read_witnesses(setup.config, setup.base, store, file)
+
+        def copied(note: Note) -> None:
+            if sinks is not None:
+                sinks.checkpoint(str(note))
+
+        with (
+            sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, copied),
+            witnessing(witnesses, store.add_note),
+        ):
             found = [f"erasures: {repeated}"] if repeated else []
             yield store, [*found, *(str(finding) for finding in store_findings(store)), *different]
 

@@ -22,6 +22,8 @@ from attrs import frozen
 from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
 from chutes_proto.io.files import Files, check_private
 from chutes_proto.io.finding import Finding
+from chutes_proto.io.server.sinks import FileSink, JournalSink, Sink, Sinks
+from chutes_proto.io.server.witnesses import Witness, Witnesses
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import file_beside
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
@@ -31,6 +33,7 @@ from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.tlog.notes import Verifier
 from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
@@ -156,6 +159,31 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
             f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
         )
     return sealed
+
+
+def copy_audit(config: ServerConfig, base: Path, store: DurableStore) -> Sinks | None:
+    """Have the audit rows of ``store`` copied to where a configuration says; None if it says nothing."""
+    audit = config.audit
+    sinks: list[Sink] = []
+    if audit.file is not None:
+        sinks.append(FileSink(base / audit.file, is_durable=audit.required))
+    if audit.journal:
+        sinks.append(JournalSink())
+    if not sinks:
+        return None
+    made = Sinks(sinks, required=audit.required, tell=store.add_note)
+    store.copy_rows(made.rows)
+    return made
+
+
+def read_witnesses(config: ServerConfig, base: Path, store: Store, file: Path | None) -> Witnesses | None:
+    """The witnesses of a configuration for the checkpoint in ``file``. Raises `ConfigurationError`."""
+    audit = config.audit
+    if file is None or not audit.witnesses:
+        return None
+    ca_file = None if audit.ca_file is None else base / audit.ca_file
+    witnesses = [Witness(each.url, Verifier.parse(each.key)) for each in audit.witnesses]
+    return Witnesses(store, witnesses, file, ca_file)
 
 
 # --- the parts ---

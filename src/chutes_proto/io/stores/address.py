@@ -21,6 +21,7 @@ from attrs import field, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.files import name_file
+from chutes_proto.io.stores.marks import Copy
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Store, untold
 
@@ -71,6 +72,13 @@ class DurableStore(Store, Protocol):
     @property
     def audited(self) -> threading.Event:
         """Set when this process has added audit rows, and committed that."""
+        ...
+
+    def copy_rows(self, copy: Copy) -> None:
+        """Give ``copy`` the audit rows that this process adds, each with its number, once that is committed.
+
+        It is called before the unit returns; what it raises, the unit's caller gets, and the rows stay.
+        """
         ...
 
     def add_note(self, note: str) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.files import read_file, write_file
@@ -32,6 +32,9 @@ _FACTS: Final = (
 )
 _ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
 
+Change: TypeAlias = "tuple[int, AuditRow] | PurgeAudit"
+"""A change of audit rows: one that was added, with its number, or a purge."""
+Copy: TypeAlias = Callable[[Sequence[tuple[int, AuditRow]]], object]
 Ask = Callable[[str], Sequence[Sequence[Any]]]
 """Runs a constant statement in a transaction and returns its rows."""
 
@@ -46,6 +49,8 @@ class MarkKeeper:
         self.notes: list[str] = []
         self.audited: threading.Event = threading.Event()
         """Set when this process has added audit rows, and committed that."""
+        self.copy: Copy | None = None
+        """Copies rows that this process has added, once that is committed; whatever it raises, the caller gets."""
         self._name = name
         self._path = path
         self._lock = threading.Lock()
@@ -73,15 +78,21 @@ class MarkKeeper:
             newest = self._mark.entries[-1] if self._mark and self._mark.entries else None
         return newest is None or _entries(ask(f"{_ROWS} WHERE id = {newest.number}")) == (newest,)
 
-    def note(self, changes: Iterable[Entry | PurgeAudit]) -> None:
+    def note(self, changes: Iterable[Change]) -> None:
         """Note rows that this process has added and purged, once that is committed."""
+        added: list[tuple[int, AuditRow]] = []
         with self._lock:
             mark = self._mark
             for change in changes:
                 self.audited.set()
-                if mark is not None:
-                    mark = mark.with_entries((change,)) if isinstance(change, Entry) else mark.without(change)
+                if isinstance(change, PurgeAudit):
+                    mark = mark and mark.without(change)
+                else:
+                    added.append(change)
+                    mark = mark and mark.with_entries((Entry.of(*change),))
             self._mark = mark
+        if added and self.copy is not None:
+            self.copy(added)
 
     def add_note(self, note: str) -> None:
         """Add a finding, once."""

@@ -43,10 +43,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, StoreBusy, StoreError
-from chutes_proto.io.stores.marks import MarkKeeper
+from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._crowding import Crowding
-from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -229,7 +228,7 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """Whether the database that it leads to was compared with the mark."""
     timeline: int = 0
     """The timeline of that database in the last transaction."""
-    changes: Sequence[Entry | PurgeAudit] = ()
+    changes: Sequence[Change] = ()
     """The changes to audit rows of the present transaction, or of the last one."""
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
@@ -446,6 +445,10 @@ class PostgresStore:
         """Set when this process has added audit rows, and committed that."""
         return self._marks.audited
 
+    def copy_rows(self, copy: Copy) -> None:
+        """See `DurableStore.copy_rows`."""
+        self._marks.copy = copy
+
     def add_note(self, note: str) -> None:
         """Add a finding that an operator should know, once."""
         self._marks.add_note(note)
@@ -507,7 +510,7 @@ class PostgresStore:
             raise self._fault(_FAULTS["42501"])
 
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
-        changes: list[Entry | PurgeAudit] = []
+        changes: list[Change] = []
         connection.changes = changes
 
         def perform(op: StoreOp[Any]) -> object:
@@ -522,7 +525,7 @@ class PostgresStore:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
             rows = cursor.fetchall() if cursor.description else list[tuple[Any, ...]]()
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
-                changes.append(Entry.of(rows[0][0], op.row))
+                changes.append((rows[0][0], op.row))
             elif isinstance(op, PurgeAudit):
                 changes.append(op)
             try:

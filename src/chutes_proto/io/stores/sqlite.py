@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
-from chutes_proto.io.stores.marks import MarkKeeper
-from chutes_proto.store._mark import Entry
+from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -98,7 +97,7 @@ class _Job:
     turn: threading.Lock = field(factory=_locked)
     result: Any = None
     fault: BaseException | None = None
-    changes: list[Entry | PurgeAudit] = field(factory=list["Entry | PurgeAudit"])
+    changes: list[Change] = field(factory=list[Change])
     """Its changes to audit rows."""
 
 
@@ -254,6 +253,10 @@ class SqliteStore:
         """Set when this process has added audit rows, and committed that."""
         return self._marks.audited
 
+    def copy_rows(self, copy: Copy) -> None:
+        """See `DurableStore.copy_rows`."""
+        self._marks.copy = copy
+
     def add_note(self, note: str) -> None:
         """Add a finding that an operator should know, once."""
         self._marks.add_note(note)
@@ -348,7 +351,7 @@ class SqliteStore:
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
-                job.changes.append(Entry.of(cursor.lastrowid or 0, op.row))
+                job.changes.append((cursor.lastrowid or 0, op.row))
             elif isinstance(op, PurgeAudit):
                 job.changes.append(op)
             try:

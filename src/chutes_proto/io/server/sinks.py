@@ -1,0 +1,115 @@
+"""Copies of the audit log outside the store: a file and the journal, from where log shippers take them.
+
+Rules kept here:
+
+* each audit row is copied when its transaction is committed, before the answer leaves; each checkpoint when it is
+  signed;
+* a copy that fails is told once, and the answer leaves; with ``audit.required`` the request fails in place of that,
+  although its transaction is kept: it can be repeated, as after any lost answer;
+* a line is one JSON object, ``{"audit":number,"entry":{…}}`` or ``{"checkpoint":"…"}``, in one write: several
+  processes may append to one file. The number is that of the row in the store; its index in the log comes later;
+* the file is opened for each write, so it may be moved away for rotation at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from attrs import frozen
+
+from chutes_proto.errors import StoreError
+from chutes_proto.store.rows import AuditRow
+from chutes_proto.units.log import entry_text
+
+JOURNAL: Final = Path("/run/systemd/journal/socket")
+"""The socket of the journal (systemd-journald)."""
+JOURNAL_SECONDS: Final = 2.0
+"""How long the journal may let us wait for a place in its queue."""
+
+
+class Sink(Protocol):
+    """A place for lines. Raises `OSError` for those that it did not take."""
+
+    @property
+    def name(self) -> str: ...
+
+    def write(self, lines: Sequence[str]) -> None: ...
+
+
+@frozen
+class FileSink:
+    """A file that lines are appended to; ``is_durable``: each write waits for the disk."""
+
+    path: Path
+    is_durable: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"audit.file: {self.path}"
+
+    def write(self, lines: Sequence[str]) -> None:
+        data = "".join(f"{line}\n" for line in lines).encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            if os.write(descriptor, data) != len(data):
+                raise OSError("the disk is full")
+            if self.is_durable:
+                os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@frozen
+class JournalSink:
+    """The journal, by its native protocol: a datagram for each line."""
+
+    path: Path = JOURNAL
+
+    @property
+    def name(self) -> str:
+        return "audit.journal"
+
+    def write(self, lines: Sequence[str]) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+            journal.settimeout(JOURNAL_SECONDS)
+            journal.connect(str(self.path))
+            for line in lines:  # JSON has no line end, so the short form of a field does
+                _ = journal.send(f"PRIORITY=6\nSYSLOG_IDENTIFIER=chutes-proto-audit\nMESSAGE={line}\n".encode())
+
+
+class Sinks:
+    """All sinks of a server. May be used from several threads."""
+
+    def __init__(self, sinks: Sequence[Sink], *, required: bool, tell: Callable[[str], object]) -> None:
+        self._sinks = sinks
+        self._required = required
+        self._tell = tell
+        self._one_at_a_time = threading.Lock()
+
+    def rows(self, rows: Sequence[tuple[int, AuditRow]]) -> None:
+        """Copy rows that are committed. Raises `StoreError` if they must be, and are not."""
+        failed = self._write([f'{{"audit":{number},"entry":{entry_text(row)}}}' for number, row in rows])
+        if failed and self._required:
+            raise StoreError(f"{failed[0]}; audit.required is set, so the answer does not leave")
+
+    def checkpoint(self, note: str) -> None:
+        """Copy a checkpoint."""
+        _ = self._write([json.dumps({"checkpoint": note}, ensure_ascii=False)])
+
+    def _write(self, lines: list[str]) -> list[str]:
+        failed: list[str] = []
+        with self._one_at_a_time:
+            for sink in self._sinks:
+                try:
+                    sink.write(lines)
+                except OSError as exc:
+                    failed.append(f"{sink.name}: {exc.strerror or exc}")
+        for each in failed:
+            _ = self._tell(each)
+        return failed

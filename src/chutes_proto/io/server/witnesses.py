@@ -1,0 +1,146 @@
+"""Cosignatures of witnesses under the checkpoints of the audit log (c2sp.org/tlog-witness), over HTTP.
+
+Rules kept here:
+
+* a cosignature is verified with the key that the operator named before it is kept;
+* a witness that knows another size is asked again from there, once: it may have seen what this server has not;
+* one that does not answer is told to the operator, and holds up nothing;
+* the newest checkpoint with cosignatures is a file of its own beside the mark. It replaces none of more entries.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, LogError, StoreError, TransportError
+from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.http.https import HttpGetter, TimeLimits
+from chutes_proto.io.http.tls import context_trusting
+from chutes_proto.store._run import Store
+from chutes_proto.tlog.merkle import consistency_proof
+from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signature, Verifier
+from chutes_proto.tlog.witness import PATH, cosigned_by, read_cosignature, read_size, request_body
+from chutes_proto.units.log import FromTiles
+
+SECONDS: Final = 60.0
+"""How long a server waits between two rounds of its witnesses."""
+LIMITS: Final = TimeLimits(connect=5.0, read=10.0, total=15.0)
+
+
+@frozen
+class Witness:
+    """A witness: the prefix of its URL, and its key."""
+
+    url: str
+    key: Verifier
+
+
+def witnessed_path(checkpoint: Path) -> Path:
+    """The file of the newest checkpoint with cosignatures, by that of the newest checkpoint."""
+    return checkpoint.with_name(f"{checkpoint.name}.witnessed")
+
+
+def read_witnessed(path: Path | None) -> Note | None:
+    """The note in a file, of which nothing is verified; None if there is none. Raises `LogError`."""
+    if path is None or not path.exists():
+        return None
+    return Note.parse(read_file(path, limit=LARGEST_NOTE))
+
+
+def cosign(store: Store, note: Note, witness: Witness, old: int, get: HttpGetter) -> Signature:
+    """Get the cosignature of a witness that is thought to know ``old`` entries. Raises `LogError`, `StoreError`."""
+    size = Checkpoint.of(note).size
+    url = f"{witness.url.rstrip('/')}/{PATH}"
+    for attempt in range(2):
+        path = store.transact(FromTiles(partial(consistency_proof, old=old, new=size)))
+        try:
+            answer = get(url, (("content-type", "text/plain"),), request_body(old, path, note))
+        except (TransportError, LocalProtocolError) as exc:
+            raise LogError(f"witness {witness.url}: {exc}") from None
+        try:
+            if answer.status == 409 and not attempt:
+                old = read_size(answer.body)
+                continue
+            if answer.status != 200:
+                told = answer.body[:200].decode("ascii", "replace").strip()
+                raise LogError(f"status {answer.status}{': ' if told else ''}{told}")
+            return read_cosignature(answer.body, note, witness.key, int(time.time()))
+        except LogError as exc:
+            raise LogError(f"witness {witness.url}: {exc}") from None
+    raise LogError(f"witness {witness.url}: it knows another log of this name")  # pragma: no cover - for the checkers
+
+
+class Witnesses:
+    """Asks witnesses for checkpoints; what they sign is kept beside ``file``, that of the newest, unless it is None."""
+
+    def __init__(
+        self, store: Store, witnesses: Sequence[Witness], file: Path | None, ca_file: Path | None = None
+    ) -> None:
+        self._store = store
+        self._witnesses = witnesses
+        self._file = file
+        self._kept = None if file is None else witnessed_path(file)
+        self._get = HttpGetter(context_trusting(ca_file), LIMITS)
+
+    def ask(self, note: Note) -> tuple[Note, list[str]]:
+        """Ask each for a checkpoint; return it with the cosignatures, and the faults in words. Raises `StoreError`."""
+        kept = read_witnessed(self._kept)
+        old = 0 if kept is None else Checkpoint.of(kept).size
+        faults: list[str] = []
+        found: list[Signature] = []
+        for witness in self._witnesses:
+            known = old if kept is not None and cosigned_by(kept, [witness.key]) else 0
+            try:
+                found.append(cosign(self._store, note, witness, min(known, Checkpoint.of(note).size), self._get))
+            except LogError as exc:
+                faults.append(str(exc))
+        whole = note.with_signatures(found)
+        if self._kept is not None and found and Checkpoint.of(note).size >= old:
+            write_file(self._kept, str(whole).encode(), mode=0o644)
+        return whole, faults
+
+    def round(self) -> list[str]:
+        """Ask for the newest checkpoint, unless it is cosigned already; return the faults. Raises `StoreError`."""
+        newest, kept = read_witnessed(self._file), read_witnessed(self._kept)
+        if newest is None or not self._witnesses or (kept is not None and self._is_covered(kept, newest)):
+            return []
+        return self.ask(newest)[1]
+
+    def _is_covered(self, kept: Note, newest: Note) -> bool:
+        every = len(cosigned_by(kept, [each.key for each in self._witnesses])) == len(self._witnesses)
+        return every and kept.text == newest.text
+
+
+@contextmanager
+def witnessing(witnesses: Witnesses | None, tell: Callable[[str], object]) -> Generator[None]:
+    """Ask the witnesses again and again in a thread while the block runs; ``tell`` gets each fault."""
+    if witnesses is None:
+        yield
+        return
+    ending = threading.Event()
+
+    def run() -> None:
+        while not ending.wait(SECONDS):
+            try:
+                for fault in witnesses.round():
+                    _ = tell(f"audit log: {fault}")
+            except StoreError:  # `watch_store` tells the operator
+                pass
+            except (ConfigurationError, LogError, OSError) as exc:
+                _ = tell(f"audit log: witnesses: {exc}")
+
+    thread = threading.Thread(target=run, name="witnesses of the audit log", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join(LIMITS.total)

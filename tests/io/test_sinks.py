@@ -1,0 +1,122 @@
+"""Copies of audit rows in a file and in a real journal: at commit, before the answer, and fail-closed by setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import StoreError
+from chutes_proto.io.server.sequencer import Sequencer
+from chutes_proto.io.server.sinks import FileSink, JournalSink, Sinks
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, Insert, Scan
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
+from chutes_proto.tlog.notes import Note
+from tests.waiting import wait_until
+
+ROW = AuditRow(NOW, "operator", "event", "done", "line 1\nline 2 \N{EURO SIGN}")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DurableStore]:
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    with closing(StorePlace(address, tmp_path).open(migrate=True)) as store:
+        yield store
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_and_checkpoints_are_in_the_file_before_the_answer(store: DurableStore, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    sinks = Sinks([FileSink(path, is_durable=True)], required=True, tell=store.add_note)
+    store.copy_rows(sinks.rows)
+    store.transact(boot("first"))
+    store.transact(Ask(Insert(ROW)))
+    first, second = lines(path)
+    assert (first["entry"]["event"], second["entry"]["reason"]) == ("boot", ROW.reason)
+    assert second["audit"] > first["audit"]
+    path.rename(tmp_path / "rotated")
+    file = tmp_path / "checkpoint"
+    sequencer = Sequencer(store, lambda: VAULT, "o", file, lambda note: sinks.checkpoint(str(note)))
+    sequencer.sequence()
+    assert sequencer.checkpoint() is not None
+    made, signed = lines(path)
+    assert made["entry"]["event"] == "log key made"
+    assert Note.parse(signed["checkpoint"].encode()) == Note.parse(file.read_bytes())
+
+
+def test_a_copy_that_fails_is_told_or_fails_the_request(store: DurableStore, tmp_path: Path) -> None:
+    gone = tmp_path / "gone" / "audit.jsonl"
+    store.copy_rows(Sinks([FileSink(gone)], required=False, tell=store.add_note).rows)
+    store.transact(Ask(Insert(ROW)))
+    assert [note for note in store.notes if "audit.file" in note] == [f"audit.file: {gone}: No such file or directory"]
+    store.copy_rows(Sinks([FileSink(gone)], required=True, tell=store.add_note).rows)
+    with pytest.raises(StoreError, match=r"audit.required is set, so the answer does not leave"):
+        store.transact(boot("first"))
+    assert [row.event for row in store.transact(Ask(Scan(AuditRow)))] == ["event", "boot"], "it is kept all the same"
+    gone.parent.mkdir()
+    store.transact(Ask(Insert(ROW)))
+    assert len(lines(gone)) == 1
+    # A full disk is a device that is always full.
+    store.copy_rows(Sinks([FileSink(Path("/dev/full"))], required=True, tell=store.add_note).rows)
+    with pytest.raises(StoreError, match="No space left"):
+        store.transact(Ask(Insert(ROW)))
+
+
+@pytest.fixture
+def journal() -> Iterator[tuple[str, Path]]:
+    """A real journal in a namespace of its own, and its socket."""
+    if os.geteuid() or not Path("/lib/systemd/systemd-journald").exists():
+        pytest.skip("systemd-journald needs root")
+    name = f"chutes{uuid4().hex[:8]}"
+    place = Path(f"/run/systemd/journal.{name}")
+    place.mkdir(parents=True)
+    with subprocess.Popen(["/lib/systemd/systemd-journald", name], stderr=subprocess.DEVNULL) as serving:
+        try:
+            wait_until((place / "socket").exists)
+            yield name, place / "socket"
+        finally:
+            serving.terminate()
+    shutil.rmtree(place)
+    for path in (Path("/run/log/journal"), Path("/var/log/journal")):
+        for left in path.glob(f"*.{name}"):
+            shutil.rmtree(left)
+
+
+def test_the_journal_has_each_row(journal: tuple[str, Path]) -> None:
+    name, path = journal
+    sinks = Sinks([JournalSink(path)], required=True, tell=print)
+    largest = evolve(ROW, reason="x" * 60_000)
+    sinks.rows([(7, ROW), (8, largest)])
+    sinks.checkpoint("o\n3\nhash\n")
+
+    def read() -> list[Any]:
+        command = ["journalctl", f"--namespace={name}", "-o", "json", "--all", "-t", "chutes-proto-audit"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [json.loads(json.loads(line)["MESSAGE"]) for line in shown.splitlines()]
+
+    wait_until(lambda: len(read()) == 3)
+    first, second, signed = read()
+    assert (first["audit"], first["entry"]["reason"]) == (7, ROW.reason)
+    assert second["entry"]["reason"] == largest.reason
+    assert signed == {"checkpoint": "o\n3\nhash\n"}
+
+
+def test_a_journal_that_is_away_fails(tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(StoreError, match=r"audit\.journal: No such file"):
+        Sinks([JournalSink(tmp_path / "socket")], required=True, tell=told.append).rows([(1, ROW)])
+    assert told == ["audit.journal: No such file or directory"]

@@ -1,0 +1,166 @@
+"""Cosignatures of a witness under the checkpoints of a log. The witness is small, and written here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from attrs import evolve, field, frozen
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from chutes_proto.errors import LogError
+from chutes_proto.io.http.https import HttpGetter
+from chutes_proto.io.http.tls import context_trusting
+from chutes_proto.io.server.sequencer import Sequencer
+from chutes_proto.io.server.witnesses import Witness, Witnesses, cosign, read_witnessed, witnessed_path, witnessing
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, InsertAll
+from chutes_proto.testing.store_suite._parts import NOW, VAULT
+from chutes_proto.tlog import merkle
+from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Verifier, decode_hash, open_checkpoint
+from chutes_proto.tlog.witness import cosigned_by
+from chutes_proto.units.log import ReadLogKeys
+from tests.scenario.test_agent import free_port
+from tests.waiting import wait_until
+
+ORIGIN = "keys.example/audit"
+GET = HttpGetter(context_trusting(None))
+
+
+@frozen
+class Log:
+    """A store with a log of 300 entries and more, and the file of its checkpoint."""
+
+    store: DurableStore
+    sequencer: Sequencer
+    file: Path
+
+    def grow(self, count: int) -> Note:
+        self.store.transact(Ask(InsertAll(tuple(AuditRow(NOW, "operator", "event", "done") for _ in range(count)))))
+        self.sequencer.sequence()
+        note = self.sequencer.checkpoint()
+        assert note is not None
+        return note
+
+    @property
+    def key(self) -> Verifier:
+        return self.store.transact(ReadLogKeys(VAULT))[-1].verifier
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with closing(StorePlace("sqlite:keys.db", tmp_path).open(migrate=True)) as store:
+        file = tmp_path / "checkpoint"
+        made = Log(store, Sequencer(store, lambda: VAULT, ORIGIN, file), file)
+        _ = made.grow(300)
+        yield made
+
+
+@frozen
+class SmallWitness:
+    """A witness of c2sp.org/tlog-witness, written for these tests: it knows one log, and remembers what it signed."""
+
+    log: Verifier
+    seed: bytes = bytes(range(32))
+    signed: dict[str, Checkpoint] = field(factory=dict[str, Checkpoint])
+
+    @property
+    def key(self) -> Verifier:
+        public = Ed25519PrivateKey.from_private_bytes(self.seed).public_key()
+        return Verifier("witness.example/w1", public.public_bytes(Encoding.Raw, PublicFormat.Raw), is_witness=True)
+
+    def answer(self, body: bytes) -> tuple[int, bytes]:
+        head, _, rest = body.partition(b"\n\n")
+        first, *hashes = head.decode().split("\n")
+        old = int(first.removeprefix("old "))
+        try:
+            checkpoint, note = open_checkpoint(rest, self.log)
+        except LogError:
+            return 403, b""
+        known = self.signed.get(checkpoint.origin, Checkpoint(checkpoint.origin, 0, merkle.EMPTY_ROOT))
+        if old != known.size:
+            return 409, b"%d\n" % known.size
+        path = [decode_hash(line) for line in hashes]
+        try:
+            merkle.verify_consistency(old, known.root, checkpoint.size, checkpoint.root, path)
+        except LogError as exc:
+            return 422, str(exc).encode()
+        self.signed[checkpoint.origin] = checkpoint
+        at = int(time.time())
+        signature = Ed25519PrivateKey.from_private_bytes(self.seed).sign(
+            f"cosignature/v1\ntime {at}\n{note.text}".encode()
+        )
+        line = Signature(self.key.name, self.key.identifier, at.to_bytes(8, "big") + signature)
+        return 200, str(line).encode()
+
+
+@pytest.fixture
+def witness(log: Log) -> Iterator[Witness]:
+    small = SmallWitness(log.key)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/prefix/add-checkpoint"
+            status, body = small.answer(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            _ = self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Witness(f"http://127.0.0.1:{server.server_address[1]}/prefix/", small.key)
+        server.shutdown()
+        thread.join()
+
+
+def test_a_witness_cosigns_a_log_that_grows_and_no_other(log: Log, witness: Witness) -> None:
+    witnesses = Witnesses(log.store, [witness], log.file)
+    note = log.grow(1)
+    whole, faults = witnesses.ask(note)
+    assert faults == []
+    assert cosigned_by(whole, [witness.key]) == (witness.key,)
+    assert read_witnessed(witnessed_path(log.file)) == whole
+    newer = log.grow(300)
+    assert witnesses.ask(newer)[1] == [], "from the size that is kept"
+    # Another server of the store has asked meanwhile: the witness says which size it knows.
+    assert cosign(log.store, log.grow(5), witness, 0, GET).name == "witness.example/w1"
+    # The log's key signs another history: the witness does not.
+    size = Checkpoint.of(newer).size
+    signer = log.store.transact(ReadLogKeys(VAULT))[-1]
+    forged = signer.sign(Checkpoint(ORIGIN, size + 5, bytes(32)).text)
+    with pytest.raises(LogError, match=r"witness http://.*: status 4"):
+        cosign(log.store, forged, witness, size, GET)
+
+
+def test_an_answer_that_is_not_the_witnesss_signature_is_not_kept(log: Log, witness: Witness) -> None:
+    other = evolve(witness, key=Verifier("witness.example/w1", bytes(32), is_witness=True))
+    whole, faults = Witnesses(log.store, [other], log.file).ask(log.grow(1))
+    assert "has no signature of witness.example/w1" in faults[0]
+    assert len(whole.signatures) == 1
+    assert not witnessed_path(log.file).exists()
+    silent = Witness(f"http://127.0.0.1:{free_port()}", witness.key)
+    _, faults = Witnesses(log.store, [silent, witness], log.file).ask(log.grow(1))
+    assert "no connection to" in faults[0]
+    assert len(faults) == 1
+    assert witnessed_path(log.file).exists(), "the one that answers counts"
+
+
+def test_a_server_asks_again_and_again(log: Log, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.witnesses.SECONDS", 0.01)
+    told: list[str] = []
+    with witnessing(Witnesses(log.store, [witness], log.file), told.append):
+        wait_until(witnessed_path(log.file).exists)
+        size = Checkpoint.of(log.grow(1)).size
+        wait_until(lambda: Checkpoint.of(Note.parse(witnessed_path(log.file).read_bytes())).size == size)
+    assert told == []
