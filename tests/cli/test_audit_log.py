@@ -105,6 +105,24 @@ def test_an_exported_log_is_verified_with_its_key_alone(logged: Site, tmp_path: 
     assert (ended.code, ended.out) == (1, "entry 300: it was changed, or its tile was\n")
 
 
+def test_a_purge_beside_an_export_is_told_in_it(logged: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chutes_proto.cli.operator import audit
+
+    whole, purged = audit.signed, iter([True])
+
+    def then_purged(*arguments: Any) -> Any:
+        made = whole(*arguments)
+        if next(purged, False):
+            assert logged.json("audit", "purge", "--yes", "--reason", "old")["rows"] == 512
+        return made
+
+    monkeypatch.setattr(audit, "signed", then_purged)
+    assert logged.do("audit", "export", str(tmp_path / "log")).code == 0
+    key = (tmp_path / "log" / "key").read_text().strip()
+    told = logged.run("audit", "verify", str(tmp_path / "log"), "--key", key, "--json").json
+    assert (told["ok"], told["first"], told["size"]) == (True, 512, 603)
+
+
 def test_a_checkpoint_of_another_log_is_refused(logged: Site, tmp_path: Path) -> None:
     signed = logged.json("audit", "checkpoint")["checkpoint"]
     for name, text, why in [

@@ -198,6 +198,25 @@ def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
     assert len([note for note in store.notes if note.startswith("audit log: ")]) == 1, "not one for each size"
 
 
+def test_a_damaged_last_tile_stops_nothing(store: DurableStore, file: Path) -> None:
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
+    for number in range(3):
+        store.transact(Ask(Insert(row(0, number))))
+    sequencer.sequence()
+    assert sequencer.checkpoint() is not None
+    tile = store.transact(Ask(ReadTile(0, 0)))
+    assert tile is not None
+    store.transact(Ask(Put(evolve(tile, hashes=b""))))
+    sequencer.sequence()
+    assert sequencer.checkpoint() is not None
+    assert [note for note in store.notes if "tile/0/000.p/" in note] != []
+    file.unlink()
+    store.transact(Ask(Put(evolve(tile, hashes=b""))))
+    store.transact(Ask(Insert(row(0, 4))))
+    with pytest.raises(LogError, match="has 0 bytes"):
+        sequencer.sequence()
+
+
 def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: Path) -> None:
     place = StorePlace("sqlite:keys.db", tmp_path)
     backup = tmp_path / "backup.db"

@@ -140,6 +140,21 @@ def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
     refused(place.open, "it lacks audit row 302 of")
 
 
+def test_a_purge_of_rows_that_were_committed_in_another_order_is_no_loss(place: StorePlace) -> None:
+    """As in PostgreSQL, where the row with the lower number may be committed last, and so come later in the log."""
+    with keeping(place) as running:
+        running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))
+        grant(running, "1")
+    with closing(StorePlace(place.address, place.base).open()) as operator:
+        operator.transact(SequenceLog(bytes(16 * 400)))
+        with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
+            for number, index in ((256, None), (257, 255), (256, 256)):
+                connection.execute("UPDATE audit SET idx = ? WHERE id = ?", (index, number))
+        assert operator.transact(PurgeAudits(NOW + 400 * DAY, NOW + 2, "old", carry_out=True)).count == 256
+    with keeping(place):
+        pass
+
+
 def delete(place: StorePlace, number: int) -> None:
     with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
         connection.execute("DELETE FROM audit WHERE id = ?", (number,))

@@ -35,6 +35,8 @@ from chutes_proto.units.log import (
     LOG,
     SALT_SIZE,
     SEED_SIZE,
+    FindNewest,
+    MendTiles,
     OpenLogKey,
     ReadCheckpoint,
     SequenceLog,
@@ -157,6 +159,38 @@ def test_a_log_whose_last_tile_is_damaged_is_not_continued() -> None:
     assert len(store.transact(Ask(ReadUnsequenced(9)))) == 1
     with pytest.raises(LogError, match="lacks a hash"):
         store.transact(ReadCheckpoint())
+
+
+@pytest.mark.parametrize("size", [3, 300, 600])
+def test_a_damaged_last_tile_is_made_again_as_the_checkpoint_has_it(size: int) -> None:
+    store = filled(size)
+    held = checkpoint(store)
+    store.transact(Ask(InsertAll(rows(size, 2))))
+    assert store.transact(SequenceLog(ENTROPY)) == 2
+    for tile in store.transact(Ask(Scan(LogTileRow))):
+        if len(tile.hashes) < 256 * 32:
+            store.transact(Ask(Put(evolve(tile, hashes=tile.hashes[:-32]))))
+    assert store.transact(MendTiles(held))
+    assert checkpoint(store, held).size == size + 2
+    assert store.transact(MendTiles(held)) == ()
+    with pytest.raises(LogError, match=r"does not begin with|different roots"):
+        store.transact(MendTiles(evolve(held, root=bytes(32))))
+    (row,) = store.transact(Ask(ReadLog(size - 1, 1)))
+    store.connection.execute("UPDATE audit SET reason = 'forged' WHERE idx = ?", (row.idx,))
+    before = store.transact(Ask(Scan(LogTileRow)))
+    with pytest.raises(LogError, match=r"does not begin with|different roots"):
+        store.transact(MendTiles(held))
+    assert store.transact(Ask(Scan(LogTileRow))) == before
+    play(MendTiles(held), [None], ())
+
+
+def test_only_rows_after_a_number_are_looked_at() -> None:
+    store = filled(3)
+    assert MemoryStore().transact(FindNewest()) == 0
+    newest = store.transact(FindNewest())
+    store.transact(Ask(InsertAll(rows(3, 2))))
+    assert store.transact(SequenceLog(ENTROPY, beyond=newest + 1)) == 1
+    assert store.transact(SequenceLog(ENTROPY)) == 1, "the one that was passed by"
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 300])

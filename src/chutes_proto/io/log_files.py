@@ -91,15 +91,23 @@ def check_stored(
 # --- in a directory ---
 
 
+class PurgedMeanwhile(LogError):
+    """A purge that no entry of the export would tell of."""
+
+
 def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note, verifier: Verifier) -> int:
     """Write the log of a store up to ``checkpoint`` into a directory; returns the number of files that were written.
 
     Files that are there already are left: what they hold never changes. The checkpoint is replaced last. Raises
-    `LogError` for a log that lacks what the checkpoint has, and `FileUnavailable`.
+    `LogError` for a log that lacks what the checkpoint has, `PurgedMeanwhile`, and `FileUnavailable`.
     """
     fetch, size = stored_tiles(store), checkpoint.size
     page = store.transact(Ask(ReadLog(0, 1)))
     first = page[0].idx or 0 if page else size
+    if first:
+        told = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=AuditWanted(event="audit purged"))))
+        if told and (told[0][1].idx is None or told[0][1].idx >= size):
+            raise PurgedMeanwhile("a purge has deleted entries since the checkpoint was signed; export again")
     written = 0
     for place in places(size, first):
         hashes = fetch(place.level or 0, place.number)[: place.width * HASH_SIZE]

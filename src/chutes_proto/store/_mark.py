@@ -158,10 +158,14 @@ def find_loss(mark: Mark, view: View, now: int) -> Loss | None:
 
 
 def _may_be_purged(missing: Sequence[Entry], view: View, now: int) -> bool:
-    """Return whether a purge explains that rows are missing: nothing older than these is left, and newer rows are."""
-    newest = missing[-1]
-    has_newer = any(entry.number > newest.number for entry in view.entries)
-    return newest.at < now - _DAY and has_newer and not view.has_older
+    """Return whether a purge explains that rows are missing: nothing older than these is left, and newer rows are.
+
+    It does not explain that another row has the number of one.
+    """
+    newest, numbers = missing[-1], {entry.number for entry in view.entries}
+    has_newer = max(numbers, default=0) > newest.number
+    is_replaced = any(entry.number in numbers for entry in missing)
+    return newest.at < now - _DAY and has_newer and not view.has_older and not is_replaced
 
 
 def _named(missing: Sequence[Entry]) -> str:

@@ -38,7 +38,7 @@ __all__ += ["DoubtCandidates", "FindDeclaration", "FindRecent", "PurgeTiles"]
 __all__ += ["EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["EvidenceRow", "ReadRevocation", "ReadRevoked", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
-__all__ += ["ReadUnsequenced", "Sequence"]
+__all__ += ["FindNumber", "ReadUnsequenced", "Sequence"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -976,9 +976,17 @@ class LockLog(StoreOp[int | None]):
 
 @frozen
 class ReadUnsequenced(StoreOp[tuple[tuple[int, AuditRow], ...]]):
-    """The first ``limit`` audit rows that have no index yet, each with its number."""
+    """The first ``limit`` audit rows after the number ``beyond`` that have no index yet, each with its number."""
 
     limit: int
+    beyond: int = 0
+
+
+@frozen
+class FindNumber(StoreOp[int]):
+    """The number of the audit row with the index ``idx``, 0 if there is none."""
+
+    idx: int
 
 
 @frozen

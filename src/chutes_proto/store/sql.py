@@ -966,8 +966,9 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         "SELECT size FROM log_state WHERE log = 'audit'{lock}", lambda rows: rows[0][0] if rows else None
     ),
     store.ReadUnsequenced: _query(
-        _select(store.AuditRow, "WHERE idx IS NULL ORDER BY id LIMIT :limit", "id"), _numbered
+        _select(store.AuditRow, "WHERE idx IS NULL AND id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered
     ),
+    store.FindNumber: _query("SELECT id FROM audit WHERE idx = :idx", lambda rows: rows[0][0] if rows else 0),
     store.Sequence: _Query(_sequence, lambda _, rows: len(rows)),
     store.ReadLog: _query(
         _select(store.AuditRow, "WHERE idx >= :first ORDER BY idx LIMIT :limit"), partial(decode_rows, store.AuditRow)

@@ -96,14 +96,16 @@ class SequenceLog(Unit[int]):
     """Add the next audit rows to the log, as many as there is entropy for; returns their number.
 
     Repeat it until it returns 0: nothing was left, or another transaction sequences. ``entropy`` is `SALT_SIZE` random
-    bytes for each row; ``origin`` names the log if it begins now. Raises `LogError` if the log's last tiles are not
-    those of its size: then it is damaged, and nothing is changed.
+    bytes for each row; ``origin`` names the log if it begins now. Only rows after the number ``beyond`` are looked at,
+    so that a long sequencing does not pass by all that it has done before. Raises `LogError` if the log's last tiles
+    are not those of its size: then it is damaged, and nothing is changed; see `MendTiles`.
     """
 
     READS_COMMITTED: ClassVar[bool] = True
 
     entropy: bytes
     origin: str = ""
+    beyond: int = 0
 
     def script(self) -> Script[int]:
         state = yield from store.Read(store.LogStateRow, LOG)
@@ -113,7 +115,7 @@ class SequenceLog(Unit[int]):
         size = yield from store.LockLog()
         if size is None:
             return 0
-        rows = yield from store.ReadUnsequenced(len(self.entropy) // SALT_SIZE)
+        rows = yield from store.ReadUnsequenced(len(self.entropy) // SALT_SIZE, self.beyond)
         if not rows:
             return 0
         placed = [
@@ -131,6 +133,62 @@ class SequenceLog(Unit[int]):
             yield from store.Put(store.LogTileRow(level, number, hashes))
         yield from store.Put(evolve(state, size=size + len(given)))
         return len(given)
+
+
+@frozen
+class FindNewest(Unit[int]):
+    """The number of the newest row that is sequenced, 0 without one."""
+
+    def script(self) -> Script[int]:
+        state = yield from store.Read(store.LogStateRow, LOG)
+        return 0 if state is None else (yield from store.FindNumber(state.size - 1))
+
+
+@frozen
+class MendTiles(Unit[tuple[str, ...]]):
+    """Make the log's last tiles, the partial ones, again: from rows, and from the full tiles below; returns which.
+
+    So a log whose last tile was lost goes on. A tile is only replaced if the log then extends ``held``, a checkpoint
+    that was kept outside the store; otherwise raises `LogError`, and nothing is changed.
+    """
+
+    READS_COMMITTED: ClassVar[bool] = True
+
+    held: Checkpoint
+
+    def script(self) -> Script[tuple[str, ...]]:
+        size = yield from store.LockLog()
+        if size is None:
+            return ()
+        made: dict[tuple[int, int], bytes] = {}
+        mended: list[str] = []
+        for place in tiles.edge(size):
+            level, first = place.level or 0, place.number * tiles.WIDTH
+            if not level:
+                rows = yield from store.ReadLog(first, place.width)
+                hashes = b"".join(leaf_of(row) for at, row in enumerate(rows) if row.idx == first + at)
+            else:
+                below: list[bytes] = []
+                for number in range(first, first + place.width):
+                    full = yield from _tile(level - 1, number)
+                    below.append(tiles.fold(full) if len(full) == tiles.WIDTH * merkle.HASH_SIZE else b"")
+                hashes = b"".join(below)
+            made[level, place.number] = hashes
+            if hashes != (yield from _tile(level, place.number)):
+                mended.append(str(place))
+        held = self.held
+
+        def compute(read: Read) -> tuple[bytes, tuple[bytes, ...]]:
+            return merkle.root_hash(read, size), merkle.consistency_proof(read, held.size, size)
+
+        stored: dict[tuple[int, int], bytes] = {}
+        for level, number in tiles.needed(compute):
+            stored[level, number] = yield from _tile(level, number)
+        root, path = compute(tiles.reader(lambda level, number: made.get((level, number), stored[level, number])))
+        merkle.verify_consistency(held.size, held.root, size, root, path)
+        for (level, number), hashes in made.items():
+            yield from store.Put(store.LogTileRow(level, number, hashes))
+        return tuple(mended)
 
 
 def _tile(level: int, number: int) -> Script[bytes]:

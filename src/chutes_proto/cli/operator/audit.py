@@ -18,7 +18,14 @@ from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
-from chutes_proto.io.log_files import CHECKPOINT, LogDirectory, check_stored, export_log, read_checkpoint
+from chutes_proto.io.log_files import (
+    CHECKPOINT,
+    LogDirectory,
+    PurgedMeanwhile,
+    check_stored,
+    export_log,
+    read_checkpoint,
+)
 from chutes_proto.io.server.sequencer import Sequencer, checkpoint_path
 from chutes_proto.io.server.store_setup import StoreSetup
 from chutes_proto.io.server.witnesses import Witness, Witnesses, witnessed_path
@@ -34,6 +41,8 @@ from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
 F = TypeVar("F", bound=Callable[..., Any])
 
 _END = 1 << 62
+_EXPORTS = 3
+"""How often an export begins that a purge goes on beside."""
 _SHOWN = 1000
 _STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
 _COLUMNS: output.Columns = {
@@ -384,12 +393,15 @@ def signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Chec
 
 def _export(config: str, directory: Path) -> int:
     with operating.opened(config) as (setup, store):
-        verifier, note, found = signed(setup, store)
-        try:
-            with store.snapshot() as rows:
-                written = export_log(rows, directory, found, note, verifier)
-        except LogError as exc:
-            raise StoreError(f"audit log: {exc}") from None
+        for attempt in range(_EXPORTS):
+            verifier, note, found = signed(setup, store)
+            try:
+                with store.snapshot() as rows:
+                    written = export_log(rows, directory, found, note, verifier)
+                break
+            except LogError as exc:
+                if not isinstance(exc, PurgedMeanwhile) or attempt == _EXPORTS - 1:
+                    raise StoreError(f"audit log: {exc}") from None
     console.tell(f"{directory}: a log of {found.size} entries, {written} new files; its key is {verifier}")
     return console.GRANTED
 

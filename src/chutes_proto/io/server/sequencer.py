@@ -28,7 +28,16 @@ from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import ReadLossDecided
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
-from chutes_proto.units.log import SALT_SIZE, SEED_SIZE, OpenLogKey, ReadCheckpoint, ReadLogKeys, SequenceLog
+from chutes_proto.units.log import (
+    SALT_SIZE,
+    SEED_SIZE,
+    FindNewest,
+    MendTiles,
+    OpenLogKey,
+    ReadCheckpoint,
+    ReadLogKeys,
+    SequenceLog,
+)
 
 T = TypeVar("T")
 
@@ -99,9 +108,30 @@ class Sequencer:
 
         Raises `LogError` for a damaged log, and `StoreError`.
         """
-        while self._transact(SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin)) == BATCH:
+        beyond = 0
+        while self._batch(beyond) == BATCH:
             if self._ending.wait(PAUSE_SECONDS):
                 return
+            # Not from the start: a long snapshot, as a backup takes it, keeps all that was sequenced in the index.
+            beyond = self._transact(FindNewest())
+
+    def _batch(self, beyond: int) -> int:
+        unit = SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin, beyond)
+        try:
+            return self._transact(unit)
+        except LogError:
+            if not self._mend():
+                raise
+        return self._transact(unit)
+
+    def _mend(self) -> bool:
+        """Make damaged tiles at the log's end again, if the checkpoint in the file vouches for them."""
+        signer = self._signer or self._key()
+        held = None if signer is None else self._held(signer)[0]
+        mended = () if held is None else self._transact(MendTiles(held))
+        if mended:
+            self._store.add_note(f"audit log: {', '.join(mended)} was damaged, and was made again from its entries")
+        return bool(mended)
 
     def checkpoint(self, *, writes: bool = True) -> Note | None:
         """Sign the present state of the log, if it is new, into the file; None before the log has begun.

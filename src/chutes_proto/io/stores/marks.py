@@ -24,6 +24,8 @@ from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
 LOOK_SECONDS: Final = 1.0
 """The longest time between two comparisons of a store in use, and the shortest between two writes of the file."""
 
+_SAME_SECONDS: Final = 3600
+"""How far apart in time rows may be whose order in the log is not that of their numbers. Generous."""
 _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
@@ -188,8 +190,9 @@ def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
         numbers = ", ".join(str(entry.number) for entry in mark.entries)
         entries += _entries(ask(f"{_ROWS} WHERE id IN ({numbers})"))
         if missing := mark.missing(entries):
-            last = missing[-1]
-            has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at <= {last.at} LIMIT 1"))  # noqa: S608
+            # A purge goes by the log, and rows of transactions at the same time are there in another order.
+            last, before = missing[-1], missing[-1].at - _SAME_SECONDS
+            has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
     return View(store_id or 0, timeline, decided_at or 0, entries, has_older)
 
 

@@ -31,6 +31,7 @@ from chutes_proto.store.rows import (
     FindDeclaration,
     FindLastBoot,
     FindLastBootFrom,
+    FindNumber,
     FindRecent,
     FleetVm,
     Forget,
@@ -444,12 +445,14 @@ def a_log_is_sequenced(harness: Harness) -> None:
     waiting = ask(ReadUnsequenced(9))
     expect([row for _, row in waiting], events, "rows that are not sequenced")
     expect(ask(ReadUnsequenced(2)), waiting[:2], "as many as asked for")
+    expect(ask(ReadUnsequenced(2, waiting[0][0])), waiting[1:3], "those after a number")
     places = tuple((number, index, b"salt %d" % index) for index, (number, _) in enumerate(waiting[:3]))
     expect(ask(Sequence(places)), 3, "rows that got a place")
     expect(ask(Sequence(((places[0][0], 7, b"other"), (waiting[3][0], 3, b"salt 3")))), 1, "rows that got one again")
     placed = [evolve(row, idx=index, salt=b"salt %d" % index) for index, row in enumerate(events)]
     expect(list(ask(ReadLog(0, 9))), placed, "the log")
     expect(list(ask(ReadLog(1, 2))), placed[1:3], "a page of the log")
+    expect([ask(FindNumber(index)) for index in (2, 9)], [waiting[2][0], 0], "the number of an entry")
     expect(ask(ReadUnsequenced(9)), (), "rows that are left")
     ask(Insert(events[0]))
     (left,) = ask(ReadUnsequenced(9))
