@@ -15,8 +15,9 @@ import pytest
 from attrs import evolve, frozen
 
 from chutes_proto.errors import LogError, StoreError
-from chutes_proto.io.server.sequencer import BATCH, Sequencer, checkpoint_path, sequencing
+from chutes_proto.io.server.sequencer import BATCH, Sequencer, sequencing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
@@ -196,6 +197,41 @@ def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
         store.transact(Ask(Insert(row(0, 6))))
         wait_until(lambda: log(store)[-1].reason == "6")
     assert len([note for note in store.notes if note.startswith("audit log: ")]) == 1, "not one for each size"
+
+
+def test_a_committed_row_that_does_not_get_into_the_log_is_told(
+    place: StorePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark has the newest 64 rows alone."""
+    monkeypatch.setattr("chutes_proto.io.server.sequencer.COVERED_SECONDS", 0.0)
+    with closing(evolve(place, mark_file=tmp_path / "store.mark").open()) as store:
+        store.keep_mark()
+        sequencer = Sequencer(store, lambda: VAULT, ORIGIN, None)
+        for number in range(3):
+            store.transact(Ask(Insert(row(0, number))))
+        sequencer.sequence()
+        sequencer.watch()
+        assert [note for note in store.notes if "was committed" in note] == []
+        store.transact(Ask(Insert(row(0, 3))))
+        for number in range(4, 70):
+            store.transact(Ask(Insert(row(0, number))))
+        edit(place, "DELETE FROM audit WHERE reason = '3'")
+        edit(place, "UPDATE audit SET reason = 'x' WHERE reason = '4'")
+        sequencer.sequence()
+        sequencer.watch()
+        told = [note for note in store.notes if "was committed, and is not in the log, or is another one" in note]
+        assert len(told) == 2
+        sequencer.watch()
+        assert store.take_acknowledged(0.0) == []
+
+
+def edit(place: StorePlace, statement: str) -> None:
+    if place.path is not None:
+        with closing(sqlite3.connect(place.path)) as connection, connection:
+            connection.execute(statement)
+    else:
+        with psycopg.connect(place.address, autocommit=True) as admin:
+            admin.execute(statement.encode())
 
 
 def test_a_damaged_last_tile_stops_nothing(store: DurableStore, file: Path) -> None:

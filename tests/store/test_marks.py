@@ -15,9 +15,10 @@ from attrs import evolve
 from chutes_proto.errors import StoreAway, StoreError
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.health import read_health
+from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.io.stores.marks import MarkKeeper
+from chutes_proto.io.stores.marks import MarkKeeper, checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._mark import Entry as Row
@@ -25,7 +26,8 @@ from chutes_proto.store._mark import Mark, View, find_loss
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import NOW, boot
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
+from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.log import SequenceLog
 from chutes_proto.units.operator import PurgeAudits, StoreRestored
 from tests.postgres import Cluster
@@ -138,6 +140,51 @@ def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
         assert operator.transact(SequenceLog(bytes(16))) == 1
     delete(place, 302)  # a younger one is gone, and an older one is left
     refused(place.open, "it lacks audit row 302 of")
+
+
+def test_a_log_that_was_rewritten_is_refused_by_the_checkpoint_beside_the_mark(place: StorePlace) -> None:
+    """The rows that the mark has are all there; older ones, their entries and tiles are others."""
+    path = place.base / "keys.db"
+    file = checkpoint_path(place.mark_file)
+    assert file is not None
+
+    def tile_with(change: Callable[[bytes], bytes]) -> None:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            (hashes,) = connection.execute("SELECT hashes FROM log_tile WHERE level = 0 AND tile = 1").fetchone()
+            connection.execute("UPDATE log_tile SET hashes = ? WHERE level = 0 AND tile = 1", (change(hashes),))
+
+    with keeping(place) as running:
+        sequencer = Sequencer(
+            running, lambda: VAULT, "o", file, lambda note: running.hold_checkpoint(Checkpoint.of(note))
+        )
+        running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))
+        sequencer.sequence()
+        assert sequencer.checkpoint() is not None
+        running.transact(boot("1"))
+        tile_with(lambda hashes: bytes(32) + hashes[32:])
+        rewritten = (
+            "its audit log was rewritten: it is not as the checkpoint of 300 entries has it; find what was changed"
+        )
+        wait_until(lambda: MarkKeeper.is_due(running._marks))  # type: ignore[attr-defined]
+        refused(lambda: running.transact(boot("2")), rewritten)
+    refused(place.open, rewritten)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE log_state SET size = 299")
+    refused(place.open, "its audit log has 299 entries, and a checkpoint of 300 was signed")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE log_state SET size = 300")
+    tile_with(lambda hashes: hashes[:-32])
+    with keeping(place) as again:
+        assert again.notes == [], "a damaged tile is the sequencer's"
+    tile_with(lambda hashes: hashes + bytes(32))
+    with closing(StorePlace(place.address, place.base).open()) as operator:
+        operator.transact(StoreRestored(int(time.time()) + 1, "tampered"))
+    with keeping(place) as again:
+        assert any("rewritten" in note and "an operator has decided to go on" in note for note in again.notes)
+        again.transact(Ask(InsertAll((AuditRow(NOW, "vm", "new", "granted"),))))
+    file.write_bytes(b"not a checkpoint")
+    with keeping(place):
+        pass
 
 
 def test_a_purge_of_rows_that_were_committed_in_another_order_is_no_loss(place: StorePlace) -> None:

@@ -26,10 +26,11 @@ from chutes_proto.io.log_files import (
     export_log,
     read_checkpoint,
 )
-from chutes_proto.io.server.sequencer import Sequencer, checkpoint_path
+from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.server.store_setup import StoreSetup
 from chutes_proto.io.server.witnesses import Witness, Witnesses, witnessed_path
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit

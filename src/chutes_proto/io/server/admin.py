@@ -74,6 +74,8 @@ class Admin:
             self._metrics.look(
                 self._running.setup.service, self._store, open_connections(), draining=self._app.draining
             )
+            if self._running.scrubber is not None:
+                self._metrics.scrubbed(self._running.scrubber.last)
 
         def metrics() -> Page:
             look()

@@ -33,6 +33,7 @@ from chutes_proto.effects import Effect, Flow
 from chutes_proto.errors import CollateralUnavailable, Refusal, StoreBusy, StoreError
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.health import Counts, Health
+from chutes_proto.io.server.scrub import Scrubbed
 from chutes_proto.io.server.workers import METRICS_DIRECTORY
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._verify import remembered
@@ -96,6 +97,9 @@ class Metrics:
         self._keys = self._gauge("keys", "Generations of keys in the store.", "state")
         self._sealed = self._gauge("sealed_keys", "Passphrases in the store, by the key-encryption key.", "kek")
         self._audit = self._gauge("audit_position", "The number of the newest audit row.")
+        self._scrubbed_at = self._gauge("scrub_timestamp_seconds", "The end of the last whole scrub of the store.")
+        self._scrub_rows = self._gauge("scrub_rows", "Rows that it read.")
+        self._scrub_findings = self._gauge("scrub_findings", "Faults that it found.")
         self._gauge("build_info", "The version of the server.", "version").labels(__version__).set(1)
 
     def text(self) -> bytes:
@@ -163,6 +167,12 @@ class Metrics:
                 before = self._cache_seen.get((stage, result), 0)
                 self._cache.labels(stage, result).inc(max(0, count - before))
                 self._cache_seen[stage, result] = count
+
+    def scrubbed(self, last: Scrubbed) -> None:
+        """Set the gauges of the last whole scrub."""
+        self._scrubbed_at.set(last.at)
+        self._scrub_rows.set(last.rows)
+        self._scrub_findings.set(last.findings)
 
     def show(self, health: Health) -> None:
         """Set the gauges of the checks."""

@@ -27,6 +27,7 @@ from chutes_proto.io.collateral.gpu_directory import gpu_root_files
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import Files, absolute
 from chutes_proto.io.server.checking import check_ends, check_policy
+from chutes_proto.io.server.scrub import Scrubber
 from chutes_proto.io.server.setup import ServerSetup, load_config, make_setup
 from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.io.stores.address import DurableStore
@@ -48,6 +49,8 @@ class Running:
 
     def __init__(self, setup: ServerSetup) -> None:
         self.setup: ServerSetup = setup
+        self.scrubber: Scrubber | None = None
+        """The scrub of the store, in a process that has one."""
         self._apps: list[App] = []
 
     def follow(self, app: App) -> App:

@@ -7,6 +7,8 @@ Rules kept here:
   is signed any more, and the operator is told, until the file is moved away;
 * after an operator's decision on a loss, a log that lost entries goes on under another key: the old one has signed
   what is not in it. The old checkpoint is kept beside the new one. All servers sign with the newest key;
+* what this process has committed must be in the log soon: an entry that is not there within 10 s, or is another one, is
+  told. It was deleted or changed before it got its place, or a fail-over lost it;
 * a store that fails is asked again later: nothing waits for the log.
 """
 
@@ -24,9 +26,11 @@ from chutes_proto.errors import ConfigurationError, KeyUnavailable, LogError, Se
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.keys.vault import NONCE_SIZE, Vault
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.secret import Secret
+from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import ReadLossDecided
+from chutes_proto.store.rows import ReadAudit, ReadLossDecided
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
 from chutes_proto.units.log import (
     SALT_SIZE,
@@ -47,13 +51,10 @@ GATHER_SECONDS: Final = 0.2
 """How long it waits for more, so that they share a transaction."""
 BATCH: Final = 1000
 """Rows that are sequenced in one transaction."""
+COVERED_SECONDS: Final = 10.0
+"""How long a committed audit row may take to get its place in the log."""
 PAUSE_SECONDS: Final = 0.05
 """How long an SQLite file is left to other processes between two full batches, of which an old store has many."""
-
-
-def checkpoint_path(mark_file: Path | None) -> Path | None:
-    """The file of the checkpoint that belongs to a mark."""
-    return None if mark_file is None else mark_file.with_name(f"{mark_file.name}.checkpoint")
 
 
 class Sequencer:
@@ -76,6 +77,7 @@ class Sequencer:
         self._file = file
         self._signed = signed
         self._signer: Signer | None = None
+        self._awaited: list[tuple[Entry, float]] = []
         self._ending = threading.Event()
 
     def run(self) -> None:
@@ -90,6 +92,7 @@ class Sequencer:
                 self.sequence()
                 if self._file is not None:
                     _ = self.checkpoint()
+                self.watch()
                 told = None
             except StoreError:  # `watch_store` tells the operator
                 pass
@@ -132,6 +135,32 @@ class Sequencer:
         if mended:
             self._store.add_note(f"audit log: {', '.join(mended)} was damaged, and was made again from its entries")
         return bool(mended)
+
+    def watch(self) -> None:
+        """Look for the entries that this process has committed, and note those that are not in the log in time.
+
+        Raises `StoreError`.
+        """
+        self._awaited += self._store.take_acknowledged(COVERED_SECONDS)
+        if not self._awaited:
+            return
+        awaited, self._awaited = self._awaited, []
+        found = self._read(min(each.number for each, _ in awaited), max(each.number for each, _ in awaited))
+        for entry, _ in awaited:
+            if found.get(entry.number) != entry:
+                self._store.add_note(
+                    f"audit log: row {entry.number} of {rfc3339(entry.at)} was committed, and is not in the log, or is"
+                    " another one: it was deleted or changed, or a fail-over lost it"
+                )
+
+    def _read(self, first: int, last: int) -> dict[int, Entry]:
+        """The rows with numbers from ``first`` to ``last`` that are in the log."""
+        found: dict[int, Entry] = {}
+        beyond = first - 1
+        while rows := self._transact(Ask(ReadAudit(beyond, BATCH, through=last))):
+            found.update((number, Entry.of(number, row)) for number, row in rows if row.idx is not None)
+            beyond = rows[-1][0]
+        return found
 
     def checkpoint(self, *, writes: bool = True) -> Note | None:
         """Sign the present state of the log, if it is new, into the file; None before the log has begun.

@@ -9,7 +9,15 @@ import os
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from importlib.util import find_spec
 from socket import AF_UNIX, SOCK_DGRAM, socket
@@ -31,6 +39,7 @@ from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.ends import DAY
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.reload import Reloader, Running, prepare
+from chutes_proto.io.server.scrub import Scrubber, scrubbing
 from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.sockets import (
@@ -65,6 +74,7 @@ from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._known import learn_vms
 from chutes_proto.server._readiness import WATCH_SECONDS, watch_store
 from chutes_proto.server._sweeping import sweep_nonces
+from chutes_proto.tlog.notes import Checkpoint, Note
 from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
@@ -75,7 +85,6 @@ if TYPE_CHECKING:
     from chutes_proto.io.drivers.sync import CollateralSource
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.log import Value
-    from chutes_proto.tlog.notes import Note
     from chutes_proto.transport.tls import ServerContext
 
 T = TypeVar("T")
@@ -183,12 +192,13 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
         file = setup.checkpoint_file
         witnesses = read_witnesses(setup.config, setup.base, store, file)
 
-        def copied(note: Note) -> None:
+        def signed(note: Note) -> None:
+            store.hold_checkpoint(Checkpoint.of(note))
             if sinks is not None:
                 sinks.checkpoint(str(note))
 
         with (
-            sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, copied),
+            sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed),
             witnessing(witnesses, store.add_note),
         ):
             found = [f"erasures: {repeated}"] if repeated else []
@@ -214,8 +224,11 @@ async def open_server(
     if connections < wanted:
         about = f"limits.connections: the limit of open files allows {connections} of {wanted}; raise it (LimitNOFILE)"
         log(Record(Level.WARNING, "warning", {"about": about}))
+    if worker in (None, 0):  # of several, one is enough
+        running.scrubber = Scrubber(store, store.add_note)
     async with (
         open_performer(store, collateral, gpus=setup.gpus, log=log) as performer,
+        _scrubbing(running.scrubber),
         _watching(running, store, performer, log, worker),
     ):
         if not admin:
@@ -238,6 +251,12 @@ async def open_server(
             _ = beside.start_soon(watched.serve, admin, performer, lambda: server.open_connections)
             yield server
             beside.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _scrubbing(scrubber: Scrubber | None) -> AsyncGenerator[None]:
+    with nullcontext() if scrubber is None else scrubbing(scrubber):
+        yield
 
 
 @asynccontextmanager

@@ -38,9 +38,9 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import Files, absolute
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
-from chutes_proto.io.server.sequencer import checkpoint_path
 from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault, store_place
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._measurements import Schedule, check_distinct

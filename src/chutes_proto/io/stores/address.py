@@ -23,7 +23,9 @@ from chutes_proto.errors import StoreError
 from chutes_proto.io.files import name_file
 from chutes_proto.io.stores.marks import Copy
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Store, untold
+from chutes_proto.tlog.notes import Checkpoint
 
 
 class DurableStore(Store, Protocol):
@@ -72,6 +74,14 @@ class DurableStore(Store, Protocol):
     @property
     def audited(self) -> threading.Event:
         """Set when this process has added audit rows, and committed that."""
+        ...
+
+    def hold_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Refuse this store from now on if its audit log does not extend ``checkpoint``; see `MarkKeeper`."""
+        ...
+
+    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
+        """Return, once, the audit rows that this process committed ``age`` seconds ago; see `MarkKeeper`."""
         ...
 
     def copy_rows(self, copy: Copy) -> None:

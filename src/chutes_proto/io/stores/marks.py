@@ -5,7 +5,9 @@ Rules kept here:
 * a store is compared when it is opened, at each new connection, and once a second while it is used; one that is behind
   is refused until it is right again, or an operator has decided;
 * only a server writes the file: at most once a second, in a thread of its own, and as a whole or not at all;
-* a file that is not a mark, or another store's, is refused and left as it is.
+* a file that is not a mark, or another store's, is refused and left as it is;
+* the newest checkpoint of the audit log belongs to the mark: a store whose log is smaller, or has another root at that
+  size, is refused, too. Where a tile is missing, the roots cannot be compared: the sequencer mends it, or tells.
 """
 
 from __future__ import annotations
@@ -16,16 +18,21 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
 from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
+from chutes_proto.tlog.merkle import root_hash
+from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note
+from chutes_proto.tlog.tiles import reader
 
 LOOK_SECONDS: Final = 1.0
 """The longest time between two comparisons of a store in use, and the shortest between two writes of the file."""
 
 _SAME_SECONDS: Final = 3600
 """How far apart in time rows may be whose order in the log is not that of their numbers. Generous."""
+_WATCHED: Final = 100_000
+"""The most rows that a process remembers until they are in the log."""
 _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
@@ -60,6 +67,8 @@ class MarkKeeper:
         self._is_behind = False
         self._mark = self._read()
         self._written: Mark | None = self._mark
+        self._checkpoint = _read_checkpoint(path)
+        self._acknowledged: dict[int, tuple[Entry, float]] = {}
         self._ending = threading.Event()
         self._writer: threading.Thread | None = None
 
@@ -91,10 +100,30 @@ class MarkKeeper:
                     mark = mark and mark.without(change)
                 else:
                     added.append(change)
-                    mark = mark and mark.with_entries((Entry.of(*change),))
+                    entry = Entry.of(*change)
+                    mark = mark and mark.with_entries((entry,))
+                    if self._writer is not None and len(self._acknowledged) < _WATCHED:
+                        self._acknowledged[entry.number] = entry, time.monotonic()
             self._mark = mark
         if added and self.copy is not None:
             self.copy(added)
+
+    def hold(self, checkpoint: Checkpoint) -> None:
+        """Refuse a store whose audit log does not extend ``checkpoint``, which was signed just now."""
+        with self._lock:
+            self._checkpoint = checkpoint, int(time.time())
+
+    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
+        """Return, once, the rows that this process committed at least ``age`` seconds ago, each with its age now.
+
+        Only a server, which keeps a mark, has any; of very many at a time some are left out.
+        """
+        now = time.monotonic()
+        with self._lock:
+            due = [(entry, now - at) for entry, at in self._acknowledged.values() if now - at >= age]
+            for entry, _ in due:
+                del self._acknowledged[entry.number]
+        return due
 
     def add_note(self, note: str) -> None:
         """Add a finding, once."""
@@ -110,6 +139,8 @@ class MarkKeeper:
         if mark is not None and view.store_id != mark.store_id:
             raise self._refused(mark, "it is not the store of this mark", "name the right store, or move the file away")
         loss = None if mark is None else find_loss(mark, view, now)
+        if loss is None:
+            self._compare_log(ask, view)
         if mark is not None and loss is not None and not loss.is_accepted:
             with self._lock:
                 self._is_behind = True
@@ -122,6 +153,7 @@ class MarkKeeper:
         with self._lock:
             if loss is not None:
                 self.notes.append(f"store: {loss.why}; an operator has decided to go on")
+                self._checkpoint = None
             if mark is None or loss is not None:
                 self._mark = view.mark
             elif self._mark is not None:  # others of this process may have noted more meanwhile
@@ -131,6 +163,25 @@ class MarkKeeper:
                 self._mark = Mark(view.store_id, newest).with_entries((*view.entries, *kept))
             self._is_behind = False
             self._looked_at = time.monotonic()
+
+    def _compare_log(self, ask: Ask, view: View) -> None:
+        """Compare the audit log with the checkpoint. Raises `StoreError`, unless an operator has decided since."""
+        with self._lock:
+            held = self._checkpoint
+        why = "" if held is None else _log_fault(ask, held[0])
+        if held is None or not why:
+            return
+        if view.decided_at >= held[1]:
+            with self._lock:
+                self.notes.append(f"store: {why}; an operator has decided to go on")
+                self._checkpoint = None
+            return
+        with self._lock:
+            self._is_behind = True
+        raise StoreError(
+            f"store {self._name}: {why}; find what was changed with `chutes-proto audit verify`, and say what happened"
+            " with `chutes-proto store restored` or `chutes-proto store accept-loss`; nothing was changed"
+        )
 
     def keep(self) -> None:
         """Write the file from now on, until `close`."""
@@ -180,6 +231,42 @@ class MarkKeeper:
         where = f" in {self._path}" if self._path is not None else " in memory"
         seen = f"; the mark{where} is of timeline {mark.timeline}" if mark.timeline else f"; the mark is{where}"
         return StoreError(f"store {self._name}: {why}{seen}; {remedy}; nothing was changed")
+
+
+def checkpoint_path(mark_file: Path | None) -> Path | None:
+    """The file of the checkpoint that belongs to a mark."""
+    return None if mark_file is None else mark_file.with_name(f"{mark_file.name}.checkpoint")
+
+
+def _read_checkpoint(mark_file: Path | None) -> tuple[Checkpoint, int] | None:
+    """The checkpoint beside a mark, and when it was written; None if there is none that can be read."""
+    path = checkpoint_path(mark_file)
+    try:
+        if path is None or not path.exists():
+            return None
+        return Checkpoint.of(Note.parse(read_file(path, limit=LARGEST_NOTE))), int(path.stat().st_mtime)
+    except (ConfigurationError, LogError, OSError):
+        return None  # the sequencer, which needs it, tells the operator
+
+
+def _log_fault(ask: Ask, held: Checkpoint) -> str:
+    """Why the audit log of a store does not extend a checkpoint; empty if it does, or if a tile is missing."""
+    rows = ask("SELECT size FROM log_state WHERE log = 'audit'")
+    size: int = rows[0][0] if rows else 0
+    if size < held.size:
+        return (
+            f"its audit log has {size} entries, and a checkpoint of {held.size} was signed: {held.size - size} are lost"
+        )
+
+    def fetch(level: int, number: int) -> bytes:
+        found = ask(f"SELECT hashes FROM log_tile WHERE level = {level:d} AND tile = {number:d}")  # noqa: S608 - numbers
+        return bytes(found[0][0]) if found else b""
+
+    try:
+        is_same = root_hash(reader(fetch), held.size) == held.root
+    except LogError:
+        return ""
+    return "" if is_same else f"its audit log was rewritten: it is not as the checkpoint of {held.size} entries has it"
 
 
 def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:

@@ -46,6 +46,7 @@ from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, Stor
 from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._crowding import Crowding
+from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -59,6 +60,7 @@ from chutes_proto.store.sql import (
     indexes,
     statement,
 )
+from chutes_proto.tlog.notes import Checkpoint
 
 try:
     import psycopg
@@ -444,6 +446,14 @@ class PostgresStore:
     def audited(self) -> threading.Event:
         """Set when this process has added audit rows, and committed that."""
         return self._marks.audited
+
+    def hold_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """See `DurableStore.hold_checkpoint`."""
+        self._marks.hold(checkpoint)
+
+    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
+        """See `DurableStore.take_acknowledged`."""
+        return self._marks.take_acknowledged(age)
 
     def copy_rows(self, copy: Copy) -> None:
         """See `DurableStore.copy_rows`."""

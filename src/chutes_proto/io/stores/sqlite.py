@@ -32,10 +32,12 @@ from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
+from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
 from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
+from chutes_proto.tlog.notes import Checkpoint
 
 if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
@@ -252,6 +254,14 @@ class SqliteStore:
     def audited(self) -> threading.Event:
         """Set when this process has added audit rows, and committed that."""
         return self._marks.audited
+
+    def hold_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """See `DurableStore.hold_checkpoint`."""
+        self._marks.hold(checkpoint)
+
+    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
+        """See `DurableStore.take_acknowledged`."""
+        return self._marks.take_acknowledged(age)
 
     def copy_rows(self, copy: Copy) -> None:
         """See `DurableStore.copy_rows`."""
