@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from attrs import evolve, field, frozen
+from attrs import define, evolve, field, frozen
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chutes_proto.errors import LogError
 from chutes_proto.io.http.https import HttpGetter
 from chutes_proto.io.http.tls import context_trusting
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.server.witnesses import Witness, Witnesses, cosign, read_witnessed, witnessed_path, witnessing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
@@ -27,10 +28,14 @@ from chutes_proto.tlog import merkle
 from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Verifier, decode_hash, open_checkpoint
 from chutes_proto.tlog.witness import cosigned_by
 from chutes_proto.units.log import ReadLogKeys
+from tests.cli import conftest as cli
+from tests.cli.conftest import Ended
+from tests.cli.test_operating import PLATFORM
 from tests.scenario.test_agent import free_port
 from tests.waiting import wait_until
 
 ORIGIN = "keys.example/audit"
+command = cli.command
 GET = HttpGetter(context_trusting(None))
 
 
@@ -63,7 +68,7 @@ def log(tmp_path: Path) -> Iterator[Log]:
         yield made
 
 
-@frozen
+@define
 class SmallWitness:
     """A witness of c2sp.org/tlog-witness, written for these tests: it knows one log, and remembers what it signed."""
 
@@ -102,9 +107,12 @@ class SmallWitness:
 
 
 @pytest.fixture
-def witness(log: Log) -> Iterator[Witness]:
-    small = SmallWitness(log.key)
+def small(log: Log) -> SmallWitness:
+    return SmallWitness(log.key)
 
+
+@pytest.fixture
+def witness(small: SmallWitness) -> Iterator[Witness]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             assert self.path == "/prefix/add-checkpoint"
@@ -154,6 +162,33 @@ def test_an_answer_that_is_not_the_witnesss_signature_is_not_kept(log: Log, witn
     assert "no connection to" in faults[0]
     assert len(faults) == 1
     assert witnessed_path(log.file).exists(), "the one that answers counts"
+
+
+def test_an_operator_asks_witnesses_on_demand(
+    tmp_path: Path, command: Callable[..., Ended], small: SmallWitness, witness: Witness
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    write_server(site, PLATFORM, NOW)
+    with (site / "server.toml").open("a") as file:
+        file.write(f'\n[audit]\norigin = "{ORIGIN}"\n')
+    with closing(StorePlace("sqlite:keys.db", site).open()) as store:
+        store.transact(Ask(InsertAll((AuditRow(NOW, "operator", "event", "done"),))))
+    config = ("--config", site / "server.toml")
+    assert command("audit", "checkpoint", *config).code == 0
+    small.log = Verifier.parse(command("audit", "key", *config).out.strip())
+    asked = command("audit", "checkpoint", "--witness", witness.url, "--witness-key", str(witness.key), *config)
+    assert asked.code == 0, asked.err
+    assert cosigned_by(Note.parse(asked.out.encode()), [witness.key]) == (witness.key,)
+    receipt = tmp_path / "receipt.json"
+    receipt.write_text(command("receipt", "show", 0, *config).out)
+    proven = ("receipt", "verify", receipt, "--key", str(small.log))
+    assert command(*proven).code == 0
+    assert command(*proven, "--witness", str(witness.key)).code == 12
+    away = f"http://127.0.0.1:{free_port()}/"
+    asked = command("audit", "checkpoint", "--witness", away, "--witness-key", str(witness.key), *config, "--json")
+    assert (asked.code, asked.json["ok"], "no connection to" in asked.json["faults"][0]) == (1, False, True)
+    assert command("audit", "checkpoint", "--witness", away, *config).code == 2
 
 
 def test_a_server_asks_again_and_again(log: Log, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
