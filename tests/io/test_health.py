@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -87,3 +88,29 @@ def test_rows_are_counted(store: SqliteStore) -> None:
     store.transact(boot("1"))
     counts = read_counts(store)
     assert (counts.audit_position > 0, sum(counts.states.values()), sum(counts.sealed.values())) == (True, 1, 1)
+
+
+class Odd(SqliteStore):
+    """A store with less replication than it should have."""
+
+    @property
+    def replication_warning(self) -> str:
+        return "store: no standby confirms a commit"
+
+
+def test_a_clock_that_differs_and_a_standby_that_lacks_are_noted(setup: ServerSetup, tmp_path: Path) -> None:
+    with closing(Odd(tmp_path / "odd.db")) as odd:
+        odd.clock_skew = -61
+        found = {finding.what: finding for finding in read_health(setup, odd).findings}
+    assert (found["store"].state, found["store"].detail) == ("note", "no standby confirms a commit")
+    assert (found["clock"].state, found["clock"].detail) == ("note", "-61 s beside the database's")
+    assert found["clock"].remedy.startswith("chronyc")
+
+
+def test_collateral_that_cannot_be_used_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
+    folder = setup.base / "collateral"
+    _ = (folder / "000000000000.json").write_text("{}")
+    assert states(read_health(setup, store))["collateral"] == "note"
+    shutil.rmtree(folder)
+    health = read_health(setup, store)
+    assert (states(health)["collateral"], health.ends_of("collateral")) == ("note", ())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.io.server.sockets import (
     SPARE_FILES,
     GivenSockets,
@@ -131,3 +131,50 @@ def test_sockets_for_another_process_are_not_taken() -> None:
     for environ in ({}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}):
         assert inherited_sockets(environ) == []
         assert not environ
+
+
+# --- sockets from a service manager ---
+
+
+def inherited(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
+    """What is taken of a service manager that passed this one."""
+    monkeypatch.setattr("chutes_proto.io.server.sockets._FIRST_INHERITED", descriptor)
+    environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "any"}
+    taken = inherited_sockets(environment)
+    assert environment == {}
+    return taken
+
+
+def test_a_listening_socket_is_taken_and_goes_to_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        descriptor = os.dup(given.fileno())
+        os.set_inheritable(descriptor, True)
+        (taken,) = inherited(descriptor, monkeypatch)
+        assert (taken.fileno(), taken.get_inheritable()) == (descriptor, False)
+        taken.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the start of a server ends with it
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_that_does_not_listen_is_not_taken(kind: socket.SocketKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_INET, kind) as given, pytest.raises(ConfigurationError, match="say ListenStream="):
+        _ = inherited(os.dup(given.fileno()), monkeypatch)
+
+
+def test_a_file_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "file").open("w") as file, pytest.raises(ConfigurationError, match="operation on non-socket"):
+        _ = inherited(file.fileno(), monkeypatch)
+
+
+def test_given_sockets_and_a_name_that_nobody_knows() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        sockets = GivenSockets([("", given)])
+        with pytest.raises(ConfigurationError, match=r"listen: nothing\.invalid:8443: "):
+            _ = sockets.take_tcp("listen", ("nothing.invalid", 8443))
+
+
+def test_a_socket_that_no_client_can_name_has_no_url() -> None:
+    with socket.socket(socket.AF_UNIX) as nameless:
+        nameless.bind(b"\0chutes-proto of %d" % os.getpid())
+        with pytest.raises(LocalProtocolError, match="give a TCP or Unix socket to serve on"):
+            _ = urls([Listening(nameless, lambda: None)])

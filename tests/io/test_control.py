@@ -1,0 +1,117 @@
+"""The control socket: who may ask there, what is answered, and what a command makes of other programs."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server.control import Control, ask_to_reload
+
+SYSTEM = "/usr/bin/python3"
+
+
+@pytest.fixture
+def callers() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def path(tmp_path: Path, callers: list[str]) -> Iterator[Path]:
+    def reload(caller: str) -> dict[str, object]:
+        callers.append(caller)
+        return {"ok": True}
+
+    control = Control(tmp_path / "control", reload)
+    control.open()
+    yield tmp_path / "control"
+    control.close(is_successors=False)
+    assert not list(tmp_path.glob("control*"))
+
+
+def test_the_server_answers_and_knows_who_asks(path: Path, callers: list[str]) -> None:
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert ask_to_reload(path) == {"ok": True}
+    assert callers == [f"uid {os.geteuid()}"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask as another user")
+@pytest.mark.skipif(not Path(SYSTEM).exists(), reason="another user may not run this Python")
+def test_another_user_is_refused_also_where_the_file_lets_him() -> None:
+    nobody = pwd.getpwnam("nobody").pw_uid
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "control"
+        control = Control(path, lambda _: {"ok": True})
+        control.open()
+        path.chmod(0o666)
+        program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(999))"
+        asking = [SYSTEM, "-I", "-c", program, path]
+        said = subprocess.run(asking, user=nobody, cwd="/", capture_output=True, text=True, check=True).stdout
+        control.close(is_successors=False)
+    assert f"user {nobody} may not ask" in said
+
+
+def test_another_request_is_refused(path: Path, callers: list[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(path))
+        stranger.sendall(b"restart")
+        assert b"the only request is reload" in stranger.makefile("rb").readline()
+    assert callers == []
+
+
+def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"control: .*No such file"):
+        _ = Control(tmp_path / "nowhere" / "control", lambda _: {})
+    (tmp_path / "folder").mkdir()
+    control = Control(tmp_path / "folder", lambda _: {})
+    with pytest.raises(ConfigurationError, match=r"control: .*folder: Is a directory"):
+        control.open()
+    control.close(is_successors=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_the_path_of_a_successor_is_left_alone(tmp_path: Path) -> None:
+    before = Control(tmp_path / "control", lambda _: {"ok": "before"})
+    before.open()
+    after = Control(tmp_path / "control", lambda _: {"ok": "after"})
+    after.open()
+    before.close(is_successors=True)
+    assert ask_to_reload(tmp_path / "control") == {"ok": "after"}
+    after.close(is_successors=False)
+
+
+@pytest.mark.parametrize("said", [b"", b"220 mail ESMTP\r\n", b"x" * (1024 * 1024 + 70_000)], ids=len)
+def test_another_program_is_not_taken_for_a_server(tmp_path: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "control"))
+        listening.listen()
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                _ = connection.recv(100)
+                for begin in range(0, len(said), 65536):
+                    try:
+                        connection.sendall(said[begin : begin + 65536])
+                    except OSError:  # the command has seen enough
+                        return
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigurationError, match="no key server answers there; name another path"):
+            _ = ask_to_reload(tmp_path / "control")
+        thread.join(60)
+
+
+def test_no_server_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no server answers: No such file"):
+        _ = ask_to_reload(tmp_path / "control")
