@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fcntl import F_SETPIPE_SZ, fcntl, ioctl
 from pathlib import Path
+from struct import unpack
+from termios import FIONREAD
 from typing import IO, Any
 
 import pytest
 from attrs import define, frozen
 
 from chutes_proto.cli.main import main
+from tests.waiting import wait_until
 
 PROGRAM = [sys.executable, "-m", "chutes_proto"]
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -46,6 +50,31 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
         return Ended(code, captured.out, captured.err)
 
     return run
+
+
+_LINE = 40
+
+
+def killed_after_a_line(command: Sequence[object]) -> str:
+    """What a command says first on standard error, where it is killed before it has said the next line.
+
+    There is no room for that one: the command waits with it, however late this process is.
+    """
+    heard, said = os.pipe()
+    size = fcntl(said, F_SETPIPE_SZ, 1)  # a page, which is the least
+    _ = os.write(said, bytes(size - _LINE))
+
+    def has_spoken() -> bool:
+        (waiting,) = unpack("i", ioctl(heard, FIONREAD, bytes(4)))
+        return waiting > size - _LINE or process.poll() is not None
+
+    with subprocess.Popen([*map(str, command)], stderr=said, stdout=subprocess.DEVNULL) as process:
+        _ = wait_until(has_spoken)
+        process.kill()
+    line = os.read(heard, size)[size - _LINE :].decode()
+    os.close(heard)
+    os.close(said)
+    return line
 
 
 @define

@@ -39,7 +39,7 @@ from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
-from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, start_server
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, killed_after_a_line, start_server
 from tests.waiting import wait_until
 
 VOLUMES = ("storage", "tdx-cache")
@@ -173,16 +173,9 @@ class Premises:
         self.heard += [out.getvalue().encode(), err.getvalue().encode()]
         return Ended(code, out.getvalue(), err.getvalue())
 
-    def killed_at(self, text: str, *words: object) -> str:
-        """A command that is killed once it has said ``text`` on standard error; what it said until then."""
-        command = [*PROGRAM, *map(str, words), "--config", str(self.configuration)]
-        said = ""
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-            assert process.stderr is not None
-            while text not in said:
-                said += (line := process.stderr.readline())
-                assert line, f"it ended before: {said}"
-            process.kill()
+    def killed_after_a_line(self, *words: object) -> str:
+        """See `tests.cli.conftest.killed_after_a_line`."""
+        said = killed_after_a_line([*PROGRAM, *words, "--config", self.configuration])
         self.heard.append(said.encode())
         return said
 
