@@ -89,7 +89,8 @@ def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
             continue
         destroyed = store.transact(RepeatErasure(int(time.time()), 1 + secrets.randbits(62), record))
         vms, keys = vms + (destroyed is not None), keys + (destroyed or 0)
-    changed = {(row.kind, row.subject): row for row in store.transact(Ask(Scan(RevocationRow)))}
+    found = store.transact(Ask(Scan(RevocationRow)))
+    changed: dict[_Party, RevocationRow] = {(row.kind, row.subject): row for row in found}
     for party, row in noted.revocations.items():
         there = changed.get(party)
         if there is None or there.changed_at < row.changed_at:
