@@ -54,7 +54,7 @@ def test_another_user_is_refused_also_where_the_file_lets_him() -> None:
         control.open()
         path.chmod(0o666)
         program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(999))"
-        asking = [SYSTEM, "-I", "-c", program, path]
+        asking = [SYSTEM, "-I", "-c", program, str(path)]
         said = subprocess.run(asking, user=nobody, cwd="/", capture_output=True, text=True, check=True).stdout
         control.close(is_successors=False)
     assert f"user {nobody} may not ask" in said

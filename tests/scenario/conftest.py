@@ -18,8 +18,8 @@ def stores_are_closed() -> Iterator[None]:
 
 
 @pytest.fixture
-def scene(loop: str, kind: str, tmp_path: Path) -> Scene:
-    return lambda **policy: Site(LOOPS[loop], open_store(kind, tmp_path), App(service(**policy)))
+def scene(loop: str, tmp_path: Path) -> Scene:
+    return lambda **policy: Site(LOOPS[loop], open_store(tmp_path), App(service(**policy)))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

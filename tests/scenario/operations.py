@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio
 import httpx
-import pytest
 from attrs import define, evolve, field
 
 import chutes_proto_asyncio
@@ -34,8 +33,6 @@ from chutes_proto.store.rows import ROWS
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire.codec import encode_quote
 from tests.server.world import HOTKEY, PLATFORM, ScanAll, service
-from tests.store.harness import Locked
-from tests.store.memory import MemoryStore
 
 VOLUMES = ["storage", "tdx-cache"]
 SERVER = make_server_identity(int(time.time()), bytes(range(32)))
@@ -64,10 +61,8 @@ class FreshCollateral:
 _OPEN: list[SqliteStore] = []
 
 
-def open_store(kind: str, directory: Path) -> Any:
-    """A store that `close_stores` closes, which is done after each test."""
-    if kind == "memory":
-        return Locked(MemoryStore())
+def open_store(directory: Path) -> SqliteStore:
+    """A store that `close_stores` closes, which is done after each test; all are one to a server (tests/store)."""
     store = SqliteStore(directory / "keys.db")
     _OPEN.append(store)
     return store
@@ -188,7 +183,3 @@ def code(response: httpx.Response) -> tuple[int, str]:
     members = response.json()
     assert list(members) == ["detail", "code", "request_id"]
     return response.status_code, members["code"]
-
-
-everywhere = pytest.mark.parametrize("kind", ["sqlite"])
-"""The store of a scenario; all stores are one to a server, which is what `tests/store` shows."""

@@ -36,12 +36,12 @@ from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from tests.io.peers import Behaviour, Credentials, answering, make_credentials, peer, read_request
 from tests.loops import on_loop
-from tests.scenario.operations import LOOPS, Site, everywhere, open_store
+from tests.scenario.operations import LOOPS, Site, open_store
 from tests.scenario.test_miner import client
 from tests.server.world import GPU, PLATFORM, ScanAll, service
 from tests.slow_peer import drip
 
-pytestmark = [pytest.mark.anyio, everywhere]
+pytestmark = pytest.mark.anyio
 
 NAME = "host.example"
 EIGHT = SimulatedGpus(b"the GPUs of a host that is asked", count=8)
@@ -97,7 +97,6 @@ def showing(make: Callable[[bytes], bytes]) -> Behaviour:
 
 def register(
     loop: str,
-    kind: str,
     directory: Path,
     credentials: Credentials,
     behaviour: Behaviour,
@@ -117,7 +116,7 @@ def register(
         policy = {"callback": Callback(VALIDATOR.hotkey, VALIDATOR.sign, port), "registration_evidence": "callback"}
         networks = (ip_network("127.0.0.0/8"),)
         app = App(service(**policy, **options, unsafe_networks=networks))
-        site = Asking(LOOPS[loop], open_store(kind, directory), app, gpus=gpus)
+        site = Asking(LOOPS[loop], open_store(directory), app, gpus=gpus)
         failed: list[Refusal] = []
 
         async def main() -> None:
@@ -135,7 +134,7 @@ def register(
     return site
 
 
-def test_a_host_that_is_what_it_says(loop: str, kind: str, tmp_path: Path, credentials: Credentials) -> None:
+def test_a_host_that_is_what_it_says(loop: str, tmp_path: Path, credentials: Credentials) -> None:
     leaf, *_ = load_pem_x509_certificates(credentials.chain.read_bytes())
     heads: list[bytes] = []
 
@@ -144,7 +143,7 @@ def test_a_host_that_is_what_it_says(loop: str, kind: str, tmp_path: Path, crede
         body = evidence(nonce_in(heads[-1]), spki_sha256(leaf))
         stream.sendall(HEAD % len(body) + body)
 
-    site = register(loop, kind, tmp_path, credentials, behave)
+    site = register(loop, tmp_path, credentials, behave)
     (head,) = heads
     headers = dict(line.split(": ", 1) for line in head.decode().lower().split("\r\n")[1:] if line)
     assert headers["host"].startswith(f"{NAME}:")
@@ -162,9 +161,7 @@ def test_a_host_that_is_what_it_says(loop: str, kind: str, tmp_path: Path, crede
     assert "GPU evidence NOT verified" in audit.reason
 
 
-def test_eight_gpus_are_verified_at_a_registration(
-    loop: str, kind: str, tmp_path: Path, credentials: Credentials
-) -> None:
+def test_eight_gpus_are_verified_at_a_registration(loop: str, tmp_path: Path, credentials: Credentials) -> None:
     """Their evidence is over the nonce of the question; the next registration shows that of another one."""
     leaf, *_ = load_pem_x509_certificates(credentials.chain.read_bytes())
     now = int(time.time())
@@ -177,7 +174,7 @@ def test_eight_gpus_are_verified_at_a_registration(
     def honest(nonce: bytes) -> bytes:
         return evidence(nonce, spki_sha256(leaf), nvtrust_evidence=EIGHT.evidence_json(nonce).decode())
 
-    site = register(loop, kind, tmp_path, credentials, showing(honest), **options)
+    site = register(loop, tmp_path, credentials, showing(honest), **options)
     (audit,) = site.store.transact(ScanAll(AuditRow))
     assert "GPU evidence verified: 8 devices" in audit.reason
     assert len(site.store.transact(ScanAll(GpuDeviceRow))) == 8
@@ -187,7 +184,7 @@ def test_eight_gpus_are_verified_at_a_registration(
 
     (tmp_path / "second").mkdir()
     with pytest.raises(Refusal, match="nonce_mismatch"):
-        _ = register(loop, kind, tmp_path / "second", credentials, showing(replayed), **options)
+        _ = register(loop, tmp_path / "second", credentials, showing(replayed), **options)
 
 
 def redirects(stream: ssl.SSLSocket) -> None:
@@ -230,7 +227,6 @@ NETWORK = {
 def test_faults_of_the_network_are_told_alike(
     name: str,
     loop: str,
-    kind: str,
     tmp_path: Path,
     credentials: Credentials,
     monkeypatch: pytest.MonkeyPatch,
@@ -246,7 +242,7 @@ def test_faults_of_the_network_are_told_alike(
 
     monkeypatch.setattr(Asking, "serving", watched)
     with pytest.raises(BadRequest) as caught:
-        _ = register(loop, kind, tmp_path, credentials, behaviour)
+        _ = register(loop, tmp_path, credentials, behaviour)
     assert (caught.value.code, caught.value.detail) == (
         "evidence_unavailable",
         "Server registration failed - Failed to get evidence for attestation.",
@@ -258,7 +254,7 @@ def test_faults_of_the_network_are_told_alike(
 
 
 @pytest.mark.parametrize("lie", ["nonce", "key", "quote"])
-def test_a_quote_of_somebody_else(loop: str, kind: str, tmp_path: Path, credentials: Credentials, lie: str) -> None:
+def test_a_quote_of_somebody_else(loop: str, tmp_path: Path, credentials: Credentials, lie: str) -> None:
     leaf, *_ = load_pem_x509_certificates(credentials.chain.read_bytes())
     digest = spki_sha256(leaf)
     lies = {
@@ -268,5 +264,5 @@ def test_a_quote_of_somebody_else(loop: str, kind: str, tmp_path: Path, credenti
     }
     make, word = lies[lie]
     with pytest.raises(Refusal) as caught:
-        _ = register(loop, kind, tmp_path, credentials, showing(make))
+        _ = register(loop, tmp_path, credentials, showing(make))
     assert caught.value.code == word

@@ -14,11 +14,11 @@ from anyio.streams.tls import TLSStream
 from chutes_proto.auth.signing import body_message, purpose_message
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire import json
-from tests.scenario.operations import LOOPS, SERVER, Site, everywhere, open_store, rows
+from tests.scenario.operations import LOOPS, SERVER, Site, open_store, rows
 from tests.server.test_servers import server
 from tests.server.world import HOTKEY, MINER
 
-pytestmark = [pytest.mark.anyio, everywhere]
+pytestmark = pytest.mark.anyio
 
 JSON = {"Content-Type": "application/json"}
 LONG = "x" * 10_000
@@ -110,8 +110,8 @@ async def ask(site: Site, data: bytes) -> tuple[int, dict[str, str], Any]:
     return int(line.split()[1]), dict(field.lower().split(": ", 1) for field in fields), json.decode(body)
 
 
-async def test_each_is_refused_and_changes_nothing(loop: str, kind: str, tmp_path: Path) -> None:
-    site = Site(LOOPS[loop], open_store(kind, tmp_path))
+async def test_each_is_refused_and_changes_nothing(loop: str, tmp_path: Path) -> None:
+    site = Site(LOOPS[loop], open_store(tmp_path))
     wrong: list[tuple[str, int, Any]] = []
     async with site.serving():
         before = rows(site.store)
@@ -131,9 +131,9 @@ async def test_each_is_refused_and_changes_nothing(loop: str, kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["X-Chutes-Hotkey", "X-Chutes-Nonce", "X-Chutes-Signature"])
-async def test_a_header_with_a_line_of_its_own(name: str, loop: str, kind: str, tmp_path: Path) -> None:
+async def test_a_header_with_a_line_of_its_own(name: str, loop: str, tmp_path: Path) -> None:
     """A carriage return within a value begins no other header."""
-    site = Site(LOOPS[loop], open_store(kind, tmp_path))
+    site = Site(LOOPS[loop], open_store(tmp_path))
     async with site.serving():
         headers = signed() | {name: "a\rX-Chutes-Nonce: 1"}
         status, _, content = await ask(site, request("GET /servers/", headers))

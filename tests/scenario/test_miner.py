@@ -1,4 +1,4 @@
-"""A miner's servers over real sockets and real TLS, by the client of each binding, on each kind of store."""
+"""A miner's servers over real sockets and real TLS, by the client of each binding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from chutes_proto.store.rows import AuditRow, GpuDeviceRow, ServerRow
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
 from tests.clients import make_client, without_loop
-from tests.scenario.operations import SERVER, Scene, Site, Vm, code, everywhere, rows
+from tests.scenario.operations import SERVER, Scene, Site, Vm, code, rows
 from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll, service
 
 pytestmark = pytest.mark.anyio
@@ -77,7 +77,6 @@ def check_life(site: Site) -> None:
     assert site.store.transact(ScanAll(ServerRow)) == ()
 
 
-@everywhere
 @pytest.mark.parametrize("signatures", ["compatible", "request"])
 @pytest.mark.parametrize("synchronous", [False, True], ids=["on the loop", "without an event loop"])
 async def test_the_life_of_a_server(scene: Scene, loop: str, signatures: str, synchronous: bool) -> None:
@@ -91,7 +90,6 @@ async def test_the_life_of_a_server(scene: Scene, loop: str, signatures: str, sy
     check_life(site)
 
 
-@pytest.mark.parametrize(("loop", "kind"), [("trio", "sqlite"), ("asyncio", "sqlite")])
 @pytest.mark.parametrize("synchronous", [False, True], ids=["on the loop", "without an event loop"])
 async def test_the_evidence_of_eight_gpus_and_four_switches(scene: Scene, loop: str, synchronous: bool) -> None:
     """It is larger than a body usually may be; a tool may print other lines before it."""
@@ -136,7 +134,6 @@ def test_the_evidence_in_a_tools_output(evidence: str) -> None:
         assert servers._evidence(f"[1] asking\n{{2}} done\n{evidence}\n".encode()) == evidence
 
 
-@everywhere
 async def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -> None:
     """A boot shows the address that it came from, and no id: a claim to one is refused. A uuid is nobody's."""
 
@@ -158,7 +155,6 @@ async def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -
             assert {server.server_id for server in await miner.servers()} == {"n1", "n2"}
 
 
-@everywhere
 async def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
     auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
 
@@ -177,7 +173,6 @@ async def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
             assert (await http.get("/servers/tee/measurements")).json()[0]["name"] == "simulated"
 
 
-@everywhere
 async def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
     auth = HotkeyAuth(MINER.hotkey.address, MINER.sign, signatures="request")
 
@@ -190,7 +185,6 @@ async def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
             assert code(await http.get("/servers/", auth=weak)) == (401, "signature_invalid")
 
 
-@everywhere
 async def test_signed_requests_without_an_event_loop(scene: Scene) -> None:
     def ask(site: Site) -> object:
         auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)

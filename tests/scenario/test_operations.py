@@ -1,4 +1,4 @@
-"""Every operation of a VM over real sockets and real TLS, on each loop and each kind of store."""
+"""Every operation of a VM over real sockets and real TLS, on each loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from tests.scenario.operations import (
     Site,
     Vm,
     code,
-    everywhere,
     open_store,
     rows,
 )
@@ -42,7 +41,7 @@ from tests.server.world import HOTKEY, MINER, PLATFORM, service
 
 T = TypeVar("T")
 
-pytestmark = [pytest.mark.anyio, everywhere]
+pytestmark = pytest.mark.anyio
 
 
 async def test_boot_sync_and_what_comes_after(scene: Scene) -> None:
@@ -111,9 +110,9 @@ async def test_refusals(scene: Scene) -> None:
     assert {"certificate_mismatch", "head_too_large", "nonce_invalid"} <= refused
 
 
-async def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, tmp_path: Path) -> None:
+async def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, tmp_path: Path) -> None:
     profiles = {PROFILE.identity: ServedProfile(PROFILE, None, False, False, "two-phase")}
-    site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(profiles=profiles)))
+    site = Site(LOOPS[loop], open_store(tmp_path), App(service(profiles=profiles)))
     stages: Any = itertools.cycle(["boot", "runtime"])
 
     def quoter(data: bytes) -> bytes:
@@ -269,14 +268,14 @@ async def of_a_miner(site: Site, vm: Vm, operation: str) -> HttpRequest:
 @pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
 @pytest.mark.parametrize("operation", list(SIGNED))
 async def test_a_cancelled_call_of_a_miner_is_done_or_not(
-    operation: str, within: bool, loop: str, kind: str, tmp_path: Path
+    operation: str, within: bool, loop: str, tmp_path: Path
 ) -> None:
     status, rows_of_it, again = SIGNED[operation]
 
     async def play(number: int) -> tuple[bool, bool]:
         directory = tmp_path / str(number)
         directory.mkdir()
-        site = Site(LOOPS[loop], open_store(kind, directory))
+        site = Site(LOOPS[loop], open_store(directory))
         async with site.serving(), Vm(site) as vm:
             request = await of_a_miner(site, vm, operation)
             before = rows(site.store)
@@ -298,15 +297,13 @@ async def test_a_cancelled_call_of_a_miner_is_done_or_not(
 
 @pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
 @pytest.mark.parametrize("operation", ["boot", "sync", "read"])
-async def test_a_cancellation_leaves_nothing_half_done(
-    operation: str, within: bool, loop: str, kind: str, tmp_path: Path
-) -> None:
+async def test_a_cancellation_leaves_nothing_half_done(operation: str, within: bool, loop: str, tmp_path: Path) -> None:
     """Whichever effect it hits: the store is as before or as after, and the VM gets what it asks for afterwards."""
 
     async def play(number: int) -> tuple[bool, bool]:
         directory = tmp_path / str(number)
         directory.mkdir()
-        site = Site(LOOPS[loop], open_store(kind, directory))
+        site = Site(LOOPS[loop], open_store(directory))
         async with site.serving(), Vm(site) as vm:
             request, proof = await asked(vm, operation)
             before = rows(site.store)

@@ -17,7 +17,7 @@ from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.server._app import App
 from tests.conftest import CI
-from tests.scenario.operations import LOOPS, SERVER, Site, code, everywhere, open_store
+from tests.scenario.operations import LOOPS, SERVER, Site, code, open_store
 from tests.server.test_servers import server
 from tests.server.world import GPU, PLATFORM, service
 
@@ -28,7 +28,7 @@ except ImportError:
         raise
     pytest.skip("bittensor-wallet is not installed: pip install 'chutes-proto[test]'", allow_module_level=True)
 
-pytestmark = [pytest.mark.anyio, everywhere]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +45,19 @@ def pair(wallet: Any) -> HotkeyPair:
     return read_hotkey(Path(wallet.path) / "w" / "hotkeys" / "h")
 
 
-def test_the_file_and_the_signatures_are_the_wallets(wallet: Any, pair: HotkeyPair, loop: str, kind: str) -> None:
+def test_the_file_and_the_signatures_are_the_wallets(wallet: Any, pair: HotkeyPair, loop: str) -> None:
     assert pair.hotkey.address == wallet.hotkey.ss58_address
     assert pair.hotkey.public_key == bytes(wallet.hotkey.public_key)
-    message = f"{loop} {kind}".encode()
+    message = loop.encode()
     pair.hotkey.check_signature(message, wallet.hotkey.sign(message))
     assert wallet.hotkey.verify(message, pair.sign(message))
     assert not wallet.hotkey.verify(message + b".", pair.sign(message))
 
 
-async def test_a_wallet_signs_for_the_client(wallet: Any, loop: str, kind: str, tmp_path: Path) -> None:
+async def test_a_wallet_signs_for_the_client(wallet: Any, loop: str, tmp_path: Path) -> None:
     """The key stays in the wallet: the client calls it."""
     policy = service(hotkeys=frozenset({wallet.hotkey.ss58_address}))
-    site = Site(LOOPS[loop], open_store(kind, tmp_path), App(policy))
+    site = Site(LOOPS[loop], open_store(tmp_path), App(policy))
     settings: Any = {"ca_pem": SERVER.ca_pem, "quoter": partial(PLATFORM.quote, stage="runtime")}
     async with (
         site.serving(),
@@ -71,9 +71,9 @@ async def test_a_wallet_signs_for_the_client(wallet: Any, loop: str, kind: str, 
         assert await miner.remove("n1") == "vm-1"
 
 
-async def test_requests_as_miners_tools_make_them(wallet: Any, loop: str, kind: str, tmp_path: Path) -> None:
+async def test_requests_as_miners_tools_make_them(wallet: Any, loop: str, tmp_path: Path) -> None:
     """JSON with spaces, the time as nonce, hex without 0x; one set of headers for a series of calls."""
-    site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service()))
+    site = Site(LOOPS[loop], open_store(tmp_path), App(service()))
     hotkey = wallet.hotkey
 
     def signed(third: str) -> dict[str, str]:
