@@ -131,7 +131,7 @@ def _certificates(setup: ServerSetup) -> Iterator[End]:
             begin = max(int(each.not_valid_before_utc.timestamp()) for each in chain)
             end = min(int(each.not_valid_after_utc.timestamp()) for each in chain)
             remedy = f"replace {path}, then run chutes-proto reload, or send SIGHUP"
-            yield End(kind, str(path), begin, end, remedy)
+            yield End(kind, name, begin, end, remedy)
 
 
 def _collateral(setup: ServerSetup, now: int, *, kept: bool) -> Iterator[End]:
