@@ -457,7 +457,7 @@ def test_counters_outlive_a_reload() -> None:
 CONFIGURED = frozenset(
     "vault mint root trust profiles hotkeys policies volumes netuid blacklist minimum_version signing_keys "
     "exchange_downgrade rotate_after signatures registration_evidence callback unsafe_networks fresh_seconds "
-    "gpu_appraisal gpus proxies tokens maintenance".split()
+    "gpu_appraisal gpus proxies tokens maintenance documents".split()
 )
 """The parts of a service that files decide, and those that follow from them."""
 
