@@ -210,7 +210,7 @@ def try_command(
         return known[family]
 
     tried: list[_Tried] = []
-    reasons: dict[str, str] = {}
+    shared: dict[Judged, Judged] = {}  # most VMs have one of a few
     counts, judged_vms, later = Counter[str](), 0, 0
     with closing(setup.store.open()) as store, output.progress("VMs judged") as tell:
         total, after = store.transact(Ask(CountRows(VmRow))), None
@@ -223,15 +223,14 @@ def try_command(
                     found = judge(setup.service, row, choose, date, proven=kept.proven, until=date + days * DAY)
                 except CollateralUnavailable as exc:
                     found = Judged("not judged", "collateral_unavailable", str(exc))
-                reason = found.reason[:_REASON_LENGTH]  # most VMs have one of a few, kept once
-                found = evolve(found, reason=reasons.setdefault(reason, reason))
+                found = evolve(found, reason=found.reason[:_REASON_LENGTH])
                 if row.code is None:
                     counts[found.state] += 1
                     judged_vms += 1
                     later += found.state in ("granted", "warned") and found.refused_from is not None
                 is_news = found.state != "granted" or found.refused_from is not None
                 if is_news if row.code is None else found.state in ("granted", "warned"):
-                    tried.append(_Tried(row.vm, row.code is not None, found))
+                    tried.append(_Tried(row.vm, row.code is not None, shared.setdefault(found, found)))
             after = page[-1].row
             tell(judged_vms, max(total, judged_vms))
         is_fine = not counts["refused"] and not counts["not judged"]
@@ -245,15 +244,16 @@ def try_command(
         store.transact(Ask(NoteWhatIf(WhatIf(now, json.encode(noted).decode()))))
     told |= {"changes": _dated(changes)}
 
-    def people() -> None:
-        output.table(_TRIED, tried, empty="every VM is granted", under={"REASON": "CODE"})
-        parts = [f"{counts[name]} {name}" for name in _STATES if counts[name]]
-        console.say(f"{judged_vms} VMs judged at {rfc3339(date)}: {', '.join(parts) or 'none'}; {later} refused later")
-        if total > judged_vms:
-            console.say(f"{total - judged_vms} VMs have no evidence yet: they have not booted since it is kept")
-        _plot(changes, judged_vms)
-
-    return answer({**told, "vms": [*map(_tried, tried)]}, people, ok=is_fine)
+    if wants("json"):
+        console.say_json_list(told, "vms", map(_tried, tried))
+        return console.GRANTED if is_fine else console.REFUSED
+    output.table(_TRIED, tried, empty="every VM is granted", under={"REASON": "CODE"})
+    parts = [f"{counts[name]} {name}" for name in _STATES if counts[name]]
+    console.say(f"{judged_vms} VMs judged at {rfc3339(date)}: {', '.join(parts) or 'none'}; {later} refused later")
+    if total > judged_vms:
+        console.say(f"{total - judged_vms} VMs have no evidence yet: they have not booted since it is kept")
+    _plot(changes, judged_vms)
+    return console.GRANTED if is_fine else console.REFUSED
 
 
 _PAGE = 200
