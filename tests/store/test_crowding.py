@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 
+import psycopg
 import pytest
 from attrs import evolve
 from hypothesis import given
@@ -15,9 +17,10 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import StoreBusy
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.store import sql
 from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes, Vm
+from chutes_proto.store.rows import Read, ReadLiveGenerations, ReadTimes, Vm, VmRow
 from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
 from tests.conftest import SOAK
 from tests.store.harness import Gate, together
@@ -65,6 +68,67 @@ def test_boots_of_unrelated_vms_are_hardly_rolled_back(
         of_each = store.retries / (clients * boots)
         slow = sorted(took)[len(took) * 99 // 100]
         figure(f"{of_each:.2f} rollbacks for each boot {dict(store.rollbacks)}, p99 {slow:.2f} s")
+    assert of_each <= ROLLBACKS
+
+
+MANY = """
+INSERT INTO vm SELECT md5(n::text), 'vm-' || n, 'ppid', sha256(n::text::bytea), NULL,
+  sha256(n::text::bytea), TRUE, 'base', 1, 1 FROM generate_series(1, {many}) AS n;
+INSERT INTO boot SELECT md5(n::text), md5(n::text), 'vm-' || n, 'ppid', sha256(n::text::bytea), '',
+  'profile', '1', 'base', '', sha256(n::text::bytea), 1, TRUE, '192.0.2.1', n FROM generate_series(1, {many}) AS n;
+INSERT INTO boot_volume SELECT boot_id, 'storage', 0, 1, NULL, TRUE FROM boot;
+INSERT INTO volume SELECT hotkey, vm, 'storage', TRUE, FALSE FROM vm;
+INSERT INTO generation SELECT hotkey, vm, 'storage', 1, 'active', '', 'kek', '', FALSE, 1, '' FROM vm;
+ANALYZE;
+"""
+"""The rows of as many VMs, of a hotkey and a name each."""
+
+
+def test_a_boot_finds_its_rows_by_their_keys(empty_schema: str) -> None:
+    """Not by an index in which VMs of other hotkeys are neighbours because they have like names, and all conflict."""
+    PostgresStore(empty_schema, migrate=True).close()
+    vm = Vm("hotkey", "vm-1")
+    with psycopg.connect(empty_schema) as connection:
+        connection.execute(MANY.format(many=2000).encode())
+        for op, key in ((Read(VmRow, vm), "vm_pkey"), (ReadLiveGenerations(vm), "generation_pkey")):
+            text, values = sql.statement(op)
+            found = connection.execute(f"EXPLAIN {sql.for_driver(text, 'postgresql')}".encode(), values).fetchall()
+            scans = [line for (line,) in found if "Scan" in line]
+            assert scans
+            assert all(f"using {key}" in line for line in scans), found
+
+
+@pytest.mark.skipif(not SOAK, reason="it runs in make soak: a store is filled before")
+@pytest.mark.parametrize("clients", [16, 64])
+def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
+    empty_schema: str, clients: int, figure: Callable[[str], None]
+) -> None:
+    """The VMs of hotkeys of their own, in a store that has many: their rows are neighbours by chance alone."""
+    boots = 640 // clients
+    PostgresStore(empty_schema, migrate=True).close()
+    with psycopg.connect(empty_schema) as connection:
+        connection.execute(MANY.format(many=100_000).encode())
+
+    def live(store: PostgresStore, number: int) -> None:
+        for index in range(boots):
+            name = f"{number}.{index}"
+            vm = Vm(hashlib.sha256(name.encode()).hexdigest(), f"vm-{name}")
+            granted = evolve(boot(name, vm=vm), platform=platform(name))
+            store.transact(granted)
+            store.transact(sync(granted, "body", "storage", "tdx-cache"))
+
+    with ExitStack() as opened:
+        each = clients // 4
+        servers = [PostgresStore(empty_schema, connections=each, busy_seconds=60) for _ in range(4)]
+        for server in servers:
+            opened.callback(server.close)
+        works = [
+            partial(live, server, at * each + number) for at, server in enumerate(servers) for number in range(each)
+        ]
+        assert together(works) == []
+        of_each = sum(server.retries for server in servers) / (clients * boots)
+        units = [dict(server.rollbacks) for server in servers]
+        figure(f"{of_each:.2f} rollbacks for each boot at four servers: {units}")
     assert of_each <= ROLLBACKS
 
 

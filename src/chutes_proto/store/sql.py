@@ -300,9 +300,11 @@ _INDEXES: Final = (
     # superfluous, which a later step may drop.
     "CREATE INDEX boot_vm_newest ON boot (hotkey, vm, created_at)",
     "CREATE INDEX boot_address_newest ON boot (hotkey, peer_address, created_at)",
-    # For an operator: a VM by its name alone, its audit rows, and rows whose time is over.
-    "CREATE INDEX vm_name ON vm (vm)",
-    "CREATE INDEX generation_name ON generation (vm)",
+    # For an operator: a VM by its name alone, its audit rows, and rows whose time is over. The name is an expression,
+    # because PostgreSQL would otherwise take this smaller index for a VM's whole key: names of unrelated VMs are
+    # neighbours there, and what is read by a page of an index conflicts with what its neighbours write.
+    "CREATE INDEX vm_name ON vm ((vm || ''))",
+    "CREATE INDEX generation_name ON generation ((vm || ''))",
     "CREATE INDEX audit_vm ON audit (vm, id)",
     # A request by its id, and a hotkey's refusals.
     "CREATE INDEX audit_request ON audit (request_id)",
@@ -901,7 +903,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.ReadNames: _either(
         lambda op: op.hotkey == "",
         _query(
-            "SELECT hotkey, vm FROM vm WHERE vm = :name UNION SELECT hotkey, vm FROM generation WHERE vm = :name",
+            "SELECT hotkey, vm FROM vm WHERE vm || '' = :name"
+            " UNION SELECT hotkey, vm FROM generation WHERE vm || '' = :name",
             _names,
         ),
         _query(
