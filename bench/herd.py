@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 
 from attrs import evolve
 
+from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.store._run import Store
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
@@ -24,11 +26,17 @@ def together(works: Sequence[Callable[[], object]]) -> float:
     return perf_counter() - start
 
 
-def boots(store: Store, caller: str, vms: Iterable[int], number: int, took: list[float]) -> None:
-    """Boot each of a caller's VMs for the ``number``-th time, with its sync; note the seconds that each took."""
+def boots(
+    store: Store, caller: str, vms: Iterable[int], number: int, took: list[float], *, are_neighbours: bool = True
+) -> None:
+    """Boot each of a caller's VMs for the ``number``-th time, with its sync; note the seconds that each took.
+
+    The VMs are neighbours in the indexes: all are one hotkey's. Otherwise each has a hotkey of its own.
+    """
     for vm in vms:
         named = f"{caller}-{vm}"
-        granted = evolve(boot(f"{named}.{number}", vm=Vm(VM.hotkey, f"vm-{named}")), platform=platform(named))
+        hotkey = VM.hotkey if are_neighbours else Hotkey(hashlib.sha256(named.encode()).digest()).address
+        granted = evolve(boot(f"{named}.{number}", vm=Vm(hotkey, f"vm-{named}")), platform=platform(named))
         start = perf_counter()
         _ = store.transact(granted)
         _ = store.transact(sync(granted, "body", "storage", "tdx-cache"))

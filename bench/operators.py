@@ -2,10 +2,11 @@
 
 ``BENCH_VMS`` is the number of VMs (10,000 by default, which takes a minute or two; 1,000,000 takes an hour). A VM has
 three keys, two disks, a boot with two volumes and its verdict, and three audit rows. Of every tenth, a key was retired,
-and a boot and an audit row were made, before the end of their retention. The rows are loaded as they would stand after
-years, and their KEK is then rotated. The memory is the largest resident size of the command's process, with Python and
-the libraries in it; memory and processor time of PostgreSQL's own processes are not counted. At last, new VMs
-boot in that store, for the first time and again.
+and a boot and an audit row were made, before the end of their retention; and it is registered as a server with a GPU.
+The rows are loaded as they would stand after years, and their KEK is then rotated. The memory is the largest resident
+size of the command's process, with Python and the libraries in it; memory and processor time of PostgreSQL's own
+processes are not counted. At last, new VMs boot in that store, for the first time and again; and before all this, the
+same in a store of `FEW` VMs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -33,7 +35,8 @@ from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey
-from chutes_proto.store.rows import ROWS, Row, Vm
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import ROWS, Row, SetHorizon, Vm
 from chutes_proto.store.sql import columns
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests import postgres
@@ -45,11 +48,15 @@ VOLUMES: Final = ("root", "storage", "tdx-cache")
 NOW: Final = int(time.time())
 LONG_AGO: Final = NOW - 400 * 86_400
 CLIENTS: Final = 16
+FEW: Final = 1000
 
 BOOTS: Final = 20
 """VMs of each client that boot."""
 
 _ONE: Final = "HOTKEY-0/vm-0"
+_ANSWERS: Final = (0, 1)
+"""Exit codes of commands that did their work; 1: `why` found no refusal, or `vm erase` names copies that it left."""
+
 COMMANDS: Final = (
     "store check",
     "vm list",
@@ -60,7 +67,23 @@ COMMANDS: Final = (
     f"audit list --vm {_ONE}",
     "audit list --event no-such-event",
     "audit list --since 2020-01-01 --until 2020-01-02",
+    "audit checkpoint",
+    "audit verify",
     "audit export",
+    "receipt show 0",
+    f"why {_ONE}",
+    "profiles vms",
+    "revocations",
+    "hosts list",
+    f"vm revoke {_ONE} --until 2099-01-01",
+    f"vm allow {_ONE}",
+    "hotkey revoke HOTKEY-2",
+    "hotkey allow HOTKEY-2",
+    f"platform revoke --ppid {'00' * 16}",
+    f"platform allow --ppid {'00' * 16}",
+    "registrations remove server-0",
+    "vm erase HOTKEY-3/vm-3",
+    "vm erase HOTKEY-3/vm-3 --yes",
     f"vm rebind {_ONE} --ppid {'00' * 16} --keep-keys",
     f"keys restore {_ONE} storage 1",
     f"keys allow-format {_ONE} storage",
@@ -72,7 +95,9 @@ COMMANDS: Final = (
     "vm purge-boots --yes",
     "audit purge",
     "audit purge --yes",
+    "store migrate",
     "store restored",
+    "store accept-loss",
 )
 """The commands in the order in which they run; ``HOTKEY-N`` is the hotkey of that number."""
 
@@ -101,8 +126,9 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     configuration = folder / CONFIGURATION
     text = configuration.read_text().replace('"sqlite:keys.db"', f'"{address}"')
     _ = configuration.write_text(text)
+    _few(kind, folder, address)
     began = time.monotonic()
-    _load(folder, address)
+    _load(folder, address, VMS)
     _ = (folder / "kek").rename(folder / "kek.previous")
     (folder / "kek").touch(0o600)
     _ = (folder / "kek").write_bytes(os.urandom(32))
@@ -124,6 +150,15 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     _herd(folder, address)  # at last: the keys of these VMs are sealed under another KEK
 
 
+def _few(kind: str, folder: Path, address: str) -> None:
+    """Print how long boots take in a small store."""
+    with ExitStack() as stack:
+        address = "sqlite:few.db" if kind == "SQLite" else stack.enter_context(postgres.schema(address))
+        _load(folder, address, FEW)
+        print(f"\n{kind}, {FEW} VMs", flush=True)
+        _herd(folder, address)
+
+
 def _size(folder: Path, address: str) -> int:
     """Return the bytes of the store on disk, with its indexes, without a write-ahead log."""
     if address.startswith("sqlite:"):
@@ -138,6 +173,7 @@ def _size(folder: Path, address: str) -> int:
 def _herd(folder: Path, address: str) -> None:
     """Boot VMs beside the others, each with its sync: for the first time, and again."""
     with closing(StorePlace(address, folder).open()) as store:
+        _ = store.transact(Ask(SetHorizon(0)))  # the nonces of these boots are of a time before `store restored`
         for kind, number in (("first", 0), ("later", 1)):
             took: list[float] = []
             before = store.rollbacks.total()
@@ -180,7 +216,7 @@ def _run(*words: str) -> None:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         seconds = time.monotonic() - began
         processor, memory = map(float, (told.read() or "0 0").split())
-    failed = "" if done.returncode == 0 else f"  FAILED: {done.stderr[-300:]}"
+    failed = f"  FAILED: {done.stderr[-300:]}" if done.returncode not in _ANSWERS else ""
     named = " ".join(words[: words.index("--config")] if "--config" in words else words[:2])
     print(f"{named[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{failed}", flush=True)
 
@@ -188,15 +224,19 @@ def _run(*words: str) -> None:
 # --- the store ---
 
 
-def _load(folder: Path, address: str) -> None:
-    key = KeyEncryptionKey.from_bytes((folder / "kek").read_bytes())
+def _load(folder: Path, address: str, vms: int) -> None:
     StorePlace(address, folder).open(migrate=True).close()
+    load(KeyEncryptionKey.from_bytes((folder / "kek").read_bytes()), address, folder, vms)
+
+
+def load(key: KeyEncryptionKey, address: str, folder: Path, vms: int) -> None:
+    """Fill an empty store with the rows of so many VMs, whose keys are under ``key``."""
     if address.startswith("sqlite:"):
-        with closing(sqlite3.connect(folder / "keys.db", isolation_level=None)) as connection:
+        with closing(sqlite3.connect(folder / address.removeprefix("sqlite:"), isolation_level=None)) as connection:
             for setting in ("synchronous = off", "cache_size = -400000", "journal_mode = off"):
                 _ = connection.execute(f"PRAGMA {setting}").fetchall()
             _ = connection.execute("BEGIN")
-            for kind, rows in _filled(key):
+            for kind, rows in _filled(vms, key):
                 named = columns(kind)
                 marks = ", ".join("?" * len(named))
                 text = f"INSERT INTO {kind.TABLE} ({', '.join(named)}) VALUES ({marks})"  # noqa: S608
@@ -206,7 +246,7 @@ def _load(folder: Path, address: str) -> None:
     else:
         with psycopg.connect(address, autocommit=True) as postgresql:
             _ = postgresql.execute("SET synchronous_commit = off")
-            for kind, rows in _filled(key):
+            for kind, rows in _filled(vms, key):
                 names = ", ".join(columns(kind))
                 with postgresql.cursor().copy(f"COPY {kind.TABLE} ({names}) FROM STDIN".encode()) as copy:
                     for row in rows:
@@ -222,34 +262,34 @@ def _digest(label: str, number: int) -> bytes:
     return hashlib.sha256(f"{label} {number}".encode()).digest()
 
 
-def _filled(key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:
+def _filled(vms: int, key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:
     """The rows of each table; columns that were added later are empty."""
-    for kind, rows in _rows(key):
+    for kind, rows in _rows(vms, key):
         count = len(columns(kind))
         yield kind, ((*row, *(None,) * (count - len(row))) for row in rows)
 
 
-def _rows(key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:
+def _rows(vms: int, key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:
     """The rows of each table, as values of its columns."""
     makers = {"vm": _vms, "boot": _boots, "boot_volume": _boot_volumes, "volume": _volumes, "audit": _audits}
-    makers["attestation"] = _attestations
+    makers |= {"attestation": _attestations, "server": _servers, "gpu": _gpus}
     for kind in ROWS:
         if kind.TABLE == "generation":
-            yield kind, _generations(key)
+            yield kind, _generations(vms, key)
         elif kind.TABLE in makers:
-            yield kind, makers[kind.TABLE]()
+            yield kind, makers[kind.TABLE](vms)
 
 
 HOTKEY_OF: Final = [_hotkey(number) for number in range(HOTKEYS)]
 
 
-def _names() -> Iterator[tuple[int, str, str]]:
-    for number in range(VMS):
+def _names(vms: int) -> Iterator[tuple[int, str, str]]:
+    for number in range(vms):
         yield number, HOTKEY_OF[number % HOTKEYS], f"vm-{number}"
 
 
-def _vms() -> Iterator[Values]:
-    for number, hotkey, vm in _names():
+def _vms(vms: int) -> Iterator[Values]:
+    for number, hotkey, vm in _names(vms):
         ppid = _digest("ppid", number)[:16]
         yield hotkey, vm, "ppid", ppid, None, ppid, True, "base", NOW - 9_000_000, NOW - number % 80 * 86_400, None
 
@@ -260,8 +300,8 @@ def _boot_ids(number: int) -> list[tuple[str, int]]:
     return found if number % 10 else [(_digest("old boot", number).hex()[:32], LONG_AGO), *found]
 
 
-def _boots() -> Iterator[Values]:
-    for number, hotkey, vm in _names():
+def _boots(vms: int) -> Iterator[Values]:
+    for number, hotkey, vm in _names(vms):
         ppid = _digest("ppid", number)[:16]
         for boot_id, at in _boot_ids(number):
             token = hashlib.sha256(boot_id.encode()).digest()
@@ -271,17 +311,17 @@ def _boots() -> Iterator[Values]:
             )
 
 
-def _boot_volumes() -> Iterator[Values]:
-    for number in range(VMS):
+def _boot_volumes(vms: int) -> Iterator[Values]:
+    for number in range(vms):
         for boot_id, _ in _boot_ids(number):
             for position, volume in enumerate(VOLUMES[1:]):
                 yield boot_id, volume, position, 1, None, True
 
 
-def _generations(key: KeyEncryptionKey) -> Iterator[Values]:
+def _generations(vms: int, key: KeyEncryptionKey) -> Iterator[Values]:
     wrap = AESGCM(key.key.reveal()).encrypt
     sealed = os.urandom(156)
-    for number, hotkey, vm in _names():
+    for number, hotkey, vm in _names(vms):
         for volume in VOLUMES:
             is_old = volume == "storage" and number % 10 == 0
             for generation in range(1, 5 if is_old else 2):
@@ -295,14 +335,14 @@ def _generations(key: KeyEncryptionKey) -> Iterator[Values]:
                 )
 
 
-def _volumes() -> Iterator[Values]:
-    for _, hotkey, vm in _names():
+def _volumes(vms: int) -> Iterator[Values]:
+    for _, hotkey, vm in _names(vms):
         for volume in VOLUMES[1:]:
             yield hotkey, vm, volume, True, False, None
 
 
-def _attestations() -> Iterator[Values]:
-    for number, hotkey, vm in _names():
+def _attestations(vms: int) -> Iterator[Values]:
+    for number, hotkey, vm in _names(vms):
         ppid = _digest("ppid", number)[:16]
         for boot_id, at in _boot_ids(number):
             digest = hashlib.sha256(boot_id.encode()).digest()
@@ -311,9 +351,25 @@ def _attestations() -> Iterator[Values]:
             )
 
 
-def _audits() -> Iterator[Values]:
-    for event in ("boot", "sync", "boot"):
-        for number, hotkey, vm in _names():
+def _servers(vms: int) -> Iterator[Values]:
+    for number, hotkey, vm in _names(vms):
+        if number % 10 == 0:
+            host = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+            boot_id = _boot_ids(number)[-1][0]
+            yield f"server-{number}", f"registration-{number}", hotkey, vm, host, host, boot_id, None, None, NOW, None
+
+
+def _gpus(vms: int) -> Iterator[Values]:
+    for number in range(0, vms, 10):
+        yield f"gpu-{number}", f"server-{number}", "h200", "{}"
+
+
+def _audits(vms: int) -> Iterator[Values]:
+    """The old ones first, as they were written."""
+    for is_old, event in product((True, False), ("boot", "sync", "boot")):
+        for number, hotkey, vm in _names(vms):
+            if is_old != (number % 10 == 0):
+                continue
             at = LONG_AGO if number % 10 == 0 else NOW - number % 80 * 86_400
             boot_id = _boot_ids(number)[0][0]
             yield (

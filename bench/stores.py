@@ -13,7 +13,8 @@ of a flush at which they would be is printed.
 First of PostgreSQL, what all transactions read besides their own rows. Its callers have made their connections and
 prepared their statements before. The number of repeated transactions, which could not be serialized with others, is
 printed for each sync. Then whole boots, of 16 and of 64 clients at once, in one process and in four: how many
-transactions were rolled back for each boot, and how long the slowest took.
+transactions were rolled back for each boot, and how long the slowest took. First of VMs that are neighbours in every
+index of an empty store, which is the worst; then of VMs of a hotkey each, in a store of `HERD_STORE` other VMs.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ from typing import Any
 from attrs import evolve, frozen
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from bench import operators
 from bench.herd import boots, together
 from bench.measure import microseconds
 from chutes_proto.io.stores import sqlite
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.keys.vault import NONCE_SIZE, Address
+from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey
 from chutes_proto.store._run import Script, Store, Unit, run_script
 from chutes_proto.store.rows import ReadLiveGenerations, StoreOp, Vm
 from chutes_proto.store.sql import decode, statement
@@ -58,6 +60,7 @@ PROCESSES = (1, 2, 4)
 HERD = (16, 64)
 HERD_PROCESSES = (1, 4)
 HERD_BOOTS = 640
+HERD_STORE = 20_000
 CALLERS_PER_PROCESS = 8
 WANTED = 4
 WARMING = 8
@@ -304,16 +307,24 @@ def _postgres(url: str) -> None:
 
 
 def _herd(url: str) -> None:
-    """Boot and sync VMs that are neighbours in every index: all for the first time at once, then all again."""
-    print(f"\nPostgreSQL; {HERD_BOOTS} boots with their syncs")
+    """Boot and sync VMs: all for the first time at once, then all again."""
+    _herds(url, "neighbours", load=False)
+    _herds(url, "unrelated", load=True)
+
+
+def _herds(url: str, vms: str, *, load: bool) -> None:
+    kind = f"unrelated VMs, in a store of {HERD_STORE} others" if load else "VMs that are neighbours in an empty store"
+    print(f"\nPostgreSQL; {HERD_BOOTS} boots with their syncs, of {kind}")
     heads = ("processes", "clients", "boots", "boots/s", "rollbacks per boot", "median ms", "p99 ms")
     print("".join(head.rjust(20 if "per" in head else 12) for head in heads))
     for processes in HERD_PROCESSES:
         for clients in HERD:
             with schema(url) as own, ExitStack() as stack:
                 PostgresStore(own, migrate=True).close()
-                each = clients // processes
-                workers = [_worker(stack, "boots", own, name, each, HERD_BOOTS // clients) for name in range(processes)]
+                if load:
+                    operators.load(KeyEncryptionKey.from_bytes(bytes(32)), own, Path.cwd(), HERD_STORE)
+                each, of_each_client = clients // processes, HERD_BOOTS // clients
+                workers = [_worker(stack, vms, own, name, each, of_each_client) for name in range(processes)]
                 for kind in ("first", "later"):
                     start = perf_counter()
                     found: list[tuple[int, list[float]]] = [json.loads(line) for line in _go(workers)]
@@ -356,14 +367,15 @@ def _work_on_syncs(address: str, name: str, syncs: str) -> None:
         print(store.retries - before, flush=True)
 
 
-def _work_on_boots(address: str, name: str, clients: str, vms: str) -> None:
+def _work_on_boots(address: str, name: str, clients: str, vms: str, *, are_neighbours: bool) -> None:
     with closing(PostgresStore(address, connections=int(clients), busy_seconds=60)) as store:
         print("ready", flush=True)
         for number, _ in enumerate(sys.stdin):
             took: list[float] = []
             before = store.retries
             callers = [f"{name}.{client}" for client in range(int(clients))]
-            _ = together([partial(boots, store, caller, range(int(vms)), number, took) for caller in callers])
+            herd = partial(boots, store, vms=range(int(vms)), number=number, took=took, are_neighbours=are_neighbours)
+            _ = together([partial(herd, caller=caller) for caller in callers])
             print(json.dumps([store.retries - before, took]), flush=True)
 
 
@@ -387,7 +399,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["syncs", *arguments]:
             _work_on_syncs(*arguments)
-        case ["boots", *arguments]:
-            _work_on_boots(*arguments)
+        case ["neighbours" | "unrelated" as vms, *arguments]:
+            _work_on_boots(*arguments, are_neighbours=vms == "neighbours")
         case _:
             _sqlite()
