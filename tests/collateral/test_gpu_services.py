@@ -222,7 +222,7 @@ async def test_an_outage_stops_no_boot(tmp_path: Path, anyio_backend: str) -> No
     profile = evolve(PROFILE, gpu_count=2)
     served = {profile.identity: ServedProfile(profile, None, False, False, gpu_evidence="require")}
     app = App(service(profiles=served, gpu_appraisal=GpuAppraisal(roots=GPUS.roots)))
-    site = Site(LOOPS[anyio_backend], open_store("sqlite", tmp_path), app)
+    site = Site(LOOPS[anyio_backend], open_store(tmp_path), app)
     settings: dict[str, Any] = {"signer": MINER.sign, "ca_pem": SERVER.ca_pem, "gpu_tool": GPUS.evidence_json}
     settings |= {"quoter": partial(PLATFORM.quote, stage="runtime"), "retry": RetryPolicy(attempts=1)}
     with serving() as services:
