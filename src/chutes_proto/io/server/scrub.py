@@ -84,7 +84,7 @@ class Scrubber:
         self._store = store
         self._tell = tell
         self._ending = threading.Event()
-        self.last = Scrubbed()
+        self.last: Scrubbed = Scrubbed()
 
     def stop(self) -> None:
         """Let `run` end."""
