@@ -21,6 +21,7 @@
     ├── BootInterrupted                a signal ended the boot
     ├── StoreError                     the store cannot do its work
     │   ├── FateUnknown                … and a change may have been committed or not
+    │   ├── RowNotAuthentic            … because a row is not as a key server wrote it last
     │   └── StoreBusy                  … now; trying again may help
     │       └── StoreAway              … because it does not answer
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
@@ -48,7 +49,7 @@ __all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "Transpor
 __all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
 __all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
 __all__ += ["CollateralUnavailable", "GpuError", "KeyUnavailable", "QuoteError", "SealBroken"]
-__all__ += ["FateUnknown", "LogError", "StoreAway", "StoreBusy", "StoreError"]
+__all__ += ["FateUnknown", "LogError", "RowNotAuthentic", "StoreAway", "StoreBusy", "StoreError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
@@ -229,6 +230,22 @@ class BootInterrupted(ChutesError):
 
 class StoreError(ChutesError):
     """The store cannot do its work."""
+
+
+class RowNotAuthentic(StoreError):
+    """A row of the store is not as a key server wrote it last: it was forged, changed, moved, deleted or rolled back.
+
+    ``table`` and ``key`` name it; ``why`` says how that shows.
+    """
+
+    def __init__(self, table: str, key: str, why: str) -> None:
+        super().__init__(table, key, why)
+        self.table = table
+        self.key = key
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"the row {self.key} of table {self.table} is not authentic: {self.why}; run `chutes-proto store check`"
 
 
 class FateUnknown(StoreError):

@@ -189,6 +189,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _ = store.transact(registration(name, now))
         _ = store.transact(RegisterHost(HostProfileRow("3f9a".ljust(64, "0"), HOTKEY, '{"cpu":{"count":64}}', now)))
     _ = shutil.copy(folder / "keys.db", folder / "newer.db")
+    new = (folder / "server.toml").read_text().replace("keys.db", "new.db")
+    _ = (folder / "new.toml").write_text(new)
     assert main(["audit", "export", str(folder / "log"), "--config", str(folder / "server.toml")]) == 0
     with (folder / "receipt.json").open("w") as file, redirect_stdout(file):
         assert main(["receipt", "show", "0", "--config", str(folder / "server.toml")]) == 0

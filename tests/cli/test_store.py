@@ -15,9 +15,11 @@ import pytest
 
 from chutes_proto.errors import StoreBusy
 from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.store.sql import SCHEMA_VERSION
@@ -112,7 +114,7 @@ def test_a_server_works_only_in_a_schema_that_was_made(
     assert end.code == 0, end.err
     found = command("store", "check", *config, "--json")
     assert found.json["ok"]
-    with closing(PostgresStore(empty_schema)) as store:
+    with closing(make_store_setup(ServerConfig.load(site / "server.toml")).store.open()) as store:
         store.transact(boot("first", now=int(time.time())))
     refused = command("store", "check", *config)
     assert refused.code == 1

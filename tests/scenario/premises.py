@@ -37,9 +37,11 @@ from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._run import Ask
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, killed_after_a_line, start_server
+from tests.turning import Turn
 from tests.waiting import wait_until
 
 VOLUMES = ("storage", "tdx-cache")
@@ -213,6 +215,11 @@ class Premises:
         else:
             with psycopg.connect(self.store, autocommit=True) as database:
                 _ = database.execute(statement.encode())
+
+    def turn(self, statement: str) -> None:
+        """A change of generations or facts by one who has the KEK, such as the passing of time."""
+        with closing(self.open()) as store:
+            store.transact(Ask(Turn(statement)))
 
     def open(self) -> DurableStore:
         return make_setup(ServerConfig.load(self.configuration)).store.open()

@@ -251,7 +251,7 @@ def faults(premises: Premises, do: Callable[..., Ended]) -> None:
     assert answer["code"] == "store_unavailable"
     premises.sql("ALTER TABLE audit_away RENAME TO audit")
     # keys that do not open
-    premises.sql("UPDATE generation SET wrapped_key = sealed WHERE vm = 'canary-2' AND volume = 'storage'")
+    premises.turn("UPDATE generation SET wrapped_key = sealed WHERE vm = 'canary-2' AND volume = 'storage'")
     vm = premises.vm("canary-2")
     _ = wait_until(lambda: _is_served(vm))  # the server may have looked at its store meanwhile, and looks again
     assert vm.attest(vm.boot()["luks_quote_nonce"], status=503)["code"] == "key_unavailable"

@@ -283,7 +283,7 @@ def test_a_store_begins_in_an_empty_database(premises: Premises, database: str) 
             store = store.replace("/etc/chutes-proto", str(premises.directory))
             premises.edit('store = "sqlite:keys.db"\n', store)
             said = Operator(premises.directory, {}).run("Start with an empty database", page=page)
-            assert f"{name}: 0 keys" in said
+            assert f"{name}: 1 keys" in said
             premises.start()
             assert premises.vm().boot()
             premises.stop()
@@ -346,6 +346,7 @@ RUN_BY = {
     "docs/how-to/tcb-recovery.md": "scenario/test_guides.py:test_a_tcb_recovery_is_seen_early",
     "docs/how-to/postgresql.md": "scenario/test_recipes.py:test_a_move_to_postgresql",
     "docs/how-to/nginx.md": "scenario/test_nginx.py:test_a_boot_and_its_sync",
+    "docs/how-to/seal.md": "scenario/test_recipes.py:test_an_older_store_is_sealed",
     "docs/how-to/gpus.md": "cli/test_gpu.py:test_what_was_fetched_is_a_bundle_for_offline_use",
 }
 """Each page with commands, and the test that runs them."""

@@ -39,7 +39,7 @@ from tests.waiting import wait_until
 from tools.docs.pages import DOCS, fences
 
 RECIPES: dict[str, list[str]] = {}
-for page in ("keys-and-disks", "backup-restore", "rotate-kek"):
+for page in ("keys-and-disks", "backup-restore", "rotate-kek", "seal"):
     for fence in fences(DOCS / "how-to" / f"{page}.md"):
         if fence.language == "sh":
             RECIPES.setdefault(fence.heading, []).append(fence.text)
@@ -179,7 +179,7 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     for of_before in (nonce, None):
         assert premises.vm().boot(of_before, status=503)["code"] == "store_unavailable"
     _ = wait_until(lambda: int(time.time()) != issued)
-    premises.sql(f"UPDATE fact SET value = {issued} WHERE name = 'nonce_horizon'")  # a minute passes
+    premises.turn(f"UPDATE fact SET value = {issued} WHERE name = 'nonce_horizon'")  # a minute passes
     assert premises.vm().boot(nonce, status=401)["code"] == "nonce_invalid"
     assert key(premises) == first
 
@@ -291,7 +291,7 @@ def text_of_sql(title: str) -> str:
 @pytest.mark.parametrize("premises", ["sqlite", "postgresql"], indirect=True)
 def test_a_clock_that_was_ahead(premises: Premises) -> None:
     premises.start_here()
-    premises.sql(f"UPDATE fact SET value = {premises.now + 86_400} WHERE name = 'nonce_horizon'")
+    premises.turn(f"UPDATE fact SET value = {premises.now + 86_400} WHERE name = 'nonce_horizon'")
     assert premises.vm().boot(status=503)["code"] == "store_unavailable"
     premises.wait_for_log("a clock was ahead", "run `chutes-proto store restored`")
     before = premises.now
@@ -299,8 +299,29 @@ def test_a_clock_that_was_ahead(premises: Premises) -> None:
     granted = re.search(r"boots are granted again after (\S+)", said)
     assert granted is not None
     assert before + 60 <= datetime.fromisoformat(granted[1]).timestamp() <= premises.now + 60
-    premises.sql(f"UPDATE fact SET value = {before - 60} WHERE name = 'nonce_horizon'")  # a minute passes
+    premises.turn(f"UPDATE fact SET value = {before - 60} WHERE name = 'nonce_horizon'")  # a minute passes
     assert premises.vm().boot()
+
+
+@in_a_file
+def test_an_older_store_is_sealed(premises: Premises) -> None:
+    """As seal.md says, while the server goes on."""
+    for made in premises.directory.glob("keys.db*"):  # a new one
+        made.unlink()
+    with closing(StorePlace(premises.store, premises.directory).open(migrate=True)) as store:
+        store.transact(Ask(InsertAll((AuditRow(premises.now, "vm", "old", "granted"),))))
+    premises.start_here()
+    title = "Seal a store of an older release"
+    first = key(premises)
+    assert "vm-1" in follow(premises, title, 0)
+    assert "seal: sealed" in follow(premises, title, 1)
+    assert key(premises) == first
+    assert "seal: sealed" in follow(premises, title, 2)
+    premises.sql("UPDATE vm SET proven = TRUE")
+    assert premises.vm().boot(status=503)["code"] == "store_unavailable"
+    premises.wait_for_log("is not authentic", "table vm")
+    ended = premises.do("store", "check")
+    assert (ended.code, "not authentic: " in ended.out) == (1, True)
 
 
 @in_a_file
@@ -335,7 +356,7 @@ def test_a_purge(premises: Premises) -> None:
         store.transact(Ask(InsertAll((row,) * 300)))
     premises.start_here()
     last = [key(premises, rekey=["storage"]) for _ in range(5)][-1]
-    premises.sql("UPDATE generation SET retired_at = retired_at - 91 * 86400")
+    premises.turn("UPDATE generation SET retired_at = retired_at - 91 * 86400")
     said = follow(premises, "Purge retired keys", 0)
     assert "2 passphrases deleted" in said
     assert premises.json("audit", "checkpoint")["size"] > 300  # all old rows are sequenced, as they soon are
@@ -407,4 +428,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source, title
-    assert sum(map(len, RECIPES.values())) == 22
+    assert sum(map(len, RECIPES.values())) == 25

@@ -173,7 +173,7 @@ class Fleet:
         """So much older is every row."""
         for change in ("generation SET created_at = created_at", "fact SET value = value"):
             only = " WHERE name = 'nonce_horizon'" if change.startswith("fact") else ""
-            self.premises.sql(f"UPDATE {change} - {hours * HOUR}{only}")
+            self.premises.turn(f"UPDATE {change} - {hours * HOUR}{only}")
 
     @property
     def keys(self) -> Path:

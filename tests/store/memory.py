@@ -8,9 +8,13 @@ from functools import cache
 from typing import Any, TypeVar
 
 from chutes_proto.errors import StoreError
+from chutes_proto.keys.vault import Vault
+from chutes_proto.secret import Secret
 from chutes_proto.store import sql
+from chutes_proto.store._guard import Custody, Guard
 from chutes_proto.store._run import Unit, run_script
 from chutes_proto.store.rows import StoreOp
+from chutes_proto.units.custody import ENTROPY_SIZE, SealNew
 
 T = TypeVar("T")
 
@@ -46,6 +50,36 @@ class MemoryStore:
             raise
         _ = self.connection.execute("COMMIT")
         return result
+
+
+class SealedStore(MemoryStore):
+    """The same, with the guard of the real stores; a new one is sealed."""
+
+    def __init__(self, vault: Vault, image: bytes | None = None) -> None:
+        super().__init__(image)
+        self.custody = Custody("memory")
+        self.custody.hold(vault.unwrap)
+        self.transact(SealNew(0, vault, Secret(bytes(range(ENTROPY_SIZE)))))
+
+    def transact(self, unit: Unit[T]) -> T:
+        _ = self.connection.execute("BEGIN")
+        try:
+            state = self._run(None, sql.READ_VERSION, ())[0][2]
+            session = self.custody.session(state, lambda text: self._run(None, text, ()))
+            guard = Guard(session, self._run)
+            result = run_script(unit.script(), guard.perform)
+            guard.finish()
+        except (sqlite3.Error, sql.LostFactError) as exc:
+            _ = self.connection.execute("ROLLBACK")
+            raise StoreError(str(exc)) from exc
+        except BaseException:
+            _ = self.connection.execute("ROLLBACK")
+            raise
+        _ = self.connection.execute("COMMIT")
+        return result
+
+    def _run(self, _op: StoreOp[Any] | None, text: str, values: sql.Values) -> sql.Rows:
+        return self.connection.execute(sql.for_driver(text, "sqlite"), values).fetchall()
 
 
 @cache

@@ -148,7 +148,7 @@ def test_what_cannot_be_read_is_not_migrated(tmp_path: Path, damage: Callable[[P
         assert path.read_bytes() == content
     else:  # root may open what nobody may
         with closing(sqlite3.connect(path)) as connection:
-            assert connection.execute(sql.READ_VERSION).fetchone() == (sql.SCHEMA_VERSION, sql.compatible_since())
+            assert connection.execute(sql.READ_VERSION).fetchone()[:2] == (sql.SCHEMA_VERSION, sql.compatible_since())
 
 
 def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:

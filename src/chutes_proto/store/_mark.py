@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._terms import rfc3339
@@ -33,6 +33,8 @@ LARGEST: Final = 16 * 1024
 """The most bytes of a mark's file."""
 
 _MEMBERS: Final = {"form", "store", "timeline", "entries"}
+_SEALED: Final = {"sealed": True}
+"""The further member of a sealed store."""
 _DAY: Final = 86_400
 
 
@@ -55,11 +57,15 @@ class Entry:
 
 @frozen
 class Mark:
-    """A state of a store: its number, PostgreSQL's timeline (or 0), and its newest audit rows, in order."""
+    """A state of a store: its number, PostgreSQL's timeline (or 0), and its newest audit rows, in order.
+
+    ``is_sealed``: all its rows are sealed, and it is never one again whose rows are not.
+    """
 
     store_id: int
     timeline: int
     entries: tuple[Entry, ...] = ()
+    is_sealed: bool = field(default=False, kw_only=True)
 
     def with_entries(self, entries: Iterable[Entry]) -> Mark:
         """The mark with more rows, of which the newest are kept."""
@@ -82,6 +88,7 @@ class Mark:
             "store": self.store_id,
             "timeline": self.timeline,
             "entries": [[entry.number, entry.at, entry.digest] for entry in self.entries],
+            **(_SEALED if self.is_sealed else {}),
         }
         return json.dumps(body | {"sha256": _digest(body)}).encode() + b"\n"
 
@@ -91,9 +98,13 @@ class Mark:
         try:
             body: dict[str, Any] = json.loads(data)
             given = body.pop("sha256")
-            if given != _digest(body) or body["form"] != FORM or body.keys() != _MEMBERS:
+            if given != _digest(body) or body["form"] != FORM:
                 raise ValueError(given)
-            made = cls(body["store"], body["timeline"], tuple(Entry(*entry) for entry in body["entries"]))
+            sealed = body.pop("sealed", False)
+            if body.keys() != _MEMBERS or type(sealed) is not bool:
+                raise ValueError(given)
+            entries = tuple(Entry(*entry) for entry in body["entries"])
+            made = cls(body["store"], body["timeline"], entries, is_sealed=sealed)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _not_whole() from None
         numbers = (made.store_id, made.timeline, *(each for entry in made.entries for each in (entry.number, entry.at)))
@@ -126,11 +137,12 @@ class View:
     decided_at: int
     entries: tuple[Entry, ...]
     has_older: bool
+    is_sealed: bool = False
 
     @property
     def mark(self) -> Mark:
         """The mark of a server that begins one now."""
-        return Mark(self.store_id, self.timeline).with_entries(self.entries)
+        return Mark(self.store_id, self.timeline, is_sealed=self.is_sealed).with_entries(self.entries)
 
 
 @frozen

@@ -19,7 +19,7 @@ from attrs import frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import sql
-from chutes_proto.store.rows import ROWS, ReadTimes
+from chutes_proto.store.rows import ROWS
 
 MIGRATE = "chutes-proto store migrate"
 
@@ -50,8 +50,7 @@ class Versions:
         if self.found() is None:
             raise self._unusable("it is empty", is_older=True)
         version = self.check(self.execute(sql.READ_VERSION))
-        text, _ = sql.statement(ReadTimes())
-        if not self.execute(sql.for_driver(text, self.dialect)):
+        if not self.execute(sql.READ_HORIZON):
             raise self._lost()
         return version
 
@@ -59,7 +58,7 @@ class Versions:
         """As `require`, for a store that was open: ``rows`` are the present result of `sql.READ_VERSION`."""
         if not rows:
             raise self._lost()
-        found, since = rows[0]
+        found, since, *_ = rows[0]
         if found != sql.SCHEMA_VERSION and not (found > sql.SCHEMA_VERSION and since and since <= sql.SCHEMA_VERSION):
             state = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"
             raise self._unusable(state, is_older=0 < found < sql.SCHEMA_VERSION)

@@ -165,7 +165,8 @@ class BootRow:
     body that consumed it. A two-phase boot that attested its volumes has a confirm nonce too, valid until
     ``confirm_expires_at``; ``confirm_body_digest`` is of the request that confirmed. A boot that was handed a next root
     key, a *provisioned* one, has a confirm nonce for that (``root_confirm_…``), valid for 300 seconds from
-    ``created_at``; ``root_ca`` is the certificate, as PEM, that its VM provisioned with.
+    ``created_at``; ``root_ca`` is the certificate, as PEM, that its VM provisioned with. ``given`` is the number of
+    its `BootVolumeRow`; None for a boot of an older release.
     """
 
     TABLE: ClassVar[str] = "boot"
@@ -193,6 +194,7 @@ class BootRow:
     root_confirm_digest: bytes | None = None
     root_confirm_body_digest: bytes | None = None
     root_ca: str | None = None
+    given: int | None = None
 
     @property
     def is_provisioned(self) -> bool:
@@ -391,7 +393,8 @@ class AuditRow:
     own; the store keeps them in the order in which they were written.
 
     Once it is sequenced, a row has its index ``idx`` in the log, and a random ``salt``, without which a deleted entry
-    could be guessed from its hash.
+    could be guessed from its hash. ``vm_version`` is the version of the VM's head (``store/_guard.py``) that the same
+    transaction wrote; None where it wrote none.
     """
 
     TABLE: ClassVar[str] = "audit"
@@ -413,6 +416,7 @@ class AuditRow:
     evidence: str | None = None
     idx: int | None = None
     salt: bytes | None = None
+    vm_version: int | None = None
 
 
 @frozen

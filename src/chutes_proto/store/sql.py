@@ -8,6 +8,8 @@ Rules kept here:
 * ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one; ``{lock}`` locks
   the rows that it reads, or leaves them out if another transaction has, in a dialect with several writers;
 * table and column names come from the row classes alone;
+* the rows of most tables have a MAC, as their last column, which no row class has: a `Seal` makes it, and the store
+  checks it before the rows are decoded (``_guard.py``);
 * types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; collations of TEXT differ, so whole results
   are sorted here, and only a page, which goes on where the one before ended, has the order of the database;
 * a release that changes the schema adds a `Step` to `STEPS`; the number of steps that made a database is its schema
@@ -28,6 +30,7 @@ import attrs
 from attrs import frozen
 
 from chutes_proto.store import rows as store
+from chutes_proto.store._macs import UNSEALED
 
 __all__ = ["READ_VERSION", "SCHEMA_VERSION", "STEPS", "TABLES", "Dialect", "LostFactError", "Rows"]
 __all__ += ["Step", "Values", "columns", "compatible_since", "decode", "decode_rows", "encode", "for_driver", "indexes"]
@@ -39,6 +42,8 @@ Values: TypeAlias = tuple[Any, ...]
 """The values of one row, or of a statement's parameters, in order."""
 Rows: TypeAlias = Sequence[Sequence[Any]]
 """The result of a statement."""
+Seal: TypeAlias = Callable[[type[store.Row], Values], bytes | None]
+"""Makes the MAC of a row from its kind and values, or none."""
 
 _FIRST: Final = """
 CREATE TABLE fact (
@@ -293,6 +298,38 @@ CREATE TABLE host_profile (
   name TEXT,
   published TEXT
 );
+ALTER TABLE boot ADD COLUMN given BIGINT;
+ALTER TABLE audit ADD COLUMN vm_version BIGINT;
+CREATE TABLE head (
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  version BIGINT NOT NULL,
+  contents {bytes} NOT NULL,
+  mac {bytes} NOT NULL,
+  PRIMARY KEY (hotkey, vm)
+);
+CREATE TABLE store_head (
+  name TEXT PRIMARY KEY,
+  version BIGINT NOT NULL,
+  contents {bytes} NOT NULL,
+  mac {bytes} NOT NULL
+);
+{head_room}
+INSERT INTO fact (name, value) VALUES ('seal', 0);
+ALTER TABLE vm ADD COLUMN mac {bytes};
+ALTER TABLE boot ADD COLUMN mac {bytes};
+ALTER TABLE boot_volume ADD COLUMN mac {bytes};
+ALTER TABLE generation ADD COLUMN mac {bytes};
+ALTER TABLE volume ADD COLUMN mac {bytes};
+ALTER TABLE attestation ADD COLUMN mac {bytes};
+ALTER TABLE server ADD COLUMN mac {bytes};
+ALTER TABLE gpu ADD COLUMN mac {bytes};
+ALTER TABLE gpu_device ADD COLUMN mac {bytes};
+ALTER TABLE revocation ADD COLUMN mac {bytes};
+ALTER TABLE erasure ADD COLUMN mac {bytes};
+ALTER TABLE host_profile ADD COLUMN mac {bytes};
+ALTER TABLE evidence ADD COLUMN mac {bytes};
+ALTER TABLE keyring ADD COLUMN mac {bytes};
 """
 
 _INDEXES: Final = (
@@ -325,6 +362,8 @@ _INDEXES: Final = (
     # The log: an entry by its index, of which there is one, and the rows that are not sequenced yet, which are few.
     "CREATE UNIQUE INDEX audit_idx ON audit (idx)",
     "CREATE INDEX audit_unsequenced ON audit (id) WHERE idx IS NULL",
+    # The newest version of a VM's head that the log knows; only the sequencer, which conflicts with nobody, writes it.
+    "CREATE INDEX audit_version ON audit (hotkey, vm, vm_version) WHERE idx IS NOT NULL",
 )
 
 
@@ -366,12 +405,16 @@ SCHEMA_VERSION: Final = len(STEPS)
 """The schema version of this release."""
 
 READ_VERSION: Final = (
-    "SELECT value, (SELECT value FROM fact WHERE name = 'compatible_since') FROM fact WHERE name = 'schema_version'"
+    "SELECT value, (SELECT value FROM fact WHERE name = 'compatible_since'),"
+    " (SELECT value FROM fact WHERE name = 'seal') FROM fact WHERE name = 'schema_version'"
 )
 """The statement that reads the schema version of a database, and the oldest version whose servers may use it.
 
-The second is NULL in versions 1 and 2, which have servers of their own version only.
+The second is NULL in versions 1 and 2, which have servers of their own version only. The third is the state of the
+seal (``_guard.py``), NULL there, too.
 """
+READ_HORIZON: Final = "SELECT value FROM fact WHERE name = 'nonce_horizon'"
+"""The statement that reads a fact that each database of ours has."""
 _WRITE_VERSION: Final = (
     "UPDATE fact SET value = {version} WHERE name = 'schema_version';"
     "UPDATE fact SET value = {compatible_since} WHERE name = 'compatible_since'"
@@ -401,6 +444,7 @@ INSERT INTO gpu_again SELECT uuid, server_id, identifier, declared FROM gpu;
 DROP TABLE gpu;
 ALTER TABLE gpu_again RENAME TO gpu;
 CREATE INDEX gpu_server ON gpu (server_id)""",
+        "head_room": "",
         "alone": "",
         "lock": "",
         "number": "1 + abs(random() % 9007199254740991)",
@@ -415,6 +459,7 @@ CREATE INDEX gpu_server ON gpu (server_id)""",
         "lock": " FOR UPDATE SKIP LOCKED",
         # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
+        "head_room": "ALTER TABLE head SET (fillfactor = 50);",
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
     },
 }
@@ -491,16 +536,20 @@ class _Layout:
     pairs: tuple[tuple[int, Any], ...]
     """Index and type of each field that is a pair."""
     flags: tuple[int, ...]
-    """The indexes of the booleans."""
+    """The indexes of the fields that are booleans."""
+    flag_columns: tuple[int, ...]
+    """The indexes of their columns."""
 
     @classmethod
     def of(cls, kind: type[Any]) -> _Layout:
         fields = [(field.name, _type_of(field)) for field in attrs.fields(kind)]
+        columns = [(column, of) for name, of in fields for column in _PAIRS.get(of, (name,))]
         return cls(
-            columns=tuple(column for name, of in fields for column in _PAIRS.get(of, (name,))),
+            columns=tuple(column for column, _ in columns),
             fields=attrgetter(*(name for name, _ in fields)),
             pairs=tuple((at, of) for at, (_, of) in enumerate(fields) if of in _PAIRS),
             flags=tuple(at for at, (_, of) in enumerate(fields) if of is bool),
+            flag_columns=tuple(at for at, (_, of) in enumerate(columns) if of is bool),
         )
 
 
@@ -510,6 +559,11 @@ _LAYOUTS: Final = {kind: _Layout.of(kind) for kind in store.ROWS}
 def columns(kind: type[store.Row]) -> tuple[str, ...]:
     """The names of a row's columns, in the order of its values."""
     return _LAYOUTS[kind].columns
+
+
+def flags(kind: type[store.Row]) -> tuple[int, ...]:
+    """The indexes of a row's boolean columns."""
+    return _LAYOUTS[kind].flag_columns
 
 
 def encode(row: store.Row) -> Values:
@@ -523,11 +577,12 @@ def encode(row: store.Row) -> Values:
 
 
 def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
-    """The rows of ``kind`` that have these values; drivers without a boolean type give 0 and 1."""
+    """The rows of ``kind`` that have these values; drivers without a boolean type give 0 and 1. A MAC is left out."""
     layout = _LAYOUTS[kind]
+    width = len(layout.columns)
     made: list[Any] = []
     for values in rows:
-        members = list(values)
+        members = list(values[:width])
         for at, of in layout.pairs:
             second = members.pop(at + 1)
             if members[at] is not None:
@@ -554,23 +609,33 @@ _GIVEN: Final = (
 _NEWEST: Final = "ORDER BY created_at DESC LIMIT 1"
 
 
+def _stored(kind: type[store.Row]) -> tuple[str, ...]:
+    """The columns of a table: those of its row, and the MAC."""
+    return columns(kind) if kind in UNSEALED else (*columns(kind), "mac")
+
+
+def _sealed(row: store.Row, seal: Seal) -> Values:
+    kind, values = type(row), encode(row)
+    return values if kind in UNSEALED else (*values, seal(kind, values))
+
+
 def _select(kind: type[store.Row], rest: str, *others: str) -> str:
-    return f"SELECT {', '.join((*others, *columns(kind)))} FROM {kind.TABLE} {rest}"  # noqa: S608 - names of ours
+    return f"SELECT {', '.join((*others, *_stored(kind)))} FROM {kind.TABLE} {rest}"  # noqa: S608 - names of ours
 
 
 def _insert(kind: type[store.Row]) -> str:
-    names = columns(kind)
+    names = _stored(kind)
     return f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
 
 
 def _put(kind: type[store.Row]) -> str:
-    changes = ", ".join(f"{name} = excluded.{name}" for name in columns(kind) if name not in kind.KEY)
+    changes = ", ".join(f"{name} = excluded.{name}" for name in _stored(kind) if name not in kind.KEY)
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
 def _insert_all(rows: Sequence[store.Row]) -> str:
     kind = type(rows[0])
-    return _insert(kind) + f", ({', '.join('?' * len(columns(kind)))})" * (len(rows) - 1)
+    return _insert(kind) + f", ({', '.join('?' * len(_stored(kind)))})" * (len(rows) - 1)
 
 
 def _claim(kind: type[store.Row]) -> str:
@@ -599,7 +664,7 @@ def _nothing(_: Rows) -> None:
 def _times(rows: Rows) -> store.Times:
     if not rows:
         raise LostFactError
-    horizon, clock, version = rows[0]
+    horizon, clock, version, *_ = rows[0]
     return store.Times(horizon, clock, version or 0)
 
 
@@ -631,6 +696,14 @@ class _Query:
     reply: Callable[[Any, Rows], Any]
 
 
+@frozen
+class _Write:
+    """An operation that writes rows which may have a MAC, likewise."""
+
+    ask: Callable[[Any, Seal], tuple[str, Values]]
+    reply: Callable[[Any, Rows], Any]
+
+
 def _query(text: str, reply: Callable[[Rows], Any] = _nothing) -> _Query:
     marked = re.sub(_PATH, "?", text)
     values = [attrgetter(path) for path in re.findall(_PATH, text)]
@@ -643,10 +716,10 @@ def _either(holds: Callable[[Any], bool], yes: _Query, no: _Query) -> _Query:
 
 def _write(
     text: Callable[[type[store.Row]], str], kinds: Sequence[type[store.Row]], reply: Callable[[Rows], Any]
-) -> _Query:
+) -> _Write:
     """The query that writes the operation's whole row."""
     texts = {kind: text(kind) for kind in kinds}
-    return _Query(lambda op: (texts[type(op.row)], encode(op.row)), lambda _, rows: reply(rows))
+    return _Write(lambda op, seal: (texts[type(op.row)], _sealed(op.row, seal)), lambda _, rows: reply(rows))
 
 
 def _one(kind: type[store.Row], where: str) -> _Query:
@@ -762,20 +835,25 @@ def _read_otherwise_sealed(op: store.ReadOtherwiseSealed) -> tuple[str, Values]:
     return text, (op.kek_id, *after, op.limit)
 
 
-def _rewrap_many(count: int) -> str:
+def _rewrap_many(count: int, *, is_sealed: bool) -> str:
     # With a cast, SQLite does not think of an index on the values and a scan of the table.
     types = ("TEXT", "TEXT", "TEXT", "BIGINT")
     key = (f"{name} = CAST(fresh.column{number} AS {types[number - 1]})" for number, name in enumerate(_KEY, 1))
     return (
         "UPDATE generation SET kek_id = fresh.column5, wrapped_key = fresh.column6"  # noqa: S608
-        f" FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * count)}) AS fresh"
+        f"{', mac = fresh.column7' if is_sealed else ''}"
+        f" FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * count)}) AS fresh"
         f" WHERE {' AND '.join(key)} AND sealed IS NOT NULL"
     )
 
 
-def _rewrap(op: store.RewrapGenerations) -> tuple[str, Values]:
-    rows = ((*encode(row)[: len(_KEY)], row.kek_id, row.wrapped_key) for row in op.rows)
-    return _rewrap_many(len(op.rows)), _chained(rows)
+def _rewrap(op: store.RewrapGenerations, seal: Seal) -> tuple[str, Values]:
+    macs = [_sealed(row, seal)[-1] for row in op.rows]
+    rows = (
+        (*encode(row)[: len(_KEY)], row.kek_id, row.wrapped_key, mac) for row, mac in zip(op.rows, macs, strict=True)
+    )
+    # NULLs alone have no type that PostgreSQL could know.
+    return _rewrap_many(len(op.rows), is_sealed=macs[0] is not None), _chained(rows)
 
 
 def _sequence(op: store.Sequence) -> tuple[str, Values]:
@@ -795,12 +873,32 @@ def _chained(rows: Iterable[Values]) -> Values:
 _RETIRED: Final = "state = 'retired' AND retired_at <= :until"
 
 
-def _change_generation(to: str, where: str = "TRUE") -> _Query:
-    key = "hotkey = :row.vm.hotkey AND vm = :row.vm.name AND volume = :row.volume AND generation = :row.generation"
-    return _query(f"UPDATE generation SET {to} WHERE {key} AND {where}")  # noqa: S608
+_WHERE_KEY: Final = " AND ".join(f"{name} = ?" for name in _KEY)
+_UPDATE: Final = (
+    "UPDATE generation SET state = ?, provisional = ?, delivered_at = ?, retired_at = ?, retirement = ?, mac = ?"  # noqa: S608
+    f" WHERE {_WHERE_KEY}"
+)
+_EMPTY: Final = (
+    "UPDATE generation SET state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL,"  # noqa: S608
+    f" mac = ? WHERE {_WHERE_KEY}"
+)
 
 
-_QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
+def _update_generation(op: store.UpdateGeneration, seal: Seal) -> tuple[str, Values]:
+    row = op.row
+    changed = (row.state, row.provisional, row.delivered_at, row.retired_at, row.retirement)
+    return _UPDATE, (*changed, _sealed(row, seal)[-1], *encode(row)[: len(_KEY)])
+
+
+def _empty_generation(
+    op: store.EraseGeneration | store.PurgeGeneration, seal: Seal, where: str = ""
+) -> tuple[str, Values]:
+    row = op.row
+    emptied = attrs.evolve(row, state="purged", provisional=False, sealed=None, kek_id=None, wrapped_key=None)
+    return _EMPTY + where, (_sealed(emptied, seal)[-1], *encode(row)[: len(_KEY)])
+
+
+_QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     store.Insert: _write(_insert, store.ROWS, _nothing),
     store.Put: _write(
         _put,
@@ -851,8 +949,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         lambda op: (f"SELECT count(*) FROM {op.kind.TABLE}", ()),  # noqa: S608
         lambda _, rows: rows[0][0],
     ),
-    store.InsertAll: _Query(
-        lambda op: (_insert_all(op.rows), _chained(map(encode, op.rows))),
+    store.InsertAll: _Write(
+        lambda op, seal: (_insert_all(op.rows), _chained(_sealed(row, seal) for row in op.rows)),
         lambda _, rows: _nothing(rows),
     ),
     store.Delete: _Query(
@@ -871,8 +969,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         partial(_sorted, store.NonceRow),
     ),
     store.ReadTimes: _query(
-        "SELECT value, {clock}, (SELECT value FROM fact WHERE name = 'revocations')"
-        " FROM fact WHERE name = 'nonce_horizon'",
+        "SELECT value, {clock}, (SELECT value FROM fact WHERE name = 'revocations'), version, contents, mac"
+        " FROM fact LEFT JOIN store_head ON store_head.name = 'store' WHERE fact.name = 'nonce_horizon'",
         _times,
     ),
     # revocations and erasures
@@ -884,9 +982,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _all(store.VmRow, "ppid = :pin.value"),
         _all(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
     ),
-    store.EraseGeneration: _change_generation(
-        "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL"
-    ),
+    store.EraseGeneration: _Write(_empty_generation, lambda _, rows: _nothing(rows)),
     store.Forget: _Query(
         lambda op: (f"DELETE FROM {op.kind.TABLE} WHERE hotkey = ? AND vm = ?", _values(op.vm)),  # noqa: S608
         lambda _, rows: _nothing(rows),
@@ -936,16 +1032,13 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _all(store.GenerationRow, f"{_THE_VM} AND ({_LIVE})"),
         _all(store.GenerationRow, f"{_THE_VM} AND ({_LIVE} OR {_GIVEN})"),
     ),
-    store.UpdateGeneration: _change_generation(
-        "state = :row.state, provisional = :row.provisional, delivered_at = :row.delivered_at,"
-        " retired_at = :row.retired_at, retirement = :row.retirement"
-    ),
+    store.UpdateGeneration: _Write(_update_generation, lambda _, rows: _nothing(rows)),
     store.DoubtCandidates: _query(
         "UPDATE generation SET provisional = TRUE WHERE state = 'candidate' AND NOT provisional"
     ),
-    store.RewrapGenerations: _Query(_rewrap, lambda _, rows: _nothing(rows)),
-    store.PurgeGeneration: _change_generation(
-        "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL", "state = 'retired'"
+    store.RewrapGenerations: _Write(_rewrap, lambda _, rows: _nothing(rows)),
+    store.PurgeGeneration: _Write(
+        partial(_empty_generation, where=" AND state = 'retired'"), lambda _, rows: _nothing(rows)
     ),
     store.CountSealed: _query(
         "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
@@ -986,14 +1079,103 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
 }
 
 
-def statement(op: store.StoreOp[Any]) -> tuple[str, Values]:
+_READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | None]] = {
+    **dict.fromkeys((store.Read, store.ReadAll, store.Scan, store.ReadPage, store.ReadOld)),
+    store.ReadGpus: store.GpuRow,
+    store.ReadHostProfiles: store.HostProfileRow,
+    store.ReadRevoked: store.RevocationRow,
+    store.ReadRevocation: store.RevocationRow,
+    store.ReadClaims: store.VmRow,
+    store.FindLastBoot: store.BootRow,
+    store.FindLastBootFrom: store.BootRow,
+    store.ReadBootVolumes: store.BootVolumeRow,
+    store.ReadLiveGenerations: store.GenerationRow,
+    store.ReadOtherwiseSealed: store.GenerationRow,
+}
+"""The kind of rows that each operation reads with their MACs; None: the operation says."""
+
+
+def kind_read(op: Any) -> type[store.Row] | None:
+    """The kind of the rows that an operation reads with their MACs, which are the last column; otherwise None."""
+    of = type(op)
+    if of not in _READ:
+        return None
+    kind: type[store.Row] = _READ[of] or op.kind
+    return None if kind in UNSEALED else kind
+
+
+def not_sealed(_kind: type[store.Row], _values: Values) -> None:
+    """The `Seal` of a store that is not sealed."""
+    return
+
+
+def statement(op: store.StoreOp[Any], seal: Seal = not_sealed) -> tuple[str, Values]:
     """The statement of an operation and its parameters. Raises `TypeError` for any other value."""
     query = _QUERIES.get(type(op))
     if query is None:
         raise TypeError(f"{type(op).__name__} is not a row operation")
-    return query.ask(op)
+    return query.ask(op, seal) if isinstance(query, _Write) else query.ask(op)
 
 
 def decode(op: store.StoreOp[Any], rows: Rows) -> Any:
     """The reply to an operation, from the rows that its statement returned, which may be none."""
     return _QUERIES[type(op)].reply(op, rows)
+
+
+# --- the seal ---
+
+READ_HEAD: Final = (
+    "SELECT known.version, head.version, contents, mac FROM"
+    " (SELECT max(vm_version) AS version FROM audit WHERE hotkey = ? AND vm = ? AND idx IS NOT NULL) AS known"
+    " LEFT JOIN head ON head.hotkey = ? AND head.vm = ?"
+)
+"""The statement that reads the newest version of a VM's head that the log knows, and the head; NULLs without one."""
+PUT_HEAD: Final = (
+    "INSERT INTO head (hotkey, vm, version, contents, mac) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hotkey, vm)"
+    " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
+)
+READ_UNVOIDED: Final = _select(store.BootRow, "WHERE voided_at IS NULL AND hotkey = ? AND vm = ? ORDER BY created_at")
+READ_BOOTS_SINCE: Final = _select(store.BootRow, "WHERE hotkey = ? AND vm = ? AND created_at >= ? ORDER BY created_at")
+READ_CANDIDATES: Final = _select(store.GenerationRow, "WHERE state = 'candidate' AND NOT provisional LIMIT ?")
+_OF_VM: Final = ("vm", "generation", "volume", "boot")
+_HAS_ROW: Final = " OR ".join(f"EXISTS (SELECT 1 FROM {of} WHERE hotkey = ? AND vm = ?)" for of in _OF_VM)  # noqa: S608
+IS_KNOWN: Final = f"SELECT {_HAS_ROW}"
+"""The statement that tells whether a VM has any row."""
+NEXT_VMS: Final = (
+    "SELECT hotkey, vm FROM ("  # noqa: S608
+    + " UNION ".join(f"SELECT DISTINCT hotkey, vm FROM {table}" for table in (*_OF_VM, "head"))  # noqa: S608
+    + ") AS every_vm WHERE (hotkey, vm) > (?, ?) ORDER BY hotkey, vm LIMIT ?"
+)
+"""The statement that reads the next VMs of which there is any row, or a head."""
+
+
+def set_mac(kind: type[store.Row]) -> str:
+    """The statement that gives a row its MAC, if it has none."""
+    key = " AND ".join(f"{name} = ?" for name in kind.KEY)
+    return f"UPDATE {kind.TABLE} SET mac = ? WHERE {key} AND mac IS NULL"  # noqa: S608
+
+
+def vms_of(count: int) -> str:
+    """The statement that reads the VMs of boots."""
+    return f"SELECT boot_id, hotkey, vm FROM boot WHERE boot_id IN ({', '.join('?' * count)})"  # noqa: S608
+
+
+def count_given(count: int) -> str:
+    """The statement that reads those of some boots which were given another number of volumes than there are."""
+    return (
+        "SELECT boot_id, given, there FROM (SELECT boot_id, given,"  # noqa: S608
+        " (SELECT count(*) FROM boot_volume WHERE boot_volume.boot_id = boot.boot_id) AS there"
+        f" FROM boot WHERE given IS NOT NULL AND boot_id IN ({', '.join('?' * count)})) AS counted WHERE given <> there"
+    )
+
+
+READ_STORE_HEAD: Final = "SELECT version, contents, mac FROM store_head WHERE name = 'store'"
+PUT_STORE_HEAD: Final = (
+    "INSERT INTO store_head (name, version, contents, mac) VALUES ('store', ?, ?, ?) ON CONFLICT (name)"
+    " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
+)
+READ_FACTS: Final = "SELECT name, value FROM fact WHERE name NOT IN ('schema_version', 'compatible_since', 'seal')"
+"""The facts that the head of the store's own group has; ``seal`` is known from the keyring and the mark."""
+SET_SEAL: Final = "UPDATE fact SET value = ? WHERE name = 'seal'"
+END_COMPATIBILITY: Final = f"UPDATE fact SET value = {SCHEMA_VERSION} WHERE name = 'compatible_since'"  # noqa: S608
+"""The statement after which servers of no older schema version use the database: they know nothing of MACs."""

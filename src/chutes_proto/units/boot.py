@@ -154,6 +154,7 @@ class GrantBoot(Unit[BootGrant]):
                 peer_address=self.peer_address,
                 created_at=self.now,
                 root_confirm_digest=None if self.rotation is None else self.rotation.confirm_digest,
+                given=0 if given is None else 1,
             )
         )
         if given is not None:
@@ -344,17 +345,20 @@ def taken(vm: store.Vm, why: str) -> Refused:
 
 def check_token(
     boot: store.BootRow | None,
+    vm: store.Vm,
     exchange: store.Exchange,
     now: int,
     refused: Callable[[str], Refused],
     revocations: Revocations,
 ) -> Script[store.BootRow]:
-    """The boot of a token of ``exchange`` that is alive.
+    """The boot of a token of ``exchange`` that is alive; ``vm`` is the VM that presents it.
 
     Whether the token was consumed is the caller's to check: the same request may come twice. Raises
     ``refused(reason)``, as `check_allowed` does, and `Unavailable` for a boot from the future.
     """
     if boot is None:
+        # Was its row deleted? Then the store says so, and this is not the caller's fault.
+        _ = yield from store.FindLastBoot(vm)
         raise refused("unknown")
     if boot.exchange != exchange:
         raise refused("a quote nonce, not a boot token" if exchange == "base" else "a boot token, not a quote nonce")

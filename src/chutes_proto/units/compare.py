@@ -109,20 +109,29 @@ class Take(Unit[tuple[Difference, ...]]):
         held = {row.generation: row for row in by_volume((yield from self._held(newer)))[difference.volume]}
         for row in sorted(rows, key=lambda row: row.state in ("active", "candidate")):  # one active key at every moment
             if row.sealed is None:  # the older store keeps its own, if it was not purged there too
-                if row.generation in held and held[row.generation].sealed is not None:
-                    yield from store.UpdateGeneration(evolve(row, state="retired"))
+                if row.generation not in held:
+                    yield from store.Insert(row)  # numbers have no gaps
+                elif held[row.generation].sealed is not None:
+                    yield from _update(held[row.generation], evolve(row, state="retired"))
                 continue
             _ = self.vault.open(Address(row.vm, row.volume, row.generation), row)
             if row.generation not in held:
                 yield from store.Insert(row)
             elif held[row.generation].sealed is not None:
-                yield from store.UpdateGeneration(row)
+                yield from _update(held[row.generation], row)
         for disk in newer.volumes:
             if disk.volume == difference.volume:
                 yield from store.Put(evolve(disk, handed=None))
 
     def _held(self, newer: Newer) -> Script[tuple[store.GenerationRow, ...]]:
         return (yield from store.ReadAll(store.GenerationRow, newer.vm))
+
+
+def _update(held: store.GenerationRow, newer: store.GenerationRow) -> store.UpdateGeneration:
+    """Give a row the newer one's state; its passphrase stays sealed as it is."""
+    return store.UpdateGeneration(
+        evolve(newer, sealed=held.sealed, kek_id=held.kek_id, wrapped_key=held.wrapped_key, created_at=held.created_at)
+    )
 
 
 def _claim(held: store.VmRow | None, newest: store.VmRow) -> store.VmRow:

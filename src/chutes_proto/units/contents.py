@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* rows are copied as they stand: a consumed token stays consumed, an issued one valid, keys stay sealed as they are;
+* rows are copied as they stand: a consumed token stays consumed, an issued one valid, keys stay sealed as they are. The
+  MACs of a sealed store are checked as its rows are read, and made again, under the key of the store that is filled;
 * nothing is added to existing rows: two stores are never merged, because both may hold a generation of the same number;
 * a page of rows is in memory at a time, however many there are.
 """
@@ -17,6 +18,7 @@ from attrs import define, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import rows as store
+from chutes_proto.store._guard import ROWS_KEY
 from chutes_proto.store._run import Ask, Script, Store, Unit, untold
 
 PAGE: Final = 1000
@@ -31,7 +33,13 @@ def pages(source: Store, limit: int = PAGE) -> Iterator[Page]:
 
     Each page is a transaction of its own, unless ``source`` is a snapshot.
     """
-    return chain.from_iterable(_Pages(source, kind, limit) for kind in store.ROWS)
+    found = chain.from_iterable(_Pages(source, kind, limit) for kind in store.ROWS)
+    return (page for page in map(_without_rows_key, found) if page)
+
+
+def _without_rows_key(page: Page) -> Page:
+    """A page without the key of the rows' MACs, which is the store's own."""
+    return tuple(row for row in page if not (isinstance(row, store.KeyringRow) and row.kind == ROWS_KEY))
 
 
 @define
@@ -88,7 +96,11 @@ class Fill(Unit[None]):
 
     def script(self) -> Script[None]:
         for kind in store.ROWS:
-            if found := (yield from store.CountRows(kind)):
+            if kind is store.KeyringRow:
+                found = sum(row.kind != ROWS_KEY for row in (yield from store.Scan(store.KeyringRow)))
+            else:
+                found = yield from store.CountRows(kind)
+            if found:
                 raise StoreError(f"the store to fill has rows already ({kind.TABLE}: {found}); take an empty store")
         # Also a horizon in the future: it covers redemptions that were swept.
         horizon = (yield from store.ReadTimes()).horizon

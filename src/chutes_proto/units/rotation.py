@@ -162,6 +162,7 @@ class AttestVolumes(Unit[HandedKeys]):
                 confirm_digest=confirm.digest,
                 confirm_expires_at=self.now + CONFIRM_SECONDS,
                 root_ca=self.root_ca,
+                given=(boot.given or 0) + len(self.volumes),
             )
         )
         yield from store.Put(evolve(claim, attested=boot.boot_id))
@@ -246,6 +247,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
     def _confirmable(self) -> Script[store.BootRow]:
         boot = yield from store.Read(store.BootRow, self.nonce_digest, "confirm_digest")
         if boot is None or boot.confirm_expires_at is None:
+            _ = yield from store.FindLastBoot(self.vm)  # as in `check_token`
             raise _confirm_refused("unknown")
         yield from _check_confirm(boot, self, boot.confirm_expires_at)
         claim = yield from store.Read(store.VmRow, self.vm)
@@ -298,6 +300,7 @@ class ConfirmRoot(Unit[Result]):
     def _confirmable(self) -> Script[store.BootRow]:
         boot = yield from store.Read(store.BootRow, self.nonce_digest, "root_confirm_digest")
         if boot is None:
+            _ = yield from store.FindLastBoot(self.vm)  # as in `check_token`
             raise _confirm_refused("unknown, of a root disk")
         claim = yield from store.Read(store.VmRow, self.vm)
         yield from _check_confirm(boot, self, boot.created_at + CONFIRM_SECONDS)
@@ -334,7 +337,7 @@ def _check_still_active(rows: list[store.GenerationRow], item: store.BootVolumeR
 def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
     """The boot of the unit's quote nonce, which was not consumed, or by the very same request."""
     found = yield from store.Read(store.BootRow, unit.nonce_digest, "token_digest")
-    boot = yield from check_token(found, "two-phase", unit.now, _quote_refused, unit.revocations)
+    boot = yield from check_token(found, unit.vm, "two-phase", unit.now, _quote_refused, unit.revocations)
     if boot.vm != unit.vm:
         raise _quote_refused(f"issued to {boot.vm}, presented by {unit.vm}", "mismatch")
     if boot.is_provisioned != unit.is_provisioned:

@@ -110,7 +110,6 @@ class SyncVolumes(Unit[VolumeKeys]):
         boot = yield from _boot_of(self)
         if boot.spent_at is not None:
             return (yield from self._replay(boot))
-        yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest))
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
         passphrases: list[tuple[str, Secret]] = []
@@ -126,6 +125,8 @@ class SyncVolumes(Unit[VolumeKeys]):
             yield from keys.retire(generations.prune(stored[volume], self.now))
         formatted = given.keys() - self.rekey if self.formatted is None else self.formatted
         in_use = yield from report(self.vm, given, formatted)
+        spent = evolve(boot, spent_at=self.now, body_digest=self.body_digest)
+        yield from store.Put(evolve(spent, given=(boot.given or 0) + len(given)))
         for position, (volume, generation) in enumerate(given.items()):
             yield from store.Insert(
                 store.BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use)
@@ -155,7 +156,7 @@ def _boot_of(unit: ReadVolume | SyncVolumes) -> Script[store.BootRow]:
     """The boot that the token was issued to; whether it was consumed is the caller's to check."""
     vm, certificate = unit.vm, unit.certificate
     found = yield from store.Read(store.BootRow, unit.token_digest, "token_digest")
-    boot = yield from check_token(found, "base", unit.now, _not_found, unit.revocations)
+    boot = yield from check_token(found, vm, "base", unit.now, _not_found, unit.revocations)
     if boot.vm.hotkey != vm.hotkey:
         reason = f"issued to hotkey {boot.vm.hotkey}, presented by {vm.hotkey}"
         raise Refused(Code.HOTKEY_MISMATCH, "Hotkey does not match boot token", reason=reason)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import click
+from attrs import evolve
 
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Group, answer, json_option, one_of, table_options
@@ -19,10 +20,12 @@ from chutes_proto.errors import ConfigurationError, KeyUnavailable, StoreError
 from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
+from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
+from chutes_proto.store._guard import ReadSeal
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
 from chutes_proto.store.sql import compatible_since
@@ -107,17 +110,18 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
     store does not know what it would grant. An SQLite file that a server or another command has open is refused, and
     none can open it meanwhile. From PostgreSQL the rows of one moment are copied, and the command says if sessions of
     chutes-proto are connected: a server that still runs, or a pooler that keeps them. The old store is not changed, but
-    it must be writable. Keys stay sealed under the same KEK. In PostgreSQL make the schema first, with `store migrate`.
-    A missing SQLite file is made, and appears under its name when all rows are in it.
+    it must be writable. Keys stay sealed under the same KEK. With --config the rows of a sealed store are checked, and
+    the new store is sealed; a sealed store is not copied without. In PostgreSQL make the schema first, with `store
+    migrate`. A missing SQLite file is made, and appears under its name when all rows are in it.
 
     Examples:
-      chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db
+      chutes-proto store copy --from sqlite:keys.db --config new.toml
       chutes-proto store copy --from sqlite:keys.db --config postgres.toml
 
     See also: store migrate, store check
     """
     place, vault = _place(config, store)
-    origin = _named("--from", source)
+    origin = evolve(_named("--from", source), vault=vault)
     if not origin.is_made():
         raise StoreError(f"store {origin.path}: not made yet, so there is nothing to copy; see --from")
     if origin.name == place.name:
@@ -126,6 +130,7 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
         for each in (old, new):
             if newer := of_newer_schema(each):  # it may have columns that this release does not know
                 raise StoreError(f"store {each.name}: {newer}, and copy with that release")
+        _ = require_keys(old)
         for note in old.notes:
             console.tell(note)
         with output.waiting(f"checking {old.name}") as tell:
@@ -149,7 +154,9 @@ def check(config: str | None, store: str | None) -> int:
     """Read the whole store and say what is wrong.
 
     Checks the schema version, looks for damage, counts the rows, and with --config checks that the server has the KEKs
-    that its keys are sealed under. Nothing is changed. Give one of --config and --store.
+    that its keys are sealed under. With --config it also reads all rows of a sealed store, and names each that is not
+    as a key server wrote it last: forged, changed, moved, deleted or rolled back. Nothing is changed. Give one of
+    --config and --store.
 
     Examples:
       chutes-proto store check --config server.toml
@@ -167,7 +174,49 @@ def check(config: str | None, store: str | None) -> int:
             found["note"] = newer
         if vault is not None:
             found["keys_sealed_under"] = check_keys(opened, vault)
-    return _told(found)
+        has_macs, is_sealed = opened.transact(Ask(ReadSeal()))
+        found["seal"] = "sealed" if is_sealed else "begun" if has_macs else "not sealed"
+        if not has_macs or vault is None:
+            return _told(found)
+        faults = [str(fault) for fault in find_faults(opened, tell)]
+    if not faults:
+        return _told(found | {"not_authentic": []})
+    return _told({"ok": False, **found, "not_authentic": faults}) or console.REFUSED
+
+
+@command.command(
+    exits=exits("the store is sealed", "it cannot be sealed; what was done stays, and the next run goes on")
+)
+@operating.reason_option
+@click.option("--config", metavar="FILE", required=True, type=click.Path(), help="the server's configuration file")
+@json_option
+def seal(reason: str, config: str) -> int:
+    """Authenticate the rows of a store that an older release made.
+
+    Gives every row a message authentication code (MAC) under a random key that the KEK wraps, and every VM a list of
+    its rows. From then on servers refuse a row that was forged, changed, moved, deleted or rolled back in the database,
+    so that nobody who can write it gets a key. A store that this release makes is sealed from its beginning.
+
+    Before, upgrade all servers: those of an older release are refused from the first step on. Servers of this release
+    go on meanwhile. The present rows are taken for true, so run `audit verify` before. If it is interrupted, run it
+    again. Each step is in the audit log. Only a backup leads back.
+
+    Examples:
+      chutes-proto store seal --config server.toml
+      chutes-proto store seal --config server.toml --reason 'after the upgrade' --json
+
+    See also: store check, store migrate, keys rewrap
+    """
+    with operating.opened(config) as (setup, opened):
+        if newer := of_newer_schema(opened):
+            raise StoreError(f"store {opened.name}: {newer}, and seal with that release")
+        _ = check_keys(opened, setup.vault)
+        with output.waiting(f"sealing {opened.name}") as tell:
+            done = seal_store(opened, setup.vault, reason, tell)
+    found: dict[str, Any] = {"store": opened.name, "seal": "sealed"}
+    if done is None:
+        return _told(found | {"note": "it was sealed before; nothing was changed"})
+    return _told(found | {"rows_sealed": done[0], "vms_sealed": done[1]})
 
 
 @command.command(exits=exits("done", "the store cannot be written"))
@@ -185,7 +234,7 @@ def restored(reason: str, config: str | None, store: str | None) -> int:
 
     Examples:
       chutes-proto store restored --config server.toml --reason 'disk failure on db1'
-      chutes-proto store restored --store sqlite:keys.db --json
+      chutes-proto store restored --config server.toml --json
 
     See also: store accept-loss, store check, audit list
     """
@@ -208,7 +257,7 @@ def accept_loss(reason: str, config: str | None, store: str | None) -> int:
 
     Examples:
       chutes-proto store accept-loss --config server.toml --reason 'fail-over of 3 May, standby was behind'
-      chutes-proto store accept-loss --store sqlite:keys.db --json
+      chutes-proto store accept-loss --config server.toml --json
 
     See also: store restored, store check, audit list
     """
@@ -273,7 +322,7 @@ def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> 
     if take != (config is not None):
         raise ConfigurationError("--take: it goes with --config, which names the KEKs of the keys to take")
     vault = None if config is None else make_store_setup(ServerConfig.load(config)).vault
-    places = [_named(name, address) for name, address in (("OLD", old), ("NEW", new))]
+    places = [evolve(_named(name, address), vault=vault) for name, address in (("OLD", old), ("NEW", new))]
     if places[0].name == places[1].name:
         raise ConfigurationError(f"NEW: {places[0].name} is OLD; name the newer store")
     wrong: list[Difference] = []
@@ -356,8 +405,12 @@ def _readable(old: StorePlace, new: StorePlace, vault: Vault | None) -> Generato
 def _told(found: dict[str, Any]) -> int:
     def people() -> None:
         for name, value in found.items():
+            if name == "ok" or value == []:
+                continue
             if name in ("rows", "keys_sealed_under"):
                 value = ", ".join(f"{key} {count}" for key, count in value.items())
+            if name == "not_authentic":
+                value = "; ".join(value)
             output.prose(f"{name.replace('_', ' ')}: {value}", rest=2)
 
     return answer({"ok": True, **found}, people)

@@ -69,7 +69,10 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     else:
         took = time.monotonic() - began
         storing, is_compared = Finding("ok", "store", f"answered in {took * 1000:.0f} ms"), True
-        if warning := store.replication_warning:
+        if store.custody.faults:
+            tables = ", ".join(f"{table} {count}" for table, count in sorted(store.custody.faults.items()))
+            storing = Finding("note", "store", f"rows are not authentic: {tables}", "chutes-proto store check")
+        elif warning := store.replication_warning:
             storing = Finding("note", "store", warning.removeprefix("store: "))
     skew = store.clock_skew
     clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")

@@ -76,6 +76,8 @@ class Metrics:
         self._cache_seen: dict[tuple[str, str], int] = {}
         self._rollbacks = self._counter("rollbacks", "Transactions that ran again because of others.", "unit")
         self._rollbacks_seen: dict[str, int] = {}
+        self._forged = self._counter("rows_not_authentic", "Rows that were refused as not authentic.", "table")
+        self._forged_seen: dict[str, int] = {}
         self._store_waits = self._gauge("store_waits", "Requests of boots that wait for the store, or use it, now.")
         self._connections = self._gauge("connections", "Open connections.")
         self._verifications = self._gauge("verifications", "Quotes that wait for collateral now.")
@@ -155,6 +157,9 @@ class Metrics:
         for unit, count in store.rollbacks.copy().items():
             self._rollbacks.labels(unit).inc(count - self._rollbacks_seen.get(unit, 0))
             self._rollbacks_seen[unit] = count
+        for table, count in store.custody.faults.copy().items():
+            self._forged.labels(table).inc(count - self._forged_seen.get(table, 0))
+            self._forged_seen[table] = count
         self._connections.set(connections)
         self._verifications.set(service.verifications.held.total())
         self._most.set(service.verifications.size)

@@ -201,7 +201,7 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
             needs_restart += ("collateral_grace",)
         new = evolve(new, collateral=old.collateral)
     service = evolve(new.service.in_place_of(old.service), gpu_appraisal=old.service.gpu_appraisal)
-    new = evolve(new, service=service, store=old.store, gpus=old.gpus)
+    new = evolve(new, service=service, store=evolve(old.store, vault=service.vault), gpus=old.gpus)
     digests = {"before": old.service.documents.digests, "after": service.documents.digests}
     documents = json.dumps(digests, sort_keys=True, separators=(",", ":"))
     return Prepared(new, changes_between(old, new), needs_restart, digest_of(old), digest_of(new), documents)

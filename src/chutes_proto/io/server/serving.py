@@ -85,6 +85,8 @@ if TYPE_CHECKING:
     from chutes_proto.io.drivers.sync import CollateralSource
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.log import Value
+    from chutes_proto.secret import Secret
+    from chutes_proto.store.rows import KeyringRow
     from chutes_proto.transport.tls import ServerContext
 
 T = TypeVar("T")
@@ -181,6 +183,7 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
     """
     setup = running.setup
     with closing(setup.store.open()) as store:
+        store.custody.hold(partial(_unwrapped, running))
         sinks = copy_audit(setup.config, setup.base, store)
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
@@ -203,6 +206,11 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
         ):
             found = [f"erasures: {repeated}"] if repeated else []
             yield store, [*found, *(str(finding) for finding in store_findings(store)), *different]
+
+
+def _unwrapped(running: Running, row: KeyringRow) -> Secret:
+    """A key of the store's own, opened by the KEK of now: a reload may bring another one."""
+    return running.setup.service.vault.unwrap(row)
 
 
 @asynccontextmanager

@@ -232,7 +232,7 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
         unsafe_networks=config.registration.parsed_networks,
     )
     files.check_settled()
-    place = store_place(config, base, with_mark=True)
+    place = evolve(store_place(config, base, with_mark=True), vault=vault)
     alike = Alike(f"{gethostname()}:{config.path or config.listen}", shared_settings(config, service))
     return ServerSetup(config, service, collateral, tls, admin_tls, place, base, alike, files, not_served, gpus)
 

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
 from chutes_proto.io.files import Files, check_private
@@ -71,7 +71,7 @@ def make_store_setup(config: ServerConfig) -> StoreSetup:
     vault = read_vault(config, base, files, problems)
     if root is None or vault is None or problems.found:
         raise problems.error()
-    return StoreSetup(config, store_place(config, base), vault, root)
+    return StoreSetup(config, evolve(store_place(config, base), vault=vault), vault, root)
 
 
 def store_place(config: ServerConfig, base: Path, *, with_mark: bool = False) -> StorePlace:

@@ -23,6 +23,8 @@ from chutes_proto.errors import StoreError
 from chutes_proto.io.files import name_file
 from chutes_proto.io.stores.marks import Copy
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.keys.vault import Vault
+from chutes_proto.store._guard import Custody
 from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Store, untold
 from chutes_proto.tlog.notes import Checkpoint
@@ -44,6 +46,8 @@ class DurableStore(Store, Protocol):
 
     It is compared in every transaction, in one that is refused for it, too.
     """
+    custody: Custody
+    """The key of its rows' MACs, and the rows that were not authentic."""
     rollbacks: Counter[str]
     """The number of repeated transactions of each unit, since it was opened."""
 
@@ -120,6 +124,8 @@ class StorePlace:
     clock_difference_seconds: float = 5.0
     require_synchronous: bool = False
     mark_file: Path | None = None
+    vault: Vault | None = field(default=None, repr=False)
+    """The KEKs that open the key of the rows' MACs."""
 
     @property
     def path(self) -> Path | None:
@@ -166,7 +172,7 @@ class StorePlace:
             return
         partial = path.with_name(f"{path.name}.partial")
         try:
-            with closing(SqliteStore(partial, alone=True)) as store:
+            with closing(SqliteStore(partial, alone=True, vault=self.vault)) as store:
                 yield store
             name_file(partial, path)
         finally:
@@ -182,7 +188,7 @@ class StorePlace:
         Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
         """
         if self.path is not None:
-            return SqliteStore(self.path, migrate=migrate, alone=alone, mark_file=self.mark_file)
+            return SqliteStore(self.path, migrate=migrate, alone=alone, mark_file=self.mark_file, vault=self.vault)
         from chutes_proto.io.stores.postgres import PostgresStore
 
         return PostgresStore(
@@ -193,4 +199,5 @@ class StorePlace:
             mark_file=self.mark_file,
             migrate=migrate,
             alone=alone,
+            vault=self.vault,
         )

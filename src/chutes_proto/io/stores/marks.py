@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from attrs import evolve
+
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
@@ -37,7 +39,8 @@ _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
 _FACTS: Final = (
-    "SELECT (SELECT value FROM fact WHERE name = 'store_id'), (SELECT value FROM fact WHERE name = 'loss_decided_at')"
+    "SELECT (SELECT value FROM fact WHERE name = 'store_id'), (SELECT value FROM fact WHERE name = 'loss_decided_at'),"
+    " (SELECT value FROM fact WHERE name = 'seal')"
 )
 _ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
 
@@ -77,6 +80,18 @@ class MarkKeeper:
         """The random number of the store that was compared."""
         with self._lock:
             return self._mark.store_id if self._mark is not None else 0
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the mark is of a sealed store."""
+        with self._lock:
+            return self._mark is not None and self._mark.is_sealed
+
+    def seal(self) -> None:
+        """Note that the store is sealed."""
+        with self._lock:
+            if self._mark is not None and not self._mark.is_sealed:
+                self._mark = evolve(self._mark, is_sealed=True)
 
     def is_due(self) -> bool:
         """Return whether the store must be compared before it is used."""
@@ -138,6 +153,10 @@ class MarkKeeper:
         now = int(time.time())
         if mark is not None and view.store_id != mark.store_id:
             raise self._refused(mark, "it is not the store of this mark", "name the right store, or move the file away")
+        if mark is not None and mark.is_sealed and not view.is_sealed:
+            with self._lock:
+                self._is_behind = True
+            raise self._refused(mark, "it is not sealed, and the mark is of a sealed one", "restore a backup of it")
         loss = None if mark is None else find_loss(mark, view, now)
         if loss is None:
             self._compare_log(ask, view)
@@ -160,7 +179,8 @@ class MarkKeeper:
                 purged = set(mark.missing(view.entries))
                 kept = (entry for entry in self._mark.entries if entry not in purged)
                 newest = max(self._mark.timeline, timeline)
-                self._mark = Mark(view.store_id, newest).with_entries((*view.entries, *kept))
+                is_sealed = self._mark.is_sealed or view.is_sealed
+                self._mark = Mark(view.store_id, newest, is_sealed=is_sealed).with_entries((*view.entries, *kept))
             self._is_behind = False
             self._looked_at = time.monotonic()
 
@@ -270,7 +290,7 @@ def _log_fault(ask: Ask, held: Checkpoint) -> str:
 
 
 def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
-    ((store_id, decided_at),) = ask(_FACTS)
+    ((store_id, decided_at, seal),) = ask(_FACTS)
     entries = _entries(ask(f"{_ROWS} ORDER BY id DESC LIMIT {_NEWEST}"))
     has_older = False
     if mark is not None and mark.entries:
@@ -280,7 +300,7 @@ def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
             # A purge goes by the log, and rows of transactions at the same time are there in another order.
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
             has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
-    return View(store_id or 0, timeline, decided_at or 0, entries, has_older)
+    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, bool((seal or 0) % 2))
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:

@@ -42,10 +42,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, evolve, field, frozen
 
-from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, StoreBusy, StoreError
+from chutes_proto.errors import ConfigurationError, FateUnknown, RowNotAuthentic, StoreAway, StoreBusy, StoreError
 from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
+from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._crowding import Crowding
+from chutes_proto.store._guard import Custody, Guard, Session
 from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
@@ -55,10 +57,8 @@ from chutes_proto.store.sql import (
     READ_VERSION,
     LostFactError,
     compatible_since,
-    decode,
     for_driver,
     indexes,
-    statement,
 )
 from chutes_proto.tlog.notes import Checkpoint
 
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
 
     from psycopg.abc import PQGen
 
+    from chutes_proto.keys.vault import Vault
     from chutes_proto.store._run import Store, Unit
     from chutes_proto.store.rows import StoreOp
 
@@ -232,6 +233,8 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """The timeline of that database in the last transaction."""
     changes: Sequence[Change] = ()
     """The changes to audit rows of the present transaction, or of the last one."""
+    session: Session = Session(None, is_final=False, is_locked=False)
+    """The keys of the rows in the present transaction."""
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         """Wait as psycopg does; all of its waiting goes through here."""
@@ -339,7 +342,8 @@ class PostgresStore:
 
     A database that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused; with
     ``require_synchronous`` so is one without a synchronous standby. ``replication`` is what was found last. With
-    ``alone`` it is noted (`notes`) if others of us are connected to the database: they may be servers.
+    ``alone`` it is noted (`notes`) if others of us are connected to the database: they may be servers. Rows are
+    authenticated with the key that ``vault`` opens, and a new store is sealed with it.
 
     Raises `ConfigurationError` for any other text, and `StoreError` for a database that cannot be a store.
     """
@@ -355,6 +359,7 @@ class PostgresStore:
         mark_file: Path | None = None,
         migrate: bool = False,
         alone: bool = False,
+        vault: Vault | None = None,
     ) -> None:
         self.name: str
         self._conninfo, self.name = _parse(url)
@@ -368,7 +373,12 @@ class PostgresStore:
         self._answer_seconds = busy_seconds + _SILENCE
         self._require_synchronous = require_synchronous
         self.replication: Replication = Replication(0, is_synchronous=False)
+        self.custody: Custody = Custody(self.name)
+        if vault is not None:
+            self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file)
+        if self._marks.is_sealed:
+            self.custody.require_seal()
         self._company = ""
         self._timeline = 0  # of the database that agreed with the mark last
         self._pool = _Pool(_Slots(Crowding(connections)))
@@ -395,6 +405,8 @@ class PostgresStore:
                             " stop a server that still runs, and copy again: the keys that it makes are missing"
                         )
                 self._look(connection)
+            if vault is not None:
+                seal_if_new(self, vault)
         except BaseException as exc:
             self.close()
             if isinstance(exc, _Again):
@@ -404,7 +416,12 @@ class PostgresStore:
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
         begin = self._begin_committed if unit.READS_COMMITTED else self._begin_alone if unit.ALONE else self._begin
-        return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin)
+        try:
+            return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin)
+        except RowNotAuthentic as exc:
+            with self._counting:
+                self.custody.note(exc)
+            raise
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema.
@@ -489,6 +506,8 @@ class PostgresStore:
                     with self._transaction(connection, begin or self._begin):
                         result = work(connection)
                     self._marks.note(connection.changes)
+                    if connection.session.is_sealed:
+                        self._marks.seal()
                     return result
             except _Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)
@@ -513,7 +532,7 @@ class PostgresStore:
         return found
 
     def _check_writing(self, connection: _Connection) -> None:
-        tables = ("fact", "key_server", "what_if", *(kind.TABLE for kind in ROWS))
+        tables = ("fact", "key_server", "what_if", "head", "store_head", *(kind.TABLE for kind in ROWS))
         rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
         needed = (f"has_table_privilege('{table}', '{right}')" for table in tables for right in rights)
         if not _rows(connection, f"SELECT {' AND '.join(needed)}")[0][0]:
@@ -523,11 +542,10 @@ class PostgresStore:
         changes: list[Change] = []
         connection.changes = changes
 
-        def perform(op: StoreOp[Any]) -> object:
-            text, values = statement(op)
+        def run(op: StoreOp[Any] | None, text: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
                 text += " RETURNING id"
-            if op.MAY_TAKE_LONG:
+            if op is not None and op.MAY_TAKE_LONG:
                 self._lift_limits(connection)
             try:
                 cursor = connection.execute(_query(text), values)
@@ -538,12 +556,15 @@ class PostgresStore:
                 changes.append((rows[0][0], op.row))
             elif isinstance(op, PurgeAudit):
                 changes.append(op)
-            try:
-                return decode(op, rows)
-            except LostFactError as exc:
-                raise self._fault(str(exc)) from None
+            return rows
 
-        return run_script(unit.script(), perform)
+        guard = Guard(connection.session, run)
+        try:
+            result = run_script(unit.script(), guard.perform)
+            guard.finish()
+        except LostFactError as exc:
+            raise self._fault(str(exc)) from None
+        return result
 
     def _versions(self, connection: _Connection) -> Versions:
         return Versions(self.name, "postgresql", lambda text: _rows(connection, text))
@@ -714,6 +735,7 @@ class PostgresStore:
             self._check_clock(asked_at, float(clock), time.time())
             if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
                 _ = self._versions(connection).check(more)
+                connection.session = self.custody.session(more[0][2], lambda text: _rows(connection, text))
                 if timeline != self._timeline:  # another server than the one that was compared last
                     connection.is_looked_at = False
                     raise _Again(self._fault("the database's timeline has changed"))

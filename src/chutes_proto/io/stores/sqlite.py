@@ -32,14 +32,17 @@ from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
+from chutes_proto.io.stores.sealing import seal_if_new
+from chutes_proto.store._guard import Custody, Guard, Session
 from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
-from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
+from chutes_proto.store.sql import READ_VERSION, LostFactError, for_driver
 from chutes_proto.tlog.notes import Checkpoint
 
 if TYPE_CHECKING:
+    from chutes_proto.keys.vault import Vault
     from chutes_proto.store.rows import StoreOp
 
 T = TypeVar("T")
@@ -110,8 +113,9 @@ class SqliteStore:
     `StoreBusy`. With ``migrate`` a file of an older schema version is brought to this release's; ``found_version`` is
     the one that it had (None: it was empty), ``schema_version`` the one that it has now, ``commits`` the number of
     commits. With ``alone`` nobody else has the file open, a server that does nothing neither, or `StoreBusy` is raised.
-    A file that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused. Raises
-    `StoreError` for a file that cannot be a store.
+    A file that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused. Rows are
+    authenticated with the key that ``vault`` opens, and a new store is sealed with it. Raises `StoreError` for a file
+    that cannot be a store.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class SqliteStore:
         migrate: bool = False,
         alone: bool = False,
         mark_file: Path | None = None,
+        vault: Vault | None = None,
     ) -> None:
         self.path: Path = Path(path).resolve()
         self.name: str = str(self.path)
@@ -131,7 +136,12 @@ class SqliteStore:
         self.found_version: int | None = None
         self.clock_skew: int | None = None
         self.schema_version: int = 0
+        self.custody: Custody = Custody(self.name)
+        if vault is not None:
+            self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file)
+        if self._marks.is_sealed:
+            self.custody.require_seal()
         self._migrate = migrate
         self._alone = alone
         self._busy_seconds = busy_seconds
@@ -151,6 +161,8 @@ class SqliteStore:
             except BaseException:
                 self._drop()
                 raise
+        if vault is not None:
+            seal_if_new(self, vault)
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
@@ -159,6 +171,8 @@ class SqliteStore:
             if mine:
                 self._write(job)
         if job.fault is not None:
+            with self._lock:
+                self.custody.note(job.fault)
             raise job.fault
         result: T = job.result
         return result
@@ -204,10 +218,11 @@ class SqliteStore:
         """Run several units in one transaction that reads the file as it is when the block begins."""
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             _ = self._versions(connection).require()
+            session = self._session(connection)
 
             def run(unit: Unit[T]) -> T:
                 job = _Job(unit)
-                self._run(connection, job)
+                _ = self._run(connection, job, session)
                 if job.fault is not None:
                     raise job.fault
                 result: T = job.result
@@ -328,14 +343,15 @@ class SqliteStore:
         jobs: list[_Job] = []
         try:
             with self._transaction() as connection:
-                versions = self._versions(connection)
-                # A newer release may have migrated the file meanwhile.
-                _ = versions.check(versions.execute(READ_VERSION))
+                session = self._session(connection)
                 self._check_mark(connection)
                 jobs = self._take(job)
                 for each in jobs:
-                    self._run(connection, each)
+                    if self._run(connection, each, session):
+                        session = self._session(connection)
             self._marks.note(change for each in jobs for change in each.changes)
+            if session.is_sealed:
+                self._marks.seal()
         except BaseException as exc:
             jobs = jobs or self._take(job)
             seen = False
@@ -350,29 +366,40 @@ class SqliteStore:
             for each in jobs[1:]:
                 each.turn.release()
 
-    def _run(self, connection: sqlite3.Connection, job: _Job) -> None:
-        """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit."""
+    def _session(self, connection: sqlite3.Connection) -> Session:
+        """Check the schema, as a newer release may have migrated the file meanwhile; return the keys of the rows."""
+        versions = self._versions(connection)
+        found = versions.execute(READ_VERSION)
+        _ = versions.check(found)
+        return self.custody.session(found[0][2], versions.execute)
 
-        def perform(op: StoreOp[Any]) -> object:
-            text, values = statement(op)
+    def _run(self, connection: sqlite3.Connection, job: _Job, session: Session) -> bool:
+        """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit.
+
+        Returns whether the next unit needs a new session.
+        """
+
+        def run(op: StoreOp[Any] | None, text: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
             try:
                 cursor = connection.execute(for_driver(text, "sqlite"), values)
-                rows = cursor.fetchall()
+                rows: list[tuple[Any, ...]] = cursor.fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
                 job.changes.append((cursor.lastrowid or 0, op.row))
             elif isinstance(op, PurgeAudit):
                 job.changes.append(op)
-            try:
-                return decode(op, rows)
-            except LostFactError as exc:
-                raise self._fault(str(exc)) from None
+            return rows
 
+        guard = Guard(session, run)
         _ = connection.execute("SAVEPOINT unit")
         try:
             with self._translated():
-                job.result = run_script(job.unit.script(), perform)
+                try:
+                    job.result = run_script(job.unit.script(), guard.perform)
+                    guard.finish()
+                except LostFactError as exc:
+                    raise self._fault(str(exc)) from None
         except BaseException as exc:
             job.fault = exc
             job.changes.clear()
@@ -380,6 +407,7 @@ class SqliteStore:
                 raise
             _ = connection.execute("ROLLBACK TO unit")
         _ = connection.execute("RELEASE unit")
+        return guard.changed_state and job.fault is None
 
     # --- the file ---
 

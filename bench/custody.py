@@ -1,0 +1,71 @@
+"""The cost of authenticated rows: boots and syncs in a sealed store beside one that is not, both in SQLite.
+
+The two take turns, in this thread, so that a slow moment affects both; CPU time is this thread's. A boot has three
+volumes. Its two audit rows are sequenced afterwards, in batches.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import thread_time
+
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store.rows import Vm
+from chutes_proto.testing.store_suite._parts import VAULT, boot, sync
+from chutes_proto.units.log import SALT_SIZE, SequenceLog
+
+BOOTS = 600
+BATCH = 50
+VOLUMES = ("storage", "tdx-cache", "scratch")
+LIMIT_MS = 0.25
+"""The most that a boot may cost more."""
+
+
+def run() -> None:
+    with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder, ExitStack() as opened:
+        stores = {
+            name: opened.enter_context(closing(SqliteStore(Path(folder) / f"{name}.db", vault=vault)))
+            for name, vault in (("not sealed", None), ("sealed", VAULT))
+        }
+        boots: dict[str, list[float]] = {name: [] for name in stores}
+        sequenced: dict[str, list[float]] = {name: [] for name in stores}
+        for number in range(BOOTS):
+            for name, store in stores.items():
+                boots[name].append(_cpu(partial(_boot, store, number)))
+            if number % BATCH == BATCH - 1:
+                for name, store in stores.items():
+                    unit = SequenceLog(os.urandom(SALT_SIZE * 4 * BATCH), "bench")
+                    sequenced[name].append(_cpu(partial(store.transact, unit)) / BATCH)
+    print(f"Rows of a boot with a sync of {len(VOLUMES)} volumes, in SQLite; ms of CPU, medians of {BOOTS} boots")
+    print(f"{'store':>12}{'units':>10}{'sequencer':>12}{'both':>10}")
+    both: dict[str, float] = {}
+    for name in stores:
+        parts = median(boots[name]), median(sequenced[name])
+        both[name] = sum(parts)
+        print(f"{name:>12}{parts[0]:10.3f}{parts[1]:12.3f}{both[name]:10.3f}")
+    more = both["sealed"] - both["not sealed"]
+    held = "within" if more <= LIMIT_MS else "NOT within"
+    print(f"sealed costs {more:.3f} ms a boot more: {held} the limit of {LIMIT_MS} ms")
+
+
+def _boot(store: SqliteStore, number: int) -> None:
+    vm = Vm(VM_OWNER, f"vm-{number % 50}")
+    granted = boot(f"bench {number}", now=1_700_000_000 + 60 * number, vm=vm)
+    store.transact(granted)
+    store.transact(sync(granted, f"bench {number}", *VOLUMES))
+
+
+VM_OWNER = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+
+
+def _cpu(work: Callable[[], object]) -> float:
+    """The CPU of this thread, in ms."""
+    begin = thread_time()
+    _ = work()
+    return 1000 * (thread_time() - begin)

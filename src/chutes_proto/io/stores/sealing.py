@@ -1,0 +1,102 @@
+"""The seal of a store (``store/_guard.py``): of a new one as soon as it is opened, of an older one step by step.
+
+``find_faults`` reads a whole store and says which rows are not authentic.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from chutes_proto.errors import RowNotAuthentic, StoreError
+from chutes_proto.keys.vault import Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store import rows
+from chutes_proto.store._guard import SEALED, Custody, InspectRows, InspectStore, InspectVm, ReadSeal, ReadVms
+from chutes_proto.store._run import Ask, Store, untold
+from chutes_proto.store.rows import CountRows
+from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealNew, SealRows, SealVms
+
+_PAGE = 1000
+
+
+class Opened(Store, Protocol):
+    """A store that was opened, perhaps with a KEK."""
+
+    name: str
+    custody: Custody
+
+
+def seal_if_new(store: Store, vault: Vault) -> None:
+    """Seal a store that has no rows."""
+    _ = store.transact(SealNew(int(time.time()), vault, _drawn()))
+
+
+def require_keys(store: Opened) -> bool:
+    """Return whether the store is sealed. Raises `StoreError` if it is and was opened without its KEK."""
+    has_macs, is_final = store.transact(Ask(ReadSeal()))
+    if has_macs and not store.custody.has_keys:
+        raise StoreError(
+            f"store {store.name}: it is sealed, and only the KEK opens the key of its rows; name the server's"
+            " configuration with --config"
+        )
+    return is_final
+
+
+def seal_store(
+    store: Store, vault: Vault, reason: str, tell: Callable[[int, int], object] = untold
+) -> tuple[int, int] | None:
+    """Seal an older store while servers of this release use it; returns how many rows and VMs were sealed.
+
+    None for one that is sealed already. Begun again after an interruption, it goes on. ``tell`` takes how many rows
+    were looked at, and of about how many.
+    """
+    now = int(time.time())
+    if not store.transact(BeginSealing(now, vault, _drawn(), reason)):
+        return None
+    total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
+    looked = sealed = vms = 0
+    for kind in SEALED:
+        last: rows.Row | None = None
+        while True:
+            count, last = store.transact(SealRows(now, kind, last, reason, _PAGE))
+            sealed += count
+            if last is None:
+                break
+            looked += _PAGE
+            _ = tell(min(looked, total), total)
+    after: rows.Vm | None = None
+    while True:
+        count, after = store.transact(SealVms(now, after, reason))
+        vms += count
+        if after is None:
+            break
+    store.transact(EndSealing(now, reason))
+    return sealed, vms
+
+
+def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> Iterator[RowNotAuthentic]:
+    """Find the rows of a sealed store that are not authentic, and the VMs whose rows contradict their heads."""
+    yield from store.transact(Ask(InspectStore()))
+    total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
+    looked = 0
+    for kind in SEALED:
+        last: rows.Row | None = None
+        while True:
+            faults, last = store.transact(Ask(InspectRows(kind, last, _PAGE)))
+            yield from faults
+            if last is None:
+                break
+            looked += _PAGE
+            _ = tell(min(looked, total), total)
+    after: rows.Vm | None = None
+    while page := store.transact(Ask(ReadVms(after, _PAGE))):
+        for vm in page:
+            yield from store.transact(Ask(InspectVm(vm)))
+        after = page[-1]
+
+
+def _drawn() -> Secret:
+    return Secret(os.urandom(ENTROPY_SIZE))

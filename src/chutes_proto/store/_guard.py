@@ -1,0 +1,892 @@
+"""The guard of a sealed store, below the units: it checks the rows that a unit reads, and authenticates what it writes.
+
+A store without a key of its own is not sealed, and passes the guard as it is. In a sealed one
+
+* each row has a MAC (``_macs.py``). So a row that was forged, changed or copied to another place is not authentic;
+* the rows of a VM on which a release of keys depends are a *group*, and so are those of the store as a whole. Each
+  group has a *head*: an authentic list of the tags that its rows have now, and a version, which grows with each
+  transaction that writes. So a row that is missing, superfluous, or older than the newest, is not authentic either;
+* an audit row has the version of the head that its transaction wrote. A group that went back as a whole contradicts
+  the log, as soon as the log has a later entry.
+
+The groups:
+
+* of a VM: its claim, its live generations (`ReadLiveGenerations`), its volumes, and its boots of the last minutes. An
+  older boot has no token that is alive. A settled generation and a volume that a boot was given have a MAC alone, and
+  the boot says how many of these there are;
+* of the store: facts, revocations and keyring. Other rows release no key: a MAC shows that they were forged, and
+  nothing shows that they were deleted.
+
+A fault is a `RowNotAuthentic`, ends the unit and concerns this VM alone; one of the store's group concerns all.
+
+The state of the seal is a fact: twice the epoch of the key, and one more once all rows are sealed. Until then a row
+without a MAC, and a VM without a head, are accepted; both are written with every change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, Final, TypeVar
+
+import msgspec
+from attrs import define, evolve, field, frozen
+
+from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, StoreError
+from chutes_proto.secret import Secret
+from chutes_proto.store import rows as store
+from chutes_proto.store import sql
+from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, is_of_row
+from chutes_proto.store.rows import StoreOp
+from chutes_proto.store.sql import Rows, Values, columns, decode, decode_rows, encode, flags, kind_read, statement
+
+T_co = TypeVar("T_co", covariant=True)
+
+ROWS_KEY: Final = "rows"
+"""The kind of the key of the MACs in `KeyringRow`."""
+
+RECENT_SECONDS: Final = 1200
+"""A boot that is older than the newest one of its VM by more than this has nothing that is alive."""
+RECENT_BOOTS: Final = 32
+"""The most boots in a head; of older ones nothing counts any more."""
+
+_HEADS_HELD: Final = 2000
+"""How many heads one transaction has in memory before it writes them."""
+_PAGE: Final = 1000
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(dict[str, dict[str, bytes]]).decode
+
+Run = Callable[[StoreOp[Any] | None, str, Values], Rows]
+"""Runs a statement, of an operation or of the guard's own, in the transaction of the unit."""
+
+_FACTS: Final = "fact"
+
+_GENERATION: Final = {name: at for at, name in enumerate(columns(store.GenerationRow))}
+_REVOCATION: Final = {name: at for at, name in enumerate(columns(store.RevocationRow))}
+_BOOT: Final = {name: at for at, name in enumerate(columns(store.BootRow))}
+_FLAGS: Final = {kind: flags(kind) for kind in store.ROWS}
+
+
+# --- keys and heads ---
+
+
+@define
+class Custody:
+    """The keys of one open store, and the findings about its rows.
+
+    Several threads may ask for a session at once; `note` is called by one at a time.
+    """
+
+    name: str
+    faults: Counter[str] = field(factory=Counter[str], init=False)
+    """The number of faults, by table."""
+    _unwrap: Callable[[store.KeyringRow], Secret] | None = field(default=None, init=False)
+    _keys: dict[int, EpochKey] = field(factory=dict[int, EpochKey], init=False)
+    _is_final: bool = field(default=False, init=False)
+
+    def hold(self, unwrap: Callable[[store.KeyringRow], Secret]) -> None:
+        """Open keys with ``unwrap`` from now on."""
+        self._unwrap = unwrap
+
+    def require_seal(self) -> None:
+        """Refuse the store from now on if it says that it is not sealed: it was."""
+        self._is_final = True
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether keys can be opened."""
+        return self._unwrap is not None
+
+    def note(self, exc: BaseException) -> None:
+        """Count it, if it is a fault of a row."""
+        if isinstance(exc, RowNotAuthentic):
+            self.faults[exc.table] += 1
+
+    def session(self, state: int | None, read: Callable[[str], Rows]) -> Session:
+        """The keys for a transaction that found the store in ``state``. Raises `StoreError`.
+
+        ``read`` runs a statement in that transaction.
+        """
+        epoch, is_final = divmod(state or 0, 2)
+        if self._is_final and not is_final:
+            raise StoreError(
+                f"store {self.name}: it says that it is not sealed, and it was: somebody changed it, or it is another"
+                " one; restore a backup, or run `chutes-proto store check`"
+            )
+        if not epoch:
+            return Session(None, is_final=False, is_locked=False)
+        key = self._keys.get(epoch)
+        if key is None and self._unwrap is not None:
+            # Without its KEK no server starts (`check_keys`), and nobody writes.
+            with suppress(KeyUnavailable):
+                key = self._keys[epoch] = self._open(epoch, self._unwrap, read)
+        if key is None:
+            return Session(None, is_final=bool(is_final), is_locked=True)
+        self._is_final = bool(is_final)
+        return Session(key, is_final=bool(is_final), is_locked=False)
+
+    def _open(self, epoch: int, unwrap: Callable[[store.KeyringRow], Secret], read: Callable[[str], Rows]) -> EpochKey:
+        rows = decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{ROWS_KEY}' AND epoch = {epoch}"))
+        if not rows:
+            raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", "it is missing")
+        return EpochKey(epoch, unwrap(rows[0]))
+
+
+_KEYRING: Final = f"SELECT {', '.join(columns(store.KeyringRow))} FROM keyring"  # noqa: S608
+
+
+@frozen
+class Session:
+    """The keys of one transaction: none of a store that is not sealed, or ``is_locked``, as nobody has its KEK here."""
+
+    key: EpochKey | None
+    is_final: bool
+    is_locked: bool
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether all rows are sealed, as the holder of the key knows."""
+        return self.key is not None and self.is_final
+
+
+@define(eq=False)
+class Head:
+    """The head of a group: for each table, the tag of each row by its key, and more where the rule needs it.
+
+    A generation's tag has one byte more, whether it is live by itself, and a revocation's, whether it was undone; a
+    boot's has the time of its grant before it.
+    """
+
+    version: int
+    contents: dict[str, dict[str, bytes]]
+    is_changed: bool = False
+
+    def of(self, table: str) -> dict[str, bytes]:
+        """The tags of a table's rows, to read or to change."""
+        return self.contents.setdefault(table, {})
+
+
+def _vm_of(kind: type[store.Row], values: Values) -> tuple[str, str]:
+    return (values[1], values[2]) if kind is store.BootRow else (values[0], values[1])
+
+
+def _name(vm: tuple[str, str]) -> str:
+    return f"{vm[0]}/{vm[1]}"
+
+
+def _key_text(kind: type[store.Row], values: Sequence[Any]) -> str:
+    key = values[: len(kind.KEY)]
+    return "/".join(part.hex() if isinstance(part, bytes) else str(part) for part in key)
+
+
+def _is_live(values: Sequence[Any]) -> bool:
+    """Whether a generation is in its VM's head though it is not the newest of its volume."""
+    return (
+        values[_GENERATION["state"]] in ("active", "candidate")
+        or bool(values[_GENERATION["provisional"]])
+        or values[_GENERATION["retirement"]] == "prune"
+    )
+
+
+def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str, bytes]:
+    """The tags of the live ones of all these generations, as a head has them."""
+    rows = list(tagged)
+    newest: dict[str, int] = {}
+    for values, _ in rows:
+        newest[values[2]] = max(values[3], newest.get(values[2], 0))
+    found: dict[str, bytes] = {}
+    for values, tag in rows:
+        live = _is_live(values)
+        if live or values[3] == newest[values[2]]:
+            found[f"{values[2]}/{values[3]}"] = tag + bytes((live,))
+    return found
+
+
+# --- the guard ---
+
+
+class Guard:
+    """The guard of one run of one unit; `finish` writes the heads, after the script has ended."""
+
+    def __init__(self, session: Session, run: Run) -> None:
+        self._key = session.key
+        self._is_final = session.is_final
+        self._is_locked = session.is_locked
+        self._run = run
+        self._heads: dict[tuple[str, str], Head | None] = {}
+        self._store: Head | None = None
+        self._given: dict[str, int | None] = {}
+        self.changed_state: bool = False
+        """Whether the unit has changed the state of the seal."""
+
+    @property
+    def state(self) -> tuple[bool, bool]:
+        """Whether rows get MACs, and whether all have one."""
+        return self._key is not None or self._is_locked, self._is_final
+
+    def perform(self, op: StoreOp[Any]) -> Any:
+        """Carry out an operation. Raises `RowNotAuthentic`."""
+        if isinstance(op, _OfSeal):
+            return op.carry_out(self)
+        if self._key is None:
+            if self._is_locked and type(op) in _CHANGES:
+                raise self._locked()
+            return decode(op, self._run(op, *statement(op, self._seal if self._is_locked else sql.not_sealed)))
+        if len(self._heads) > _HEADS_HELD:
+            self.finish()
+            self._heads.clear()
+        change = _CHANGES.get(type(op))
+        if change is not None:
+            op = change(self, op)
+            if op is None:
+                return None
+        rows = self._run(op, *statement(op, self._seal))
+        kind = kind_read(op)
+        if kind is not None and type(op) is store.ReadOtherwiseSealed:
+            rows = self._openable(rows)
+        elif kind is not None:
+            tags = self.check(kind, rows)
+            belongs = _GROUPS.get((type(op), kind))
+            if belongs is not None:
+                rows = belongs(self, op, rows, tags)
+        elif (compare := _FACT_READS.get(type(op))) is not None:
+            compare(self, rows)
+        return decode(op, rows)
+
+    def finish(self) -> None:
+        """Write the heads that have changed."""
+        key = self._key
+        if key is None:
+            return
+        for vm, head in self._heads.items():
+            if head is not None and head.is_changed:
+                head.version += 1
+                contents = _encode(head.contents)
+                mac = key.mac("head", *vm, head.version, contents)
+                _ = self._run(None, sql.PUT_HEAD, (*vm, head.version, contents, mac))
+                head.is_changed = False
+        if (head := self._store) is not None and head.is_changed:
+            head.version += 1
+            contents = _encode(head.contents)
+            mac = key.mac("store head", head.version, contents)
+            _ = self._run(None, sql.PUT_STORE_HEAD, (head.version, contents, mac))
+            head.is_changed = False
+
+    # --- rows ---
+
+    def check(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
+        """The tags of rows that have authentic MACs; b"" for one without, while these are accepted."""
+        key, of = self._key, _FLAGS[kind]
+        tags: list[bytes] = []
+        if key is None:
+            return tags
+        for row in rows:
+            mac: Any = row[-1]
+            if mac is None and not self._is_final:
+                tags.append(b"")
+            elif is_of_row(key, kind, row[:-1], of, mac):
+                tags.append(bytes(mac)[-TAG_SIZE:])
+            else:
+                why = "it has no MAC" if mac is None else "its MAC is not that of its columns and place"
+                raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), why)
+        return tags
+
+    def _openable(self, rows: Rows) -> Rows:
+        """Generations to be rewrapped: one that is not authentic does not open, and stops no other one."""
+        found: list[Sequence[Any]] = []
+        for row in rows:
+            try:
+                _ = self.check(store.GenerationRow, (row,))
+                found.append(row)
+            except RowNotAuthentic:
+                emptied = list(row)
+                for name in ("sealed", "wrapped_key"):
+                    emptied[_GENERATION[name]] = None
+                found.append(emptied)
+        return found
+
+    def _seal(self, kind: type[store.Row], values: Values) -> bytes:
+        """The MAC of a row that is written, and its place in the head of its group."""
+        if self._key is None:
+            raise self._locked()
+        mac = self._key.mac("row", kind.TABLE, *values)
+        self.enter(kind, values, mac[-TAG_SIZE:])
+        return mac
+
+    def enter(self, kind: type[store.Row], values: Values, tag: bytes) -> None:
+        """Enter a row that is the newest of its key into the head of its group."""
+        enter = _ENTRIES.get(kind)
+        if enter is not None:
+            head = self.head(_vm_of(kind, values))
+            if head is not None:
+                enter(head, values, tag)
+                head.is_changed = True
+        elif kind is store.RevocationRow or kind is store.KeyringRow:
+            head = self.store_head()
+            if head is not None:
+                head.of(kind.TABLE)[_key_text(kind, values)] = tag + _is_past(kind, values)
+                head.is_changed = True
+
+    def _locked(self) -> StoreError:
+        return StoreError(
+            "the store is sealed, and only its KEK opens the key of its rows; name the server's configuration with"
+            " --config, and that KEK in it"
+        )
+
+    # --- heads ---
+
+    def head(self, vm: tuple[str, str]) -> Head | None:
+        """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
+        if vm in self._heads or self._key is None:
+            return self._heads.get(vm)
+        ((known, version, contents, mac),) = self._run(None, sql.READ_HEAD, (*vm, *vm))
+        found: Head | None = None
+        if version is not None:
+            if not self._key.holds(mac, "head", *vm, version, contents):
+                raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
+            if known is not None and version < known:
+                raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
+            found = Head(version, _decode(contents))
+        elif known is not None:
+            raise RowNotAuthentic("head", _name(vm), f"it is missing, and the log has version {known}")
+        elif self._is_final or not self._run(None, sql.IS_KNOWN, vm * 4)[0][0]:
+            found = Head(0, {})
+        self._heads[vm] = found
+        return found
+
+    def store_head(self, stored: Any = None) -> Head | None:
+        """The head of the store's own group; None while the store is not sealed. ``stored`` is its row, if known."""
+        if self._store is None and self._key is not None and self._is_final:
+            if stored is None:
+                rows = self._run(None, sql.READ_STORE_HEAD, ())
+                stored = rows[0] if rows else (None, None, None)
+            version, contents, mac = stored
+            if version is None:
+                raise RowNotAuthentic("store_head", "store", "it is missing")
+            if not self._key.holds(mac, "store head", version, contents):
+                raise RowNotAuthentic("store_head", "store", "its MAC is not that of its columns and place")
+            self._store = Head(version, _decode(contents))
+        return self._store
+
+    def expect(self, table: str, key: str, found: bytes | None, expected: bytes | None) -> None:
+        """Compare a row's tag with its head's. Raises `RowNotAuthentic`."""
+        if found == expected:
+            return
+        if found is None:
+            why = "it is missing"
+        elif expected is None:
+            why = "it was not there when the group was written last"
+        else:
+            why = "it is not the row that was written last"
+        raise RowNotAuthentic(table, key, why)
+
+    def expect_all(self, table: str, prefix: str, found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+        """Compare all rows of a table with their head. Raises `RowNotAuthentic` for the first that differs."""
+        if found == expected:
+            return
+        for key in sorted(found.keys() | expected.keys()):
+            self.expect(table, f"{prefix}{key}", found.get(key), expected.get(key))
+
+    def fact(self, name: str, value: int) -> None:
+        """Note a fact that is about to be written."""
+        head = self.store_head()
+        if head is not None:
+            head.of(_FACTS)[name] = _number(value)
+            head.is_changed = True
+
+    def expect_fact(self, name: str, value: int | None) -> None:
+        """Compare a fact with the head. Raises `RowNotAuthentic`."""
+        head = self.store_head()
+        if head is not None:
+            found = None if value is None else _number(value)
+            self.expect(_FACTS, name, found, head.of(_FACTS).get(name))
+
+    # --- what operations do to groups ---
+
+    def audited(self, op: store.Insert) -> store.Insert:
+        row = op.row
+        if not isinstance(row, store.AuditRow) or row.vm is None:
+            return op
+        head = self._heads.get((row.vm.hotkey, row.vm.name))
+        # A refusal alone changes nothing of the VM, and a stranger may cause it.
+        if head is None or (row.decision == "refused" and not head.is_changed):
+            return op
+        head.is_changed = True
+        return store.Insert(evolve(row, vm_version=head.version + 1))
+
+    def copied(self, op: store.InsertAll) -> store.InsertAll:
+        for row in op.rows:
+            if isinstance(row, store.AuditRow) and row.vm is not None and row.vm_version is not None:
+                head = self.head((row.vm.hotkey, row.vm.name))
+                if head is not None and head.version < row.vm_version:
+                    head.version, head.is_changed = row.vm_version, True
+        return op
+
+    def voided(self, op: store.VoidTokens) -> None:
+        rows = self._run(None, sql.READ_UNVOIDED, (op.vm.hotkey, op.vm.name))
+        _ = self.check(store.BootRow, rows)
+        for row in decode_rows(store.BootRow, rows):
+            self.perform(store.Put(evolve(row, voided_at=op.at)))
+
+    def doubted(self, _op: store.DoubtCandidates) -> None:
+        while rows := self._run(None, sql.READ_CANDIDATES, (_PAGE,)):
+            _ = self.check(store.GenerationRow, rows)
+            for row in decode_rows(store.GenerationRow, rows):
+                self.perform(store.UpdateGeneration(evolve(row, provisional=True)))
+
+    def forgot(self, op: store.Forget) -> store.Forget:
+        head = self.head((op.vm.hotkey, op.vm.name))
+        if head is not None:
+            head.contents.pop(op.kind.TABLE, None)
+            head.is_changed = True
+        return op
+
+    def deleted(self, op: store.Delete) -> store.Delete:
+        if op.kind is store.BootRow:
+            for boot_id, *vm in self._run(None, sql.vms_of(len(op.keys)), op.keys):
+                head = self.head((vm[0], vm[1]))
+                if head is not None and head.of("boot").pop(boot_id, None) is not None:
+                    head.is_changed = True
+        return op
+
+    def set_fact(self, op: Any) -> Any:
+        self.fact(_FACT_WRITES[type(op)], op.at if isinstance(op, store.DecideLoss) else op.to)
+        return op
+
+    # --- complete reads ---
+
+    def claim(self, op: store.Read[store.VmRow], rows: Rows, tags: list[bytes]) -> Rows:
+        if isinstance(op.key, store.Vm):
+            vm = (op.key.hotkey, op.key.name)
+            head = self.head(vm)
+            if head is not None:
+                self.expect("vm", _name(vm), tags[0] if tags else None, head.of("vm").get(""))
+        return rows
+
+    def generations(self, op: Any, rows: Rows, tags: list[bytes]) -> Rows:
+        owner = op.vm if isinstance(op, store.ReadLiveGenerations) else op.owner
+        vm = (owner.hotkey, owner.name)
+        head = self.head(vm)
+        if head is not None:
+            found = _generation_tags(zip(rows, tags, strict=True))
+            self.expect_all("generation", f"{_name(vm)}/", found, head.of("generation"))
+        return rows
+
+    def volumes(self, op: store.ReadAll[store.VolumeRow], rows: Rows, tags: list[bytes]) -> Rows:
+        if isinstance(op.owner, store.Vm):
+            vm = (op.owner.hotkey, op.owner.name)
+            head = self.head(vm)
+            if head is not None:
+                found = {values[2]: tag for values, tag in zip(rows, tags, strict=True)}
+                self.expect_all("volume", f"{_name(vm)}/", found, head.of("volume"))
+        return rows
+
+    def boots(self, _op: Any, rows: Rows, tags: list[bytes]) -> Rows:
+        """Boots that are as they were written last; one that too many others have followed is not found."""
+        return [row for row, tag in zip(rows, tags, strict=True) if self._is_newest(row, tag)]
+
+    def last_boot(self, op: store.FindLastBoot, rows: Rows, tags: list[bytes]) -> Rows:
+        """The newest boot; all those of the head are compared: where one was deleted, its token is not just unknown."""
+        vm = (op.vm.hotkey, op.vm.name)
+        head = self.head(vm)
+        if head is not None and (boots := head.of("boot")):
+            since = min(int.from_bytes(entry[:8], "big") for entry in boots.values())
+            stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, since))
+            found: dict[str, bytes] = {}
+            for row, tag in zip(stored, self.check(store.BootRow, stored), strict=True):
+                if row[0] in boots or len(boots) < RECENT_BOOTS:
+                    found[row[0]] = _number(row[_BOOT["created_at"]]) + tag
+            self.expect_all("boot", "", found, boots)
+        return self.boots(op, rows, tags)
+
+    def _is_newest(self, row: Sequence[Any], tag: bytes) -> bool:
+        head = self.head(_vm_of(store.BootRow, tuple(row)))
+        self._given[row[0]] = row[_BOOT["given"]]
+        if head is None:
+            return True
+        boots, created_at = head.of("boot"), row[_BOOT["created_at"]]
+        entry = boots.get(row[0])
+        if entry is None and boots:
+            times = [int.from_bytes(each[:8], "big") for each in boots.values()]
+            if created_at < max(times) - RECENT_SECONDS:
+                return True  # nothing of it is alive, as its own times say
+            if len(times) >= RECENT_BOOTS and created_at <= min(times):
+                return False
+        self.expect("boot", row[0], _number(created_at) + tag, entry)
+        return True
+
+    def boot_volumes(self, op: store.ReadBootVolumes, rows: Rows, _tags: list[bytes]) -> Rows:
+        given = self._given.get(op.boot_id)
+        if given is not None and given != len(rows):
+            raise RowNotAuthentic("boot_volume", op.boot_id, _told_given(given, len(rows)))
+        return rows
+
+    def whole_table(self, op: Any, rows: Rows, tags: list[bytes]) -> Rows:
+        kind = kind_read(op) or store.KeyringRow
+        head = self.store_head()
+        if head is not None:
+            pairs = zip(rows, tags, strict=True)
+            found = {_key_text(kind, values): tag + _is_past(kind, values) for values, tag in pairs}
+            expected = head.of(kind.TABLE)
+            if isinstance(op, store.ReadRevoked):
+                expected = {key: tag for key, tag in expected.items() if not tag[-1]}
+            self.expect_all(kind.TABLE, "", found, expected)
+        return rows
+
+    def revocation(self, op: store.ReadRevocation, rows: Rows, tags: list[bytes]) -> Rows:
+        head = self.store_head()
+        if head is not None:
+            key = f"{op.kind}/{op.subject}"
+            found = tags[0] + _is_past(store.RevocationRow, rows[0]) if tags else None
+            self.expect("revocation", key, found, head.of("revocation").get(key))
+        return rows
+
+    def times(self, rows: Rows) -> None:
+        if rows:
+            horizon, _, version, *stored = rows[0]
+            _ = self.store_head(stored)
+            self.expect_fact("nonce_horizon", horizon)
+            self.expect_fact("revocations", version)
+
+    def loss(self, rows: Rows) -> None:
+        self.expect_fact("loss_decided_at", rows[0][0] if rows else None)
+
+    # --- the seal ---
+
+    def begin(self, row: store.KeyringRow, random: Secret) -> None:
+        """Write MACs and heads from now on; servers of older releases end."""
+        _ = self._run(None, sql.END_COMPATIBILITY, ())
+        _ = self._run(None, sql.SET_SEAL, (2 * row.epoch,))
+        self.changed_state = True
+        self._key, self._is_locked = EpochKey(row.epoch, random), False
+        self.perform(store.Insert(row))
+
+    def end(self) -> None:
+        """Accept no row without a MAC from now on, and no VM without a head."""
+        facts = {name: _number(value) for name, value in self._run(None, sql.READ_FACTS, ())}
+        self._store = Head(0, {_FACTS: facts}, is_changed=True)
+        for kind in (store.RevocationRow, store.KeyringRow):
+            rows = self._run(None, *statement(store.Scan(kind)))
+            for values, tag in zip(rows, self.check(kind, rows), strict=True):
+                self.enter(kind, tuple(values[:-1]), tag)
+        epoch = 0 if self._key is None else self._key.epoch
+        _ = self._run(None, sql.SET_SEAL, (2 * epoch + 1,))
+        self.changed_state = self._is_final = True
+
+    def adopt(self, kind: type[store.Row], after: store.Row | None, limit: int) -> tuple[int, store.Row | None]:
+        """Give the next rows of a kind a MAC that have none; returns how many, and the last that was looked at."""
+        if self._key is None:
+            raise StoreError("the store has no key for its rows yet")
+        rows = self._run(None, *statement(store.ReadPage(kind, after, limit)))
+        found = decode_rows(kind, rows)
+        count = 0
+        _ = self.check(kind, rows)
+        for row, values in zip(found, rows, strict=True):
+            if values[-1] is None:
+                whole = encode(row)
+                mac = self._key.mac("row", kind.TABLE, *whole)
+                _ = self._run(None, sql.set_mac(kind), (mac, *whole[: len(kind.KEY)]))
+                count += 1
+        return count, found[-1] if len(found) == limit else None
+
+    def adopt_vm(self, vm: store.Vm) -> bool:
+        """Give a VM a head that has none, from its rows as they are; returns whether it had none."""
+        name = (vm.hotkey, vm.name)
+        if self.head(name) is not None:
+            return False
+        head = self._heads[name] = Head(0, {}, is_changed=True)
+        newest = self._run(None, *statement(store.FindLastBoot(vm)))
+        since = newest[0][_BOOT["created_at"]] - RECENT_SECONDS if newest else 0
+        for kind, rows in (
+            (store.VmRow, self._run(None, *statement(store.Read(store.VmRow, vm)))),
+            (store.VolumeRow, self._run(None, *statement(store.ReadAll(store.VolumeRow, vm)))),
+            (store.BootRow, self._run(None, sql.READ_BOOTS_SINCE, (*name, since))),
+        ):
+            for values, tag in zip(rows, self._adopted(kind, rows), strict=True):
+                _ENTRIES[kind](head, tuple(values[:-1]), tag)
+        rows = self._run(None, *statement(store.ReadLiveGenerations(vm)))
+        tags = self._adopted(store.GenerationRow, rows)
+        head.contents["generation"] = _generation_tags(zip(rows, tags, strict=True))
+        return True
+
+    def _adopted(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
+        """The tags of rows that have been given MACs."""
+        tags = self.check(kind, rows)
+        if b"" in tags:
+            raise RowNotAuthentic(kind.TABLE, _key_text(kind, rows[tags.index(b"")]), "its MAC was removed meanwhile")
+        return tags
+
+    def next_vms(self, after: store.Vm | None, limit: int) -> tuple[store.Vm, ...]:
+        """The next VMs of which there is any row, or a head."""
+        beyond = ("", "") if after is None else (after.hotkey, after.name)
+        return tuple(sorted(store.Vm(*values) for values in self._run(None, sql.NEXT_VMS, (*beyond, limit))))
+
+    def inspect(
+        self, kind: type[store.Row], after: store.Row | None, limit: int
+    ) -> tuple[tuple[RowNotAuthentic, ...], store.Row | None]:
+        """The faults of the next rows of a kind, and the last of these rows, None after the last page."""
+        rows = self._run(None, *statement(store.ReadPage(kind, after, limit)))
+        faults: list[RowNotAuthentic] = []
+        for row in rows:
+            try:
+                _ = self.check(kind, (row,))
+            except RowNotAuthentic as exc:
+                faults.append(exc)
+        if kind is store.BootRow and rows:
+            keys = tuple(row[0] for row in rows)
+            for boot_id, given, there in self._run(None, sql.count_given(len(keys)), keys):
+                faults.append(RowNotAuthentic("boot_volume", boot_id, _told_given(given, there)))
+        return tuple(faults), decode_rows(kind, rows[-1:])[0] if len(rows) == limit else None
+
+    def inspect_vm(self, vm: store.Vm) -> tuple[RowNotAuthentic, ...]:
+        """The faults of the group of a VM: one for each of its parts at most."""
+        faults: list[RowNotAuthentic] = []
+        for op in (
+            store.Read(store.VmRow, vm),
+            store.ReadLiveGenerations(vm),
+            store.ReadAll(store.VolumeRow, vm),
+            store.FindLastBoot(vm),
+        ):
+            try:
+                self.perform(op)
+            except RowNotAuthentic as exc:
+                if exc.table == "head":
+                    return (exc,)
+                faults.append(exc)
+        numbers: dict[str, list[int]] = {}
+        for row in self._run(None, *statement(store.ReadAll(store.GenerationRow, vm))):
+            numbers.setdefault(row[2], []).append(row[3])
+        for volume, found in numbers.items():
+            for number in sorted(set(range(1, max(found))) - set(found)):
+                key = f"{vm.hotkey}/{vm.name}/{volume}/{number}"
+                faults.append(RowNotAuthentic("generation", key, "it is missing: no generation is ever deleted"))
+        return tuple(faults)
+
+    def inspect_store(self) -> tuple[RowNotAuthentic, ...]:
+        """The faults of the store's own group, likewise."""
+        faults: list[RowNotAuthentic] = []
+        if self._is_locked:
+            raise self._locked()
+        try:
+            head = self.store_head()
+        except RowNotAuthentic as exc:
+            return (exc,)
+        if head is not None:
+            facts = {name: _number(value) for name, value in self._run(None, sql.READ_FACTS, ())}
+            for name in sorted(facts.keys() | head.of(_FACTS).keys()):
+                try:
+                    self.expect(_FACTS, name, facts.get(name), head.of(_FACTS).get(name))
+                except RowNotAuthentic as exc:
+                    faults.append(exc)
+        for op in (store.Scan(store.RevocationRow), store.Scan(store.KeyringRow)):
+            try:
+                self.perform(op)
+            except RowNotAuthentic as exc:
+                faults.append(exc)
+        return tuple(faults)
+
+
+def _is_past(kind: type[store.Row], values: Sequence[Any]) -> bytes:
+    """One byte more for a row of the store's group: 1 for a revocation that was undone."""
+    return bytes((kind is store.RevocationRow and values[_REVOCATION["allowed_at"]] is not None,))
+
+
+def _told_given(given: int, there: int) -> str:
+    return f"the boot was given {given} volumes, and {there} are there"
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "big", signed=True)
+
+
+# --- entries of heads ---
+
+
+def _enter_claim(head: Head, _values: Values, tag: bytes) -> None:
+    head.of("vm")[""] = tag
+
+
+def _enter_volume(head: Head, values: Values, tag: bytes) -> None:
+    head.of("volume")[values[2]] = tag
+
+
+def _enter_generation(head: Head, values: Values, tag: bytes) -> None:
+    section, volume, number = head.of("generation"), values[2], values[3]
+    section[f"{volume}/{number}"] = tag + bytes((_is_live(values),))
+    numbers: dict[int, str] = {}
+    for key in section:
+        of, _, digits = key.rpartition("/")
+        if of == volume:
+            numbers[int(digits)] = key
+    newest = max(numbers)
+    for each, key in numbers.items():
+        if each != newest and not section[key][-1]:  # settled
+            del section[key]
+
+
+def _enter_boot(head: Head, values: Values, tag: bytes) -> None:
+    section = head.of("boot")
+    section[values[0]] = _number(values[_BOOT["created_at"]]) + tag
+    if len(section) == 1:
+        return
+    oldest_first = sorted(section, key=section.__getitem__)
+    newest = int.from_bytes(section[oldest_first[-1]][:8], "big")
+    kept = oldest_first[-RECENT_BOOTS:]
+    for key in oldest_first:
+        if key not in kept or int.from_bytes(section[key][:8], "big") < newest - RECENT_SECONDS:
+            del section[key]
+
+
+_ENTRIES: Final[dict[type[store.Row], Callable[[Head, Values, bytes], None]]] = {
+    store.VmRow: _enter_claim,
+    store.VolumeRow: _enter_volume,
+    store.GenerationRow: _enter_generation,
+    store.BootRow: _enter_boot,
+}
+
+_FACT_WRITES: Final[dict[type[StoreOp[Any]], str]] = {
+    store.SetHorizon: "nonce_horizon",
+    store.SetVersion: "revocations",
+    store.DecideLoss: "loss_decided_at",
+}
+
+_CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
+    store.Insert: Guard.audited,
+    store.InsertAll: Guard.copied,
+    store.VoidTokens: Guard.voided,
+    store.DoubtCandidates: Guard.doubted,
+    store.Forget: Guard.forgot,
+    store.Delete: Guard.deleted,
+    **dict.fromkeys(_FACT_WRITES, Guard.set_fact),
+}
+"""Changes of groups before an operation is carried out, or (None) in place of it."""
+
+_GROUPS: Final[dict[tuple[type[StoreOp[Any]], type[store.Row]], Callable[[Guard, Any, Rows, list[bytes]], Rows]]] = {
+    (store.Read, store.VmRow): Guard.claim,
+    (store.Read, store.BootRow): Guard.boots,
+    (store.FindLastBoot, store.BootRow): Guard.last_boot,
+    (store.FindLastBootFrom, store.BootRow): Guard.boots,
+    (store.ReadAll, store.GenerationRow): Guard.generations,
+    (store.ReadLiveGenerations, store.GenerationRow): Guard.generations,
+    (store.ReadAll, store.VolumeRow): Guard.volumes,
+    (store.ReadBootVolumes, store.BootVolumeRow): Guard.boot_volumes,
+    (store.ReadRevoked, store.RevocationRow): Guard.whole_table,
+    (store.Scan, store.RevocationRow): Guard.whole_table,
+    (store.ReadRevocation, store.RevocationRow): Guard.revocation,
+    (store.Scan, store.KeyringRow): Guard.whole_table,
+}
+"""The operations that read the whole of what a head lists, or one row that it must list."""
+
+_FACT_READS: Final[dict[type[StoreOp[Any]], Callable[[Guard, Rows], None]]] = {
+    store.ReadTimes: Guard.times,
+    store.ReadLossDecided: Guard.loss,
+}
+
+
+# --- operations of the seal ---
+
+
+class _OfSeal(StoreOp[T_co]):
+    """An operation that the guard itself carries out."""
+
+    __slots__ = ()
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
+    def carry_out(self, guard: Guard) -> T_co:
+        raise NotImplementedError
+
+
+@frozen
+class ReadSeal(_OfSeal[tuple[bool, bool]]):
+    """Whether rows get MACs, and whether all have one."""
+
+    def carry_out(self, guard: Guard) -> tuple[bool, bool]:
+        return guard.state
+
+
+@frozen
+class BeginSeal(_OfSeal[None]):
+    """Write MACs and heads from now on, under the key ``random``, which ``row`` has wrapped."""
+
+    row: store.KeyringRow
+    random: Secret
+
+    def carry_out(self, guard: Guard) -> None:
+        guard.begin(self.row, self.random)
+
+
+@frozen
+class AdoptRows(_OfSeal[tuple[int, store.Row | None]]):
+    """Give the next rows of a kind a MAC that have none; replies how many, and the row to go on after."""
+
+    kind: type[store.Row]
+    after: store.Row | None
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[int, store.Row | None]:
+        return guard.adopt(self.kind, self.after, self.limit)
+
+
+@frozen
+class ReadVms(_OfSeal[tuple[store.Vm, ...]]):
+    """The next VMs of which there is any row, or a head."""
+
+    after: store.Vm | None
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[store.Vm, ...]:
+        return guard.next_vms(self.after, self.limit)
+
+
+@frozen
+class AdoptVm(_OfSeal[bool]):
+    """Give a VM a head that has none; replies whether it had none."""
+
+    vm: store.Vm
+
+    def carry_out(self, guard: Guard) -> bool:
+        return guard.adopt_vm(self.vm)
+
+
+@frozen
+class EndSeal(_OfSeal[None]):
+    """Accept no row without a MAC from now on, and no VM without a head."""
+
+    def carry_out(self, guard: Guard) -> None:
+        guard.end()
+
+
+@frozen
+class InspectRows(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Row | None]]):
+    """The faults of the next rows of a kind, and the row to go on after."""
+
+    kind: type[store.Row]
+    after: store.Row | None
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Row | None]:
+        return guard.inspect(self.kind, self.after, self.limit)
+
+
+@frozen
+class InspectVm(_OfSeal[tuple[RowNotAuthentic, ...]]):
+    """The faults of a VM's group."""
+
+    vm: store.Vm
+
+    def carry_out(self, guard: Guard) -> tuple[RowNotAuthentic, ...]:
+        return guard.inspect_vm(self.vm)
+
+
+@frozen
+class InspectStore(_OfSeal[tuple[RowNotAuthentic, ...]]):
+    """The faults of the store's own group."""
+
+    def carry_out(self, guard: Guard) -> tuple[RowNotAuthentic, ...]:
+        return guard.inspect_store()
+
+
+SEALED: Final = tuple(kind for kind in store.ROWS if kind not in UNSEALED)
+"""The kinds of rows that have MACs."""

@@ -1,0 +1,140 @@
+"""The seal of a store: a new one begins sealed, and an operator seals an older one once; see ``store/_guard.py``.
+
+Rules kept here:
+
+* an older store is sealed page by page, while servers of this release go on. Its rows are taken for true then,
+  once, and recorded: how many rows got MACs, and a digest of the heads of the VMs;
+* it may be stopped at any step. Begun again, it passes over what has a MAC or a head;
+* only its last step makes a row without a MAC a forgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import ClassVar
+
+from attrs import frozen
+
+from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store import rows as store
+from chutes_proto.store._guard import ROWS_KEY, AdoptRows, AdoptVm, BeginSeal, EndSeal, ReadSeal, ReadVms
+from chutes_proto.store._run import Script, Unit
+
+ENTROPY_SIZE = KEY_SIZE + NONCE_SIZE
+
+
+@frozen
+class SealNew(Unit[bool]):
+    """Seal a store that has no rows; returns whether it did. ``entropy`` is `ENTROPY_SIZE` random bytes."""
+
+    now: int
+    vault: Vault
+    entropy: Secret
+
+    def script(self) -> Script[bool]:
+        """Look, and seal."""
+        has_macs, _ = yield from ReadSeal()
+        if has_macs:
+            return False
+        for kind in store.ROWS:
+            if kind.KEY and (yield from store.ReadPage(kind, None, 1)):
+                return False
+        if (yield from store.ReadAudit(0, 1)):
+            return False
+        yield from _begin(self.now, self.vault, self.entropy)
+        yield from EndSeal()
+        return True
+
+
+@frozen
+class BeginSealing(Unit[bool]):
+    """Give rows that are written MACs from now on; returns False for a store that is sealed already.
+
+    Servers of a release before, which know no MACs, are refused from then on.
+    """
+
+    now: int
+    vault: Vault
+    entropy: Secret
+    reason: str
+
+    ALONE: ClassVar[bool] = True
+
+    def script(self) -> Script[bool]:
+        """Make the key."""
+        has_macs, is_final = yield from ReadSeal()
+        if is_final:
+            return False
+        if not has_macs:
+            yield from _begin(self.now, self.vault, self.entropy)
+            yield from _audit(self.now, "seal begun", self.reason)
+        return True
+
+
+@frozen
+class SealRows(Unit[tuple[int, store.Row | None]]):
+    """Give the next rows of a kind MACs; returns how many got one, and the row to go on after."""
+
+    now: int
+    kind: type[store.Row]
+    after: store.Row | None
+    reason: str
+    limit: int = 1000
+
+    def script(self) -> Script[tuple[int, store.Row | None]]:
+        """One page."""
+        count, last = yield from AdoptRows(self.kind, self.after, self.limit)
+        if count:
+            yield from _audit(self.now, "rows sealed", self.reason, f"{self.kind.TABLE} rows: {count}")
+        return count, last
+
+
+@frozen
+class SealVms(Unit[tuple[int, store.Vm | None]]):
+    """Give the next VMs heads; returns how many got one, and the VM to go on after."""
+
+    now: int
+    after: store.Vm | None
+    reason: str
+    limit: int = 100
+
+    def script(self) -> Script[tuple[int, store.Vm | None]]:
+        """One page."""
+        vms = yield from ReadVms(self.after, self.limit)
+        digest, count = hashlib.sha256(), 0
+        for vm in vms:
+            if (yield from AdoptVm(vm)):
+                digest.update(f"{vm.hotkey}/{vm.name}\n".encode())
+                count += 1
+        if count:
+            text = f"VMs: {count}, SHA-256 of their names {digest.hexdigest()}"
+            yield from _audit(self.now, "VMs sealed", self.reason, text)
+        return count, vms[-1] if len(vms) == self.limit else None
+
+
+@frozen
+class EndSealing(Unit[None]):
+    """Make a row without a MAC, and a VM without a head, a forgery from now on."""
+
+    now: int
+    reason: str
+
+    ALONE: ClassVar[bool] = True
+
+    def script(self) -> Script[None]:
+        """One fact."""
+        yield from EndSeal()
+        yield from _audit(self.now, "store sealed", self.reason)
+
+
+def _begin(now: int, vault: Vault, entropy: Secret) -> Script[None]:
+    drawn = entropy.reveal()
+    random = Secret(drawn[:KEY_SIZE])
+    epoch = 1
+    kek_id, wrapped = vault.wrap(ROWS_KEY, epoch, random, drawn[KEY_SIZE:])
+    yield from BeginSeal(store.KeyringRow(ROWS_KEY, epoch, kek_id, wrapped, now), random)
+
+
+def _audit(now: int, event: str, reason: str, keys: str = "") -> store.Insert:
+    return store.Insert(store.AuditRow(now, "operator", event, "done", reason, keys=keys))

@@ -1,0 +1,442 @@
+"""A sealed store against whoever can write its database: he gets no key, and what he did is named."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from attrs import evolve, frozen
+
+from chutes_proto.errors import KeyUnavailable, Refusal, RowNotAuthentic, SealBroken, StoreError
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
+from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store import rows
+from chutes_proto.store._guard import SEALED, Custody
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
+from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.log import SALT_SIZE, SequenceLog
+from chutes_proto.units.operator import RewrapKeys, StoreRestored
+from chutes_proto.units.revocations import Allow, Revoke
+from tests.store.memory import SealedStore
+
+A = rows.Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-a")
+B = rows.Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-b")
+VMS = (A, B)
+
+NO_DELETION = {"attestation", "server", "gpu", "gpu_device", "evidence", "erasure", "host_profile"}
+"""Tables whose rows have a MAC and nothing that tells of a deletion: they release no key."""
+
+
+def granted(label: str, vm: rows.Vm, at: int) -> GrantBoot:
+    return boot(f"{label} of {vm.name}", now=NOW + at, vm=vm)
+
+
+def fill(store: Store) -> None:
+    """Two VMs with keys and one unused token each, and a row of every kind."""
+    for vm in VMS:
+        first = granted("first", vm, 0)
+        store.transact(first)
+        store.transact(sync(first, f"one of {vm.name}", "storage", "cache"))
+        second = granted("second", vm, 100)
+        store.transact(second)
+        store.transact(sync(second, f"two of {vm.name}", "storage", "cache", rekey=("cache",)))
+    server = rows.ServerRow("s1", "r1", A.hotkey, A.name, "host", "192.0.2.1", None, None, NOW)
+    for row in (
+        server,
+        rows.GpuRow("u1", "s1", "h100", "{}"),
+        rows.GpuDeviceRow("d1", "s1", "1", NOW),
+        rows.EvidenceRow("e1", A, "a1", None, b"quote", "{}", NOW),
+        rows.ErasureRow("x1", rows.Vm("hotkey", "gone"), NOW, "{}"),
+        rows.HostProfileRow("f1", A.hotkey, "{}", NOW),
+    ):
+        store.transact(Ask(rows.Insert(row)))
+    store.transact(Revoke(NOW, 7, "hotkey", "other", None, "test"))
+
+
+def go_on(store: Store) -> None:
+    """The life after the state to which an attacker goes back: other keys, and one unused token each."""
+    for vm in VMS:
+        third = granted("third", vm, 200)
+        store.transact(third)
+        store.transact(sync(third, f"three of {vm.name}", "storage", "cache", rekey=("storage",)))
+        store.transact(granted("unused", vm, 300))
+    store.transact(Revoke(NOW, 8, "hotkey", "another", None, "test"))
+
+
+@frozen
+class Outcome:
+    """The passphrases that each VM got, and the tables whose rows were refused."""
+
+    keys: dict[rows.Vm, set[bytes]]
+    refused: set[str]
+
+
+def use(store: Store) -> Outcome:
+    """Let both VMs sync with their unused token, boot, sync and read again."""
+    keys: dict[rows.Vm, set[bytes]] = {vm: set() for vm in VMS}
+    refused: set[str] = set()
+
+    def attempt(vm: rows.Vm, unit: Any) -> None:
+        try:
+            got = store.transact(unit)
+        except RowNotAuthentic as exc:
+            refused.add(exc.table)
+        except (KeyUnavailable, SealBroken):
+            refused.add("keyring")
+        except Refusal:
+            pass
+        except StoreError as exc:  # also what the database itself does not take
+            refused.update(["keyring"] if "only its KEK" in str(exc) else [])
+        else:
+            secrets = [secret for _, secret in got.passphrases] if hasattr(got, "passphrases") else []
+            root = getattr(got, "root", None)
+            secrets += [each for each in (root, got) if isinstance(each, Secret)]
+            keys[vm] |= {secret.reveal() for secret in secrets}
+
+    for vm in VMS:
+        unused, last = granted("unused", vm, 300), granted("last", vm, 400)
+        attempt(vm, sync(unused, f"four of {vm.name}", "storage", "cache"))
+        attempt(vm, sync(granted("third", vm, 200), f"three of {vm.name}", "storage", "cache", rekey=("storage",)))
+        attempt(vm, last)
+        attempt(vm, read(last, "storage"))
+        attempt(vm, sync(last, f"five of {vm.name}", "storage", "cache", rekey=("cache",)))
+    return Outcome(keys, refused)
+
+
+def everything(store: Store) -> dict[rows.Vm, set[bytes]]:
+    """The passphrases of each VM, in every generation."""
+    found: dict[rows.Vm, set[bytes]] = {vm: set() for vm in VMS}
+    from chutes_proto.keys.vault import Address
+
+    for row in store.transact(Ask(rows.Scan(rows.GenerationRow))):
+        if row.sealed is not None:
+            found[row.vm].add(VAULT.open(Address(row.vm, row.volume, row.generation), row).reveal())
+    return found
+
+
+@cache
+def images() -> tuple[bytes, bytes]:
+    """A filled store, and the same later."""
+    store = SealedStore(VAULT)
+    fill(store)
+    before = store.image()
+    go_on(store)
+    while store.transact(SequenceLog(bytes(SALT_SIZE * 100), "test")):
+        pass
+    return before, store.image()
+
+
+# --- every edit of a row ---
+
+
+OTHERS = {"schema_version", "compatible_since"}
+"""Facts that say which servers may use the store."""
+TABLES = ("fact", "head", "store_head", *(kind.TABLE for kind in SEALED))
+
+
+@frozen
+class Edit:
+    """One change of one row; ``is_deletion`` removes it, and nothing else."""
+
+    table: str
+    what: str
+    statement: str
+    values: tuple[Any, ...]
+    is_deletion: bool = False
+
+
+def other(value: Any) -> Iterator[Any]:
+    """Other values of the same type; the database refuses some by itself."""
+    match value:
+        case None:
+            yield from (1, "x", b"x")
+        case int():
+            yield from (value + 1, 1 - value, None)
+        case str():
+            words = ("retired", "active", "candidate", "two-phase", "base", "ppid", "vm", "platform", "runtime")
+            yield from (f"{value}x", *(word for word in words if word != value), None)
+        case _:
+            yield from (bytes((value[0] ^ 1,)) + value[1:] if value else b"x", None)
+
+
+def edits(now: sqlite3.Connection, before: sqlite3.Connection, *, thorough: bool) -> Iterator[Edit]:
+    """Every row changed, deleted, given another one's place, and set back; ``thorough``: in every row."""
+    for table in TABLES:
+        names = [name for _, name, *_ in now.execute(f"PRAGMA table_info({table})")]
+        found = now.execute(f"SELECT rowid, * FROM {table}").fetchall()
+        found = [row for row in found if row[1] not in OTHERS]
+        old = {row[0]: row[1:] for row in before.execute(f"SELECT rowid, * FROM {table}")}
+        for at, (rowid, *values) in enumerate(found):
+            row = f"{table} {values[:4]}"
+            if not thorough and 2 < at < len(found) - 1:
+                continue
+            if thorough or at == len(found) - 1:
+                for name, value in zip(names, values, strict=True):
+                    for to in list(other(value))[: None if thorough else 1]:
+                        text = f"UPDATE {table} SET {name} = ? WHERE rowid = ?"
+                        yield Edit(table, f"{row}: {name} = {to!r}", text, (to, rowid))
+            yield Edit(table, f"{row}: deleted", f"DELETE FROM {table} WHERE rowid = ?", (rowid,), is_deletion=True)
+            sets = ", ".join(f"{name} = ?" for name in names)
+            if rowid in old and list(old[rowid]) != values:
+                text = f"UPDATE {table} SET {sets} WHERE rowid = ?"
+                yield Edit(table, f"{row}: set back", text, (*old[rowid], rowid))
+            if "vm" in names and "hotkey" in names:
+                moved = [B.name if value == A.name else A.name if value == B.name else value for value in values]
+                marks = ", ".join("?" * len(names))
+                if moved == values:
+                    continue
+                yield Edit(table, f"{row}: moved", f"INSERT OR REPLACE INTO {table} VALUES ({marks})", tuple(moved))
+
+
+def test_no_edit_of_any_row_releases_a_key(request: pytest.FixtureRequest) -> None:
+    """Each is refused, or `store check` names it, or it concerns no key; and no VM gets a key of another one's."""
+    thorough = "CHUTES_PROTO_SOAK" in os.environ
+    before, now = images()
+    before_store, now_store = SealedStore(VAULT, before), SealedStore(VAULT, now)
+
+    def evolve_custody() -> Custody:
+        custody = Custody("memory")
+        custody.hold(VAULT.unwrap)
+        custody.require_seal()  # as the mark of a server does
+        return custody
+
+    own = everything(now_store)
+    tried = refused = named = 0
+    silent: list[str] = []
+    store = SealedStore(VAULT, now)
+    store.connection.execute("PRAGMA foreign_keys = 0")
+    for edit in edits(now_store.connection, before_store.connection, thorough=thorough):
+        store.connection.deserialize(now)
+        try:
+            changed = store.connection.execute(edit.statement, edit.values).rowcount
+        except sqlite3.Error:  # the database itself does not take it
+            continue
+        if not changed or store.image() == now:
+            continue
+        tried += 1
+        store.custody = evolve_custody()
+        try:
+            faults: list[Exception] = list(find_faults(store))
+        except (StoreError, KeyUnavailable, SealBroken) as exc:
+            faults = [exc]
+        outcome = use(store)
+        for vm, of_other in ((A, B), (B, A)):
+            assert not outcome.keys[vm] & own[of_other], f"{edit.what}: {vm.name} got a key of {of_other.name}"
+        refused += bool(outcome.refused)
+        named += bool(faults)
+        if not faults and not outcome.refused:
+            silent.append(edit.what)
+            assert edit.table in (NO_DELETION if edit.is_deletion else ()), edit.what
+    assert tried > 150
+    assert refused > tried / 3
+    print(f"{tried} edits: {refused} refused, {named} named, {len(silent)} without effect on keys")
+
+
+# --- real stores ---
+
+OTHER_KEK = KeyEncryptionKey.from_bytes(bytes(range(1, 33)))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    return StorePlace(address, tmp_path, vault=VAULT)
+
+
+def run(place: StorePlace, statement: str) -> list[tuple[Any, ...]]:
+    """Run a statement as one who can write the database."""
+    if place.path is not None:
+        with closing(sqlite3.connect(place.path)) as file, file:
+            return file.execute(statement).fetchall()
+    with psycopg.connect(place.address) as connection:
+        cursor = connection.execute(statement.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def sequence(store: Store) -> None:
+    while store.transact(SequenceLog(bytes(SALT_SIZE * 100), "test")):
+        pass
+
+
+def test_a_new_store_is_sealed_and_a_changed_row_stops_its_vm_alone(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        assert require_keys(store)
+        fill(store)
+        run(place, f"UPDATE vm SET proven = TRUE WHERE vm = '{A.name}'")
+        for label in ("third", "fourth"):
+            with pytest.raises(RowNotAuthentic, match=r"vm-a of table vm is not authentic: its MAC .*store check"):
+                store.transact(granted(label, A, 200))
+        store.transact(granted("third", B, 200))
+        assert store.custody.faults == {"vm": 2}
+        assert [fault.table for fault in find_faults(store)] == ["vm", "vm"]
+
+
+def test_a_forged_boot_opens_nothing(place: StorePlace) -> None:
+    """One row, made by hand, and a sync without a certificate."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        unused = granted("forged", A, 300)
+        names = "boot_id, hotkey, vm, platform_kind, platform_id, certificate, profile_name, profile_version, exchange"
+        names += ", quote_digest, token_expires_at, token_needs_certificate, peer_address, created_at, given, mac"
+        digest = f"x'{unused.token_digest.hex()}'" if place.path else f"'\\x{unused.token_digest.hex()}'::bytea"
+        new = names.replace("boot_id", "'forged'").replace("token_expires_at", str(NOW + 900))
+        run(
+            place,
+            f"INSERT INTO boot ({names}, token_digest) SELECT {new}, {digest} FROM boot WHERE vm = '{A.name}' LIMIT 1",
+        )
+        with pytest.raises(RowNotAuthentic, match="row forged of table boot"):
+            store.transact(evolve(sync(unused, "body", "storage"), certificate=None))
+
+
+def test_a_deleted_boot_is_not_an_unknown_token(place: StorePlace) -> None:
+    """A 401 would power the VM off."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        unused = granted("unused", A, 300)
+        store.transact(unused)
+        run(place, f"DELETE FROM boot WHERE boot_id = '{unused.boot_id}'")
+        with pytest.raises(RowNotAuthentic, match="it is missing"):
+            store.transact(sync(unused, "body", "storage"))
+
+
+def copied(place: StorePlace, table: str) -> Callable[[], None]:
+    """Remember a table; returns what sets it back."""
+    run(place, f"CREATE TABLE old_{table} AS SELECT * FROM {table}")
+
+    def set_back() -> None:
+        run(place, f"DELETE FROM {table}")
+        run(place, f"INSERT INTO {table} SELECT * FROM old_{table}")
+
+    return set_back
+
+
+def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(tmp_path: Path) -> None:
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
+    groups = ("boot_volume", "boot", "vm", "generation", "volume", "head")
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        back = [copied(place, table) for table in groups]
+        go_on(store)
+        sequence(store)
+    for set_back in back:
+        set_back()
+    with closing(place.open()) as store:
+        for vm in VMS:
+            with pytest.raises(RowNotAuthentic, match=r"it has version 4, and the log has version 7"):
+                store.transact(granted("last", vm, 400))
+        assert {fault.table for fault in find_faults(store)} == {"head"}
+        run(place, "DELETE FROM audit WHERE vm_version > 4")  # the log then contradicts its signed checkpoint
+        store.transact(granted("last", A, 400))
+        assert not list(find_faults(store))
+
+
+def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) -> None:
+    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+        fill(store)
+        go_on(store)
+        assert not require_keys(store)
+    with closing(place.open()) as store, closing(place.open()) as server:
+        assert not require_keys(server)
+        fresh = granted("unused", A, 300)
+        steps: list[int] = []
+
+        def stop(done: int, _total: int) -> None:
+            steps.append(done)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as small:
+            small.setattr("chutes_proto.io.stores.sealing._PAGE", 3)
+            with pytest.raises(KeyboardInterrupt):
+                seal_store(store, VAULT, "test", stop)
+            assert steps
+            # Half of the rows have MACs, and the server goes on.
+            server.transact(sync(fresh, "while it is sealed", "storage", "cache"))
+            server.transact(granted("new", rows.Vm(A.hotkey, "vm-c"), 350))
+            sealed = seal_store(store, VAULT, "test")
+        assert sealed is not None
+        assert sealed[1] == 2  # the third VM had its head from the beginning
+        assert seal_store(store, VAULT, "test") is None
+        assert not list(find_faults(server))
+        server.transact(granted("last", A, 400))
+        events = {row.event for row in server.transact(Ask(rows.Scan(rows.AuditRow)))}
+        assert events >= {"seal begun", "rows sealed", "VMs sealed", "store sealed"}
+        run(place, "UPDATE volume SET mac = NULL")
+        with pytest.raises(RowNotAuthentic, match="it has no MAC"):
+            server.transact(sync(granted("last", A, 400), "body", "storage"))
+
+
+def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(evolve(place, vault=None).open(migrate=True)) as older:
+        fill(older)
+        with closing(place.open()) as store:
+            seal_store(store, VAULT, "test")
+        with monkeypatch.context() as before:
+            before.setattr("chutes_proto.store.sql.SCHEMA_VERSION", 2)
+            with pytest.raises(StoreError, match="run the release that made it"):
+                older.transact(granted("last", A, 400))
+
+
+def test_without_its_kek_a_sealed_store_is_read_and_not_written(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+    with closing(evolve(place, vault=None).open()) as store:
+        assert len(store.transact(Ask(rows.Scan(rows.VmRow)))) == 2
+        for unit in (granted("last", A, 400), StoreRestored(NOW), Ask(rows.SetHorizon(0))):
+            with pytest.raises(StoreError, match="sealed, and only its KEK"):
+                store.transact(unit)
+        with pytest.raises(StoreError, match="--config"):
+            require_keys(store)
+
+
+def test_a_store_that_says_it_is_not_sealed_is_refused_by_who_knows_better(place: StorePlace) -> None:
+    place = evolve(place, mark_file=place.base / "store.mark")
+    with closing(place.open(migrate=True)) as store:
+        store.keep_mark()
+        fill(store)
+    assert b'"sealed": true' in (place.base / "store.mark").read_bytes()
+    run(place, "UPDATE fact SET value = 0 WHERE name = 'seal'")
+    run(place, "DELETE FROM keyring")
+    with pytest.raises(StoreError, match=r"not sealed, and (the mark is of a sealed one|it was)"):
+        place.open()
+
+
+def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+    both = Vault(OTHER_KEK, VAULT.current)
+    with closing(evolve(place, vault=both).open()) as store:
+        assert store.transact(RewrapKeys(NOW, os.urandom(12 * 100), both, "test")).count
+    with closing(evolve(place, vault=Vault(OTHER_KEK)).open()) as store:
+        assert not list(find_faults(store))
+    with closing(place.open()) as store, pytest.raises(StoreError, match="only its KEK"):
+        store.transact(granted("last", A, 400))
+
+
+def test_operators_commands_keep_a_store_authentic(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        go_on(store)
+        store.transact(StoreRestored(NOW))
+        store.transact(Allow(NOW, 9, "hotkey", "other", "test"))
+        for vm in VMS:
+            store.transact(Ask(rows.VoidTokens(vm, NOW)))
+        store.transact(Ask(rows.Forget(rows.VmRow, B)))
+        keys = tuple(row.boot_id for row in store.transact(Ask(rows.Scan(rows.BootRow))))
+        for kind in (rows.BootVolumeRow, rows.BootRow):
+            store.transact(Ask(rows.Delete(kind, keys)))
+        assert not list(find_faults(store))
+        with pytest.raises(Refusal):
+            store.transact(sync(granted("unused", A, 300), "body", "storage"))
