@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from chutes_proto.server._app import App
-from chutes_proto.store.rows import NonceRow, Pin, Revocable, VmRow
-from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
+from chutes_proto.store.rows import NonceRow, Pin, Revocable, RevocationRow, VmRow
+from chutes_proto.units.revocations import Allow, ReadRevocations, RepeatRevocation, Revoke
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
 from tests.server import test_provision as provisioned
@@ -152,3 +152,15 @@ def test_a_version_that_comes_back_after_a_restore_is_not_taken_for_the_old_set(
     revoke(world, ("vm", f"{HOTKEY}/vm-2"))
     assert world.store.transact(ReadRevocations(known)).version != known.version
     refused(world.boot(vm_name="vm-2"))
+
+
+def test_a_change_is_repeated_once_and_never_over_a_later_one(world: World) -> None:
+    """Several servers, and an operator's command, may repeat what a restored store lacks at the same moment."""
+    row = RevocationRow("hotkey", HOTKEY, "somebody: stolen", NOW, None)
+    repeat = RepeatRevocation(NOW + 9, next(VERSIONS), row)
+    assert world.store.transact(repeat)
+    assert not world.store.transact(repeat)
+    refused(world.boot())
+    allow(world, ("hotkey", HOTKEY))
+    assert not world.store.transact(repeat)
+    assert answer(world.boot())
