@@ -89,8 +89,9 @@ def run() -> None:
 
 
 def _whole_boots(folder: Path) -> None:
-    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
-    build = f"{machine.python_implementation()} {machine.python_version()}, {'' if optimized else 'not '}built with PGO"
+    optimized = "yes" if "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "") else "no"
+    version = f"{machine.python_implementation()} {machine.python_version()}"
+    build = f"{version} of {sys.base_prefix}, --enable-optimizations: {optimized}"  # Debian's optimizes without it
     whole = _measured(folder, "plain")
     print(f"CPU of the server for a whole boot, in ms; medians of {TURNS} turns of {BOOTS} boots; {build}")
     print(f"{'server':>12}{'whole':>12}{'in kernel':>12}{'over floor':>12}")
