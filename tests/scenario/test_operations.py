@@ -17,7 +17,7 @@ from cryptography.x509 import load_pem_x509_certificate
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.signing import Coverage, messages_to_sign, signature_headers
-from chutes_proto.effects import Effect, Transact
+from chutes_proto.effects import Effect, Transact, run_async
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store._run import Unit
@@ -186,9 +186,8 @@ class Interruption:
                 self.scope.cancel()
             return await perform(effect)
 
-        performer.perform = counted
-        with anyio.CancelScope() as self.scope:
-            answered: HttpResponse = await performer.run(self.site.app.handle(request))
+        with anyio.CancelScope() as self.scope:  # not by `run`, which performs in place what waits for nothing
+            answered: HttpResponse = await run_async(self.site.app.handle(request), counted)
             return answered
         return None
 
