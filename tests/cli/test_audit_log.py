@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -12,13 +13,16 @@ from typing import Any
 import pytest
 from attrs import define
 
+from chutes_proto.io.log_files import check_stored
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.testing.store_suite._parts import NOW
+from chutes_proto.units.log import SequenceLog
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import PLATFORM
+from tests.store.memory import MemoryStore
 
 
 @define
@@ -70,6 +74,32 @@ def test_a_log_is_signed_verified_and_an_edit_is_found(logged: Site, tmp_path: P
     change(logged, "DELETE FROM audit WHERE idx < 10")
     found = json.loads(logged.do("audit", "verify", "--json").out)
     assert found["findings"] == [{"first": 0, "last": 9, "what": "it is missing, and no entry says that it was purged"}]
+
+
+EDITS: dict[str, tuple[str, ...]] = {
+    "change": ("UPDATE audit SET reason = 'forged' WHERE idx = :at",),
+    "remove": ("DELETE FROM audit WHERE idx = :at",),
+    "swap": (
+        "UPDATE audit SET idx = -1 WHERE idx = :at",
+        "UPDATE audit SET idx = :at WHERE idx = :at + 1",
+        "UPDATE audit SET idx = :at + 1 WHERE idx = -1",
+    ),
+}
+STRIDE = 1 if os.environ.get("CHUTES_PROTO_SOAK") else 199
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_single_edit_of_a_store_of_1000_rows_is_found_by_its_index(edit: str) -> None:
+    store = MemoryStore()
+    store.transact(Ask(InsertAll(tuple(AuditRow(NOW, "operator", f"event {at}", "done") for at in range(1000)))))
+    assert store.transact(SequenceLog(bytes(range(256)) * 63)) == 1000
+    honest = store.image()
+    for at in range(0, 999, STRIDE):
+        edited = MemoryStore(honest)
+        for statement in EDITS[edit]:
+            edited.connection.execute(statement, {"at": at})
+        found = check_stored(edited, 1000, (), lambda _, __: None).findings
+        assert (found[0].first, found[-1].last) == (at, at + (edit == "swap")), (edit, at)
 
 
 def test_a_purged_log_is_whole_before_the_purge_is_an_entry(logged: Site) -> None:

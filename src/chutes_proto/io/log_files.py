@@ -8,7 +8,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import LogError
+from chutes_proto.errors import LogError, StoreError
 from chutes_proto.io.files import make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditWanted, ReadAudit, ReadLog, ReadTile
@@ -91,7 +91,7 @@ def check_stored(
 # --- in a directory ---
 
 
-class PurgedMeanwhile(LogError):
+class PurgedMeanwhile(StoreError):
     """A purge that no entry of the export would tell of."""
 
 
@@ -107,7 +107,7 @@ def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note
     if first:
         told = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=AuditWanted(event="audit purged"))))
         if told and (told[0][1].idx is None or told[0][1].idx >= size):
-            raise PurgedMeanwhile("a purge has deleted entries since the checkpoint was signed; export again")
+            raise PurgedMeanwhile("audit log: a purge deleted entries after the checkpoint was signed; export again")
     written = 0
     for place in places(size, first):
         hashes = fetch(place.level or 0, place.number)[: place.width * HASH_SIZE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -394,15 +394,19 @@ def signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Chec
 
 def _export(config: str, directory: Path) -> int:
     with operating.opened(config) as (setup, store):
-        for attempt in range(_EXPORTS):
-            verifier, note, found = signed(setup, store)
-            try:
-                with store.snapshot() as rows:
-                    written = export_log(rows, directory, found, note, verifier)
-                break
-            except LogError as exc:
-                if not isinstance(exc, PurgedMeanwhile) or attempt == _EXPORTS - 1:
-                    raise StoreError(f"audit log: {exc}") from None
+        for _ in range(_EXPORTS - 1):
+            with suppress(PurgedMeanwhile):
+                return _exported(setup, store, directory)
+        return _exported(setup, store, directory)
+
+
+def _exported(setup: StoreSetup, store: DurableStore, directory: Path) -> int:
+    verifier, note, found = signed(setup, store)
+    try:
+        with store.snapshot() as rows:
+            written = export_log(rows, directory, found, note, verifier)
+    except LogError as exc:
+        raise StoreError(f"audit log: {exc}") from None
     console.tell(f"{directory}: a log of {found.size} entries, {written} new files; its key is {verifier}")
     return console.GRANTED
 

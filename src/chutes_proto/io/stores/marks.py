@@ -121,7 +121,7 @@ class MarkKeeper:
                         self._acknowledged[entry.number] = entry, time.monotonic()
             self._mark = mark
         if added and self.copy is not None:
-            self.copy(added)
+            _ = self.copy(added)
 
     def hold(self, checkpoint: Checkpoint) -> None:
         """Refuse a store whose audit log does not extend ``checkpoint``, which was signed just now."""
