@@ -34,7 +34,8 @@ from tests.lifecycle.world import PASSES, VOLUME, Choices, Policy, World, explor
 
 T = TypeVar("T")
 
-pytestmark = pytest.mark.no_cover  # to measure what other tests cover doubles the time
+unmeasured = pytest.mark.no_cover
+"""To measure what `test_every_life_of_a_few_boots` covers would double the time of the others."""
 
 EXCHANGES: tuple[Exchange, ...] = ("base", "two-phase")
 POLICIES = [Policy(*policy) for policy in itertools.product(EXCHANGES, (True, False))]
@@ -223,6 +224,7 @@ class Drawn(Choices):
         return options[index]
 
 
+@unmeasured
 @pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 @given(st.data())
 def test_long_lives(policy: Policy, data: st.DataObject) -> None:
@@ -271,6 +273,7 @@ HAND_OUT, CONFIRM, PRUNE = generations.hand_out, generations.confirm, generation
 BASE = Policy("base", ours=True)
 
 
+@unmeasured
 @pytest.mark.parametrize(
     ("policy", "name", "broken"),
     [
@@ -290,6 +293,7 @@ def test_a_broken_rule_locks_a_disk(policy: Policy, name: str, broken: Any, monk
     assert Search(policy, mishaps=1 if policy == OUR_ROOT else None).run(2) is not None
 
 
+@unmeasured
 def test_a_late_request_of_a_first_boot_locks_a_rotated_root_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """That it counts only while its nonce is the youngest is a rule that matters."""
     arrived = itertools.count()
@@ -315,6 +319,7 @@ def hand_out_undoubting(rows: Any, *arguments: Any) -> HandOut:
     return HAND_OUT(sure, *arguments)
 
 
+@unmeasured
 @pytest.mark.parametrize("broken", [hand_out_at_once, hand_out_undoubting])
 def test_a_broken_rule_locks_a_disk_after_a_restore(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generations, "hand_out", broken)
@@ -322,6 +327,7 @@ def test_a_broken_rule_locks_a_disk_after_a_restore(broken: Any, monkeypatch: py
         assert Search(BACKUPS[1], in_flight=0, mishaps=1).run(2) is None, "the disk is locked"
 
 
+@unmeasured
 def test_a_confirmation_of_an_older_boot_locks_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """That only the newest attestation counts is a rule that matters: without it a late message locks a disk."""
 

@@ -645,7 +645,6 @@ class SqliteCalls(Calls):
 STEPS = 40
 TestCalls = SqliteCalls.TestCase
 TestCalls.settings = settings(settings(), stateful_step_count=STEPS)
-TestCalls.pytestmark = [pytest.mark.no_cover]  # type: ignore[attr-defined] # what chance covers, no floor may rest on
 
 
 # --- the model is not fooled ---
