@@ -239,9 +239,10 @@ class Guard:
             self._heads.clear()
         change = _CHANGES.get(type(op))
         if change is not None:
-            op = change(self, op)
-            if op is None:
+            changed: StoreOp[Any] | None = change(self, op)
+            if changed is None:
                 return None
+            op = changed
         rows = self._run(op, *statement(op, self._seal))
         kind = kind_read(op)
         if kind is not None and type(op) is store.ReadOtherwiseSealed:
@@ -283,11 +284,11 @@ class Guard:
         if key is None:
             return tags
         for row in rows:
-            mac: Any = row[-1]
+            mac = row[-1]
             if mac is None and not self._is_final:
                 tags.append(b"")
-            elif is_of_row(key, kind, row[:-1], of, mac):
-                tags.append(bytes(mac)[-TAG_SIZE:])
+            elif mac is not None and is_of_row(key, kind, row[:-1], of, mac):
+                tags.append(mac[-TAG_SIZE:])
             else:
                 why = "it has no MAC" if mac is None else "its MAC is not that of its columns and place"
                 raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), why)
@@ -439,7 +440,7 @@ class Guard:
     def forgot(self, op: store.Forget) -> store.Forget:
         head = self.head((op.vm.hotkey, op.vm.name))
         if head is not None:
-            head.contents.pop(op.kind.TABLE, None)
+            _ = head.contents.pop(op.kind.TABLE, None)
             head.is_changed = True
         return op
 

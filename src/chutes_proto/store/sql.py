@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Any, Final, Literal, TypeAlias, Union, cast, get_args, get_origin
 
 import attrs
 from attrs import frozen
@@ -1097,7 +1097,7 @@ _READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | None]] = {
 
 def kind_read(op: Any) -> type[store.Row] | None:
     """The kind of the rows that an operation reads with their MACs, which are the last column; otherwise None."""
-    of = type(op)
+    of = cast("type[store.StoreOp[Any]]", type(op))
     if of not in _READ:
         return None
     kind: type[store.Row] = _READ[of] or op.kind
