@@ -79,10 +79,11 @@ def test_declared_gpus_are_kept_and_are_nobodys_from_version_3_on(
     servers = ", ".join(f"('n{n}', 'r{n}', 'hotkey', 'name {n}', 'host', '192.0.2.{n}', 1)" for n in range(3))
     names = "server_id, registration, hotkey, name, host, address, created_at"
     execute(place, f"INSERT INTO server ({names}) VALUES {servers}")
-    execute(place, "INSERT INTO gpu VALUES ('gpu', 'n0', 'h200', '{}')")
+    declare = "INSERT INTO gpu (uuid, server_id, identifier, declared) VALUES ('{}', '{}', 'h200', '{{}}')"
+    execute(place, declare.format("gpu", "n0"))
     set_release(monkeypatch, *CURRENT)
     with closing(place.open(migrate=True)) as store:
-        execute(place, "INSERT INTO gpu VALUES ('other', 'n1', 'h200', '{}') ON CONFLICT DO NOTHING")
+        execute(place, f"{declare.format('other', 'n1')} ON CONFLICT DO NOTHING")
         row = GpuRow("gpu", "n0", "h200", "{}")
         claims = [store.transact(Ask(Claim(evolve(row, server_id=server)))) for server in ("n0", "n2")]
         assert claims == [False, True]
