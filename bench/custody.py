@@ -15,11 +15,15 @@ from pathlib import Path
 from statistics import median
 from time import thread_time
 
+from attrs import evolve
+
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite._parts import VAULT, boot, sync
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
+from chutes_proto.units.revocations import Revocations
 
+_NONE = Revocations.of(0, ())
 BOOTS = 600
 BATCH = 50
 VOLUMES = ("storage", "tdx-cache", "scratch")
@@ -51,14 +55,16 @@ def run() -> None:
         print(f"{name:>12}{parts[0]:10.3f}{parts[1]:12.3f}{both[name]:10.3f}")
     more = both["sealed"] - both["not sealed"]
     held = "within" if more <= LIMIT_MS else "NOT within"
-    print(f"sealed costs {more:.3f} ms a boot more: {held} the limit of {LIMIT_MS} ms")
+    ratio = both["sealed"] / both["not sealed"]
+    print(f"sealed costs {more:.3f} ms a boot more, a ratio of {ratio:.2f}: {held} the limit of {LIMIT_MS} ms")
 
 
 def _boot(store: SqliteStore, number: int) -> None:
     vm = Vm(VM_OWNER, f"vm-{number % 50}")
     granted = boot(f"bench {number}", now=1_700_000_000 + 60 * number, vm=vm)
-    store.transact(granted)
-    store.transact(sync(granted, f"bench {number}", *VOLUMES))
+    # A server has the revocations in memory, and a unit compares their version.
+    _ = store.transact(evolve(granted, revocations=_NONE))
+    _ = store.transact(evolve(sync(granted, f"bench {number}", *VOLUMES), revocations=_NONE))
 
 
 VM_OWNER = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
