@@ -45,7 +45,7 @@ class EpochKey:
     __slots__ = ("_beginning", "_key", "epoch")
 
     def __init__(self, epoch: int, random: Secret) -> None:
-        self.epoch = epoch
+        self.epoch: int = epoch
         self._key = HKDF(SHA256(), 32, None, b"chutes-proto custody").derive(random.reveal())
         self._beginning = _HEAD.pack(FORMAT, epoch)
 
