@@ -26,7 +26,7 @@ from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import RewrapKeys, StoreRestored
-from chutes_proto.units.revocations import Allow, Revoke
+from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
 from tests.store.memory import SealedStore
 
 A = rows.Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-a")
@@ -401,16 +401,35 @@ def test_without_its_kek_a_sealed_store_is_read_and_not_written(place: StorePlac
             require_keys(store)
 
 
-def test_a_store_that_says_it_is_not_sealed_is_refused_by_who_knows_better(place: StorePlace) -> None:
+@pytest.mark.parametrize("state", [0, 1, 2, -1])
+def test_a_store_that_says_it_is_not_sealed_is_refused_by_who_knows_better(place: StorePlace, state: int) -> None:
     place = evolve(place, mark_file=place.base / "store.mark")
     with closing(place.open(migrate=True)) as store:
         store.keep_mark()
         fill(store)
+        run(place, f"UPDATE fact SET value = {state} WHERE name = 'seal'")
+        with pytest.raises(StoreError, match="not sealed, and"):
+            store.transact(granted("last", A, 400))
     assert b'"sealed": true' in (place.base / "store.mark").read_bytes()
-    run(place, "UPDATE fact SET value = 0 WHERE name = 'seal'")
     run(place, "DELETE FROM keyring")
     with pytest.raises(StoreError, match=r"not sealed, and (the mark is of a sealed one|it was)"):
         place.open()
+
+
+def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(place: StorePlace) -> None:
+    """It would remember that nobody is revoked, under the number that the revocations have."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        run(place, "CREATE TABLE old_keyring AS SELECT * FROM keyring")
+        run(place, "UPDATE old_keyring SET epoch = 2, kek_id = 'another'")
+        run(place, "INSERT INTO keyring SELECT * FROM old_keyring")
+        run(place, "UPDATE fact SET value = 5 WHERE name = 'seal'")
+        run(place, "DELETE FROM revocation")
+        with pytest.raises(RowNotAuthentic, match="row rows/2 of table keyring"):
+            store.transact(ReadRevocations())
+        run(place, "UPDATE fact SET value = 3 WHERE name = 'seal'")
+        with pytest.raises(RowNotAuthentic, match="table revocation"):
+            store.transact(ReadRevocations())
 
 
 def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
@@ -104,12 +103,12 @@ class Custody:
         if isinstance(exc, RowNotAuthentic):
             self.faults[exc.table] += 1
 
-    def session(self, state: int | None, read: Callable[[str], Rows]) -> Session:
+    def session(self, state: object, read: Callable[[str], Rows]) -> Session:
         """The keys for a transaction that found the store in ``state``. Raises `StoreError`.
 
         ``read`` runs a statement in that transaction.
         """
-        epoch, is_final = divmod(state or 0, 2)
+        epoch, is_final = seal_of(state)
         if self._is_final and not is_final:
             raise StoreError(
                 f"store {self.name}: it says that it is not sealed, and it was: somebody changed it, or it is another"
@@ -119,19 +118,33 @@ class Custody:
             return Session(None, is_final=False, is_locked=False)
         key = self._keys.get(epoch)
         if key is None and self._unwrap is not None:
-            # Without its KEK no server starts (`check_keys`), and nobody writes.
-            with suppress(KeyUnavailable):
+            try:
                 key = self._keys[epoch] = self._open(epoch, self._unwrap, read)
+            except KeyUnavailable as exc:
+                # Without its KEK no server starts (`check_keys`), and nobody writes. One that has started would take
+                # what it reads now, unchecked, for true later.
+                if self._keys:
+                    raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", str(exc)) from None
         if key is None:
-            return Session(None, is_final=bool(is_final), is_locked=True)
-        self._is_final = bool(is_final)
-        return Session(key, is_final=bool(is_final), is_locked=False)
+            return Session(None, is_final=is_final, is_locked=True)
+        self._is_final |= is_final  # another thread may have begun before the last step of the sealing
+        return Session(key, is_final=is_final, is_locked=False)
 
     def _open(self, epoch: int, unwrap: Callable[[store.KeyringRow], Secret], read: Callable[[str], Rows]) -> EpochKey:
         rows = decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{ROWS_KEY}' AND epoch = {epoch}"))
         if not rows:
             raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", "it is missing")
         return EpochKey(epoch, unwrap(rows[0]))
+
+
+def seal_of(state: object) -> tuple[int, bool]:
+    """The epoch of the key, 0 without one, and whether all rows are sealed, as the fact ``seal`` says it.
+
+    Any value that no release writes means that it is not sealed.
+    """
+    if type(state) is not int or state < 2:
+        return 0, False
+    return state // 2, state % 2 == 1
 
 
 _KEYRING: Final = f"SELECT {', '.join(columns(store.KeyringRow))} FROM keyring"  # noqa: S608

@@ -22,6 +22,7 @@ from attrs import evolve
 
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
+from chutes_proto.store._guard import seal_of
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
 from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
 from chutes_proto.tlog.merkle import root_hash
@@ -300,7 +301,7 @@ def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
             # A purge goes by the log, and rows of transactions at the same time are there in another order.
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
             has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
-    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, bool((seal or 0) % 2))
+    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, seal_of(seal)[1])
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
