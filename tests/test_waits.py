@@ -41,6 +41,7 @@ RUNS = {
     "loops.py:on_loop": "for what is on a loop or without any, under one text",
     "server/test_embedding.py:_served": "`serve` as a program runs it",
     "server/test_embedding.py:_served_on_asyncio": "`serve` as a program runs it",
+    "store/test_turns.py:test_work_may_end_after_its_loop": "for what is left when a loop has ended",
 }
 
 

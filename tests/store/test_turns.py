@@ -24,6 +24,7 @@ from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.log import Record
 from chutes_proto.server import _retry
@@ -162,6 +163,55 @@ async def test_an_answer_that_does_not_come_in_time_leaves_the_fate_unknown_and_
         assert turns._turns._running
         store.goes_on.set()
     assert not turns._turns._running
+
+
+class NoThread(threading.Thread):
+    """A thread of which the system allows no more."""
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.anyio
+async def test_where_no_thread_can_be_started_a_transaction_waits_for_one_or_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store: Any = Scripted()
+    effect = Transact(ASK, turn_seconds=60, seconds=60)
+    outcomes: list[object] = []
+
+    async def ask() -> None:
+        outcomes.append(await turns.transact(effect))
+
+    async with open_turns(store) as turns:
+        with monkeypatch.context() as patch:
+            patch.setattr("chutes_proto.io.stores.threads.Thread", NoThread)
+            with pytest.raises(StoreAway, match="store scripted: can't start new thread"):
+                await turns.transact(effect)
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            await async_wait_until(lambda: len(store.began) == 1)
+            with monkeypatch.context() as patch:
+                patch.setattr("chutes_proto.io.stores.threads.Thread", NoThread)
+                group.start_soon(ask)
+                await async_wait_until(lambda: len(turns._running) == 2)
+            store.goes_on.set()
+    assert outcomes == [42, 42]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_work_may_end_after_its_loop(backend: str) -> None:
+    goes_on = threading.Event()
+
+    async def leave() -> None:
+        threads = Threads("left")
+        threads.run(goes_on.wait, lambda _: None)
+        threads.close()
+
+    anyio.run(leave, backend=backend)
+    (left,) = (each for each in threading.enumerate() if each.name == "left")
+    goes_on.set()
+    left.join()
 
 
 @pytest.mark.anyio

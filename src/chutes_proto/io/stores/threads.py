@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
@@ -30,25 +31,33 @@ class Threads:
     def __init__(self, name: str) -> None:
         self._name = name
         self._waiting = SimpleQueue[Callable[[], None] | None]()
-        self._free = self._started = 0
+        self._busy = self._started = 0
         self._call_soon = _call_soon()
 
     def run(self, work: Callable[[], T], done: Callable[[T], None]) -> None:
-        """Do ``work``, which raises nothing, in a thread, and call ``done`` with what it returns in the loop."""
+        """Do ``work``, which raises nothing, in a thread, and call ``done`` with what it returns in the loop.
+
+        Where the system allows no further thread, it waits for one of the others. Raises `RuntimeError` if there is
+        none; then nothing is done.
+        """
 
         def carry_out() -> None:
             result = work()
-            _ = self._call_soon(lambda: ended(result))
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits for it
+                _ = self._call_soon(lambda: ended(result))
 
         def ended(result: T) -> None:
-            self._free += 1
+            self._busy -= 1
             done(result)
 
-        if self._free:
-            self._free -= 1
-        else:
-            self._started += 1
-            Thread(target=self._serve, name=self._name, daemon=True).start()
+        if self._busy >= self._started:
+            try:
+                Thread(target=self._serve, name=self._name, daemon=True).start()
+                self._started += 1
+            except RuntimeError:
+                if not self._started:
+                    raise
+        self._busy += 1
         self._waiting.put(carry_out)
 
     def close(self) -> None:

@@ -79,9 +79,11 @@ class StoreTurns:
     async def close(self) -> None:
         """Begin no turn any more, and wait for the transactions that run."""
         self._closing = True
-        for job in [*self._running.values()]:
-            await job.ended.wait()
-        self._threads.close()
+        try:
+            for job in [*self._running.values()]:
+                await job.ended.wait()
+        finally:
+            self._threads.close()
 
     async def _wait_for_turn(self, turn: Turn, job: _Job, seconds: float) -> None:
         try:
@@ -99,7 +101,11 @@ class StoreTurns:
         for turn in [] if self._closing else self._turns.begin():
             job = self._running[turn] = self._jobs.pop(turn)
             job.begun.set()
-            self._threads.run(partial(self._carry_out, job), partial(self._end, turn))
+            try:
+                self._threads.run(partial(self._carry_out, job), partial(self._end, turn))
+            except RuntimeError as exc:  # the system allows no thread
+                job.fault = StoreAway(f"store {self._store.name}: {exc}")
+                self._end(turn, "away")
 
     def _carry_out(self, job: _Job) -> Found:
         """Run a transaction, in a thread."""
