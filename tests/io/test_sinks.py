@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -121,3 +123,38 @@ def test_a_journal_that_is_away_fails(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"audit\.journal: No such file"):
         Sinks([JournalSink(tmp_path / "socket")], required=True, tell=told.append).rows([(1, ROW)])
     assert told == ["audit.journal: No such file or directory"]
+
+
+def test_after_a_line_that_a_full_disk_took_in_part_the_next_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    told: list[str] = []
+    sinks = Sinks([FileSink(path)], required=True, tell=told.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        with pytest.raises(StoreError, match="the disk is full"):
+            sinks.rows([(1, ROW)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sinks.rows([(2, ROW)])
+    sinks.rows([(3, ROW)])
+    part, *whole = path.read_text().splitlines()
+    assert part == '{"audit":1,"entry":{'
+    assert [json.loads(line)["audit"] for line in whole] == [2, 3]
+
+
+def test_a_journal_that_stands_still_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.sinks.JOURNAL_SECONDS", 0.1)
+    path = tmp_path / "socket"
+    told: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(path))
+        sinks = Sinks([JournalSink(path)], required=False, tell=told.append)
+        while not told:
+            sinks.rows([(1, ROW)])
+        monkeypatch.setattr("chutes_proto.io.server.sinks.JOURNAL_SECONDS", 1000.0)
+        sinks.rows([(2, ROW)])
+        assert told == ["audit.journal: the journal does not take it"] * 2
+        _ = journal.recv(1 << 16)
+        sinks.rows([(3, ROW)])
+        assert len(told) == 2

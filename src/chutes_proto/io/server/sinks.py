@@ -8,6 +8,7 @@ Rules kept here:
   although its transaction is kept: it can be repeated, as after any lost answer;
 * a line is one JSON object, ``{"audit":number,"entry":{…}}`` or ``{"checkpoint":"…"}``, in one write: several
   processes may append to one file. The number is that of the row in the store; its index in the log comes later;
+* of a line that a full disk took in part, the rest is missing: the next begins on a line of its own;
 * the file is opened for each write, so it may be moved away for rotation at any time.
 """
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from attrs import frozen
+from attrs import define, field, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store.rows import AuditRow
@@ -55,8 +57,10 @@ class FileSink:
 
     def write(self, lines: Sequence[str]) -> None:
         data = "".join(f"{line}\n" for line in lines).encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
+            if _ends_within_line(descriptor):
+                data = b"\n" + data
             if os.write(descriptor, data) != len(data):
                 raise OSError("the disk is full")
             if self.is_durable:
@@ -65,11 +69,21 @@ class FileSink:
             os.close(descriptor)
 
 
-@frozen
+def _ends_within_line(descriptor: int) -> bool:
+    """Whether a file ends with a line that was written in part."""
+    found = os.fstat(descriptor)
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0 and os.pread(descriptor, 1, found.st_size - 1) != b"\n"
+
+
+@define
 class JournalSink:
-    """The journal, by its native protocol: a datagram for each line."""
+    """The journal, by its native protocol: a datagram for each line.
+
+    One that stands still is waited for once, and not again until it takes a line.
+    """
 
     path: Path = JOURNAL
+    _stands_still: bool = field(init=False, default=False)
 
     @property
     def name(self) -> str:
@@ -77,10 +91,15 @@ class JournalSink:
 
     def write(self, lines: Sequence[str]) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-            journal.settimeout(JOURNAL_SECONDS)
+            journal.settimeout(0.0 if self._stands_still else JOURNAL_SECONDS)
             journal.connect(str(self.path))
-            for line in lines:  # JSON has no line end, so the short form of a field does
-                _ = journal.send(f"PRIORITY=6\nSYSLOG_IDENTIFIER=chutes-proto-audit\nMESSAGE={line}\n".encode())
+            try:
+                for line in lines:  # JSON has no line end, so the short form of a field does
+                    _ = journal.send(f"PRIORITY=6\nSYSLOG_IDENTIFIER=chutes-proto-audit\nMESSAGE={line}\n".encode())
+            except (TimeoutError, BlockingIOError):
+                self._stands_still = True
+                raise OSError("the journal does not take it") from None
+            self._stands_still = False
 
 
 class Sinks:
