@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +20,15 @@ from chutes_proto.io.http.https import HttpGetter
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.sequencer import Sequencer
-from chutes_proto.io.server.witnesses import Witness, Witnesses, cosign, read_witnessed, witnessed_path, witnessing
+from chutes_proto.io.server.witnesses import (
+    LIMITS,
+    Witness,
+    Witnesses,
+    cosign,
+    read_witnessed,
+    witnessed_path,
+    witnessing,
+)
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
@@ -74,12 +83,13 @@ class SmallWitness:
 
     log: Verifier
     seed: bytes = bytes(range(32))
+    name: str = "witness.example/w1"
     signed: dict[str, Checkpoint] = field(factory=dict[str, Checkpoint])
 
     @property
     def key(self) -> Verifier:
         public = Ed25519PrivateKey.from_private_bytes(self.seed).public_key()
-        return Verifier("witness.example/w1", public.public_bytes(Encoding.Raw, PublicFormat.Raw), is_witness=True)
+        return Verifier(self.name, public.public_bytes(Encoding.Raw, PublicFormat.Raw), is_witness=True)
 
     def answer(self, body: bytes) -> tuple[int, bytes]:
         head, _, rest = body.partition(b"\n\n")
@@ -113,6 +123,12 @@ def small(log: Log) -> SmallWitness:
 
 @pytest.fixture
 def witness(small: SmallWitness) -> Iterator[Witness]:
+    with serving(small) as witness:
+        yield witness
+
+
+@contextmanager
+def serving(small: SmallWitness) -> Iterator[Witness]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             assert self.path == "/prefix/add-checkpoint"
@@ -199,3 +215,35 @@ def test_a_server_asks_again_and_again(log: Log, witness: Witness, monkeypatch: 
         size = Checkpoint.of(log.grow(1)).size
         wait_until(lambda: Checkpoint.of(Note.parse(witnessed_path(log.file).read_bytes())).size == size)
     assert told == []
+
+
+def test_a_cosignature_stays_when_its_witness_is_away(log: Log, witness: Witness) -> None:
+    note = log.grow(1)
+    other_seed = bytes(range(1, 33))
+    with serving(SmallWitness(log.key, other_seed, "witness.example/w2")) as other:
+        away = Witness(f"http://127.0.0.1:{free_port()}", other.key)
+        assert len(Witnesses(log.store, [witness, away], log.file).ask(note)[1]) == 1
+        gone = Witness(away.url, witness.key)
+        whole, faults = Witnesses(log.store, [gone, other], log.file).ask(note)
+    assert len(faults) == 1
+    assert cosigned_by(whole, [witness.key, other.key]) == (witness.key, other.key)
+    assert read_witnessed(witnessed_path(log.file)) == whole
+
+
+def test_a_witness_that_does_not_answer_keeps_no_server_from_its_end(
+    log: Log, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.witnesses.SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hung = Witness(f"http://127.0.0.1:{silent.getsockname()[1]}", witness.key)
+        with witnessing(Witnesses(log.store, [hung], log.file), print):
+            connection, _ = silent.accept()
+            ends = time.monotonic()
+        assert time.monotonic() - ends < LIMITS.read
+        connection.close()
+
+
+def test_a_witness_that_has_seen_more_is_named(log: Log, small: SmallWitness, witness: Witness) -> None:
+    small.signed[ORIGIN] = Checkpoint(ORIGIN, 1000, bytes(32))
+    with pytest.raises(LogError, match=r"witness http://.*: a log of [0-9]+ entries does not extend one of 1000"):
+        cosign(log.store, log.grow(1), witness, 0, GET)

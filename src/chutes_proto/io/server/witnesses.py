@@ -60,10 +60,10 @@ def cosign(store: Store, note: Note, witness: Witness, old: int, get: HttpGetter
     size = Checkpoint.of(note).size
     url = f"{witness.url.rstrip('/')}/{PATH}"
     for attempt in range(2):
-        path = store.transact(FromTiles(partial(consistency_proof, old=old, new=size)))
         try:
+            path = store.transact(FromTiles(partial(consistency_proof, old=old, new=size)))
             answer = get(url, (("content-type", "text/plain"),), request_body(old, path, note))
-        except (TransportError, LocalProtocolError) as exc:
+        except (LogError, TransportError, LocalProtocolError) as exc:
             raise LogError(f"witness {witness.url}: {exc}") from None
         try:
             if answer.status == 409 and not attempt:
@@ -102,7 +102,8 @@ class Witnesses:
                 found.append(cosign(self._store, note, witness, min(known, Checkpoint.of(note).size), self._get))
             except LogError as exc:
                 faults.append(str(exc))
-        whole = note.with_signatures(found)
+        before = [] if kept is None or kept.text != note.text else self._signed(kept)
+        whole = note.with_signatures([*found, *(each for each in before if _key(each) not in map(_key, found))])
         if self._kept is not None and found and Checkpoint.of(note).size >= old:
             write_file(self._kept, str(whole).encode(), mode=0o644)
         return whole, faults
@@ -114,9 +115,18 @@ class Witnesses:
             return []
         return self.ask(newest)[1]
 
+    def _signed(self, note: Note) -> list[Signature]:
+        """The cosignatures under a note. Raises `LogError` for one that does not verify."""
+        keys = [_key(each) for each in cosigned_by(note, [each.key for each in self._witnesses])]
+        return [each for each in note.signatures if _key(each) in keys]
+
     def _is_covered(self, kept: Note, newest: Note) -> bool:
         every = len(cosigned_by(kept, [each.key for each in self._witnesses])) == len(self._witnesses)
         return every and kept.text == newest.text
+
+
+def _key(of: Signature | Verifier) -> tuple[str, bytes]:
+    return of.name, of.identifier
 
 
 @contextmanager
@@ -142,5 +152,4 @@ def witnessing(witnesses: Witnesses | None, tell: Callable[[str], object]) -> Ge
     try:
         yield
     finally:
-        ending.set()
-        thread.join(LIMITS.total)
+        ending.set()  # not waited for: a witness that does not answer would keep the store from its end
