@@ -199,6 +199,30 @@ def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
     assert len([note for note in store.notes if note.startswith("audit log: ")]) == 1, "not one for each size"
 
 
+def test_a_checkpoint_file_that_cannot_be_is_told_and_the_log_goes_on(store: DurableStore, tmp_path: Path) -> None:
+    with sequencing(store, lambda: VAULT, ORIGIN, tmp_path / ("x" * 300)):
+        for number in range(2):
+            store.transact(Ask(Insert(row(0, number))))
+            wait_until(lambda: any("File name too long" in note for note in store.notes))
+            wait_until(lambda number=number: [each.reason for each in log(store)][-1:] == [str(number)])  # type: ignore[misc]
+
+
+def test_rows_are_looked_for_again_after_a_fault_of_the_store(
+    place: StorePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.sequencer.COVERED_SECONDS", 0.0)
+    with closing(evolve(place, mark_file=tmp_path / "store.mark").open()) as store:
+        store.keep_mark()
+        sequencer = Sequencer(store, lambda: VAULT, ORIGIN, None)
+        store.transact(Ask(Insert(row(0, 0))))
+        edit(place, "ALTER TABLE audit RENAME TO away")
+        with pytest.raises(StoreError):
+            sequencer.watch()
+        edit(place, "ALTER TABLE away RENAME TO audit")
+        sequencer.watch()
+        assert len([note for note in store.notes if "was committed" in note]) == 1
+
+
 def test_a_committed_row_that_does_not_get_into_the_log_is_told(
     place: StorePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

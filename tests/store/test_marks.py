@@ -417,3 +417,10 @@ def test_a_row_of_a_clock_that_was_ahead_does_not_outlast_a_decision() -> None:
     loss = find_loss(Mark(7, 0, (Row(5, NOW, "a"), ahead)), view, NOW)
     assert loss is not None
     assert loss.is_accepted
+
+
+def test_of_very_many_findings_the_newest_are_kept() -> None:
+    marks = MarkKeeper("keys", None)
+    for number in range(1100):
+        marks.add_note(f"row {number}")
+    assert (marks.notes[0], marks.notes[-1], len(marks.notes)) == ("row 100", "row 1099", 1000)

@@ -96,7 +96,7 @@ class Sequencer:
                 told = None
             except StoreError:  # `watch_store` tells the operator
                 pass
-            except (ConfigurationError, KeyUnavailable, LogError, SealBroken) as exc:
+            except (ConfigurationError, KeyUnavailable, LogError, SealBroken, OSError) as exc:
                 if type(exc) is not told:  # once, not for each size of a log that grows
                     self._store.add_note(f"audit log: {exc}")
                 told = type(exc)
@@ -141,11 +141,12 @@ class Sequencer:
 
         Raises `StoreError`.
         """
-        self._awaited += self._store.take_acknowledged(COVERED_SECONDS)
+        self._awaited = self._awaited or self._store.take_acknowledged(COVERED_SECONDS)
         if not self._awaited:
             return
-        awaited, self._awaited = self._awaited, []
-        found = self._read(min(each.number for each, _ in awaited), max(each.number for each, _ in awaited))
+        numbers = [each.number for each, _ in self._awaited]
+        found = self._read(min(numbers), max(numbers))
+        awaited, self._awaited = self._awaited, []  # only now: a store that fails is asked again
         for entry, _ in awaited:
             if found.get(entry.number) != entry:
                 self._store.add_note(

@@ -328,14 +328,14 @@ async def log_ends(running: Running, log: Callable[[Record], None]) -> None:
 
 async def _log_notes(store: DurableStore, log: Callable[[Record], None]) -> None:
     """Log each note of the store that comes up after the start."""
-    told = store.notes
+    told = {*store.notes}
     while True:
         await anyio.sleep(WATCH_SECONDS)
         found = store.notes
         for note in found:
             if note not in told:
                 log(Record(Level.WARNING, "warning", {"about": note}))
-        told = found
+        told = {*found}
 
 
 async def serve(

@@ -36,6 +36,8 @@ _SAME_SECONDS: Final = 3600
 """How far apart in time rows may be whose order in the log is not that of their numbers. Generous."""
 _WATCHED: Final = 100_000
 """The most rows that a process remembers until they are in the log."""
+_NOTES: Final = 1000
+"""The most findings that are kept, the newest: a fail-over may lose many rows, and a witness says what it wants."""
 _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
@@ -145,6 +147,7 @@ class MarkKeeper:
         """Add a finding, once."""
         if note not in self.notes:
             self.notes.append(note)
+            del self.notes[:-_NOTES]
 
     def compare(self, ask: Ask, timeline: int) -> None:
         """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""
