@@ -122,12 +122,9 @@ def test_no_attestation_and_no_registration(world: World, learn: Callable[[World
     learn(world)
     nonce = runtime.nonce_of(world)
     refused(runtime.attest(world, nonce))
-    if name in ("hotkey", "instance"):
-        world.app.service.revoked.now = world.store.transact(ReadRevocations())
-        assert not answer(world.ask_signed("GET", status))["fresh"]
+    assert not answer(world.ask_signed("GET", status))["fresh"]
     assert answer(world.ask_signed("DELETE", "/servers/n1"))
-    if name != "ppid":  # a registration shows no quote; its link has one name of the platform
-        refused(servers.register(world))
+    refused(servers.register(world))
     allow(world, party)
     servers.registered(servers.register(world))
     assert answer(runtime.attest(world))

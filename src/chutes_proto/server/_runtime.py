@@ -24,7 +24,7 @@ from chutes_proto.server._service import Service
 from chutes_proto.store.rows import AttestationRow, ServerRow
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.records import Quote
-from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
+from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, ReadStatus, RecordRuntimeRefusal
 from chutes_proto.wire import miners
 from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.names import timestamp
@@ -99,11 +99,10 @@ def attest_runtime(
 
 def read_status(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[miners.AttestationStatusAnswer]:
     """Operation 12: report the newest verdict on the caller's server."""
-    server, last = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
+    unit = ReadStatus(call.now, call.caller.address, call.message.server_id, service.revoked.now)
+    server, last, revoked = yield from Transact(unit)
     age = None if last is None else max(0, call.now - last.created_at)
     verified = last is not None and last.code is None
-    pins = [pin for pin in (server.pin, None if last is None else last.pin) if pin is not None]
-    revoked = service.revoked.now.find(call.now, (server.vm,), pins)
     return miners.AttestationStatusAnswer(
         server_id=server.server_id,
         last_attestation=None if last is None else _last(last),

@@ -44,6 +44,14 @@ def pins_of(platform: store.Platform) -> tuple[store.Pin, ...]:
     return (ppid,) if platform.instance_id is None else (store.Pin("instance", platform.instance_id), ppid)
 
 
+def pins_of_boot(boot: store.BootRow) -> Script[tuple[store.Pin, ...]]:
+    """All names of the platform of ``boot``, whose row has one; only that one if its VM is another platform's now."""
+    claim = yield from store.Read(store.VmRow, boot.vm)
+    if claim is None or claim.pin != boot.pin:
+        return (boot.pin,)
+    return pins_of(store.Platform(claim.instance_id, claim.ppid))
+
+
 @frozen
 class Revocations:
     """All revocations of a store at one version of them; -1 is the version of no store."""
@@ -119,13 +127,9 @@ def check_allowed(
 
 
 def check_boot_allowed(known: Revocations, times: store.Times, now: int, boot: store.BootRow) -> Script[None]:
-    """Check the same for a later request of ``boot``, whose row has one name of its platform. Raises `Refused`."""
+    """Check the same for a later request of ``boot``. Raises `Refused`."""
     known = yield from current(known, times)
-    pins = [boot.pin]
-    if known.names_platforms:
-        claim = yield from store.Read(store.VmRow, boot.vm)
-        if claim is not None and claim.pin == boot.pin:
-            pins += pins_of(store.Platform(claim.instance_id, claim.ppid))
+    pins = (yield from pins_of_boot(boot)) if known.names_platforms else (boot.pin,)
     row = known.find(now, (boot.vm,), pins)
     if row is not None:
         raise _revoked(row)

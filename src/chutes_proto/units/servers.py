@@ -31,7 +31,14 @@ from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
 from chutes_proto.units.keys import VmKeys, by_volume
 from chutes_proto.units.nonces import Nonce, redeem_nonce
 from chutes_proto.units.records import NO_QUOTE, AcceptedQuote, Quote, Records, SignedGpus, legible
-from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed, pins_of
+from chutes_proto.units.revocations import (
+    NO_REVOCATIONS,
+    Revocations,
+    check_allowed,
+    current,
+    pins_of,
+    pins_of_boot,
+)
 from chutes_proto.wire.codes import Code
 
 EVIDENCE_SECONDS = 86_400
@@ -44,11 +51,13 @@ _TAKEN = "Conflict with an existing server. Please contact support to resolve."
 class HostQuote(AcceptedQuote):
     """An accepted runtime quote that a server's host gave when it was asked, and the result about its GPUs.
 
-    ``is_owned``: the host also proved that its owner's hotkey is the one that registers it.
+    ``is_owned``: the host also proved that its owner's hotkey is the one that registers it. ``platform`` has all names
+    of the quote's.
     """
 
     gpus: SignedGpus
     is_owned: bool = False
+    platform: store.Platform | None = None
 
 
 @frozen
@@ -81,7 +90,9 @@ class RegisterServer(Unit[store.ServerRow]):
     def script(self) -> Script[store.ServerRow]:
         """Link, the host's quote, conflicts, rows."""
         link = yield from self._link()
-        pins = [each.pin for each in (link, self.shown) if each is not None]
+        pins = () if link is None else (yield from pins_of_boot(link))
+        if self.shown is not None:
+            pins += (self.shown.pin, *(() if self.shown.platform is None else pins_of(self.shown.platform)))
         vms = (store.Vm(self.hotkey, self.name), *(() if link is None else (link.vm,)))
         yield from check_allowed(self.revocations, (yield from store.ReadTimes()), self.now, vms, pins)
         if link is None and self.evidence == "boot":
@@ -262,6 +273,30 @@ class ReadOwnServer(Unit[tuple[store.ServerRow, store.AttestationRow | None]]):
         return server, None if server.attested is None else (
             yield from store.Read(store.AttestationRow, server.attested)
         )
+
+
+@frozen
+class ReadStatus(Unit[tuple[store.ServerRow, store.AttestationRow | None, store.RevocationRow | None]]):
+    """A server as `ReadOwnServer` reads it, and a revocation of its names, its linked VM or its platform.
+
+    Of the platform of a server without a linked boot the one name counts that it is bound to.
+    """
+
+    now: int
+    hotkey: str
+    server_id: str
+    revocations: Revocations = NO_REVOCATIONS
+
+    def script(self) -> Script[tuple[store.ServerRow, store.AttestationRow | None, store.RevocationRow | None]]:
+        server, last = yield from ReadOwnServer(self.hotkey, self.server_id).script()
+        known = yield from current(self.revocations, (yield from store.ReadTimes()))
+        boot = None if server.boot_id is None else (yield from store.Read(store.BootRow, server.boot_id))
+        vms = [server.vm]
+        pins = [pin for pin in (server.pin, None if last is None else last.pin) if pin is not None]
+        if boot is not None:
+            vms.append(boot.vm)
+            pins += yield from pins_of_boot(boot)
+        return server, last, known.find(self.now, vms, pins)
 
 
 @frozen
