@@ -80,6 +80,22 @@ def test_strangers_hide_no_line_about_a_known_vm(world: World) -> None:
     assert sum(record.fields.get("vm") == "vm-1" for record in world.log) < 45  # a known name fills no log
 
 
+def test_a_stranger_who_uses_the_name_of_a_vm_hides_no_line_about_it(world: World) -> None:
+    assert answer(world.boot())
+    body, headers = world.attestation("0" * 64)
+
+    def ask(peer: str) -> str:
+        asked = world.ask("POST", "/servers/boot/attestation", body, headers=headers, peer_address=peer)
+        return str(content(asked)["request_id"])
+
+    for _ in range(100):
+        _ = ask("203.0.113.6")
+    assert len(world.log) < 45
+    for _ in range(3):
+        assert refused(world)["request_id"] != (request_id := ask("203.0.113.200"))
+        assert refused(world)["request_id"] == request_id
+
+
 def learn_all(world: World) -> None:
     """Read all names, as a server does beside its requests."""
 

@@ -280,14 +280,14 @@ class App:
     ) -> Flow[None]:
         """Log a refusal. Anyone can cause them: many of an address are counted only, unless the store records them.
 
-        A known VM has lines of its own.
+        A known VM has lines of its own; once others who use its name have taken them, it has those of its address.
         """
         ours, vm, now = refusal.status >= 500, seen.vm, (yield from Uptime())
         is_known = vm in seen.service.known
         if refusal.recorded:
             held_back: int | None = 0
-        elif is_known:
-            held_back = seen.service.known.lines.admits(f"{vm.hotkey}/{vm.name}", now)
+        elif is_known and not seen.service.known.lines.take(f"{vm.hotkey}/{vm.name}", now):
+            held_back = 0
         else:
             held_back = (seen.service.faults if ours else seen.service.refusals).admits(request.peer_address, now)
         if held_back is None:

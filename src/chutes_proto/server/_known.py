@@ -4,7 +4,7 @@ Rules kept here:
 
 * a VM is known once it is bound to a platform, at whichever server of the store it booted;
 * the names are read from the store beside the requests, page by page: a stranger's request costs no look at the store;
-* each known VM has lines of its own; what others cause does not count against it.
+* each known VM has lines of its own; what is refused under other names does not count against it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attrs import define, field
 
 from chutes_proto.effects import Flow, Sleep, Transact
 from chutes_proto.errors import StoreError
-from chutes_proto.server._limits import LogThrottle, TokenBuckets
+from chutes_proto.server._limits import TokenBuckets
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadPage, Vm, VmRow
 
@@ -27,15 +27,15 @@ MOST: Final = 200_000
 """How many VMs are known at most; each takes about 70 bytes."""
 
 
-def _own() -> LogThrottle:
-    return LogThrottle(each=TokenBuckets(20, 0.2, most=16384), all=TokenBuckets(0, 0))
+def _own() -> TokenBuckets:
+    return TokenBuckets(20, 0.2, most=16384)
 
 
 @define
 class KnownVms:
     """The known VMs, by hashes of their names; ``lines`` limits the log lines of each."""
 
-    lines: LogThrottle = field(factory=_own)
+    lines: TokenBuckets = field(factory=_own)
     _known: set[int] = field(init=False, factory=set[int])
 
     def note(self, vm: Vm) -> None:
