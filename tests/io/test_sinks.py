@@ -158,3 +158,21 @@ def test_a_journal_that_stands_still_is_waited_for_once(tmp_path: Path, monkeypa
         _ = journal.recv(1 << 16)
         sinks.rows([(3, ROW)])
         assert len(told) == 2
+
+
+def test_a_pipe_that_nobody_reads_fails(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    told: list[str] = []
+    sinks = Sinks([FileSink(path)], required=True, tell=told.append)
+    with pytest.raises(StoreError, match="No such device or address"):
+        sinks.rows([(1, ROW)])
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        sinks.rows([(2, ROW)])
+        assert json.loads(os.read(reader, 1 << 16))["audit"] == 2
+        with pytest.raises(StoreError, match=r"audit.required"):
+            while True:
+                sinks.rows([(3, ROW)])
+    finally:
+        os.close(reader)

@@ -57,7 +57,9 @@ class FileSink:
 
     def write(self, lines: Sequence[str]) -> None:
         data = "".join(f"{line}\n" for line in lines).encode()
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        # Nobody may read a pipe, or nobody any more: then it takes nothing, and is not waited for.
+        access = os.O_WRONLY | os.O_NONBLOCK if self.path.is_fifo() else os.O_RDWR
+        descriptor = os.open(self.path, access | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             if _ends_within_line(descriptor):
                 data = b"\n" + data
