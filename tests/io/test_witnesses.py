@@ -247,3 +247,10 @@ def test_a_witness_that_has_seen_more_is_named(log: Log, small: SmallWitness, wi
     small.signed[ORIGIN] = Checkpoint(ORIGIN, 1000, bytes(32))
     with pytest.raises(LogError, match=r"witness http://.*: a log of [0-9]+ entries does not extend one of 1000"):
         cosign(log.store, log.grow(1), witness, 0, GET)
+
+
+def test_a_kept_file_that_is_damaged_is_named(log: Log, witness: Witness) -> None:
+    path = witnessed_path(log.file)
+    _ = path.write_bytes(b"damaged")
+    with pytest.raises(LogError, match=rf"{path}: not a note"):
+        _ = Witnesses(log.store, [witness], log.file).round()

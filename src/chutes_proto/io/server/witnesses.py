@@ -52,7 +52,10 @@ def read_witnessed(path: Path | None) -> Note | None:
     """The note in a file, of which nothing is verified; None if there is none. Raises `LogError`."""
     if path is None or not path.exists():
         return None
-    return Note.parse(read_file(path, limit=LARGEST_NOTE))
+    try:
+        return Note.parse(read_file(path, limit=LARGEST_NOTE))
+    except LogError as exc:
+        raise LogError(f"{path}: {exc}") from None
 
 
 def cosign(store: Store, note: Note, witness: Witness, old: int, get: HttpGetter) -> Signature:
