@@ -66,6 +66,8 @@ def test_it_tells_what_happened_and_names_no_vm(premises: Premises) -> None:
     vm = premises.vm("vm-with-a-name")
     passphrases = vm.sync(vm.boot()["boot_token"])
     _ = premises.vm("another").boot(status=401, nonce="0" * 64)
+    with pytest.raises(httpx.ConnectError):  # it trusts other CAs
+        _ = httpx.get(premises.url, trust_env=False, timeout=60)
     with over(premises.directory / "admin.sock") as admin:
         assert admin.get("/livez").text == "ok\n"
         found = checks(admin)
@@ -81,6 +83,12 @@ def test_it_tells_what_happened_and_names_no_vm(premises: Premises) -> None:
         assert counted["collateral_lookups_total", "found"] == 1
         assert counted["step_seconds_count", "store"] >= 2
         assert counted["tls_handshakes_total", "done"] >= 4
+        assert counted["tls_handshakes_total", "failed"] == 1
+        assert counted["step_seconds_count", "compute"] >= 4
+        assert counted["open_boots",] == 0
+        assert counted["verifications_limit",] == 256
+        begins = [value for key, value in counted.items() if key[0].startswith("collateral_issued")]
+        assert 0 < max(begins) <= time.time()
         assert counted["verification_cache_total", "miss", "pck_chain"] >= 1
         assert counted["check", "store"] == 0
         assert counted["certificate_expires_timestamp_seconds",] > time.time()

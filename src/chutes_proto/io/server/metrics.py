@@ -97,7 +97,9 @@ class Metrics:
         self._skew = self._gauge("clock_skew_seconds", "This machine's clock minus the database's.")
         self._read_at = self._gauge("checks_timestamp_seconds", "The time of the last look at the checks.")
         self._keys = self._gauge("keys", "Generations of keys in the store.", "state")
+        self._states_seen: set[str] = set()
         self._sealed = self._gauge("sealed_keys", "Passphrases in the store, by the key-encryption key.", "kek")
+        self._keks_seen: set[str] = set()
         self._audit = self._gauge("audit_position", "The number of the newest audit row.")
         self._scrubbed_at = self._gauge("scrub_timestamp_seconds", "The end of the last whole scrub of the store.")
         self._scrub_rows = self._gauge("scrub_rows", "Rows that it read.")
@@ -205,11 +207,13 @@ class Metrics:
 
     def count(self, counts: Counts) -> None:
         """Set the gauges of what the store holds."""
-        for state, number in counts.states.items():
-            self._keys.labels(state).set(number)
-        self._forget(self._sealed)
-        for kek, number in counts.sealed.items():
-            self._sealed.labels(kek).set(number)
+        for gauge, numbers, seen in (
+            (self._keys, counts.states, self._states_seen),
+            (self._sealed, counts.sealed, self._keks_seen),
+        ):
+            seen.update(numbers)
+            for label in seen:  # what is no longer there is 0 now, in the files of several processes, too
+                gauge.labels(label).set(numbers.get(label, 0))
         self._audit.set(counts.audit_position)
 
     def _forget(self, *gauges: Gauge) -> None:
