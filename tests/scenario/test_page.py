@@ -12,7 +12,6 @@ import pytest
 from attrs import evolve
 
 from chutes_proto import __version__
-from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, Insert, KeyServer, NoteKeyServer, NoteWhatIf, Vm, WhatIf
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
@@ -42,7 +41,7 @@ def place_of(premises: Premises) -> str:
 
 def fill(premises: Premises) -> None:
     """Names and reasons that are markup, as a faulty release or another writer of the store might leave them."""
-    with closing(SqliteStore(premises.directory / "keys.db")) as store:
+    with closing(premises.open()) as store:
         for version in (__version__, "0.0.1"):
             row = KeyServer(f"server of {version}", version, "{}", premises.now + 3600)  # it does not end meanwhile
             store.transact(Ask(NoteKeyServer(row)))
@@ -80,6 +79,13 @@ def test_it_shows_the_fleet_and_runs_nothing_of_what_it_shows(
         assert "server of 0.0.10.0.1not compared: another release" in text
         assert page.evaluate("document.querySelector('#what-if').checkVisibility()")
         assert re.search(r"Last what-if.*: new\.toml, at .*: 4 of 9 VMs refused, 0 warned, ", text, re.DOTALL)
+        for plot in ("boots", "denials"):  # all within one half hour, or two
+            assert page.evaluate(f"document.querySelectorAll('#{plot} rect').length") in (1, 2)
+        timeline = page.evaluate("document.querySelector('#timeline').textContent")
+        for what in ("certificate", "collateral"):
+            assert timeline.count(f"{what} ") >= 1
+            assert re.search(rf"{what}.*20\d\d-", page.evaluate("document.querySelector('#ends').textContent"))
+        assert "newest audit row" in page.evaluate("document.querySelector('#facts').textContent")
         assert page.evaluate("document.documentElement.dataset.owned") is None
         assert page.evaluate("document.querySelectorAll('img, iframe, script').length") == 1  # its own script
         asked = {event["params"]["request"]["url"] for event in page.events if is_request(event)}
