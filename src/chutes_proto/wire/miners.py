@@ -37,7 +37,7 @@ class ServerRequest(SignedRequest):
 class NodeArgs:
     """One GPU as its owner declares it; ``server/_gpus.py`` checks it."""
 
-    uuid: str = body("GPU uuid, unique among all servers")
+    uuid: str = body("GPU uuid, as declared; other servers may declare it too")
     name: str = body("model name as the driver has it")
     memory: int = body("bytes")
     clock_rate: float = body("kHz")
