@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import attrs
 import pytest
@@ -136,3 +137,24 @@ def test_a_stranger_is_no_operation() -> None:
 
     with pytest.raises(TypeError, match="Stranger is not a row operation"):
         statement(Stranger())
+
+
+def test_a_page_of_vms_costs_no_more_in_a_larger_store() -> None:
+    """A page that reads the rest of each table would make `store check` and `store seal` quadratic."""
+    steps: list[int] = []
+    for count in (100, 1000):
+        store = MemoryStore()
+        names = [("hotkey", f"vm-{number:04}") for number in range(count)]
+        for table, rest in (("volume", "'root', TRUE, FALSE, NULL, NULL"), ("head", "1, x'', x''")):
+            _ = store.connection.executemany(f"INSERT INTO {table} VALUES (?, ?, {rest})", names)
+        taken: list[None] = []
+        store.connection.set_progress_handler(partial(taken.append, None), 1)
+        page = store.connection.execute(*sql.next_vms(("", ""), 30)).fetchall()
+        store.connection.set_progress_handler(None, 0)
+        steps.append(len(taken))
+        found: list[tuple[str, str]] = []
+        while page:
+            found += page
+            page = store.connection.execute(*sql.next_vms(page[-1], 30)).fetchall()
+        assert found == names
+    assert steps[1] < 1.1 * steps[0]

@@ -635,7 +635,7 @@ class Guard:
     def next_vms(self, after: store.Vm | None, limit: int) -> tuple[store.Vm, ...]:
         """The next VMs of which there is any row, or a head."""
         beyond = ("", "") if after is None else (after.hotkey, after.name)
-        return tuple(sorted(store.Vm(*values) for values in self._run(None, sql.NEXT_VMS, (*beyond, limit))))
+        return tuple(sorted(store.Vm(*values) for values in self._run(None, *sql.next_vms(beyond, limit))))
 
     def inspect(
         self, kind: type[store.Row], after: store.Row | None, limit: int

@@ -1143,10 +1143,20 @@ IS_KNOWN: Final = f"SELECT {_HAS_ROW}"
 """The statement that tells whether a VM has any row."""
 NEXT_VMS: Final = (
     "SELECT hotkey, vm FROM ("  # noqa: S608
-    + " UNION ".join(f"SELECT DISTINCT hotkey, vm FROM {table}" for table in (*_OF_VM, "head"))  # noqa: S608
-    + ") AS every_vm WHERE (hotkey, vm) > (?, ?) ORDER BY hotkey, vm LIMIT ?"
+    + " UNION ".join(
+        # Each table is read for one page alone, and not to its end for every page.
+        f"SELECT * FROM (SELECT DISTINCT hotkey, vm FROM {table} WHERE (hotkey, vm) > (?, ?)"  # noqa: S608
+        f" ORDER BY hotkey, vm LIMIT ?) AS next_of_{table}"
+        for table in (*_OF_VM, "head")
+    )
+    + ") AS every_vm ORDER BY hotkey, vm LIMIT ?"
 )
-"""The statement that reads the next VMs of which there is any row, or a head."""
+"""The statement that reads the next VMs of which there is any row, or a head; see `next_vms` for its parameters."""
+
+
+def next_vms(after: tuple[str, str], limit: int) -> tuple[str, Values]:
+    """The statement of `NEXT_VMS`, and its parameters."""
+    return NEXT_VMS, (*after, limit) * (len(_OF_VM) + 1) + (limit,)
 
 
 def set_mac(kind: type[store.Row]) -> str:
