@@ -88,7 +88,7 @@ def test_a_boot_finds_its_rows_by_their_keys(empty_schema: str) -> None:
     """Not by an index in which VMs of other hotkeys are neighbours because they have like names, and all conflict."""
     PostgresStore(empty_schema, migrate=True).close()
     vm = Vm("hotkey", "vm-1")
-    with psycopg.connect(empty_schema) as connection:
+    with psycopg.connect(empty_schema, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(MANY.format(many=2000).encode())
         for op, key in ((Read(VmRow, vm), "vm_pkey"), (ReadLiveGenerations(vm), "generation_pkey")):
             text, values = sql.statement(op)
@@ -106,7 +106,7 @@ def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
     """The VMs of hotkeys of their own, in a store that has many: their rows are neighbours by chance alone."""
     boots = 640 // clients
     PostgresStore(empty_schema, migrate=True).close()
-    with psycopg.connect(empty_schema) as connection:
+    with psycopg.connect(empty_schema, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(MANY.format(many=100_000).encode())
 
     def live(store: PostgresStore, number: int) -> None:

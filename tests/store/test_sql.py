@@ -50,8 +50,10 @@ def test_postgresql_gets_its_own_types_and_marks() -> None:
     assert f"SET value = {SCHEMA_VERSION} WHERE name = 'schema_version'" in text
     assert for_driver(statement(Scan(AuditRow))[0], "postgresql") == statement(Scan(AuditRow))[0]
     insert, values = statement(Insert(AuditRow(1, "vm", "boot", "granted")))
-    assert "%" not in insert
-    assert for_driver(insert, "postgresql").count("%s") == insert.count("?") == len(values)
+    marks = [f"${number}" for number in range(1, len(values) + 1)]
+    assert re.findall(r"\$[0-9]+", for_driver(insert, "postgresql")) == marks
+    assert insert.count("?") == len(values)
+    assert "$" not in insert
     assert for_driver(insert, "sqlite") == insert
 
 

@@ -4,7 +4,7 @@ Rules kept here:
 
 * an operation is one entry of `_QUERIES`: its statement with parameters, and a function from the result to the reply;
 * every value is a parameter, written as its path in the operation (``:vm.name``) and made a ``?``; `for_driver` turns
-  that into the driver's mark, and no statement has a ``:``, ``?`` or ``%`` for anything else;
+  that into the driver's mark, and no statement has a ``:``, ``?`` or ``$`` for anything else;
 * ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one; ``{lock}`` locks
   the rows that it reads, or leaves them out if another transaction has, in a dialect with several writers;
 * table and column names come from the row classes alone;
@@ -496,7 +496,10 @@ _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor
 def for_driver(statement: str, dialect: Dialect) -> str:
     """``statement`` with the parameter marks of the dialect's driver, and what its database says in its own way."""
     statement = statement.replace("{lock}", _TYPES[dialect]["lock"]).replace("{clock}", _CLOCK[dialect])
-    return statement if dialect == "sqlite" else statement.replace("?", "%s")
+    if dialect == "sqlite":
+        return statement
+    first, *parts = statement.split("?")
+    return first + "".join(f"${number}{part}" for number, part in enumerate(parts, 1))
 
 
 class LostFactError(Exception):

@@ -701,7 +701,8 @@ class PostgresStore:
 
     def _connect(self) -> _Connection:
         try:
-            connection = _Connection.connect(self._conninfo, autocommit=True)
+            # Statements have PostgreSQL's own marks: psycopg takes long to find others in one of a thousand rows.
+            connection = _Connection.connect(self._conninfo, autocommit=True, cursor_factory=psycopg.RawCursor)
         except psycopg.Error as exc:
             text = " ".join(str(exc).split())
             if "no password supplied" in text:
