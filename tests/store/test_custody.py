@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import sqlite3
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psycopg
 import pytest
 from attrs import evolve, frozen
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chutes_proto.errors import KeyUnavailable, Refusal, RowNotAuthentic, SealBroken, StoreError
 from chutes_proto.io.stores.address import StorePlace
@@ -21,6 +26,7 @@ from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows
 from chutes_proto.store._guard import SEALED, Custody
+from chutes_proto.store._macs import EpochKey
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.units.boot import GrantBoot
@@ -240,6 +246,18 @@ def test_no_edit_of_any_row_releases_a_key(request: pytest.FixtureRequest) -> No
     assert tried > 150
     assert refused > tried / 3
     print(f"{tried} edits: {refused} refused, {named} named, {len(silent)} without effect on keys")
+
+
+@pytest.mark.parametrize("width", [1, 12, 13, 15, 16, 30])
+def test_a_mac_is_the_hmac_of_its_message(width: int) -> None:
+    """As docs and other programs may compute it, whatever is hashed beforehand."""
+    key = HKDF(SHA256(), 32, None, b"chutes-proto custody").derive(bytes(32))
+    values = ("x" * 300, None, True, 7, b"y")[:width] + (-1,) * (width - 5)
+    message = msgspec.msgpack.encode(["row", 1, "table", *values])
+    right = struct.pack(">BI", 1, 258) + hmac.digest(key, message, "sha256")[:16]
+    epoch_key = EpochKey(258, Secret(bytes(32)))
+    assert [epoch_key.of_row("table", values) for _ in range(2)] == [right, right]
+    assert epoch_key.mac("row", "table", *values) == right
 
 
 # --- real stores ---

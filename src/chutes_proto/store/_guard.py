@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
@@ -36,7 +37,7 @@ from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, StoreError
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store import sql
-from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, is_of_row
+from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, is_same
 from chutes_proto.store.rows import StoreOp
 from chutes_proto.store.sql import Rows, Values, columns, decode, decode_rows, encode, flags, kind_read, statement
 
@@ -62,8 +63,10 @@ Run = Callable[[StoreOp[Any] | None, str, Values], Rows]
 
 _FACTS: Final = "fact"
 
+_liveness: Final = itemgetter(*map(columns(store.GenerationRow).index, ("state", "provisional", "retirement")))
 _GENERATION: Final = {name: at for at, name in enumerate(columns(store.GenerationRow))}
 _REVOCATION: Final = {name: at for at, name in enumerate(columns(store.RevocationRow))}
+_VM_VERSION: Final = columns(store.AuditRow).index("vm_version")
 _BOOT: Final = {name: at for at, name in enumerate(columns(store.BootRow))}
 _FLAGS: Final = {kind: flags(kind) for kind in store.ROWS}
 
@@ -196,11 +199,8 @@ def _key_text(kind: type[store.Row], values: Sequence[Any]) -> str:
 
 def _is_live(values: Sequence[Any]) -> bool:
     """Whether a generation is in its VM's head though it is not the newest of its volume."""
-    return (
-        values[_GENERATION["state"]] in ("active", "candidate")
-        or bool(values[_GENERATION["provisional"]])
-        or values[_GENERATION["retirement"]] == "prune"
-    )
+    state, is_provisional, retirement = _liveness(values)
+    return state in ("active", "candidate") or bool(is_provisional) or retirement == "prune"
 
 
 def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str, bytes]:
@@ -244,7 +244,7 @@ class Guard:
         if isinstance(op, _OfSeal):
             return op.carry_out(self)
         if self._key is None:
-            if self._is_locked and type(op) in _CHANGES:
+            if self._is_locked and (type(op) is store.Insert or type(op) in _CHANGES):
                 raise self._locked()
             return decode(op, self._run(op, *statement(op, self._seal if self._is_locked else sql.not_sealed)))
         if len(self._heads) > _HEADS_HELD:
@@ -256,7 +256,10 @@ class Guard:
             if changed is None:
                 return None
             op = changed
-        rows = self._run(op, *statement(op, self._seal))
+        text, values = statement(op, self._seal)
+        if type(op) is store.Insert and type(op.row) is store.AuditRow:
+            values = self.audited(op.row, values)
+        rows = self._run(op, text, values)
         kind = kind_read(op)
         if kind is not None and type(op) is store.ReadOtherwiseSealed:
             rows = self._openable(rows)
@@ -292,15 +295,18 @@ class Guard:
 
     def check(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
         """The tags of rows that have authentic MACs; b"" for one without, while these are accepted."""
-        key, of = self._key, _FLAGS[kind]
+        key, flag_columns = self._key, _FLAGS[kind]
         tags: list[bytes] = []
         if key is None:
             return tags
         for row in rows:
-            mac = row[-1]
+            *values, mac = row
+            for at in flag_columns:
+                if values[at] in (0, 1):  # as drivers without booleans give them; any other number is a change
+                    values[at] = bool(values[at])
             if mac is None and not self._is_final:
                 tags.append(b"")
-            elif mac is not None and is_of_row(key, kind, row[:-1], of, mac):
+            elif mac is not None and is_same(mac, key.of_row(kind.TABLE, values)):
                 tags.append(mac[-TAG_SIZE:])
             else:
                 why = "it has no MAC" if mac is None else "its MAC is not that of its columns and place"
@@ -325,7 +331,7 @@ class Guard:
         """The MAC of a row that is written, and its place in the head of its group."""
         if self._key is None:
             raise self._locked()
-        mac = self._key.mac("row", kind.TABLE, *values)
+        mac = self._key.of_row(kind.TABLE, values)
         self.enter(kind, values, mac[-TAG_SIZE:])
         return mac
 
@@ -358,7 +364,7 @@ class Guard:
         ((known, version, contents, mac),) = self._run(None, sql.READ_HEAD, (*vm, *vm))
         found: Head | None = None
         if version is not None:
-            if not self._key.holds(mac, "head", *vm, version, contents):
+            if not is_same(mac, self._key.mac("head", *vm, version, contents)):
                 raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
             if known is not None and version < known:
                 raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
@@ -379,7 +385,7 @@ class Guard:
             version, contents, mac = stored
             if version is None:
                 raise RowNotAuthentic("store_head", "store", "it is missing")
-            if not self._key.holds(mac, "store head", version, contents):
+            if not is_same(mac, self._key.mac("store head", version, contents)):
                 raise RowNotAuthentic("store_head", "store", "its MAC is not that of its columns and place")
             self._store = Head(version, _decode(contents))
         return self._store
@@ -419,16 +425,14 @@ class Guard:
 
     # --- what operations do to groups ---
 
-    def audited(self, op: store.Insert) -> store.Insert:
-        row = op.row
-        if not isinstance(row, store.AuditRow) or row.vm is None:
-            return op
-        head = self._heads.get((row.vm.hotkey, row.vm.name))
+    def audited(self, row: store.AuditRow, values: Values) -> Values:
+        """The values of an audit row with the version that the head of its VM will have."""
+        head = None if row.vm is None else self._heads.get((row.vm.hotkey, row.vm.name))
         # A refusal alone changes nothing of the VM, and a stranger may cause it.
         if head is None or (row.decision == "refused" and not head.is_changed):
-            return op
+            return values
         head.is_changed = True
-        return store.Insert(evolve(row, vm_version=head.version + 1))
+        return (*values[:_VM_VERSION], head.version + 1, *values[_VM_VERSION + 1 :])
 
     def copied(self, op: store.InsertAll) -> store.InsertAll:
         for row in op.rows:
@@ -600,7 +604,7 @@ class Guard:
         for row, values in zip(found, rows, strict=True):
             if values[-1] is None:
                 whole = encode(row)
-                mac = self._key.mac("row", kind.TABLE, *whole)
+                mac = self._key.of_row(kind.TABLE, whole)
                 _ = self._run(None, sql.set_mac(kind), (mac, *whole[: len(kind.KEY)]))
                 count += 1
         return count, found[-1] if len(found) == limit else None
@@ -767,7 +771,6 @@ _FACT_WRITES: Final[dict[type[StoreOp[Any]], str]] = {
 }
 
 _CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
-    store.Insert: Guard.audited,
     store.InsertAll: Guard.copied,
     store.VoidTokens: Guard.voided,
     store.DoubtCandidates: Guard.doubted,

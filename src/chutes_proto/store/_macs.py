@@ -5,7 +5,7 @@ Rules kept here:
 * a MAC is format (1 byte), epoch (4 bytes, big-endian) and tag: the first 16 bytes of HMAC-SHA256 under the epoch's key
   over the MessagePack array ``["row", format, table, value of each column…]``, columns in their order, numbers in their
   shortest form. Drivers without booleans give 0 and 1; these are converted first;
-* the layout of each table is worked out once, when this module is imported;
+* what the rows of a table have in common is worked out and hashed once, at its first row;
 * nobody who can only write the database has the key, so a row that he made, changed or moved is not authentic.
 
 This module knows no rows that belong together; ``_guard.py`` does.
@@ -13,9 +13,10 @@ This module knows no rows that belong together; ``_guard.py`` does.
 
 from __future__ import annotations
 
-import hmac
 import struct
 from collections.abc import Sequence
+from hashlib import sha256
+from hmac import compare_digest
 from typing import Any, Final
 
 import msgspec
@@ -30,6 +31,7 @@ FORMAT: Final = 1
 TAG_SIZE: Final = 16
 MAC_SIZE: Final = 21
 
+_BLOCK: Final = 64
 _HEAD: Final = struct.Struct(">BI")
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -40,29 +42,45 @@ UNSEALED: Final[frozenset[type[store.Row]]] = frozenset(
 
 
 class EpochKey:
-    """The key of the MACs of one epoch, derived from the ``random`` key of that epoch's row in the keyring."""
+    """The key of the MACs of one epoch, derived from the ``random`` key of that epoch's row in the keyring.
 
-    __slots__ = ("_beginning", "_key", "epoch")
+    HMAC is done with copies of states of SHA-256 (RFC 2104, section 4), which takes half the time of a call that gets
+    the key; a table's inner state has the beginning of its messages, too.
+    """
+
+    __slots__ = ("_beginning", "_inner", "_of_tables", "_outer", "epoch")
 
     def __init__(self, epoch: int, random: Secret) -> None:
         self.epoch: int = epoch
-        self._key = HKDF(SHA256(), 32, None, b"chutes-proto custody").derive(random.reveal())
+        key = HKDF(SHA256(), 32, None, b"chutes-proto custody").derive(random.reveal()).ljust(_BLOCK, b"\0")
+        self._inner = sha256(bytes(byte ^ 0x36 for byte in key))
+        self._outer = sha256(bytes(byte ^ 0x5C for byte in key))
+        self._of_tables: dict[str, tuple[Any, int]] = {}
         self._beginning = _HEAD.pack(FORMAT, epoch)
+
+    def of_row(self, table: str, values: Sequence[object]) -> bytes:
+        """The MAC of the row of a table that has these values."""
+        inner, start = self._of_tables.get(table) or self._prepared(table, len(values))
+        return self._ended(inner.copy(), _encode(values)[start:])
 
     def mac(self, label: str, *values: object) -> bytes:
         """The MAC of a message that begins with ``label`` and the format."""
-        return self._beginning + hmac.digest(self._key, _encode((label, FORMAT, *values)), "sha256")[:TAG_SIZE]
+        return self._ended(self._inner.copy(), _encode((label, FORMAT, *values)))
 
-    def holds(self, mac: object, label: str, *values: object) -> bool:
-        """Return whether a MAC is the one of this message."""
-        return isinstance(mac, bytes) and hmac.compare_digest(mac, self.mac(label, *values))
+    def _prepared(self, table: str, width: int) -> tuple[Any, int]:
+        """The state after what the messages of all rows of a table begin with, and where their values begin."""
+        inner, nothing = self._inner.copy(), (None,) * width
+        inner.update(_encode(("row", FORMAT, table, *nothing))[:-width])
+        prepared = self._of_tables[table] = inner, len(_encode(nothing)) - width
+        return prepared
+
+    def _ended(self, inner: Any, message: bytes) -> bytes:
+        inner.update(message)
+        outer = self._outer.copy()
+        outer.update(inner.digest())
+        return self._beginning + outer.digest()[:TAG_SIZE]
 
 
-def is_of_row(key: EpochKey, kind: type[store.Row], values: Sequence[Any], flags: tuple[int, ...], mac: object) -> bool:
-    """Return whether ``mac`` is that of a row, whose columns a driver gave; ``flags`` are indexes of its booleans."""
-    if flags:
-        values = list(values)
-        for at in flags:
-            if values[at] in (0, 1):  # any other number is a change
-                values[at] = bool(values[at])
-    return key.holds(mac, "row", kind.TABLE, *values)
+def is_same(mac: object, right: bytes) -> bool:
+    """Return whether a stored value is this MAC."""
+    return isinstance(mac, bytes) and compare_digest(mac, right)
