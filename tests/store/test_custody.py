@@ -327,6 +327,22 @@ def test_a_deleted_boot_is_not_an_unknown_token(place: StorePlace) -> None:
             store.transact(sync(unused, "body", "storage"))
 
 
+def test_a_boot_that_many_others_followed_is_found_by_its_id_and_opens_nothing() -> None:
+    """A server that was registered from it stays bound to its VM, also when the others are purged."""
+    store = SealedStore(VAULT)
+    boots = [granted(f"boot {number}", A, 20 * number) for number in range(40)]
+    for each in boots:
+        store.transact(each)
+    early, *others, _ = boots
+    for _ in range(2):
+        found = store.transact(Ask(rows.Read(rows.BootRow, early.boot_id)))
+        assert found is not None
+        assert found.vm == A
+        with pytest.raises((Refusal, RowNotAuthentic)):
+            store.transact(sync(early, "body", "storage"))
+        store.transact(Ask(rows.Delete(rows.BootRow, tuple(each.boot_id for each in others))))
+
+
 def copied(place: StorePlace, table: str) -> Callable[[], None]:
     """Remember a table; returns what sets it back."""
     run(place, f"CREATE TABLE old_{table} AS SELECT * FROM {table}")

@@ -501,9 +501,14 @@ class Guard:
                 self.expect_all("volume", f"{_name(vm)}/", found, head.of("volume"))
         return rows
 
-    def boots(self, _op: Any, rows: Rows, tags: list[bytes]) -> Rows:
-        """Boots that are as they were written last; one that too many others have followed is not found."""
-        return [row for row, tag in zip(rows, tags, strict=True) if self._is_newest(row, tag)]
+    def boots(self, op: Any, rows: Rows, tags: list[bytes]) -> Rows:
+        """Boots that are as they were written last; the token of one that too many others have followed is not found.
+
+        By its id such a boot is found, as its VM and platform never change: a server that was registered from it stays
+        bound to these.
+        """
+        is_by_id = isinstance(op, store.Read) and not op.by
+        return [row for row, tag in zip(rows, tags, strict=True) if self._is_newest(row, tag, is_by_id=is_by_id)]
 
     def last_boot(self, op: store.FindLastBoot, rows: Rows, tags: list[bytes]) -> Rows:
         """The newest boot; all those of the head are compared: where one was deleted, its token is not just unknown."""
@@ -519,13 +524,15 @@ class Guard:
             self.expect_all("boot", "", found, boots)
         return self.boots(op, rows, tags)
 
-    def _is_newest(self, row: Sequence[Any], tag: bytes) -> bool:
+    def _is_newest(self, row: Sequence[Any], tag: bytes, *, is_by_id: bool) -> bool:
         head = self.head(_vm_of(store.BootRow, tuple(row)))
         self._given[row[0]] = row[_BOOT["given"]]
         if head is None:
             return True
         boots, created_at = head.of("boot"), row[_BOOT["created_at"]]
         entry = boots.get(row[0])
+        if entry is None and is_by_id:
+            return True
         if entry is None and boots:
             times = [int.from_bytes(each[:8], "big") for each in boots.values()]
             if created_at < max(times) - RECENT_SECONDS:
