@@ -22,11 +22,14 @@
     ├── StoreError                     the store cannot do its work
     │   ├── FateUnknown                … and a change may have been committed or not
     │   ├── RowNotAuthentic            … because a row is not as a key server wrote it last
+    │   ├── PurgedMeanwhile            … because a purge has deleted what was being exported
     │   └── StoreBusy                  … now; trying again may help
     │       └── StoreAway              … because it does not answer
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
     ├── SealBroken                     a sealed row does not open: altered, or another row's
     ├── LogError                       an entry, checkpoint or proof of the audit log does not verify
+    │   ├── DigestError                … or a document is not the one that an entry names
+    │   └── VerdictError               … or a quote is judged otherwise than an entry says
     ├── GpuError                       ``chutes_proto.gpu._errors`` has its branches
     └── QuoteError                     ``chutes_proto.quote._errors`` has its branches
 
@@ -49,7 +52,8 @@ __all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "Transpor
 __all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
 __all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
 __all__ += ["CollateralUnavailable", "GpuError", "KeyUnavailable", "QuoteError", "SealBroken"]
-__all__ += ["FateUnknown", "LogError", "RowNotAuthentic", "StoreAway", "StoreBusy", "StoreError"]
+__all__ += ["FateUnknown", "PurgedMeanwhile", "RowNotAuthentic", "StoreAway", "StoreBusy", "StoreError"]
+__all__ += ["DigestError", "LogError", "VerdictError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
@@ -252,6 +256,10 @@ class FateUnknown(StoreError):
     """A commit was not answered: the change may have been committed or not."""
 
 
+class PurgedMeanwhile(StoreError):
+    """A purge deleted entries of the audit log that an export needs; a new export begins after them."""
+
+
 class StoreBusy(StoreError):
     """The store cannot do its work now; a retry may succeed, and nothing was changed."""
 
@@ -270,6 +278,14 @@ class SealBroken(ChutesError):
 
 class LogError(ChutesError):
     """An entry, a checkpoint or a proof of the audit log does not verify, or is not one; the text says why."""
+
+
+class DigestError(LogError):
+    """A document is not the one that an entry of the audit log names."""
+
+
+class VerdictError(LogError):
+    """A quote is judged otherwise than an entry of the audit log says."""
 
 
 def _problem_text(problem: ValidationProblem) -> str:

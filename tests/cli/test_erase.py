@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> N
     assert [vm["vm"] for vm in site.json("vm", "list")["vms"]] == ["vm-2"]
     with closing(setup_of(site).store.open()) as opened:
         assert opened.transact(Ask(Scan(EvidenceRow))) == ()
-    site.boot("3", at=NOW + 200)  # later keys of the name stay, whatever is repeated
+    site.boot("3", at=int(time.time()) + 200)  # later keys of the name stay, whatever is repeated
     with open_store(Running(setup_of(site))) as (_, warnings):
         assert not any("erased again" in warning for warning in warnings)
     assert len([row for row in site.rows() if row.sealed]) == 4
@@ -188,7 +189,7 @@ def test_keys_made_since_in_a_store_that_was_restored_are_not_erased(site: Site)
     for end in ("-wal", "-shm"):
         (site.directory / f"keys.db{end}").unlink(missing_ok=True)
     _ = shutil.copy(site.directory / "backup", site.directory / "keys.db")
-    site.boot("3", rekey=("storage",), at=NOW + 200)
+    site.boot("3", rekey=("storage",), at=int(time.time()) + 200)
     with open_store(Running(setup_of(site))):
         assert [(row.volume, row.generation) for row in site.rows() if row.sealed] == [("storage", 2)]
     assert file.exists()

@@ -43,6 +43,7 @@ from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, Insert, KeyringRow, Scan
 from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
+from chutes_proto.units.log import LOG
 from tests.cli.conftest import HOTKEY
 from tests.conftest import SOAK
 from tests.scenario.premises import Premises
@@ -253,12 +254,11 @@ def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(sit
     site.edit('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "mark" }')
     running = Running(make_setup(ServerConfig.load(site.configuration)))
     with open_store(running) as (store, _):
-        write_file(site.directory / "kek", os.urandom(32), mode=0o600)
+        site.new_key()
         running.replace(prepare(running, store, Files()).setup)
         store.transact(Ask(Insert(AuditRow(site.now, "operator", "the log begins", "done", ""))))
-        keys = wait_until(lambda: store.transact(Ask(Scan(KeyringRow))))
-        (new,) = running.setup.service.vault.live
-    assert {key.kek_id for key in keys} == {new.kek_id}
+        (key,) = wait_until(lambda: [key for key in store.transact(Ask(Scan(KeyringRow))) if key.kind == LOG])
+        assert key.kek_id == running.setup.service.vault.current.kek_id
 
 
 def test_workers_that_hang_hold_a_reload_no_longer_than_one_does(site: Premises) -> None:

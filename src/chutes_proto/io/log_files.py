@@ -8,7 +8,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import LogError, StoreError
+from chutes_proto.errors import LogError, PurgedMeanwhile
 from chutes_proto.io.files import make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditWanted, ReadAudit, ReadLog, ReadTile
@@ -89,10 +89,6 @@ def check_stored(
 
 
 # --- in a directory ---
-
-
-class PurgedMeanwhile(StoreError):
-    """A purge that no entry of the export would tell of."""
 
 
 def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note, verifier: Verifier) -> int:

@@ -23,7 +23,7 @@ from msgspec.structs import asdict
 
 from chutes_proto import __version__
 from chutes_proto.auth.hotkey import Hotkey
-from chutes_proto.errors import LogError, Refused
+from chutes_proto.errors import DigestError, Refused, VerdictError
 from chutes_proto.quote._collateral import Collateral, CollateralDigests
 from chutes_proto.quote._errors import AppraisalError, PolicyError, QuoteError
 from chutes_proto.quote._measurements import Profile, Schedule, Stage
@@ -192,14 +192,6 @@ def grounds(verdict: Verdict, documents: Documents, stage: Stage, outcome: str, 
 
 
 # --- judging again ---
-
-
-class DigestError(LogError):
-    """A document is not the one that an entry names."""
-
-
-class VerdictError(LogError):
-    """A quote is judged otherwise than an entry says."""
 
 
 @frozen

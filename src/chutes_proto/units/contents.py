@@ -68,14 +68,21 @@ class _Pages:
         return page
 
 
+def _count(kind: type[store.Row]) -> Script[int]:
+    """The number of rows that `pages` has of a table."""
+    if kind is store.KeyringRow:
+        return len(_without_rows_key((yield from store.Scan(store.KeyringRow))))
+    return (yield from store.CountRows(kind))
+
+
 @frozen
 class CountAll(Unit[int]):
-    """Count all rows of a store."""
+    """Count all rows of a store that `pages` gives."""
 
     def script(self) -> Script[int]:
         total = 0
         for kind in store.ROWS:
-            total += yield from store.CountRows(kind)
+            total += yield from _count(kind)
         return total
 
 
@@ -96,11 +103,7 @@ class Fill(Unit[None]):
 
     def script(self) -> Script[None]:
         for kind in store.ROWS:
-            if kind is store.KeyringRow:
-                found = sum(row.kind != ROWS_KEY for row in (yield from store.Scan(store.KeyringRow)))
-            else:
-                found = yield from store.CountRows(kind)
-            if found:
+            if found := (yield from _count(kind)):
                 raise StoreError(f"the store to fill has rows already ({kind.TABLE}: {found}); take an empty store")
         # Also a horizon in the future: it covers redemptions that were swept.
         horizon = (yield from store.ReadTimes()).horizon

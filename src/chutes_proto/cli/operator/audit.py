@@ -17,11 +17,10 @@ from chutes_proto.cli.console import moment
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
-from chutes_proto.errors import ConfigurationError, LogError, StoreError
+from chutes_proto.errors import ConfigurationError, LogError, PurgedMeanwhile, StoreError
 from chutes_proto.io.log_files import (
     CHECKPOINT,
     LogDirectory,
-    PurgedMeanwhile,
     check_stored,
     export_log,
     read_checkpoint,

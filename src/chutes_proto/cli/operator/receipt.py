@@ -19,7 +19,7 @@ from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.audit import keys_option, signed, verifier_key
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.verifier.fields import root_option, trusted_root
-from chutes_proto.errors import ConfigurationError, FileUnavailable, LogError, Refused, StoreError
+from chutes_proto.errors import ConfigurationError, FileUnavailable, LogError, Refused, StoreError, VerdictError
 from chutes_proto.io.files import Files, read_file
 from chutes_proto.io.server.store_setup import StoreSetup
 from chutes_proto.io.stores.address import DurableStore
@@ -27,7 +27,7 @@ from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._errors import CollateralFormatError
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.server._grounds import Bundle, VerdictError, judge_again, missing_digests
+from chutes_proto.server._grounds import Bundle, judge_again, missing_digests
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditWanted, EvidenceRow, Read, ReadAudit
 from chutes_proto.tlog.notes import Verifier
