@@ -146,7 +146,7 @@ def test_a_full_disk_under_the_log_costs_no_boot(premises: Premises) -> None:
 def test_workers_share_the_limits(premises: Premises) -> None:
     shared = LimitOptions(connections=1000, verifications=3, requests_per_minute=0).shared(4)
     assert (shared.connections, shared.verifications, shared.requests_per_minute) == (250, 1, 0)
-    assert shared.store_connections == 4
+    assert (shared.store_connections, shared.host_calls, shared.host_profiles_per_hour) == (4, 4, 3)
     assert shared.body_bytes == LimitOptions().body_bytes
     assert premises.run("serve", "--dev", "--workers", "2").code == 2
 

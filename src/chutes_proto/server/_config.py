@@ -242,7 +242,9 @@ class LimitOptions:
 
     ``requests_per_minute`` is of one address (0: without a limit); requests that clients send only once count if they
     get 401. A server that stops waits at most ``drain_seconds`` for its open boots (0: not at all).
-    ``store_connections`` is the most connections of one process to a store in PostgreSQL.
+    ``store_connections`` is the most connections of one process to a store in PostgreSQL. ``host_calls`` is how many
+    hosts are called at a time, and ``host_profiles_per_hour`` how many requests to register host profiles one hotkey
+    may send; all hotkeys together may send twelve times as many.
     """
 
     connections: int = 1024
@@ -254,6 +256,8 @@ class LimitOptions:
     drain_seconds: int = 25
     claims_per_platform: int = 64
     store_connections: int = 16
+    host_calls: int = 16
+    host_profiles_per_hour: int = 10
 
     def shared(self, workers: int) -> LimitOptions:
         """The limits of each of ``workers`` processes, so that all together keep these, but for rounding up."""
@@ -267,6 +271,8 @@ class LimitOptions:
             verifications=share(self.verifications),
             requests_per_minute=share(self.requests_per_minute),
             store_connections=share(self.store_connections),
+            host_calls=share(self.host_calls),
+            host_profiles_per_hour=share(self.host_profiles_per_hour),
         )
 
 
@@ -412,6 +418,8 @@ _LEAST: Final = {
     "limits.drain_seconds": (0, ", which is: not at all"),
     "limits.claims_per_platform": (1, ", or no VM can boot"),
     "limits.store_connections": (1, ", or no request reaches the store"),
+    "limits.host_calls": (1, ", or no server registers"),
+    "limits.host_profiles_per_hour": (1, ", or no host profile is kept"),
 }
 """The least value of each number, and why."""
 

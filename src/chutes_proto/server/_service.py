@@ -74,6 +74,11 @@ def _rates(service: Service) -> TokenBuckets:
     return TokenBuckets(most, most / 60)
 
 
+def _host_rates(service: Service, parties: int) -> TokenBuckets:
+    most = parties * service.limits.host_profiles_per_hour
+    return TokenBuckets(most, most / 3600)
+
+
 @frozen
 class Service:
     """One key server.
@@ -125,10 +130,10 @@ class Service:
     """Bounds the requests after a verified quote that wait for the store, by platform and by token."""
     strangers: Admission = field(default=Factory(lambda self: _waiting(self, 4, 2), takes_self=True))
     """Bounds the other ones that wait, by address."""
-    hosts: Admission = field(factory=lambda: Admission(16, share=1))
+    hosts: Admission = field(default=Factory(lambda self: Admission(self.limits.host_calls, share=1), takes_self=True))
     boots: OpenBoots = field(factory=OpenBoots)
-    host_rates: TokenBuckets = field(factory=lambda: TokenBuckets(10, 10 / 3600))
-    all_host_rates: TokenBuckets = field(factory=lambda: TokenBuckets(120, 120 / 3600))
+    host_rates: TokenBuckets = field(default=Factory(lambda self: _host_rates(self, 1), takes_self=True))
+    all_host_rates: TokenBuckets = field(default=Factory(lambda self: _host_rates(self, 12), takes_self=True))
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)
