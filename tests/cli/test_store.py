@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from attrs import evolve
 
 from chutes_proto.errors import StoreBusy
 from chutes_proto.io.server.development import write_server
@@ -209,6 +210,27 @@ def test_a_store_is_copied_into_an_empty_one_and_no_other(command: Command, site
     assert (itself.code, "old.db is the store to fill" in itself.err) == (2, True)
     assert (site / "old.db").read_bytes() == before
     quiet(unmade, made, lost, copied, again, itself)
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [("UPDATE vm SET proven = 1 - proven", "table vm"), ("DELETE FROM vm", "table vm is not authentic: it is missing")],
+)
+def test_a_sealed_store_is_not_copied_with_a_forged_row(
+    command: Command, site: Path, statement: str, named: str
+) -> None:
+    """A new store takes what it gets for true."""
+    config = ("--config", site / "server.toml")
+    assert command("store", "migrate", *config).code == 0
+    vault = make_store_setup(ServerConfig.load(site / "server.toml")).vault
+    with closing(SqliteStore(site / "old.db", vault=vault)) as old:
+        old.transact(evolve(boot("1"), vault=vault))
+    with closing(sqlite3.connect(site / "old.db")) as file, file:
+        file.execute(statement)
+    refused = command("store", "copy", "--from", f"sqlite:{site}/old.db", *config)
+    assert (refused.code, named in refused.err) == (1, True), refused.err
+    assert command("store", "check", *config, "--json").json["rows"]["boot"] == 0
+    quiet(refused)
 
 
 def test_a_file_that_a_server_has_open_is_not_copied(command: Command, site: Path) -> None:

@@ -130,13 +130,17 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
         for each in (old, new):
             if newer := of_newer_schema(each):  # it may have columns that this release does not know
                 raise StoreError(f"store {each.name}: {newer}, and copy with that release")
-        _ = require_keys(old)
+        is_sealed = require_keys(old)
         for note in old.notes:
             console.tell(note)
         with output.waiting(f"checking {old.name}") as tell:
             _ = old.check(tell)
         sealed = None if vault is None else check_keys(old, vault)
         with old.snapshot() as rows:
+            if is_sealed:  # the new store takes what it gets for true, and makes its own heads
+                with output.waiting(f"checking the rows of {old.name}") as tell:
+                    for fault in find_faults(rows, tell):
+                        raise fault
             total, horizon = rows.transact(CountAll()), rows.transact(Ask(ReadTimes())).horizon
             console.tell(f"copying {total} rows from {old.name} to {place.name}")
             with output.waiting("rows copied", total) as tell:
