@@ -277,6 +277,7 @@ def run(place: StorePlace, statement: str) -> list[tuple[Any, ...]]:
         with closing(sqlite3.connect(place.path)) as file, file:
             return file.execute(statement).fetchall()
     with psycopg.connect(place.address) as connection:
+        _ = connection.execute("SET session_replication_role = replica")  # an owner of the tables needs no references
         cursor = connection.execute(statement.encode())
         return cursor.fetchall() if cursor.description else []
 
@@ -354,8 +355,7 @@ def copied(place: StorePlace, table: str) -> Callable[[], None]:
     return set_back
 
 
-def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(tmp_path: Path) -> None:
-    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
+def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(place: StorePlace) -> None:
     groups = ("boot_volume", "boot", "vm", "generation", "volume", "head")
     with closing(place.open(migrate=True)) as store:
         fill(store)
@@ -464,6 +464,33 @@ def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(pla
         run(place, "UPDATE fact SET value = 3 WHERE name = 'seal'")
         with pytest.raises(RowNotAuthentic, match="table revocation"):
             store.transact(ReadRevocations())
+
+
+def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(place: StorePlace) -> None:
+    """He puts an older store there, and the fact by which an operator's command would let servers go on."""
+    tables = ("boot_volume", "boot", "vm", "generation", "volume", "revocation", "head", "store_head", "fact")
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        ((last,),) = run(place, "SELECT max(id) FROM audit")
+        back = [copied(place, table) for table in tables]
+        go_on(store)
+    place = evolve(place, mark_file=place.base / "store.mark")
+    with closing(place.open()) as store:
+        store.keep_mark()
+    for set_back in back:
+        set_back()
+    run(place, f"DELETE FROM audit WHERE id > {last}")
+    with pytest.raises(StoreError, match="accept-loss"):
+        place.open()
+    run(place, f"INSERT INTO fact (name, value) VALUES ('loss_decided_at', {NOW + 1000})")
+    for _ in range(2):
+        with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
+            place.open()
+    run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
+    with closing(evolve(place, mark_file=None).open()) as store:  # as `store accept-loss` does
+        store.transact(Ask(rows.DecideLoss(NOW + 1000)))
+    with closing(place.open()) as store:
+        store.transact(granted("last", A, 2000))
 
 
 def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:

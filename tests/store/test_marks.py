@@ -21,6 +21,7 @@ from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import MarkKeeper, checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._guard import Custody
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
 from chutes_proto.store._run import Ask
@@ -382,7 +383,7 @@ def test_a_slow_look_at_an_old_primary_does_not_take_the_mark_back(place: StoreP
     with closing(place.open()) as store:
         grant(store, "1")
     with closing(sqlite3.connect(place.base / "keys.db")) as database:
-        marks = MarkKeeper("keys", None)
+        marks = MarkKeeper("keys", None, Custody("keys"))
 
         def rows(text: str) -> list[tuple[object, ...]]:
             return database.execute(text).fetchall()
@@ -420,7 +421,7 @@ def test_a_row_of_a_clock_that_was_ahead_does_not_outlast_a_decision() -> None:
 
 
 def test_of_very_many_findings_the_newest_are_kept() -> None:
-    marks = MarkKeeper("keys", None)
+    marks = MarkKeeper("keys", None, Custody("keys"))
     for number in range(1100):
         marks.add_note(f"row {number}")
     assert (marks.notes[0], marks.notes[-1], len(marks.notes)) == ("row 100", "row 1099", 1000)

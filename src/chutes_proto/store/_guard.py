@@ -133,6 +133,18 @@ class Custody:
         self._is_final |= is_final  # another thread may have begun before the last step of the sealing
         return Session(key, is_final=is_final, is_locked=False)
 
+    def check_fact(self, name: str, value: int, read: Callable[[str], Rows]) -> None:
+        """Compare a fact of the store, which was read without a guard, with the head. Raises `StoreError`.
+
+        ``read`` runs a statement in the transaction that read it.
+        """
+        session = self.session(read(sql.READ_VERSION)[0][2], read)
+        try:
+            Guard(session, lambda _op, text, _values: read(text)).expect_fact(name, value)
+        except RowNotAuthentic as exc:
+            self.note(exc)
+            raise
+
     def _open(self, epoch: int, unwrap: Callable[[store.KeyringRow], Secret], read: Callable[[str], Rows]) -> EpochKey:
         rows = decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{ROWS_KEY}' AND epoch = {epoch}"))
         if not rows:

@@ -22,7 +22,7 @@ from attrs import evolve
 
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
-from chutes_proto.store._guard import seal_of
+from chutes_proto.store._guard import Custody, seal_of
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
 from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
 from chutes_proto.tlog.merkle import root_hash
@@ -57,10 +57,12 @@ Ask = Callable[[str], Sequence[Sequence[Any]]]
 class MarkKeeper:
     """The mark of the store ``name``; ``path`` is its file, None to keep it in memory alone.
 
+    ``custody`` tells whether an operator's decision that the store has was made by one who holds its keys.
+
     May be used from several threads. Raises `StoreError` for a file that is not a mark.
     """
 
-    def __init__(self, name: str, path: Path | None) -> None:
+    def __init__(self, name: str, path: Path | None, custody: Custody) -> None:
         self.notes: list[str] = []
         self.audited: threading.Event = threading.Event()
         """Set when this process has added audit rows, and committed that."""
@@ -68,6 +70,7 @@ class MarkKeeper:
         """Copies rows that this process has added, once that is committed; whatever it raises, the caller gets."""
         self._name = name
         self._path = path
+        self._custody = custody
         self._lock = threading.Lock()
         self._looked_at = -LOOK_SECONDS
         self._is_behind = False
@@ -173,6 +176,8 @@ class MarkKeeper:
                 "mend the fail-over, or say what happened with `chutes-proto store restored` or `chutes-proto store"
                 " accept-loss`",
             )
+        if loss is not None:
+            self._check_decision(ask, view)
         with self._lock:
             if loss is not None:
                 self.notes.append(f"store: {loss.why}; an operator has decided to go on")
@@ -196,6 +201,7 @@ class MarkKeeper:
         if held is None or not why:
             return
         if view.decided_at >= held[1]:
+            self._check_decision(ask, view)
             with self._lock:
                 self.notes.append(f"store: {why}; an operator has decided to go on")
                 self._checkpoint = None
@@ -206,6 +212,15 @@ class MarkKeeper:
             f"store {self._name}: {why}; find what was changed with `chutes-proto audit verify`, and say what happened"
             " with `chutes-proto store restored` or `chutes-proto store accept-loss`; nothing was changed"
         )
+
+    def _check_decision(self, ask: Ask, view: View) -> None:
+        """Refuse a decision that nobody made who holds the store's keys. Raises `StoreError`."""
+        try:
+            self._custody.check_fact("loss_decided_at", view.decided_at, ask)
+        except StoreError:
+            with self._lock:
+                self._is_behind = True
+            raise
 
     def keep(self) -> None:
         """Write the file from now on, until `close`."""

@@ -139,7 +139,7 @@ class SqliteStore:
         self.custody: Custody = Custody(self.name)
         if vault is not None:
             self.custody.hold(vault.unwrap)
-        self._marks = MarkKeeper(self.name, mark_file)
+        self._marks = MarkKeeper(self.name, mark_file, self.custody)
         if self._marks.is_sealed:
             self.custody.require_seal()
         self._migrate = migrate
