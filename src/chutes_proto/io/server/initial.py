@@ -39,7 +39,8 @@ listen = "0.0.0.0:8443"
 tls = {{ certificate = "server.pem", key = "server.key" }}
 
 # The keys of all disks. For several servers: "postgresql://user@host/database".
-store = "sqlite:{state}keys.db"
+# The mark is what this server last saw of the store. One that went back is noticed, and told again who was revoked.
+store = {{ url = "sqlite:{state}keys.db", mark_file = "{state}store.mark" }}
 
 # Opens every key in the store. Keep a copy in another place: if it is lost, every disk is lost.
 kek_file = "kek"
