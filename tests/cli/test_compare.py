@@ -166,7 +166,10 @@ def test_keys_are_taken_where_the_newer_store_has_purged_the_backups_own(
         assert current(restored, "6") == current(newer, "6")
 
 
-def test_what_the_backup_has_purged_stays_purged(command: Command, stores: tuple[str, str], config: Path) -> None:
+@pytest.mark.parametrize("are_both_purged", [False, True])
+def test_what_the_backup_has_purged_stays_purged(
+    command: Command, stores: tuple[str, str], config: Path, are_both_purged: bool
+) -> None:
     """And the key that a VM's callers have is no disk's: it is never missed."""
     old, new = stores
     with closing(open_store(new)) as newer:
@@ -177,6 +180,8 @@ def test_what_the_backup_has_purged_stays_purged(command: Command, stores: tuple
         restored.transact(PurgeKeys(NOW + 86_400, 0, "old", (VM,), carry_out=True))
     purged = {row.generation for row in storage_keys(old) if row.sealed is None}
     with closing(open_store(new)) as newer:
+        if are_both_purged:
+            newer.transact(PurgeKeys(NOW + 86_400, 0, "old", (VM,), carry_out=True))
         _ = rotated(newer, "6")
         newer.transact(Ask(Insert(evolve(storage_keys(new)[0], volume=CALLER_VOLUME, generation=1))))
     assert purged

@@ -30,6 +30,7 @@ from chutes_proto.store._macs import EpochKey
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.custody import SealVms
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import RewrapKeys, StoreRestored
 from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
@@ -401,6 +402,7 @@ def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) ->
         assert sealed is not None
         assert sealed[1] == 2  # the third VM had its head from the beginning
         assert seal_store(store, VAULT, "test") is None
+        assert store.transact(SealVms(NOW, None, "test")) == (0, None)
         assert not list(find_faults(server))
         server.transact(granted("last", A, 400))
         events = {row.event for row in server.transact(Ask(rows.Scan(rows.AuditRow)))}

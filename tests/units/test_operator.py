@@ -153,6 +153,17 @@ def test_a_restore_ends_a_rotation_that_is_open(store: MemoryStore) -> None:
     assert refused(store, confirm(attested, {"storage": True})).code is Code.ROTATION_SUPERSEDED
 
 
+def test_a_confirmation_that_a_restore_undid_is_refused_when_it_is_repeated(store: MemoryStore) -> None:
+    for label, rotated in (("1", False), ("2", True)):
+        granted = evolve(boot(label), exchange="two-phase")
+        store.transact(granted)
+        attested = attest(granted, "body", "storage")
+        store.transact(attested)
+        store.transact(confirm(attested, {"storage": rotated}))
+    store.transact(RestoreKey(NOW + 2, VM, "storage", 1, WHY))
+    assert refused(store, confirm(attested, {"storage": True})).code is Code.ROTATION_SUPERSEDED
+
+
 def test_a_purge_keeps_what_it_must(store: MemoryStore) -> None:
     for label in "12345":
         booted(store, label, "storage", rekey=["storage"])
