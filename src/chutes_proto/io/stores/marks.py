@@ -272,6 +272,42 @@ class MarkKeeper:
         return StoreError(f"store {self._name}: {why}{seen}; {remedy}; nothing was changed")
 
 
+class MarkedStore:
+    """The part of a durable store that its mark does for it."""
+
+    _marks: MarkKeeper
+
+    def keep_mark(self) -> None:
+        """Write the file of the mark from now on, as a server does."""
+        self._marks.keep()
+
+    @property
+    def store_id(self) -> int:
+        """The random number of this store, which a restored backup of it has, too, and no copy."""
+        return self._marks.store_id
+
+    @property
+    def audited(self) -> threading.Event:
+        """Set when this process has added audit rows, and committed that."""
+        return self._marks.audited
+
+    def hold_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """See `DurableStore.hold_checkpoint`."""
+        self._marks.hold(checkpoint)
+
+    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
+        """See `DurableStore.take_acknowledged`."""
+        return self._marks.take_acknowledged(age)
+
+    def copy_rows(self, copy: Copy) -> None:
+        """See `DurableStore.copy_rows`."""
+        self._marks.copy = copy
+
+    def add_note(self, note: str) -> None:
+        """Add a finding that an operator should know, once."""
+        self._marks.add_note(note)
+
+
 def checkpoint_path(mark_file: Path | None) -> Path | None:
     """The file of the checkpoint that belongs to a mark."""
     return None if mark_file is None else mark_file.with_name(f"{mark_file.name}.checkpoint")

@@ -43,12 +43,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError, FateUnknown, RowNotAuthentic, StoreAway, StoreBusy, StoreError
-from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
+from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._guard import Custody, Guard, Session
-from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -60,7 +59,6 @@ from chutes_proto.store.sql import (
     for_driver,
     indexes,
 )
-from chutes_proto.tlog.notes import Checkpoint
 
 try:
     import psycopg
@@ -328,7 +326,7 @@ class _Pool:
                 self.idle.pop().close()
 
 
-class PostgresStore:
+class PostgresStore(MarkedStore):
     """Rows in the database at ``url`` (``postgresql://user@host/database``). May be used from several threads.
 
     The URL may have every option of libpq, such as a password file (``?passfile=/path``). At most ``connections`` are
@@ -449,36 +447,6 @@ class PostgresStore:
         self._closed = True
         self._pool.drop()
         self._marks.close()
-
-    def keep_mark(self) -> None:
-        """Write the file of the mark from now on, as a server does."""
-        self._marks.keep()
-
-    @property
-    def store_id(self) -> int:
-        """The random number of this store, which a restored backup of it has, too, and no copy."""
-        return self._marks.store_id
-
-    @property
-    def audited(self) -> threading.Event:
-        """Set when this process has added audit rows, and committed that."""
-        return self._marks.audited
-
-    def hold_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """See `DurableStore.hold_checkpoint`."""
-        self._marks.hold(checkpoint)
-
-    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
-        """See `DurableStore.take_acknowledged`."""
-        return self._marks.take_acknowledged(age)
-
-    def copy_rows(self, copy: Copy) -> None:
-        """See `DurableStore.copy_rows`."""
-        self._marks.copy = copy
-
-    def add_note(self, note: str) -> None:
-        """Add a finding that an operator should know, once."""
-        self._marks.add_note(note)
 
     @property
     def replication_warning(self) -> str:

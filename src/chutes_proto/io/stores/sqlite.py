@@ -31,15 +31,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
-from chutes_proto.io.stores.marks import Change, Copy, MarkKeeper
+from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.store._guard import Custody, Guard, Session
-from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
 from chutes_proto.store.sql import READ_VERSION, LostFactError, for_driver
-from chutes_proto.tlog.notes import Checkpoint
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import Vault
@@ -106,7 +104,7 @@ class _Job:
     """Its changes to audit rows."""
 
 
-class SqliteStore:
+class SqliteStore(MarkedStore):
     """Rows in the SQLite file at ``path``, which is made if it does not exist. May be used from several threads.
 
     ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it raises
@@ -255,36 +253,6 @@ class SqliteStore:
             self._closed = True
             self._drop()
         self._marks.close()
-
-    def keep_mark(self) -> None:
-        """Write the file of the mark from now on, as a server does."""
-        self._marks.keep()
-
-    @property
-    def store_id(self) -> int:
-        """The random number of this store, which a restored backup of it has, too, and no copy."""
-        return self._marks.store_id
-
-    @property
-    def audited(self) -> threading.Event:
-        """Set when this process has added audit rows, and committed that."""
-        return self._marks.audited
-
-    def hold_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """See `DurableStore.hold_checkpoint`."""
-        self._marks.hold(checkpoint)
-
-    def take_acknowledged(self, age: float) -> list[tuple[Entry, float]]:
-        """See `DurableStore.take_acknowledged`."""
-        return self._marks.take_acknowledged(age)
-
-    def copy_rows(self, copy: Copy) -> None:
-        """See `DurableStore.copy_rows`."""
-        self._marks.copy = copy
-
-    def add_note(self, note: str) -> None:
-        """Add a finding that an operator should know, once."""
-        self._marks.add_note(note)
 
     @property
     def replication_warning(self) -> str:
