@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from attrs import define, evolve, field, frozen
 
-from chutes_proto.errors import Refused
+from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.keys.generations import ROOT_VOLUME
 from chutes_proto.keys.vault import Address, FreshKey
 from chutes_proto.secret import Secret
@@ -302,8 +302,8 @@ class World:
         return answer
 
     def unheard(self, unit: Unit[Any]) -> None:
-        """A request whose answer nobody reads."""
-        with contextlib.suppress(Refused):
+        """A request whose answer nobody reads; for a minute after a restore it is 503."""
+        with contextlib.suppress(Refused, Unavailable):
             _ = self.transact(unit)
 
     def deliver(self, choices: Choices) -> None:
