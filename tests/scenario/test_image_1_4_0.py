@@ -22,6 +22,7 @@ from tests.cli.conftest import PROGRAM, Server, end, start_server
 from tests.conftest import SOAK
 from tests.scenario.image_helper import PAIR, PLATFORM, helper_program
 from tests.scenario.test_nginx import CONFIGURATION, GUIDE, until_served
+from tests.waiting import wait_until
 
 SCRIPT = Path(__file__).with_name("image_1_4_0.sh")
 BUILD = "the passphrase of build 1.4.0"
@@ -42,6 +43,11 @@ class Site:
     folder: Path
     server: Server
     url: str
+
+    @property
+    def log(self) -> Path:
+        """What the server says."""
+        return self.folder / "log"
 
     def operator(self, *words: str) -> Any:
         command = [*PROGRAM, *words, "--config", str(self.folder / "server.toml"), "--json"]
@@ -67,6 +73,11 @@ class Vm:
                 _ = file.truncate(20 << 20)
         self.copy_image()
 
+    def start_of_a_second(self) -> None:
+        """No machine starts twice in a second: a first boot whose nonce is of the second of the last one is refused."""
+        now = int(time.time())
+        wait_until(lambda: int(time.time()) > now)
+
     def copy_image(self) -> None:
         disk = self.folder / "root"
         with disk.open("wb") as file:
@@ -87,6 +98,11 @@ class Vm:
         environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", **said}
         done = subprocess.run(["sh", SCRIPT], env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stderr
+
+    def boot_up(self, **more: str) -> None:
+        """A boot that brings the system up; else its console and the server's log say why not."""
+        ended, said = self.boot(**more)
+        assert ended == UP, said + self.site.log.read_text()
 
     def slots(self, disk: str) -> int:
         command = ["cryptsetup", "luksDump", "--dump-json-metadata", str(self.folder / disk)]
@@ -109,6 +125,11 @@ def write_site(
     (folder / "passphrases.json").chmod(0o600)
 
 
+def _start(folder: Path) -> Server:
+    with (folder / "log").open("w") as log:
+        return start_server("--config", folder / "server.toml", ca=folder / "ca.pem", stderr=log)
+
+
 SITES = ["sqlite, direct", "postgresql, behind nginx"]
 MORE_SITES = ["sqlite, behind nginx", "postgresql, direct"] if SOAK else []
 
@@ -125,7 +146,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, require_program: Callab
     if store:
         migrate = [*PROGRAM, "store", "migrate", "--config", str(folder / "server.toml")]
         _ = subprocess.run(migrate, check=True, capture_output=True)
-    server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+    server = _start(folder)
     if is_direct:
         yield Site(folder, server, server.url)
         end(server.process)
@@ -204,24 +225,25 @@ def vm(site: Site, helper: Path, tmp_path: Path) -> Vm:
 
 def test_boots_lost_confirmations_and_a_new_copy_of_the_image(vm: Vm) -> None:
     """A lost answer to a confirmation costs one boot that powers off, at most; then each disk opens again."""
-    assert vm.boot()[0] == UP
+    vm.boot_up()
     caller = (vm.folder / "root.caller").read_text()
     recorded = vm.site.operator("vm", "root-ca", "vm-1")["root_ca"]
     assert "CN=sek8s-vm-root-ca" in load_pem_x509_certificate(recorded.encode()).subject.rfc4514_string()
     assert [vm.slots(disk) for disk in ("root", "storage", "cache")] == [1, 1, 1]
-    assert vm.boot()[0] == UP
+    vm.boot_up()
     assert (vm.folder / "root.caller").read_text() != caller  # a hotkey of the new boot's own
     for lost, disk in (("confirm-root", "the root disk"), ("confirm", "storage")):
-        assert vm.boot(LOSE=lost)[0] == UP  # it boots on, without the key that the server holds for the newest
+        vm.boot_up(LOSE=lost)  # it boots on, without the key that the server holds for the newest
         assert [vm.slots(disk) for disk in ("root", "storage", "cache")] == [1, 1, 1]
         ended, said = vm.boot()
         assert (ended, f"{disk} does not open" in said) == (POWERED_OFF, True)
-        assert vm.boot()[0] == UP
-    assert vm.boot()[0] == UP
+        vm.boot_up()
+    vm.boot_up()
     vm.copy_image()
-    assert vm.boot()[0] == UP  # only the build's passphrase opens the copy
+    vm.start_of_a_second()
+    vm.boot_up()  # only the build's passphrase opens the copy
     assert vm.slots("root") == 1
-    assert vm.boot()[0] == UP
+    vm.boot_up()
     granted = [row for row in vm.site.audit() if row["event"] == "boot"]
     assert {row["decision"] for row in granted} == {"granted"}
 
@@ -239,14 +261,14 @@ def test_our_agent_boots_at_once_after_a_lost_confirmation(vm: Vm) -> None:
     ]
     assert records[-1]["vm_auth_ss58"].startswith("5")
     assert vm.slots("root") == 1  # that of the build, which every VM has, is gone
-    assert vm.boot(LOSE="confirm-root")[0] == UP  # an image 1.4.0, which takes the key off that the server has promoted
+    vm.boot_up(LOSE="confirm-root")  # an image 1.4.0, which takes the key off that the server has promoted
     assert ours.key_of_root() == "second"
     assert ours.key_of_root() == "current"
     assert vm.slots("root") == 1
     ours.changes = {"volumes_at": "resume"}
     assert ours.do()[-1]["left"]
     assert ours.do("resume")[-1]["opened"] == [f"storage: {vm.folder / 'storage'}", f"tdx-cache: {vm.folder / 'cache'}"]
-    assert vm.boot()[0] == UP
+    vm.boot_up()
     command = [*PROGRAM, "boot", vm.site.url, "--ca", str(vm.site.folder / "ca.pem"), "--vm", vm.name, "--json"]
     signing = ["--hotkey-file", str(vm.folder / "miner-ss58"), "--platform", str(vm.folder / "platform")]
     done = subprocess.run([*command, *signing], capture_output=True, text=True, check=True)
@@ -260,7 +282,7 @@ PLACES = ("granted", "root-added", "root-confirmed", "provisioned", "storage", "
 def test_power_that_goes_at_every_place(vm: Vm) -> None:
     """After it, two boots at most bring each disk up; here at some places, in the long form at all."""
     for place in PLACES if SOAK else ("root-added",):
-        assert vm.boot()[0] == UP
+        vm.boot_up()
         assert vm.boot(OFF=place)[0] == POWERED_OFF
         assert UP in [vm.boot()[0] for _ in range(2)], place
 
@@ -274,22 +296,22 @@ def unhurried(helper: Path, tmp_path: Path, require_program: Callable[[str], str
     for made in (folder, tmp_path / "vm"):
         made.mkdir()
     write_site(folder, pace="")
-    server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+    server = _start(folder)
     yield Vm(Site(folder, server, server.url), tmp_path / "vm", helper)
     end(server.process)
 
 
 def test_within_a_day_the_next_key_is_the_present_one(unhurried: Vm) -> None:
     """But the build's passphrase, which every VM has, is replaced at once."""
-    assert unhurried.boot()[0] == UP
+    unhurried.boot_up()
     assert subprocess.run(
         ["cryptsetup", "open", "--test-passphrase", "--key-file=-", str(unhurried.folder / "root")],
         input=BUILD.encode(),
         check=False,
         capture_output=True,
     ).returncode
-    assert unhurried.boot(LOSE="confirm-root confirm")[0] == UP
-    assert unhurried.boot()[0] == UP
+    unhurried.boot_up(LOSE="confirm-root confirm")
+    unhurried.boot_up()
     assert [unhurried.slots(disk) for disk in ("root", "storage", "cache")] == [1, 1, 1]
 
 
@@ -302,10 +324,9 @@ def mistaken(helper: Path, tmp_path: Path, require_program: Callable[[str], str]
     for made in (folder, tmp_path / "vm"):
         made.mkdir()
     write_site(folder, exchange="two-phase")
-    with (folder / "log").open("w") as log:
-        server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem", stderr=log)
-        yield Vm(Site(folder, server, server.url), tmp_path / "vm", helper)
-        end(server.process)
+    server = _start(folder)
+    yield Vm(Site(folder, server, server.url), tmp_path / "vm", helper)
+    end(server.process)
 
 
 def test_an_operators_mistake_is_one_audit_row_and_one_log_line(mistaken: Vm) -> None:
@@ -314,6 +335,6 @@ def test_an_operators_mistake_is_one_audit_row_and_one_log_line(mistaken: Vm) ->
     reason = "image asked for root_next (its request has first_boot); profile simulated 1 has exchange two-phase"
     (row,) = mistaken.site.audit()
     assert (row["event"], row["decision"], row["reason"]) == ("boot", "refused", f"exchange_mismatch: {reason}")
-    lines = [line for line in (mistaken.site.folder / "log").read_text().splitlines() if "has exchange" in line]
+    lines = [line for line in mistaken.site.log.read_text().splitlines() if "has exchange" in line]
     assert len(lines) == 1
     assert reason in lines[0]
