@@ -11,9 +11,10 @@ Source of names and units: Prometheus, "Metric and label naming".
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from prometheus_client import (
@@ -97,9 +98,8 @@ class Metrics:
         self._skew = self._gauge("clock_skew_seconds", "This machine's clock minus the database's.")
         self._read_at = self._gauge("checks_timestamp_seconds", "The time of the last look at the checks.")
         self._keys = self._gauge("keys", "Generations of keys in the store.", "state")
-        self._states_seen: set[str] = set()
         self._sealed = self._gauge("sealed_keys", "Passphrases in the store, by the key-encryption key.", "kek")
-        self._keks_seen: set[str] = set()
+        self._labels_seen: dict[Gauge, set[str]] = {}
         self._audit = self._gauge("audit_position", "The number of the newest audit row.")
         self._scrubbed_at = self._gauge("scrub_timestamp_seconds", "The end of the last whole scrub of the store.")
         self._scrub_rows = self._gauge("scrub_rows", "Rows that it read.")
@@ -188,39 +188,38 @@ class Metrics:
             self._checks.labels(finding.what).set({"ok": 0, "note": 1, "problem": 2}[finding.state])
         if health.clock_skew is not None:
             self._skew.set(health.clock_skew)
-        self._forget(self._expires, self._issued, self._profiles, self._kek, self._gpus)
+        labelled = (self._expires, self._issued, self._profiles, self._kek, self._gpus)
+        ends: dict[Gauge, dict[str, float]] = {gauge: {} for gauge in labelled}
         for each in reversed(health.ends):  # of several of one label, the first to end stays
             match each.kind:
                 case "certificate":
                     self._certificate.set(each.end)
                 case "collateral":
-                    self._issued.labels(each.name).set(each.begin or 0)
-                    self._expires.labels(each.name).set(each.end)
+                    ends[self._issued][each.name] = each.begin or 0
+                    ends[self._expires][each.name] = each.end
                 case "profile":
-                    self._profiles.labels(each.name).set(each.end)
+                    ends[self._profiles][each.name] = each.end
                 case "kek":
-                    self._kek.labels(each.name).set(each.begin or 0)
+                    ends[self._kek][each.name] = each.begin or 0
                 case "gpu_rim" | "gpu_status":
-                    self._gpus.labels(each.kind.removeprefix("gpu_")).set(each.end)
+                    ends[self._gpus][each.kind.removeprefix("gpu_")] = each.end
                 case "admin_certificate":
                     pass  # who reads this has seen it
+        for gauge, numbers in ends.items():
+            self._set(gauge, numbers, gone=math.nan)  # which raises no alarm
 
     def count(self, counts: Counts) -> None:
         """Set the gauges of what the store holds."""
-        for gauge, numbers, seen in (
-            (self._keys, counts.states, self._states_seen),
-            (self._sealed, counts.sealed, self._keks_seen),
-        ):
-            seen.update(numbers)
-            for label in seen:  # what is no longer there is 0 now, in the files of several processes, too
-                gauge.labels(label).set(numbers.get(label, 0))
+        self._set(self._keys, counts.states, gone=0)
+        self._set(self._sealed, counts.sealed, gone=0)
         self._audit.set(counts.audit_position)
 
-    def _forget(self, *gauges: Gauge) -> None:
-        """Drop the series of what may be gone; files of several processes cannot forget any."""
-        if METRICS_DIRECTORY not in os.environ:
-            for gauge in gauges:
-                gauge.clear()
+    def _set(self, gauge: Gauge, numbers: Mapping[str, float], *, gone: float) -> None:
+        """Set each label's number, and ``gone`` for what was there before: files of several processes keep it."""
+        seen = self._labels_seen.setdefault(gauge, set())
+        seen.update(numbers)
+        for label in seen:
+            gauge.labels(label).set(numbers.get(label, gone))
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", about, labels, registry=self.registry)
