@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import LogError, PurgedMeanwhile
+from chutes_proto.errors import LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
 from chutes_proto.io.files import make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditWanted, ReadAudit, ReadLog, ReadTile
+from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
 from chutes_proto.tlog.check import Report, check_log
 from chutes_proto.tlog.merkle import HASH_SIZE
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier
 from chutes_proto.tlog.tiles import LARGEST_ENTRY, WIDTH, Fetch, Place, bundle, places, unbundle
-from chutes_proto.units.log import announced_minimum, entry_text
+from chutes_proto.units.log import LOG, announced_minimum, entry_text
 
 CHECKPOINT: Final = "checkpoint"
 KEY: Final = "key"
@@ -52,13 +53,48 @@ def read_checkpoint(path: Path, verifiers: Sequence[Verifier]) -> Checkpoint:
 
 
 def stored_entries(store: Store, first: int, until: int) -> Iterator[tuple[int, bytes]]:
-    """The entries of a store from an index on, of which a page at a time is in memory."""
-    while page := store.transact(Ask(ReadLog(first, _PAGE))):
+    """The entries of a store from an index on, of which a page at a time is in memory; not those that are damaged.
+
+    An attacker who can write the database can make a row of which no text can be read, and others must be found still.
+    """
+    while first < until and (page := _page(store, first, min(_PAGE, until - first))):
         for row in page:
-            if row.idx is None or row.idx >= until:
+            index = row.idx or 0
+            if index >= until:
                 return
-            yield row.idx, entry_text(row).encode()
-        first = (page[-1].idx or 0) + 1
+            yield index, entry_text(row).encode()
+            first = index + 1
+
+
+def _page(store: Store, first: int, count: int) -> list[AuditRow]:
+    """The next rows that can be read. Raises `StoreError` for a store that is away."""
+    try:
+        return _placed(store.transact(Ask(ReadLog(first, count))))
+    except (StoreAway, StoreBusy):
+        raise
+    except StoreError:
+        state = store.transact(Ask(Read(LogStateRow, LOG)))  # so it is not the store, but one of the rows
+    found: dict[int, AuditRow] = {}
+    for index in range(first, 0 if state is None else state.size):
+        with suppress(StoreError):
+            found |= {row.idx or 0: row for row in _placed(store.transact(Ask(ReadLog(index, 1))))}
+        if len(found) == count:
+            break
+    return [*found.values()]
+
+
+def _placed(rows: Iterable[AuditRow]) -> list[AuditRow]:
+    # SQLite has no types: a text as an index comes after all numbers.
+    return [row for row in rows if type(row.idx) is int]
+
+
+def purged_below(store: Store) -> int:
+    """The index below which the newest purge deleted entries, as the entry or row says that tells of it; 0 if none."""
+    if any(row.idx == 0 for row in _page(store, 0, 1)):
+        return 0
+    wanted = AuditWanted(event="audit purged")
+    newest = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)))
+    return max((announced_minimum(entry_text(row).encode()) for _, row in newest), default=0)
 
 
 def stored_tiles(store: Store) -> Fetch:

@@ -1,31 +1,35 @@
-"""The scrub: a server reads the whole audit log again and again, slowly, and tells each contradiction.
+"""The scrub: a server reads the audit log and the heads of VMs again and again, slowly, and tells each contradiction.
 
 Rules kept here:
 
-* at most 1,000 rows a second, in pages of a tile, each a transaction of its own: nothing waits for it;
-* each entry is compared with its tile, each full tile with the hash above it. A change that was carried into all tiles
-  is found by the checkpoint beside the mark, with which every look at the store compares them;
+* at most 1,000 rows a second, in pages of a tile or of a VM, each a transaction of its own: nothing waits for it;
+* each entry from the lowest that no purge has announced is compared with its tile, each full tile with the hash above
+  it. A change that was carried into all tiles is found by the checkpoint beside the mark, with which every look at the
+  store compares them;
+* the rows of each VM are compared with its head, and its head with the log;
+* an entry that cannot be read is a finding, and the pass goes on; what a purge deletes meanwhile is none;
 * a pass begins an hour after the one before began, or at once if that took longer; the end of the last whole pass, and
-  what it found, are metrics. Other tables may have scrubs of their own: see `SCRUBS`.
+  what it found, are metrics.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, TypeAlias
 
 from attrs import define
 
-from chutes_proto.errors import StoreError
-from chutes_proto.io.log_files import stored_tiles
+from chutes_proto.errors import RowNotAuthentic, StoreError
+from chutes_proto.io.log_files import purged_below, stored_entries, stored_tiles
+from chutes_proto.store._guard import InspectStore, InspectVm, ReadSeal, ReadVms
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, LogStateRow, Read, ReadLog
-from chutes_proto.tlog.merkle import HASH_SIZE
+from chutes_proto.store.rows import LogStateRow, Read, Vm
+from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.tiles import WIDTH, fold
-from chutes_proto.units.log import LOG, leaf_of
+from chutes_proto.units.log import LOG
 
 ROWS_PER_SECOND: Final = 1000
 EVERY_SECONDS: Final = 3600.0
@@ -38,33 +42,50 @@ def scrub_log(store: Store) -> Iterator[tuple[int, str]]:
     """Compare the entries of the audit log with its tiles; a finding names the first entry of a tile that is wrong."""
     state = store.transact(Ask(Read(LogStateRow, LOG)))
     size = 0 if state is None else state.size
-    page = store.transact(Ask(ReadLog(0, 1)))
-    first = size if not page or page[0].idx is None else page[0].idx
     fetch = stored_tiles(store)
-    for number in range(first // WIDTH, -(-size // WIDTH)):
+    for number in range(purged_below(store) // WIDTH, -(-size // WIDTH)):
         begin, width = number * WIDTH, min(WIDTH, size - number * WIDTH)
-        rows = store.transact(Ask(ReadLog(begin, width)))
+        leaves = {index: leaf_hash(text) for index, text in stored_entries(store, begin, begin + width)}
         hashes = fetch(0, number)
-        fault = next((at for at in range(width) if not _fits(rows, hashes, begin, at)), None)
+        fault = next((at for at in range(width) if leaves.get(begin + at) != _hash(hashes, at)), None)
         found = "" if fault is None else f"entry {begin + fault} was changed or removed, or its tile was"
-        if not found and width == WIDTH:
-            above = fetch(1, number // WIDTH)
-            at = number % WIDTH * HASH_SIZE
-            if above[at : at + HASH_SIZE] != fold(hashes[: WIDTH * HASH_SIZE]):
-                found = f"entries {begin} to {begin + WIDTH - 1}: their tile contradicts the one above it"
-        if found:  # not one that a purge has deleted meanwhile
-            page = store.transact(Ask(ReadLog(0, 1)))
-            if page and page[0].idx is not None and page[0].idx > begin:
-                found = ""
-        yield len(rows), found and f"audit log: {found}; run `chutes-proto audit verify`"
+        if not found and width == WIDTH and _hash(fetch(1, number // WIDTH), number % WIDTH) != fold(hashes[:_FULL]):
+            found = f"entries {begin} to {begin + WIDTH - 1}: their tile contradicts the one above it"
+        if found and purged_below(store) > begin:  # a purge has deleted them meanwhile
+            found = ""
+        yield len(leaves), found and f"audit log: {found}; run `chutes-proto audit verify`"
 
 
-def _fits(rows: tuple[AuditRow, ...], hashes: bytes, begin: int, at: int) -> bool:
-    leaf = hashes[at * HASH_SIZE : (at + 1) * HASH_SIZE]
-    return at < len(rows) and rows[at].idx == begin + at and leaf_of(rows[at]) == leaf
+_FULL: Final = WIDTH * HASH_SIZE
 
 
-SCRUBS: Final[tuple[Scrub, ...]] = (scrub_log,)
+def _hash(hashes: bytes, at: int) -> bytes:
+    return hashes[at * HASH_SIZE : (at + 1) * HASH_SIZE]
+
+
+def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
+    """Compare the rows of each VM, and of the store's own group, with their heads, and these with the log."""
+    has_macs, _ = store.transact(Ask(ReadSeal()))
+    if not has_macs:
+        return
+    yield from _faults(store.transact(Ask(InspectStore())))
+    after: Vm | None = None
+    while page := store.transact(Ask(ReadVms(after, WIDTH))):
+        for vm in page:
+            yield from _faults(store.transact(Ask(InspectVm(vm))))
+        after = page[-1]
+
+
+def _faults(faults: Iterable[RowNotAuthentic]) -> Iterator[tuple[int, str]]:
+    yield _ROWS_OF_VM, ""
+    for each in faults:
+        yield 0, str(each)
+
+
+_ROWS_OF_VM: Final = 5
+"""How many rows the look at a VM counts for: a claim, volumes, generations, boots and the head."""
+
+SCRUBS: Final[tuple[Scrub, ...]] = (scrub_log, scrub_heads)
 """All scrubs, of which each pass has every one."""
 
 
