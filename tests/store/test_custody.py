@@ -25,7 +25,7 @@ from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows
-from chutes_proto.store._guard import SEALED, Custody
+from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody
 from chutes_proto.store._macs import EpochKey
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
@@ -343,6 +343,20 @@ def test_a_boot_that_many_others_followed_is_found_by_its_id_and_opens_nothing()
         with pytest.raises((Refusal, RowNotAuthentic)):
             store.transact(sync(early, "body", "storage"))
         store.transact(Ask(rows.Delete(rows.BootRow, tuple(each.boot_id for each in others))))
+
+
+def test_of_very_many_boots_in_one_second_the_latest_has_a_token() -> None:
+    """Its VM would power off if its token were not found."""
+    store = SealedStore(VAULT)
+    boots = [granted(f"boot {number}", A, 0) for number in range(4 * RECENT_BOOTS)]
+    for each in boots:
+        store.transact(each)
+        assert store.transact(Ask(rows.Read(rows.BootRow, each.token_digest, by="token_digest"))) is not None
+    assert store.transact(Ask(rows.Read(rows.BootRow, boots[0].token_digest, by="token_digest"))) is None
+    behind = granted("of a server whose clock is behind", A, -3)
+    store.transact(behind)
+    store.transact(sync(behind, "body", "storage"))
+    assert not list(find_faults(store))
 
 
 def copied(place: StorePlace, table: str) -> Callable[[], None]:

@@ -192,6 +192,48 @@ class Head:
         return self.contents.setdefault(table, {})
 
 
+@frozen
+class Boots:
+    """The boots in a head: those of the last minutes before the newest one, by the boots' own times.
+
+    When there are too many, the oldest go, and never the one that is entered: the clocks of two servers may differ, and
+    many boots may have one second. Of a boot that went for that reason no token is found.
+    """
+
+    entries: dict[str, bytes]
+    """The time of each, 8 bytes, and the tag of its row, in the order in which they were granted."""
+
+    def enter(self, boot_id: str, created_at: int, tag: bytes) -> None:
+        """Enter a boot, or the present state of one, and let those go that no longer count."""
+        entries = self.entries
+        entries[boot_id] = _number(created_at) + tag
+        if len(entries) == 1:
+            return
+        times = self._times()
+        others = sorted((key for key in entries if key != boot_id), key=times.__getitem__)
+        newest = max(times.values())
+        kept = {boot_id, *others[1 - RECENT_BOOTS :]}
+        for key, at in times.items():
+            if key not in kept or at < newest - RECENT_SECONDS:
+                del entries[key]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether others may have gone that are not too old."""
+        return len(self.entries) >= RECENT_BOOTS
+
+    def oldest(self) -> int:
+        """The time of the oldest."""
+        return min(self._times().values())
+
+    def is_expired(self, created_at: int) -> bool:
+        """Whether nothing of a boot of that time is alive, as its own times say."""
+        return bool(self.entries) and created_at < max(self._times().values()) - RECENT_SECONDS
+
+    def _times(self) -> dict[str, int]:
+        return {key: int.from_bytes(entry[:8], "big", signed=True) for key, entry in self.entries.items()}
+
+
 def _vm_of(kind: type[store.Row], values: Values) -> tuple[str, str]:
     return (values[1], values[2]) if kind is store.BootRow else (values[0], values[1])
 
@@ -522,14 +564,14 @@ class Guard:
         """The newest boot; all those of the head are compared: where one was deleted, its token is not just unknown."""
         vm = (op.vm.hotkey, op.vm.name)
         head = self.head(vm)
-        if head is not None and (boots := head.of("boot")):
-            since = min(int.from_bytes(entry[:8], "big") for entry in boots.values())
-            stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, since))
+        if head is not None and (entries := head.of("boot")):
+            boots = Boots(entries)
+            stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, boots.oldest()))
             found: dict[str, bytes] = {}
             for row, tag in zip(stored, self.check(store.BootRow, stored), strict=True):
-                if row[0] in boots or len(boots) < RECENT_BOOTS:
+                if row[0] in entries or not boots.is_full:
                     found[row[0]] = _number(row[_BOOT["created_at"]]) + tag
-            self.expect_all("boot", "", found, boots)
+            self.expect_all("boot", "", found, entries)
         return self.boots(op, rows, tags)
 
     def _is_newest(self, row: Sequence[Any], tag: bytes, *, is_by_id: bool) -> bool:
@@ -537,15 +579,12 @@ class Guard:
         self._given[row[0]] = row[_BOOT["given"]]
         if head is None:
             return True
-        boots, created_at = head.of("boot"), row[_BOOT["created_at"]]
-        entry = boots.get(row[0])
-        if entry is None and is_by_id:
-            return True
-        if entry is None and boots:
-            times = [int.from_bytes(each[:8], "big") for each in boots.values()]
-            if created_at < max(times) - RECENT_SECONDS:
-                return True  # nothing of it is alive, as its own times say
-            if len(times) >= RECENT_BOOTS and created_at <= min(times):
+        boots, created_at = Boots(head.of("boot")), row[_BOOT["created_at"]]
+        entry = boots.entries.get(row[0])
+        if entry is None:
+            if is_by_id or boots.is_expired(created_at):
+                return True
+            if boots.is_full:
                 return False
         self.expect("boot", row[0], _number(created_at) + tag, entry)
         return True
@@ -760,16 +799,7 @@ def _enter_generation(head: Head, values: Values, tag: bytes) -> None:
 
 
 def _enter_boot(head: Head, values: Values, tag: bytes) -> None:
-    section = head.of("boot")
-    section[values[0]] = _number(values[_BOOT["created_at"]]) + tag
-    if len(section) == 1:
-        return
-    oldest_first = sorted(section, key=section.__getitem__)
-    newest = int.from_bytes(section[oldest_first[-1]][:8], "big")
-    kept = oldest_first[-RECENT_BOOTS:]
-    for key in oldest_first:
-        if key not in kept or int.from_bytes(section[key][:8], "big") < newest - RECENT_SECONDS:
-            del section[key]
+    Boots(head.of("boot")).enter(values[0], values[_BOOT["created_at"]], tag)
 
 
 _ENTRIES: Final[dict[type[store.Row], Callable[[Head, Values, bytes], None]]] = {
