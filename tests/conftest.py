@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,24 @@ settings.load_profile("ci" if CI else "default")
 def pytest_xdist_auto_num_workers() -> int:
     """Of ``-n auto``: half as many again as there are processors, as many tests wait for a program or a time."""
     return (3 * len(os.sched_getaffinity(0)) + 1) // 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Import all tests beforehand, in each worker of xdist from another one on.
+
+    pytest rewrites the assertions of a module when it is imported, and keeps the byte code. Workers that import in the
+    same order would each do all of that work; so each does a part, and finds the others' parts done. An error is raised
+    again, and told, when pytest itself imports the module.
+    """
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if count == 1 or session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    first = len(paths) * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) // count
+    for path in paths[first:] + paths[:first]:
+        with suppress(Exception, pytest.skip.Exception):
+            _ = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 @pytest.fixture
