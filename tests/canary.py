@@ -33,11 +33,15 @@ _TOLD: list[str] = []
 
 
 def look(where: str, *texts: object) -> None:
-    """Remember where a part of a secret was told."""
+    """Remember where a part of a secret was told. This is called for every row and record of every test."""
+    if not _MADE:
+        return
     for text in texts:
-        runs = _RUN.findall(str(text).encode("utf-8", "replace").lower())
-        parts = (run[at : at + _PART] for run in runs for at in range(0, len(run) - _PART + 1, _PART))
-        _TOLD.extend(where for part in parts if part in _MADE)
+        if text is None or isinstance(text, int) or len(told := str(text)) < _PART:
+            continue
+        for run in _RUN.findall(told.encode("utf-8", "replace").lower()):
+            parts = _MADE.intersection([run[at : at + _PART] for at in range(0, len(run) - _PART + 1, _PART)])
+            _TOLD.extend(where for part in parts if len(set(part)) >= _VARIED)
 
 
 def _before(owner: type[Any], name: str, see: Callable[..., None]) -> None:
@@ -58,8 +62,8 @@ def _made(_: Secret, value: bytes) -> None:
             _MADE.clear()
             _KNOWN.clear()
         _KNOWN.add(value)
-        parts = (bytes(value[at : at + _PART]).lower() for at in range(len(value) - _PART + 1))
-        _MADE.update(part for part in parts if len(set(part)) >= _VARIED)
+        lower = bytes(value).lower()
+        _MADE.update([lower[at : at + _PART] for at in range(len(lower) - _PART + 1)])
 
 
 _before(Secret, "__init__", _made)
