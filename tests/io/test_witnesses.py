@@ -40,8 +40,8 @@ from chutes_proto.units.log import ReadLogKeys
 from tests.cli import conftest as cli
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import PLATFORM
-from tests.scenario.test_agent import free_port
 from tests.waiting import wait_until
+from tools.ports import free_port
 
 ORIGIN = "keys.example/audit"
 command = cli.command

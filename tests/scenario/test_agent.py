@@ -36,6 +36,7 @@ from tests.io.peers import Credentials, make_credentials, peer
 from tests.luks import headers
 from tests.scenario.premises import Premises
 from tests.slow_peer import drip
+from tools.ports import free_port
 
 SIZE = 20 * 1024 * 1024
 VOLUMES = ("storage", "tdx-cache")
@@ -164,11 +165,6 @@ def machine(site: Premises, tmp_path: Path, require_program: Callable[[str], str
     base = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=base if base.is_dir() else tmp_path) as memory:
         yield Machine(folder, Path(memory), require_program("cryptsetup"), site)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 # --- what goes well ---

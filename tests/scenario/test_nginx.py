@@ -27,6 +27,7 @@ from chutes_proto.wire.endpoints import ENDPOINTS
 from tests.cli.conftest import HOTKEY, start_server
 from tests.waiting import wait_until
 from tools.docs.pages import DOCS, fences
+from tools.ports import free_port
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "behind_nginx" / "nginx.conf"
 GUIDE = [fence for fence in fences(DOCS / "how-to" / "nginx.md") if fence.language in ("toml", "sh")]
@@ -49,8 +50,7 @@ def site(
     _ = require_program("nginx")
     folder = tmp_path_factory.mktemp("site")
     write_server(folder, PLATFORM, int(time.time()))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     text = CONFIGURATION.read_text()
     with (folder / "server.toml").open("a") as file:
         _ = file.write("\n" + GUIDE[0].text)

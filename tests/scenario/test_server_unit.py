@@ -30,7 +30,6 @@ from tests.scenario.test_virtual_machine import (
     USR,
     WITH_SYSTEMD,
     Machine,
-    free_port,
     image,
     machine,
     site,
@@ -38,6 +37,7 @@ from tests.scenario.test_virtual_machine import (
     write_system,
     write_tree,
 )
+from tools.ports import free_port
 
 __all__ = ["image", "machine", "site", "version"]  # fixtures
 

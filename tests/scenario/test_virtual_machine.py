@@ -42,6 +42,7 @@ from tests.qgs import listening, qgs_answer, quoting, requested_report, take_req
 from tests.scenario.premises import VOLUMES, Premises
 from tests.scenario.test_canary import leaks
 from tools.agent_zipapp import build
+from tools.ports import free_port
 
 EXAMPLES = ROOT / "examples/initramfs"
 PYTHON = "/usr/bin/python3"
@@ -294,11 +295,6 @@ def version() -> str:
 
 def toml(settings: dict[str, object]) -> str:
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

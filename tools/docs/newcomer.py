@@ -24,7 +24,6 @@ import queue
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from pathlib import Path
 from attrs import define, field
 
 from tools.docs.pages import DOCS, ROOT, Fence, Step, fences, steps
+from tools.ports import free_port
 
 README = ROOT / "README.md"
 PAGES = (
@@ -183,14 +183,6 @@ def _do(
 
 def _shows_status(following: Sequence[Step]) -> bool:
     return bool(following) and following[0].command.strip() == "echo $?"
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 # --- a fresh environment ---
