@@ -256,13 +256,13 @@ from contextlib import ExitStack
 from chutes_proto.io.server import log_writer
 from chutes_proto.io.server import serving
 from chutes_proto.log import Level, Record
-serving.FLUSH_SECONDS = log_writer.FLUSH_SECONDS = 4.0
+serving.FLUSH_SECONDS = log_writer.FLUSH_SECONDS = 8.0
 log = log_writer.LogWriter()
 log(Record(Level.INFO, "serving"))
 places = ExitStack()
 places.callback(os.unlink, "/nothing/here")
 print(time.monotonic(), flush=True)
-serving._end_after(4.5, log, places)
+serving._end_after(8.5, log, places)
 time.sleep(60)
 """
 
@@ -270,8 +270,8 @@ time.sleep(60)
 def test_the_time_for_the_log_is_within_the_time_for_the_end(transport: str, pipe: tuple[int, int]) -> None:
     fill(pipe[1])
     done = subprocess.run([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, stderr=pipe[1], check=True)
-    # A promise: 4.5 seconds in all. One after the other they would be 8.5.
-    assert 4 < time.monotonic() - float(done.stdout) < 8
+    # A promise: 8.5 seconds in all. One after the other they would be 16.5, and a slow machine may need the rest.
+    assert 8 < time.monotonic() - float(done.stdout) < 16
 
 
 # --- a log that nobody reads ---
