@@ -11,6 +11,7 @@ from attrs import evolve
 
 from chutes_proto.io.log_files import check_stored
 from chutes_proto.io.server.scrub import SCRUBS, Scrubber, scrub_log, scrubbing
+from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import AuditRow, InsertAll, LogTileRow, Put, ReadLog, ReadTile
@@ -18,7 +19,7 @@ from chutes_proto.testing.store_suite._parts import NOW, VAULT
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import PurgeAudits
 from tests.store.memory import MemoryStore
-from tests.store.test_custody import copied, fill, go_on, run, sequence
+from tests.store.test_custody import A, copied, fill, go_on, granted, run, sequence
 from tests.waiting import wait_until
 
 SIZE = 600
@@ -133,3 +134,23 @@ def test_a_vm_that_went_back_as_a_whole_is_found_with_and_without_its_entries(cu
         assert "was changed or removed" in found_of_log
         report = check_stored(store, size, [], lambda *_: None)
         assert {each.what for each in report.findings} == {"it is missing"}
+
+
+def test_a_vm_that_was_forked_within_the_second_before_its_entries_got_their_places_is_named(
+    custody: StorePlace,
+) -> None:
+    with closing(custody.open(migrate=True)) as store:
+        fill(store)
+        back = [copied(custody, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
+        go_on(store)
+    for set_back in back:
+        set_back()
+    with closing(custody.open()) as store:
+        for at in range(4):
+            store.transact(granted(f"fork {at}", A, 250 + at))
+        Sequencer(store, lambda: VAULT, "keys.example/audit", None).sequence()
+        named = f"VM {A.hotkey}/{A.name} has two histories: version 5 follows version 7"
+        assert any(named in note for note in store.notes)
+        assert store.custody.faults["audit"]
+        size = len(store.transact(Ask(ReadLog(0, 1000))))
+        assert named in [each.what for each in check_stored(store, size, [], lambda *_: None).findings]

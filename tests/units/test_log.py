@@ -40,6 +40,7 @@ from chutes_proto.units.log import (
     OpenLogKey,
     ReadCheckpoint,
     SequenceLog,
+    VmChains,
     announced_minimum,
     entry_text,
     leaf_of,
@@ -231,3 +232,39 @@ def test_the_key_of_a_log_is_made_once_and_kept_sealed() -> None:
         store.transact(OpenLogKey(NOW, VAULT, KEY_ENTROPY))
     assert store.transact(Ask(Read(LogStateRow, LOG))) is not None
     assert store.transact(Ask(Sequence(((99, 7, b"s"),)))) == 0
+
+
+def versioned(version: int | None, request: str, at: int = NOW) -> AuditRow:
+    return evolve(ROW, at=at, request_id=request, vm_version=version)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 320])
+def test_a_vm_with_two_histories_is_named(batch: int) -> None:
+    def sequenced(*written: AuditRow) -> list[str]:
+        store, told = filled(3), list[str]()
+        store.transact(Ask(InsertAll(written)))
+        while store.transact(SequenceLog(ENTROPY[: batch * SALT_SIZE], tell=told.append)):
+            pass
+        follow = VmChains().follow_entry
+        entries = (entry_text(row).encode() for row in store.transact(Ask(ReadLog(0, 1000))))
+        assert [fork for fork in map(follow, entries) if fork] == told
+        return told
+
+    first = [versioned(1, "a"), versioned(1, "a"), versioned(None, "refused"), versioned(2, "b"), versioned(4, "c")]
+    assert sequenced(*first, evolve(first[0], vm=evolve(VM, name="another"))) == []
+    about = f"VM {VM.hotkey}/{VM.name} has two histories"
+    assert sequenced(*first, versioned(2, "other"))[:1] == [f"{about}: version 2 follows version 4"]
+    assert sequenced(*first, versioned(4, "other")) == [f"{about}: version 4 follows version 4"]
+    assert sequenced(*first, versioned(4, "c", NOW + 1)) == [f"{about}: version 4 follows version 4"]
+
+
+def test_both_histories_become_entries() -> None:
+    store = filled(3)
+    store.transact(Ask(InsertAll((versioned(2, "a"), versioned(2, "b")))))
+    assert store.transact(SequenceLog(ENTROPY)) == 2
+
+
+def test_a_text_that_is_not_an_entry_has_no_history() -> None:
+    follow = VmChains().follow_entry
+    for text in (b'"vm_version":', b'{"vm_version":1}', b'{"at":1,"hotkey":"h","vm":"v","vm_version":"x"}'):
+        assert not follow(text)

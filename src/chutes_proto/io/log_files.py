@@ -17,7 +17,7 @@ from chutes_proto.tlog.check import Report, check_log
 from chutes_proto.tlog.merkle import HASH_SIZE
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier
 from chutes_proto.tlog.tiles import LARGEST_ENTRY, WIDTH, Fetch, Place, bundle, places, unbundle
-from chutes_proto.units.log import LOG, announced_minimum, entry_text
+from chutes_proto.units.log import LOG, VmChains, announced_minimum, entry_text
 
 CHECKPOINT: Final = "checkpoint"
 KEY: Final = "key"
@@ -121,7 +121,8 @@ def check_stored(
     wanted = AuditWanted(event="audit purged")
     newest = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)))
     minimum = max((announced_minimum(entry_text(row).encode()) for _, row in newest if row.idx is None), default=0)
-    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum, minimum)
+    follow = VmChains().follow_entry
+    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum, minimum, follow)
 
 
 # --- in a directory ---
@@ -186,7 +187,9 @@ class LogDirectory:
 
     def check(self, checkpoints: Iterable[Checkpoint]) -> Report:
         """Check it whole."""
-        return check_log(self.size, self.entries(), self.fetch, checkpoints, announced_minimum)
+        return check_log(
+            self.size, self.entries(), self.fetch, checkpoints, announced_minimum, 0, VmChains().follow_entry
+        )
 
     def _read(self, place: Place, limit: int) -> bytes:
         path = self.path / str(place)

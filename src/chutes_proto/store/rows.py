@@ -25,7 +25,7 @@ __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "Boot
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
 __all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
-__all__ += ["DecideLoss"]
+__all__ += ["DecideLoss", "ReadVmVersions"]
 __all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
 __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadGpus", "ReadHostProfiles"]
 __all__ += ["ReadLiveGenerations", "ReadNames", "ReadOld"]
@@ -991,6 +991,13 @@ class FindNumber(StoreOp[int]):
     """The number of the audit row with the index ``idx``, 0 if there is none."""
 
     idx: int
+
+
+@frozen
+class ReadVmVersions(StoreOp[tuple[tuple[Vm, int | None], ...]]):
+    """The highest ``vm_version`` that the log has of each of these VMs, of which there is at least one."""
+
+    vms: tuple[Vm, ...]
 
 
 @frozen

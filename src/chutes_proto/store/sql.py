@@ -869,6 +869,15 @@ def _sequence(op: store.Sequence) -> tuple[str, Values]:
     return text, _chained(op.rows)
 
 
+def _read_vm_versions(op: store.ReadVmVersions) -> tuple[str, Values]:
+    text = (
+        "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE hotkey = CAST(column1 AS TEXT)"  # noqa: S608
+        " AND vm = CAST(column2 AS TEXT) AND idx IS NOT NULL)"
+        f" FROM (VALUES {', '.join(['(?, ?)'] * len(op.vms))}) AS named"
+    )
+    return text, _chained(map(_values, op.vms))
+
+
 def _chained(rows: Iterable[Values]) -> Values:
     return tuple(chain.from_iterable(rows))
 
@@ -1068,6 +1077,10 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         _select(store.AuditRow, "WHERE idx IS NULL AND id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered
     ),
     store.FindNumber: _query("SELECT id FROM audit WHERE idx = :idx", lambda rows: rows[0][0] if rows else 0),
+    store.ReadVmVersions: _Query(
+        _read_vm_versions,
+        lambda _, rows: tuple((store.Vm(hotkey, name), version) for hotkey, name, version in rows),
+    ),
     store.Sequence: _Query(_sequence, lambda _, rows: len(rows)),
     store.ReadLog: _query(
         _select(store.AuditRow, "WHERE idx >= :first ORDER BY idx LIMIT :limit"), partial(decode_rows, store.AuditRow)

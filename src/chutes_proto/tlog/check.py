@@ -49,14 +49,16 @@ def check_log(
     checkpoints: Iterable[Checkpoint],
     announced: Callable[[bytes], int],
     minimum: int = 0,
+    follow: Callable[[bytes], str] = lambda _: "",
 ) -> Report:
     """Check a log of ``size`` entries, of which a purge may have deleted the first ones.
 
     ``entries`` are those that there are, by index. ``announced`` returns the index below which entries are deleted, if
     an entry says so, otherwise 0; ``minimum`` is the one that a later row has announced, which is not an entry yet.
-    ``checkpoints`` are verified already; the result is only as good as the newest.
+    ``checkpoints`` are verified already; the result is only as good as the newest. ``follow`` gets each entry, and says
+    what is wrong with it after those before it.
     """
-    check = _Check(size, fetch, minimum)
+    check = _Check(size, fetch, follow, minimum)
     check.entries(entries, announced)
     check.tiles()
     check.checkpoints(checkpoints)
@@ -67,6 +69,7 @@ def check_log(
 class _Check:
     size: int
     fetch: Fetch
+    follow: Callable[[bytes], str]
     minimum: int
     first: int = 0
     findings: list[Finding] = field(factory=list[Finding])
@@ -92,6 +95,8 @@ class _Check:
                     self.note(index, index, "it is there twice")
                 leaves[index] = leaf_hash(text)
                 self.minimum = max(self.minimum, announced(text))
+                if what := self.follow(text):
+                    self.note(index, index, what)
             if tile < 0:
                 self.first, tile = min(leaves), number
             for missing in range(tile, number):

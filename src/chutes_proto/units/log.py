@@ -16,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from typing import ClassVar, Final, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
-from attrs import evolve, frozen
+from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import LogError, StoreBusy
 from chutes_proto.keys.vault import NONCE_SIZE, Vault
@@ -88,7 +88,70 @@ def announced_minimum(entry: bytes) -> int:
     return 0 if found is None else int(found[1])
 
 
+# --- forks ---
+
+
+@define
+class VmChains:
+    """The versions of VMs' heads, as the entries of a log have them, one after the other.
+
+    Each transaction of a VM has a higher version than the one before. Where it has not, the VM has two histories:
+    its rows, or the whole database, were set back, and what was committed before was kept in the log. The entries of
+    one transaction have the same version, time and request.
+    """
+
+    _last: dict[tuple[str, str], tuple[int, tuple[Any, ...]]] = field(factory=dict[Any, Any])
+
+    def follow(self, vm: tuple[str, str], version: int, of: tuple[Any, ...]) -> str:
+        """Go on with an entry of the transaction ``of``; returns a fork in words, or an empty text."""
+        last, last_of = self._last.get(vm, (0, of))
+        if version > last:
+            self._last[vm] = version, of
+        if version > last or (version == last and of == last_of):
+            return ""
+        return f"VM {vm[0]}/{vm[1]} has two histories: version {version} follows version {last}"
+
+    def follow_entry(self, entry: bytes) -> str:
+        """The same for the text of an entry, which may be of no VM."""
+        if b'"vm_version":' not in entry:
+            return ""
+        try:
+            members: dict[str, Any] = json.loads(entry)
+            vm, of = (members["hotkey"], members["vm"]), (members["at"], members.get("request_id"))
+            return self.follow(vm, members["vm_version"], of)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return ""  # it was changed, which is found by its leaf
+
+
+def find_forks(rows: Iterable[tuple[int, store.AuditRow]]) -> Script[tuple[str, ...]]:
+    """The VMs whose next rows, which are not sequenced yet, do not follow those that are, in words."""
+    of_vms = [
+        (number, row.vm, row.vm_version, (row.at, row.request_id))
+        for number, row in rows
+        if row.vm is not None and type(row.vm_version) is int  # one that was forged may be anything
+    ]
+    if not of_vms:
+        return ()
+    known = dict((yield from store.ReadVmVersions(tuple(dict.fromkeys(vm for _, vm, _, _ in of_vms)))))
+    chains, found = VmChains(), list[str]()
+    for number, vm, version, of in of_vms:
+        name = (vm.hotkey, vm.name)
+        before = known.pop(vm, None)
+        if before is not None and before >= version:  # the same transaction, of which a batch had the first rows?
+            wanted = store.AuditWanted(hotkey=vm.hotkey, name=vm.name)
+            last = yield from store.ReadAudit(number, 1, backwards=True, wanted=wanted)
+            is_same = bool(last) and (last[0][1].vm_version, last[0][1].at, last[0][1].request_id) == (version, *of)
+            _ = chains.follow(name, before, of if is_same and before == version else ())
+        if fork := chains.follow(name, version, of):
+            found.append(fork)
+    return tuple(dict.fromkeys(found))
+
+
 # --- sequencing ---
+
+
+def _untold(_fork: str) -> None:
+    pass
 
 
 @frozen
@@ -98,7 +161,8 @@ class SequenceLog(Unit[int]):
     Repeat it until it returns 0: nothing was left, or another transaction sequences. ``entropy`` is `SALT_SIZE` random
     bytes for each row; ``origin`` names the log if it begins now. Only rows after the number ``beyond`` are looked at,
     so that a long sequencing does not pass by all that it has done before. Raises `LogError` if the log's last tiles
-    are not those of its size: then it is damaged, and nothing is changed; see `MendTiles`.
+    are not those of its size: then it is damaged, and nothing is changed; see `MendTiles`. ``tell`` gets each VM that
+    has two histories; again, if the transaction runs again. Their rows become entries like others.
     """
 
     READS_COMMITTED: ClassVar[bool] = True
@@ -106,6 +170,7 @@ class SequenceLog(Unit[int]):
     entropy: bytes
     origin: str = ""
     beyond: int = 0
+    tell: Callable[[str], object] = _untold
 
     def script(self) -> Script[int]:
         state = yield from store.Read(store.LogStateRow, LOG)
@@ -118,6 +183,8 @@ class SequenceLog(Unit[int]):
         rows = yield from store.ReadUnsequenced(len(self.entropy) // SALT_SIZE, self.beyond)
         if not rows:
             return 0
+        for fork in (yield from find_forks(rows)):
+            _ = self.tell(fork)
         placed = [
             (number, evolve(row, idx=size + at, salt=self.entropy[SALT_SIZE * at : SALT_SIZE * (at + 1)]))
             for at, (number, row) in enumerate(rows)

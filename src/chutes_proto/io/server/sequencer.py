@@ -9,6 +9,7 @@ Rules kept here:
   what is not in it. The old checkpoint is kept beside the new one. All servers sign with the newest key;
 * what this process has committed must be in the log soon: an entry that is not there within 10 s, or is another one, is
   told. It was deleted or changed before it got its place, or a fail-over lost it;
+* a VM whose versions do not grow from entry to entry has two histories, and is told;
 * a store that fails is asked again later: nothing waits for the log.
 """
 
@@ -53,6 +54,8 @@ BATCH: Final = 1000
 """Rows that are sequenced in one transaction."""
 COVERED_SECONDS: Final = 10.0
 """How long a committed audit row may take to get its place in the log."""
+LATE: Final = 10_000
+"""How many rows others may write between the first row of a transaction and its commit, without losing its turn."""
 PAUSE_SECONDS: Final = 0.05
 """How long an SQLite file is left to other processes between two full batches, of which an old store has many."""
 
@@ -115,17 +118,24 @@ class Sequencer:
         while self._batch(beyond) == BATCH:
             if self._ending.wait(PAUSE_SECONDS):
                 return
-            # Not from the start: a long snapshot, as a backup takes it, keeps all that was sequenced in the index.
-            beyond = self._transact(FindNewest())
+            # Not from the start: a long snapshot, as a backup takes it, keeps all that was sequenced in the index. But
+            # not past a row of a transaction that drew its number early: of its VM, a later one may be there already.
+            beyond = max(0, self._transact(FindNewest()) - LATE)
 
     def _batch(self, beyond: int) -> int:
-        unit = SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin, beyond)
+        unit = SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin, beyond, self._forked)
         try:
             return self._transact(unit)
         except LogError:
             if not self._mend():
                 raise
         return self._transact(unit)
+
+    def _forked(self, fork: str) -> None:
+        self._store.custody.faults["audit"] += 1
+        self._store.add_note(
+            f"audit log: {fork}; the VM, or the whole store, was set back: `chutes-proto audit verify`"
+        )
 
     def _mend(self) -> bool:
         """Make damaged tiles at the log's end again, if the checkpoint in the file vouches for them."""

@@ -78,6 +78,7 @@ from chutes_proto.store.rows import (
     ReadTimes,
     ReadUnclaimed,
     ReadUnsequenced,
+    ReadVmVersions,
     ReadWhatIf,
     RevocationRow,
     RewrapGenerations,
@@ -168,6 +169,7 @@ _SERVER = ServerRow(
 _GPU = GpuRow("gpu-1", "n1", "h200", '{"uuid":"GPU-1"}')
 _DEVICE = GpuDeviceRow("41A0", "n1", "53C2", NOW)
 _VOLUME = VolumeRow(VM, "storage", in_use=True, format_allowed=False)
+_OTHER = evolve(VM, name="another")
 _HOST = HostProfileRow("ab" * 32, VM.hotkey, '{"cpu":{}}', NOW)
 _NONCE = NonceRow(bytes(32), "boot", NOW - 60, NOW)
 _INSERTED = (
@@ -454,6 +456,12 @@ def a_log_is_sequenced(harness: Harness) -> None:
     expect(list(ask(ReadLog(1, 2))), placed[1:3], "a page of the log")
     expect([ask(FindNumber(index)) for index in (2, 9)], [waiting[2][0], 0], "the number of an entry")
     expect(ask(ReadUnsequenced(9)), (), "rows that are left")
+    for version in (2, 1, None):
+        ask(Insert(evolve(events[0], vm=VM, vm_version=version)))
+    expect(ask(ReadVmVersions((VM, _OTHER))), ((VM, None), (_OTHER, None)), "versions that are not sequenced")
+    of_vm = ask(ReadUnsequenced(9))
+    expect(ask(Sequence(tuple((number, 4 + at, b"salt") for at, (number, _) in enumerate(of_vm)))), 3, "rows of a VM")
+    expect(ask(ReadVmVersions((_OTHER, VM))), ((_OTHER, None), (VM, 2)), "the versions that the log knows")
     ask(Insert(events[0]))
     (left,) = ask(ReadUnsequenced(9))
     expect_fault(lambda: ask(Sequence(((left[0], 3, b"salt"),))), "one place for two rows")
