@@ -20,14 +20,16 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chutes_proto.errors import KeyUnavailable, Refusal, RowNotAuthentic, SealBroken, StoreError
+from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows
-from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody
+from chutes_proto.store import _guard, rows
+from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody, Guard
 from chutes_proto.store._macs import EpochKey
 from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.custody import SealVms
@@ -263,6 +265,7 @@ def test_a_mac_is_the_hmac_of_its_message(width: int) -> None:
 
 # --- real stores ---
 
+check = Guard.check
 OTHER_KEK = KeyEncryptionKey.from_bytes(bytes(range(1, 33)))
 
 
@@ -299,6 +302,32 @@ def test_a_new_store_is_sealed_and_a_changed_row_stops_its_vm_alone(place: Store
         store.transact(granted("third", B, 200))
         assert store.custody.faults == {"vm": 2}
         assert [fault.table for fault in find_faults(store)] == ["vm", "vm"]
+
+
+@pytest.mark.parametrize("vms", [1, 2, 200])
+def test_faults_are_found_in_every_page_of_vms(place: StorePlace, vms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "_VMS", vms)
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        assert not list(find_faults(store))
+        run(place, f"DELETE FROM volume WHERE vm = '{A.name}' AND volume = 'cache'")
+        run(place, f"DELETE FROM generation WHERE vm = '{A.name}' AND volume = 'cache' AND generation = 1")
+        run(place, f"DELETE FROM boot WHERE vm = '{B.name}' AND created_at = {NOW + 100}")
+        rest = ", ".join(columns(rows.VmRow)[2:])
+        run(place, f"INSERT INTO vm SELECT hotkey, 'vm-0', {rest}, mac FROM vm WHERE vm = '{B.name}'")
+        run(place, f"DELETE FROM vm WHERE vm = '{B.name}'")
+        run(place, "INSERT INTO head SELECT 'other', vm, version, contents, mac FROM head WHERE vm = 'vm-a'")
+        found = sorted((fault.table, fault.key.removeprefix(f"{A.hotkey}/")) for fault in find_faults(store))
+    assert found == [
+        ("boot", granted("second", B, 100).boot_id),
+        ("generation", "vm-a/cache/1"),
+        ("head", "other/vm-a"),
+        ("vm", "vm-0"),  # it has no MAC of its own,
+        ("vm", "vm-0"),  # and no VM has that name
+        ("vm", "vm-b"),
+        ("volume", "vm-a/cache"),
+    ]
 
 
 def test_a_forged_boot_opens_nothing(place: StorePlace) -> None:
@@ -480,6 +509,28 @@ def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(pla
         run(place, "UPDATE fact SET value = 3 WHERE name = 'seal'")
         with pytest.raises(RowNotAuthentic, match="table revocation"):
             store.transact(ReadRevocations())
+
+
+def test_all_candidates_are_doubted_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page begins after the one before, and not where the first began."""
+    monkeypatch.setattr(_guard, "_PAGE", 2)
+    store = SealedStore(VAULT)
+    vms = [rows.Vm(A.hotkey, f"vm-{number}") for number in range(5)]
+    for vm in vms:
+        store.transact(
+            Ask(rows.Insert(rows.GenerationRow(vm, "v", 1, "candidate", b"", "kek", b"", False, NOW, "test")))
+        )
+    asked: list[str] = []
+
+    def counted(guard: Guard, kind: type[rows.Row], found: Any) -> list[bytes]:
+        asked.append(kind.TABLE)
+        return check(guard, kind, found)
+
+    monkeypatch.setattr(Guard, "check", counted)
+    store.transact(StoreRestored(NOW))
+    assert asked.count("generation") == 3
+    assert all(row.provisional for row in store.transact(Ask(rows.Scan(rows.GenerationRow))))
+    assert not list(find_faults(store))
 
 
 def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(

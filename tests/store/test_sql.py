@@ -141,6 +141,10 @@ def test_a_stranger_is_no_operation() -> None:
         statement(Stranger())
 
 
+def vms_of_page(store: MemoryStore, after: tuple[str, str]) -> list[tuple[str, str]]:
+    return [(row[0], row[1]) for row in store.connection.execute(*sql.next_heads(after, 30))]
+
+
 def test_a_page_of_vms_costs_no_more_in_a_larger_store() -> None:
     """A page that reads the rest of each table would make `store check` and `store seal` quadratic."""
     steps: list[int] = []
@@ -151,12 +155,12 @@ def test_a_page_of_vms_costs_no_more_in_a_larger_store() -> None:
             _ = store.connection.executemany(f"INSERT INTO {table} VALUES (?, ?, {rest})", names)
         taken: list[None] = []
         store.connection.set_progress_handler(partial(taken.append, None), 1)
-        page = store.connection.execute(*sql.next_vms(("", ""), 30)).fetchall()
+        page = vms_of_page(store, ("", ""))
         store.connection.set_progress_handler(None, 0)
         steps.append(len(taken))
         found: list[tuple[str, str]] = []
         while page:
             found += page
-            page = store.connection.execute(*sql.next_vms(page[-1], 30)).fetchall()
+            page = vms_of_page(store, page[-1])
         assert found == names
     assert steps[1] < 1.1 * steps[0]

@@ -53,6 +53,8 @@ RECENT_BOOTS: Final = 32
 
 _HEADS_HELD: Final = 2000
 """How many heads one transaction has in memory before it writes them."""
+_WRITTEN: Final = 100
+"""How many heads or MACs a statement writes."""
 _PAGE: Final = 1000
 
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -253,6 +255,43 @@ def _is_live(values: Sequence[Any]) -> bool:
     return state in ("active", "candidate") or bool(is_provisional) or retirement == "prune"
 
 
+_OfVms = dict[tuple[str, str], Rows]
+"""The stored rows of one kind of each VM that has any."""
+_Grouped = dict[type[store.Row], _OfVms]
+
+_ALWAYS: Final = -(2**63)
+
+
+def _pair(vm: store.Vm | None) -> tuple[str, str]:
+    """A VM's columns; those of None come before any."""
+    return ("", "") if vm is None else (vm.hotkey, vm.name)
+
+
+def _last(rows: Rows) -> store.Vm:
+    return store.Vm(rows[-1][0], rows[-1][1])
+
+
+def _grouped(kind: type[store.Row], rows: Rows) -> _OfVms:
+    found: dict[tuple[str, str], list[Sequence[Any]]] = {}
+    for row in rows:
+        found.setdefault(_vm_of(kind, tuple(row)), []).append(row)
+    return dict(found)
+
+
+def _numbers(rows: Rows) -> dict[str, set[int]]:
+    """The numbers of the generations of each volume."""
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        found.setdefault(row[2], set()).add(row[3])
+    return found
+
+
+def _in_head(rows: Rows) -> Rows:
+    """Those generations of all of a VM that are in its head."""
+    newest = {volume: max(numbers) for volume, numbers in _numbers(rows).items()}
+    return [row for row in rows if row[3] == newest[row[2]] or _is_live(row)]
+
+
 def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str, bytes]:
     """The tags of the live ones of all these generations, as a head has them."""
     rows = list(tagged)
@@ -265,6 +304,23 @@ def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str,
         if live or values[3] == newest[values[2]]:
             found[f"{values[2]}/{values[3]}"] = tag + bytes((live,))
     return found
+
+
+def _opened(key: EpochKey, vm: tuple[str, str], stored: Sequence[Any]) -> Head | None:
+    """A VM's head as it is stored, after the version that the log knows; None where there is neither.
+
+    Raises `RowNotAuthentic`.
+    """
+    known, version, contents, mac = stored
+    if version is None:
+        if known is not None:
+            raise RowNotAuthentic("head", _name(vm), f"it is missing, and the log has version {known}")
+        return None
+    if not is_same(mac, key.mac("head", *vm, version, contents)):
+        raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
+    if known is not None and version < known:
+        raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
+    return Head(version, _decode(contents))
 
 
 # --- the guard ---
@@ -327,19 +383,23 @@ class Guard:
         key = self._key
         if key is None:
             return
-        for vm, head in self._heads.items():
-            if head is not None and head.is_changed:
+        changed = [(vm, head) for vm, head in self._heads.items() if head is not None and head.is_changed]
+        for first in range(0, len(changed), _WRITTEN):
+            values: list[Any] = []
+            some = changed[first : first + _WRITTEN]
+            for vm, head in some:
                 head.version += 1
                 contents = _encode(head.contents)
-                mac = key.mac("head", *vm, head.version, contents)
-                _ = self._run(None, sql.PUT_HEAD, (*vm, head.version, contents, mac))
-                head.is_changed = False
-        if (head := self._store) is not None and head.is_changed:
-            head.version += 1
-            contents = _encode(head.contents)
-            mac = key.mac("store head", head.version, contents)
-            _ = self._run(None, sql.PUT_STORE_HEAD, (head.version, contents, mac))
-            head.is_changed = False
+                values += (*vm, head.version, contents, key.mac("head", *vm, head.version, contents))
+            _ = self._run(None, sql.put_heads(len(some)), tuple(values))
+            for _, written in some:
+                written.is_changed = False
+        if (of_store := self._store) is not None and of_store.is_changed:
+            of_store.version += 1
+            contents = _encode(of_store.contents)
+            mac = key.mac("store head", of_store.version, contents)
+            _ = self._run(None, sql.PUT_STORE_HEAD, (of_store.version, contents, mac))
+            of_store.is_changed = False
 
     # --- rows ---
 
@@ -411,19 +471,22 @@ class Guard:
         """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
         if vm in self._heads or self._key is None:
             return self._heads.get(vm)
-        ((known, version, contents, mac),) = self._run(None, sql.READ_HEAD, (*vm, *vm))
-        found: Head | None = None
-        if version is not None:
-            if not is_same(mac, self._key.mac("head", *vm, version, contents)):
-                raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
-            if known is not None and version < known:
-                raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
-            found = Head(version, _decode(contents))
-        elif known is not None:
-            raise RowNotAuthentic("head", _name(vm), f"it is missing, and the log has version {known}")
-        elif self._is_final or not self._run(None, sql.IS_KNOWN, vm * 4)[0][0]:
-            found = Head(0, {})
-        self._heads[vm] = found
+        (stored,) = self._run(None, sql.READ_HEAD, (*vm, *vm))
+        found = self._heads[vm] = self._made(vm, _opened(self._key, vm, stored))
+        return found
+
+    def fetch_heads(self, vms: Iterable[tuple[str, str]]) -> None:
+        """Read the heads of VMs at once that are about to be asked for one by one."""
+        unread = sorted({*vms} - self._heads.keys())
+        if self._key is not None and unread:
+            for hotkey, name, *stored in self._run(None, *sql.read_heads(unread)):
+                vm = (hotkey, name)
+                self._heads[vm] = self._made(vm, _opened(self._key, vm, stored))
+
+    def _made(self, vm: tuple[str, str], found: Head | None) -> Head | None:
+        """The head, a new one for a VM without rows, and for every VM once all are sealed."""
+        if found is None and (self._is_final or not self._run(None, sql.IS_KNOWN, vm * 4)[0][0]):
+            return Head(0, {})
         return found
 
     def store_head(self, stored: Any = None) -> Head | None:
@@ -485,11 +548,23 @@ class Guard:
         return (*values[:_VM_VERSION], head.version + 1, *values[_VM_VERSION + 1 :])
 
     def copied(self, op: store.InsertAll) -> store.InsertAll:
+        kind = type(op.rows[0])
+        if kind in _ENTRIES:
+            self.fetch_heads(_vm_of(kind, encode(row)) for row in op.rows)
+        versions: dict[tuple[str, str], int] = {}
         for row in op.rows:
             if isinstance(row, store.AuditRow) and row.vm is not None and row.vm_version is not None:
-                head = self.head((row.vm.hotkey, row.vm.name))
-                if head is not None and head.version < row.vm_version:
-                    head.version, head.is_changed = row.vm_version, True
+                vm = (row.vm.hotkey, row.vm.name)
+                versions[vm] = max(row.vm_version, versions.get(vm, 0))
+        self.fetch_heads(versions)
+        for vm, version in versions.items():
+            head = self.head(vm)
+            if head is not None and head.version < version:
+                head.version, head.is_changed = version, True
+        return op
+
+    def rewrapped(self, op: store.RewrapGenerations) -> store.RewrapGenerations:
+        self.fetch_heads((row.vm.hotkey, row.vm.name) for row in op.rows)
         return op
 
     def voided(self, op: store.VoidTokens) -> None:
@@ -499,8 +574,11 @@ class Guard:
             self.perform(store.Put(evolve(row, voided_at=op.at)))
 
     def doubted(self, _op: store.DoubtCandidates) -> None:
-        while rows := self._run(None, sql.READ_CANDIDATES, (_PAGE,)):
+        after: Sequence[Any] = ("", "", "")
+        while rows := self._run(None, sql.READ_CANDIDATES, (*after, _PAGE)):
             _ = self.check(store.GenerationRow, rows)
+            after = rows[-1][:3]
+            self.fetch_heads((row[0], row[1]) for row in rows)
             for row in decode_rows(store.GenerationRow, rows):
                 self.perform(store.UpdateGeneration(evolve(row, provisional=True)))
 
@@ -527,29 +605,35 @@ class Guard:
 
     def claim(self, op: store.Read[store.VmRow], rows: Rows, tags: list[bytes]) -> Rows:
         if isinstance(op.key, store.Vm):
-            vm = (op.key.hotkey, op.key.name)
-            head = self.head(vm)
-            if head is not None:
-                self.expect("vm", _name(vm), tags[0] if tags else None, head.of("vm").get(""))
+            self.compare_claim((op.key.hotkey, op.key.name), rows, tags)
         return rows
+
+    def compare_claim(self, vm: tuple[str, str], _rows: Rows, tags: list[bytes]) -> None:
+        head = self.head(vm)
+        if head is not None:
+            self.expect("vm", _name(vm), tags[0] if tags else None, head.of("vm").get(""))
 
     def generations(self, op: Any, rows: Rows, tags: list[bytes]) -> Rows:
         owner = op.vm if isinstance(op, store.ReadLiveGenerations) else op.owner
-        vm = (owner.hotkey, owner.name)
+        self.compare_generations((owner.hotkey, owner.name), rows, tags)
+        return rows
+
+    def compare_generations(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
         head = self.head(vm)
         if head is not None:
             found = _generation_tags(zip(rows, tags, strict=True))
             self.expect_all("generation", f"{_name(vm)}/", found, head.of("generation"))
-        return rows
 
     def volumes(self, op: store.ReadAll[store.VolumeRow], rows: Rows, tags: list[bytes]) -> Rows:
         if isinstance(op.owner, store.Vm):
-            vm = (op.owner.hotkey, op.owner.name)
-            head = self.head(vm)
-            if head is not None:
-                found = {values[2]: tag for values, tag in zip(rows, tags, strict=True)}
-                self.expect_all("volume", f"{_name(vm)}/", found, head.of("volume"))
+            self.compare_volumes((op.owner.hotkey, op.owner.name), rows, tags)
         return rows
+
+    def compare_volumes(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
+        head = self.head(vm)
+        if head is not None:
+            found = {values[2]: tag for values, tag in zip(rows, tags, strict=True)}
+            self.expect_all("volume", f"{_name(vm)}/", found, head.of("volume"))
 
     def boots(self, op: Any, rows: Rows, tags: list[bytes]) -> Rows:
         """Boots that are as they were written last; the token of one that too many others have followed is not found.
@@ -565,14 +649,20 @@ class Guard:
         vm = (op.vm.hotkey, op.vm.name)
         head = self.head(vm)
         if head is not None and (entries := head.of("boot")):
-            boots = Boots(entries)
-            stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, boots.oldest()))
-            found: dict[str, bytes] = {}
-            for row, tag in zip(stored, self.check(store.BootRow, stored), strict=True):
-                if row[0] in entries or not boots.is_full:
-                    found[row[0]] = _number(row[_BOOT["created_at"]]) + tag
-            self.expect_all("boot", "", found, entries)
+            stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, Boots(entries).oldest()))
+            self.compare_boots(vm, stored, self.check(store.BootRow, stored))
         return self.boots(op, rows, tags)
+
+    def compare_boots(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
+        """Compare all boots since the oldest one in the head; where it has none, these are all that are stored."""
+        head = self.head(vm)
+        if head is not None:
+            boots = Boots(head.of("boot"))
+            found: dict[str, bytes] = {}
+            for row, tag in zip(rows, tags, strict=True):
+                if row[0] in boots.entries or not boots.is_full:
+                    found[row[0]] = _number(row[_BOOT["created_at"]]) + tag
+            self.expect_all("boot", "", found, boots.entries)
 
     def _is_newest(self, row: Sequence[Any], tag: bytes, *, is_by_id: bool) -> bool:
         head = self.head(_vm_of(store.BootRow, tuple(row)))
@@ -653,35 +743,36 @@ class Guard:
             raise StoreError("the store has no key for its rows yet")
         rows = self._run(None, *statement(store.ReadPage(kind, after, limit)))
         found = decode_rows(kind, rows)
-        count = 0
         _ = self.check(kind, rows)
-        for row, values in zip(found, rows, strict=True):
-            if values[-1] is None:
-                whole = encode(row)
-                mac = self._key.of_row(kind.TABLE, whole)
-                _ = self._run(None, sql.set_mac(kind), (mac, *whole[: len(kind.KEY)]))
-                count += 1
-        return count, found[-1] if len(found) == limit else None
+        bare = [encode(row) for row, values in zip(found, rows, strict=True) if values[-1] is None]
+        for first in range(0, len(bare), _WRITTEN):
+            some = [
+                (*each[: len(kind.KEY)], self._key.of_row(kind.TABLE, each)) for each in bare[first : first + _WRITTEN]
+            ]
+            _ = self._run(None, *sql.set_macs(kind, some))
+        return len(bare), found[-1] if len(found) == limit else None
 
-    def adopt_vm(self, vm: store.Vm) -> bool:
-        """Give a VM a head that has none, from its rows as they are; returns whether it had none."""
-        name = (vm.hotkey, vm.name)
-        if self.head(name) is not None:
-            return False
-        head = self._heads[name] = Head(0, {}, is_changed=True)
-        newest = self._run(None, *statement(store.FindLastBoot(vm)))
-        since = newest[0][_BOOT["created_at"]] - RECENT_SECONDS if newest else 0
-        for kind, rows in (
-            (store.VmRow, self._run(None, *statement(store.Read(store.VmRow, vm)))),
-            (store.VolumeRow, self._run(None, *statement(store.ReadAll(store.VolumeRow, vm)))),
-            (store.BootRow, self._run(None, sql.READ_BOOTS_SINCE, (*name, since))),
-        ):
-            for values, tag in zip(rows, self._adopted(kind, rows), strict=True):
-                _ENTRIES[kind](head, tuple(values[:-1]), tag)
-        rows = self._run(None, *statement(store.ReadLiveGenerations(vm)))
-        tags = self._adopted(store.GenerationRow, rows)
-        head.contents["generation"] = _generation_tags(zip(rows, tags, strict=True))
-        return True
+    def adopt_vms(self, after: store.Vm | None, limit: int) -> tuple[tuple[store.Vm, ...], store.Vm | None]:
+        """Give the next VMs heads that have none, from their rows as they are; returns these, and the last VM."""
+        if self._key is None:
+            raise StoreError("the store has no key for its rows yet")
+        stored = self._run(None, *sql.next_heads(_pair(after), limit))
+        bare = [(row[0], row[1]) for row in stored if _opened(self._key, (row[0], row[1]), row[2:]) is None]
+        found: _Grouped = {}
+        if bare:
+            found = self._rows_of_vms(after, _last(stored))
+            newest = {(row[0], row[1]): row[2] for row in self._run(None, *sql.newest_boots(bare))}
+            found[store.BootRow] = self._boots_of({vm: at - RECENT_SECONDS for vm, at in newest.items()})
+        for vm in bare:
+            head = self._heads[vm] = Head(0, {}, is_changed=True)
+            for kind in (store.VmRow, store.VolumeRow, store.BootRow):
+                rows = found[kind].get(vm, ())
+                for values, tag in zip(rows, self._adopted(kind, rows), strict=True):
+                    _ENTRIES[kind](head, tuple(values[:-1]), tag)
+            rows = _in_head(found[store.GenerationRow].get(vm, ()))
+            tags = self._adopted(store.GenerationRow, rows)
+            head.contents["generation"] = _generation_tags(zip(rows, tags, strict=True))
+        return tuple(store.Vm(*vm) for vm in bare), _last(stored) if len(stored) == limit else None
 
     def _adopted(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
         """The tags of rows that have been given MACs."""
@@ -690,51 +781,75 @@ class Guard:
             raise RowNotAuthentic(kind.TABLE, _key_text(kind, rows[tags.index(b"")]), "its MAC was removed meanwhile")
         return tags
 
-    def next_vms(self, after: store.Vm | None, limit: int) -> tuple[store.Vm, ...]:
-        """The next VMs of which there is any row, or a head."""
-        beyond = ("", "") if after is None else (after.hotkey, after.name)
-        return tuple(sorted(store.Vm(*values) for values in self._run(None, *sql.next_vms(beyond, limit))))
+    def _rows_of_vms(self, after: store.Vm | None, last: store.Vm) -> _Grouped:
+        """The claims, volumes and generations of the VMs after ``after`` until ``last``."""
+        return {
+            kind: _grouped(kind, self._run(None, sql.READ_OF_VMS[kind], (*_pair(after), *_pair(last))))
+            for kind in (store.VmRow, store.VolumeRow, store.GenerationRow)
+        }
+
+    def _boots_of(self, since: dict[tuple[str, str], int]) -> _OfVms:
+        """The boots of each VM from a time on."""
+        return _grouped(store.BootRow, self._run(None, *sql.boots_since(since)) if since else ())
 
     def inspect(
         self, kind: type[store.Row], after: store.Row | None, limit: int
     ) -> tuple[tuple[RowNotAuthentic, ...], store.Row | None]:
         """The faults of the next rows of a kind, and the last of these rows, None after the last page."""
         rows = self._run(None, *statement(store.ReadPage(kind, after, limit)))
-        faults: list[RowNotAuthentic] = []
-        for row in rows:
-            try:
-                _ = self.check(kind, (row,))
-            except RowNotAuthentic as exc:
-                faults.append(exc)
+        faults = self._faults(kind, rows)
         if kind is store.BootRow and rows:
             keys = tuple(row[0] for row in rows)
             for boot_id, given, there in self._run(None, sql.count_given(len(keys)), keys):
                 faults.append(RowNotAuthentic("boot_volume", boot_id, _told_given(given, there)))
         return tuple(faults), decode_rows(kind, rows[-1:])[0] if len(rows) == limit else None
 
-    def inspect_vm(self, vm: store.Vm) -> tuple[RowNotAuthentic, ...]:
-        """The faults of the group of a VM: one for each of its parts at most."""
+    def _faults(self, kind: type[store.Row], rows: Rows) -> list[RowNotAuthentic]:
+        try:
+            _ = self.check(kind, rows)
+        except RowNotAuthentic as exc:
+            if len(rows) == 1:
+                return [exc]
+            return [fault for row in rows for fault in self._faults(kind, (row,))]
+        return []
+
+    def inspect_vms(self, after: store.Vm | None, limit: int) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
+        """The faults of the groups of the next VMs, one for each part of each at most, and the last of these VMs."""
+        if self._key is None:
+            raise self._locked()
+        stored = self._run(None, *sql.next_heads(_pair(after), limit))
+        if not stored:
+            return (), None
         faults: list[RowNotAuthentic] = []
-        for op in (
-            store.Read(store.VmRow, vm),
-            store.ReadLiveGenerations(vm),
-            store.ReadAll(store.VolumeRow, vm),
-            store.FindLastBoot(vm),
-        ):
+        since: dict[tuple[str, str], int] = {}
+        for hotkey, name, *head_stored in stored:
+            vm = (hotkey, name)
             try:
-                self.perform(op)
+                head = self._heads[vm] = _opened(self._key, vm, head_stored) or (
+                    Head(0, {}) if self._is_final else None
+                )
             except RowNotAuthentic as exc:
-                if exc.table == "head":
-                    return (exc,)
                 faults.append(exc)
-        numbers: dict[str, list[int]] = {}
-        for row in self._run(None, *statement(store.ReadAll(store.GenerationRow, vm))):
-            numbers.setdefault(row[2], []).append(row[3])
-        for volume, found in numbers.items():
-            for number in sorted(set(range(1, max(found))) - set(found)):
-                key = f"{vm.hotkey}/{vm.name}/{volume}/{number}"
-                faults.append(RowNotAuthentic("generation", key, "it is missing: no generation is ever deleted"))
-        return tuple(faults)
+            else:
+                if head is not None:
+                    boots = head.of("boot")
+                    since[vm] = Boots(boots).oldest() if boots else _ALWAYS
+        found = self._rows_of_vms(after, _last(stored))
+        numbers = {vm: _numbers(rows) for vm, rows in found[store.GenerationRow].items()}
+        found[store.GenerationRow] = {vm: _in_head(rows) for vm, rows in found[store.GenerationRow].items()}
+        found[store.BootRow] = self._boots_of(since)
+        for vm in self._heads:
+            for kind, compare in _PARTS.items():
+                rows = found[kind].get(vm, ())
+                try:
+                    compare(self, vm, rows, self.check(kind, rows))
+                except RowNotAuthentic as exc:
+                    faults.append(exc)
+            for volume, there in numbers.get(vm, {}).items():
+                for number in sorted(set(range(1, max(there))) - there):
+                    key = f"{_name(vm)}/{volume}/{number}"
+                    faults.append(RowNotAuthentic("generation", key, "it is missing: no generation is ever deleted"))
+        return tuple(faults), _last(stored) if len(stored) == limit else None
 
     def inspect_store(self) -> tuple[RowNotAuthentic, ...]:
         """The faults of the store's own group, likewise."""
@@ -817,6 +932,7 @@ _FACT_WRITES: Final[dict[type[StoreOp[Any]], str]] = {
 
 _CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
     store.InsertAll: Guard.copied,
+    store.RewrapGenerations: Guard.rewrapped,
     store.VoidTokens: Guard.voided,
     store.DoubtCandidates: Guard.doubted,
     store.Forget: Guard.forgot,
@@ -845,6 +961,15 @@ _FACT_READS: Final[dict[type[StoreOp[Any]], Callable[[Guard, Rows], None]]] = {
     store.ReadTimes: Guard.times,
     store.ReadLossDecided: Guard.loss,
 }
+
+
+_PARTS: Final[dict[type[store.Row], Callable[[Guard, tuple[str, str], Rows, list[bytes]], None]]] = {
+    store.VmRow: Guard.compare_claim,
+    store.GenerationRow: Guard.compare_generations,
+    store.VolumeRow: Guard.compare_volumes,
+    store.BootRow: Guard.compare_boots,
+}
+"""The comparison of each part of a VM's group with its head."""
 
 
 # --- operations of the seal ---
@@ -892,24 +1017,14 @@ class AdoptRows(_OfSeal[tuple[int, store.Row | None]]):
 
 
 @frozen
-class ReadVms(_OfSeal[tuple[store.Vm, ...]]):
-    """The next VMs of which there is any row, or a head."""
+class AdoptVms(_OfSeal[tuple[tuple[store.Vm, ...], store.Vm | None]]):
+    """Give the next VMs heads that have none; replies which, and the VM to go on after."""
 
     after: store.Vm | None
     limit: int
 
-    def carry_out(self, guard: Guard) -> tuple[store.Vm, ...]:
-        return guard.next_vms(self.after, self.limit)
-
-
-@frozen
-class AdoptVm(_OfSeal[bool]):
-    """Give a VM a head that has none; replies whether it had none."""
-
-    vm: store.Vm
-
-    def carry_out(self, guard: Guard) -> bool:
-        return guard.adopt_vm(self.vm)
+    def carry_out(self, guard: Guard) -> tuple[tuple[store.Vm, ...], store.Vm | None]:
+        return guard.adopt_vms(self.after, self.limit)
 
 
 @frozen
@@ -933,13 +1048,14 @@ class InspectRows(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Row | None]])
 
 
 @frozen
-class InspectVm(_OfSeal[tuple[RowNotAuthentic, ...]]):
-    """The faults of a VM's group."""
+class InspectVms(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
+    """The faults of the groups of the next VMs of which there is any row, or a head; and the VM to go on after."""
 
-    vm: store.Vm
+    after: store.Vm | None
+    limit: int
 
-    def carry_out(self, guard: Guard) -> tuple[RowNotAuthentic, ...]:
-        return guard.inspect_vm(self.vm)
+    def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
+        return guard.inspect_vms(self.after, self.limit)
 
 
 @frozen

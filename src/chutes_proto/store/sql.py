@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -1146,18 +1146,31 @@ READ_HEAD: Final = (
     " LEFT JOIN head ON head.hotkey = ? AND head.vm = ?"
 )
 """The statement that reads the newest version of a VM's head that the log knows, and the head; NULLs without one."""
-PUT_HEAD: Final = (
-    "INSERT INTO head (hotkey, vm, version, contents, mac) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hotkey, vm)"
-    " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
-)
 READ_UNVOIDED: Final = _select(store.BootRow, "WHERE voided_at IS NULL AND hotkey = ? AND vm = ? ORDER BY created_at")
 READ_BOOTS_SINCE: Final = _select(store.BootRow, "WHERE hotkey = ? AND vm = ? AND created_at >= ? ORDER BY created_at")
-READ_CANDIDATES: Final = _select(store.GenerationRow, "WHERE state = 'candidate' AND NOT provisional LIMIT ?")
+READ_CANDIDATES: Final = _select(
+    store.GenerationRow,
+    "WHERE state = 'candidate' AND NOT provisional AND (hotkey, vm, volume) > (?, ?, ?)"
+    " ORDER BY hotkey, vm, volume LIMIT ?",
+)
+"""The statement that reads the next candidates that are not in doubt; a volume has one at most."""
+
+
+def read_heads(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
+    """The statement that reads what `READ_HEAD` does, after the VM, of each of these VMs."""
+    return (
+        "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE idx IS NOT NULL"  # noqa: S608
+        " AND audit.hotkey = CAST(column1 AS TEXT) AND audit.vm = CAST(column2 AS TEXT)), head.version, contents, mac"
+        f" FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"
+        " LEFT JOIN head ON head.hotkey = CAST(column1 AS TEXT) AND head.vm = CAST(column2 AS TEXT)"
+    ), _chained(vms)
+
+
 _OF_VM: Final = ("vm", "generation", "volume", "boot")
 _HAS_ROW: Final = " OR ".join(f"EXISTS (SELECT 1 FROM {of} WHERE hotkey = ? AND vm = ?)" for of in _OF_VM)  # noqa: S608
 IS_KNOWN: Final = f"SELECT {_HAS_ROW}"
 """The statement that tells whether a VM has any row."""
-NEXT_VMS: Final = (
+_NEXT_VMS: Final = (
     "SELECT hotkey, vm FROM ("  # noqa: S608
     + " UNION ".join(
         # Each table is read for one page alone, and not to its end for every page.
@@ -1167,18 +1180,66 @@ NEXT_VMS: Final = (
     )
     + ") AS every_vm ORDER BY hotkey, vm LIMIT ?"
 )
-"""The statement that reads the next VMs of which there is any row, or a head; see `next_vms` for its parameters."""
+NEXT_HEADS: Final = (
+    "SELECT page.hotkey, page.vm, (SELECT max(vm_version) FROM audit WHERE audit.hotkey = page.hotkey"  # noqa: S608
+    " AND audit.vm = page.vm AND idx IS NOT NULL), head.version, contents, mac"
+    f" FROM ({_NEXT_VMS}) AS page LEFT JOIN head ON head.hotkey = page.hotkey AND head.vm = page.vm"
+    " ORDER BY page.hotkey, page.vm"
+)
+"""The statement of `next_heads`."""
+READ_OF_VMS: Final = {
+    kind: _select(kind, "WHERE (hotkey, vm) > (?, ?) AND (hotkey, vm) <= (?, ?)")
+    for kind in (store.VmRow, store.VolumeRow, store.GenerationRow)
+}
+"""The statements that read the rows of the VMs after one until another one."""
 
 
-def next_vms(after: tuple[str, str], limit: int) -> tuple[str, Values]:
-    """The statement of `NEXT_VMS`, and its parameters."""
-    return NEXT_VMS, (*after, limit) * (len(_OF_VM) + 1) + (limit,)
+@cache
+def put_heads(count: int) -> str:
+    """The statement that writes the heads of so many VMs."""
+    return (
+        f"INSERT INTO head (hotkey, vm, version, contents, mac) VALUES {', '.join(['(?, ?, ?, ?, ?)'] * count)}"  # noqa: S608
+        " ON CONFLICT (hotkey, vm)"
+        " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
+    )
 
 
-def set_mac(kind: type[store.Row]) -> str:
-    """The statement that gives a row its MAC, if it has none."""
-    key = " AND ".join(f"{name} = ?" for name in kind.KEY)
-    return f"UPDATE {kind.TABLE} SET mac = ? WHERE {key} AND mac IS NULL"  # noqa: S608
+def next_heads(after: tuple[str, str], limit: int) -> tuple[str, Values]:
+    """The statement that reads what `READ_HEAD` does, after the VM, of the next VMs with any row or a head."""
+    return NEXT_HEADS, (*after, limit) * (len(_OF_VM) + 1) + (limit,)
+
+
+def boots_since(since: Mapping[tuple[str, str], int]) -> tuple[str, Values]:
+    """The statement that reads the boots of each VM from a time on, the oldest first."""
+    named = ", ".join(f"boot.{name}" for name in _stored(store.BootRow))
+    text = (
+        f"SELECT {named} FROM (VALUES {', '.join(['(?, ?, ?)'] * len(since))}) AS of"  # noqa: S608
+        " JOIN boot ON boot.hotkey = CAST(of.column1 AS TEXT) AND boot.vm = CAST(of.column2 AS TEXT)"
+        " AND boot.created_at >= CAST(of.column3 AS BIGINT) ORDER BY boot.created_at"
+    )
+    return text, _chained((*vm, at) for vm, at in since.items())
+
+
+def newest_boots(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
+    """The statement that reads the time of the newest boot of each VM that has any."""
+    text = (
+        f"SELECT hotkey, vm, max(created_at) FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"  # noqa: S608
+        " JOIN boot ON boot.hotkey = CAST(of.column1 AS TEXT) AND boot.vm = CAST(of.column2 AS TEXT)"
+        " GROUP BY hotkey, vm"
+    )
+    return text, _chained(vms)
+
+
+def set_macs(kind: type[store.Row], rows: Sequence[Values]) -> tuple[str, Values]:
+    """The statement that gives rows their MACs, if they have none; each is a row's key, and its MAC."""
+    types = ["BIGINT" if isinstance(value, int) else "TEXT" for value in rows[0][:-1]]
+    key = (f"{name} = CAST(fresh.column{at} AS {types[at - 1]})" for at, name in enumerate(kind.KEY, 1))
+    marks = f"({', '.join('?' * len(rows[0]))})"
+    text = (
+        f"UPDATE {kind.TABLE} SET mac = fresh.column{len(rows[0])}"  # noqa: S608
+        f" FROM (VALUES {', '.join([marks] * len(rows))}) AS fresh WHERE {' AND '.join(key)} AND mac IS NULL"
+    )
+    return text, _chained(rows)
 
 
 def vms_of(count: int) -> str:

@@ -18,7 +18,7 @@ from attrs import frozen
 from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-from chutes_proto.store._guard import ROWS_KEY, AdoptRows, AdoptVm, BeginSeal, EndSeal, ReadSeal, ReadVms
+from chutes_proto.store._guard import ROWS_KEY, AdoptRows, AdoptVms, BeginSeal, EndSeal, ReadSeal
 from chutes_proto.store._run import Script, Unit
 
 ENTROPY_SIZE = KEY_SIZE + NONCE_SIZE
@@ -101,16 +101,12 @@ class SealVms(Unit[tuple[int, store.Vm | None]]):
 
     def script(self) -> Script[tuple[int, store.Vm | None]]:
         """One page."""
-        vms = yield from ReadVms(self.after, self.limit)
-        digest, count = hashlib.sha256(), 0
-        for vm in vms:
-            if (yield from AdoptVm(vm)):
-                digest.update(f"{vm.hotkey}/{vm.name}\n".encode())
-                count += 1
-        if count:
-            text = f"VMs: {count}, SHA-256 of their names {digest.hexdigest()}"
+        vms, last = yield from AdoptVms(self.after, self.limit)
+        if vms:
+            digest = hashlib.sha256("".join(f"{vm.hotkey}/{vm.name}\n" for vm in vms).encode())
+            text = f"VMs: {len(vms)}, SHA-256 of their names {digest.hexdigest()}"
             yield from _audit(self.now, "VMs sealed", self.reason, text)
-        return count, vms[-1] if len(vms) == self.limit else None
+        return len(vms), last
 
 
 @frozen

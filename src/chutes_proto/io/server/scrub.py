@@ -24,7 +24,7 @@ from attrs import define
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import purged_below, stored_entries, stored_tiles
-from chutes_proto.store._guard import InspectStore, InspectVm, ReadSeal, ReadVms
+from chutes_proto.store._guard import InspectStore, InspectVms, ReadSeal
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import LogStateRow, Read, Vm
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
@@ -68,21 +68,24 @@ def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
     has_macs, _ = store.transact(Ask(ReadSeal()))
     if not has_macs:
         return
-    yield from _faults(store.transact(Ask(InspectStore())))
+    yield from _faults(store.transact(Ask(InspectStore())), 1)
     after: Vm | None = None
-    while page := store.transact(Ask(ReadVms(after, WIDTH))):
-        for vm in page:
-            yield from _faults(store.transact(Ask(InspectVm(vm))))
-        after = page[-1]
+    while True:
+        found, after = store.transact(Ask(InspectVms(after, _VMS)))
+        yield from _faults(found, _VMS)
+        if after is None:
+            break
 
 
-def _faults(faults: Iterable[RowNotAuthentic]) -> Iterator[tuple[int, str]]:
-    yield _ROWS_OF_VM, ""
+def _faults(faults: Iterable[RowNotAuthentic], groups: int) -> Iterator[tuple[int, str]]:
+    yield _ROWS_OF_GROUP * groups, ""
     for each in faults:
         yield 0, str(each)
 
 
-_ROWS_OF_VM: Final = 5
+_VMS: Final = 20
+"""How many VMs are looked at in one transaction, beside those of a server."""
+_ROWS_OF_GROUP: Final = 5
 """How many rows the look at a VM counts for: a claim, volumes, generations, boots and the head."""
 
 SCRUBS: Final[tuple[Scrub, ...]] = (scrub_log, scrub_heads)

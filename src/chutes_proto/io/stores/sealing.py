@@ -14,12 +14,14 @@ from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows
-from chutes_proto.store._guard import SEALED, Custody, InspectRows, InspectStore, InspectVm, ReadSeal, ReadVms
+from chutes_proto.store._guard import SEALED, Custody, InspectRows, InspectStore, InspectVms, ReadSeal
 from chutes_proto.store._run import Ask, Store, untold
 from chutes_proto.store.rows import CountRows
 from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealNew, SealRows, SealVms
 
 _PAGE = 1000
+_VMS = 200
+"""VMs of which all rows are in memory at a time."""
 
 
 class Opened(Store, Protocol):
@@ -92,10 +94,11 @@ def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> It
             looked += _PAGE
             _ = tell(min(looked, total), total)
     after: rows.Vm | None = None
-    while page := store.transact(Ask(ReadVms(after, _PAGE))):
-        for vm in page:
-            yield from store.transact(Ask(InspectVm(vm)))
-        after = page[-1]
+    while True:
+        found, after = store.transact(Ask(InspectVms(after, _VMS)))
+        yield from found
+        if after is None:
+            break
 
 
 def _drawn() -> Secret:
