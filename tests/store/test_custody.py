@@ -511,6 +511,14 @@ def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(pla
             store.transact(ReadRevocations())
 
 
+def test_a_key_of_the_rows_that_was_altered_is_a_fault_of_the_store(place: StorePlace) -> None:
+    """Which callers answer with 503, as they do for any other row that is not authentic."""
+    with closing(place.open(migrate=True)):
+        run(place, "UPDATE keyring SET wrapped = (SELECT mac FROM store_head)")
+    with pytest.raises(RowNotAuthentic, match=r"row rows/1 of table keyring is not authentic: .*does not open"):
+        place.open()
+
+
 def test_all_candidates_are_doubted_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page begins after the one before, and not where the first began."""
     monkeypatch.setattr(_guard, "_PAGE", 2)

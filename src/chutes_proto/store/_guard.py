@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import msgspec
 from attrs import define, evolve, field, frozen
 
-from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, StoreError
+from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, SealBroken, StoreError
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store import sql
@@ -147,7 +147,10 @@ class Custody:
         rows = decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{ROWS_KEY}' AND epoch = {epoch}"))
         if not rows:
             raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", "it is missing")
-        return EpochKey(epoch, unwrap(rows[0]))
+        try:
+            return EpochKey(epoch, unwrap(rows[0]))
+        except SealBroken as exc:  # somebody altered it in the database
+            raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", str(exc)) from None
 
 
 def seal_of(state: object) -> tuple[int, bool]:
