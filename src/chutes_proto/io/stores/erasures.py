@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -36,7 +37,10 @@ from chutes_proto.units.revocations import RepeatRevocation
 
 LONGEST: Final = 64 * 1024
 """The most bytes of a line."""
+SHORTEST: Final = 32
+"""The fewest bytes of a value that is looked for in a file."""
 _BLOCK: Final = 1 << 20
+_WORD: Final = 8
 _ERASURE: Final = {"store", "erasure_id", "hotkey", "vm", "erased_at", "through"}
 _REVOCATION: Final = {"store", "kind", "subject", "reason", "created_at", "ends_at", "allowed_at"}
 _Party: TypeAlias = tuple[Revocable, str]
@@ -183,20 +187,27 @@ def scrub(place: StorePlace, erased: Sequence[bytes]) -> list[Path]:
         with closing(SqliteStore(path)) as store:
             store.empty_log(rewrite=rewrite)
         # After it is closed: closing another descriptor of the file would drop SQLite's locks of this process.
-        left = [file for file in (path, path.with_name(f"{path.name}-wal")) if _holds(file, erased)]
+        left = [file for file in (path, path.with_name(f"{path.name}-wal")) if holds(file, erased)]
         if not left:
             break
     return left
 
 
-def _holds(path: Path, values: Sequence[bytes]) -> bool:
-    """Return whether a file holds one of these values, wherever in it."""
+def holds(path: Path, values: Sequence[bytes]) -> bool:
+    """Return whether a file holds one of these values, wherever in it; each has `SHORTEST` bytes or more.
+
+    The file is read once, and compared once with all values: of every so many words of 8 bytes, one is a word of each
+    value that is there, wherever it begins.
+    """
+    step = min(map(len, values), default=SHORTEST) // _WORD - 1
+    wanted = {int.from_bytes(value[at : at + _WORD], sys.byteorder) for value in values for at in range(step * _WORD)}
     overlap = max(map(len, values), default=1) - 1
     before = b""
     with suppress(FileNotFoundError), path.open("rb") as file:
         while block := file.read(_BLOCK):
             block = before + block
-            if any(value in block for value in values):
+            words = memoryview(block + bytes(-len(block) % _WORD)).cast("Q")[::step]
+            if not wanted.isdisjoint(words) and any(value in block for value in values):
                 return True
             before = block[-overlap:] if overlap else b""
     return False
