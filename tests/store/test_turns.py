@@ -34,7 +34,7 @@ from chutes_proto.server._service import Service
 from chutes_proto.server._tokens import RANDOM_SIZE
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store._turns import Turn, Turns
-from chutes_proto.store.rows import ReadTimes, Vm
+from chutes_proto.store.rows import ReadTimes, Times, Vm
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
@@ -370,6 +370,35 @@ async def test_a_database_that_hangs_for_a_while_serves_all_that_waited(url: str
     assert all(response.header("retry-after") for response, _ in quick.answers)
     assert max(took for _, took in quick.answers) < 5 + SLOW_SECONDS
     assert asked.statuses() == [200]
+
+
+@pytest.mark.anyio
+async def test_a_paused_database_is_asked_by_one_probe_once_it_is_known_to_be_away(
+    url: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "_SILENCE", 0.2)
+    outcomes: list[object] = []
+
+    async def ask_in_turn() -> None:
+        try:
+            outcomes.append(await turns.transact(Transact(ASK, turn_seconds=120, seconds=120)))
+        except (StoreAway, StoreBusy) as exc:
+            outcomes.append(exc)
+
+    with closing(PostgresStore(url, connections=REQUESTS, busy_seconds=0.2)) as store, hanging(cluster) as go_on:
+        counted: Any = Counted(store)
+        async with open_turns(counted) as turns, anyio.create_task_group() as group:
+            for _ in range(REQUESTS):
+                group.start_soon(ask_in_turn)
+            await async_wait_until(lambda: len(outcomes) == REQUESTS)
+            assert any(isinstance(each, StoreAway) for each in outcomes)
+            counted.most = 0
+            for _ in range(CALLERS):
+                group.start_soon(ask_in_turn)
+            await async_wait_until(lambda: len(outcomes) == REQUESTS + 2)
+            assert counted.most == 1
+            go_on()
+    assert sum(isinstance(each, Times) for each in outcomes) >= CALLERS - 4
 
 
 @pytest.mark.anyio
