@@ -3,10 +3,14 @@
 ``BENCH_VMS`` is the number of VMs (10,000 by default, which takes a minute or two; 1,000,000 takes an hour). A VM has
 three keys, two disks, a boot with two volumes and its verdict, and three audit rows. Of every tenth, a key was retired,
 and a boot and an audit row were made, before the end of their retention; and it is registered as a server with a GPU.
-The rows are loaded as they would stand after years, and their KEK is then rotated. The memory is the largest resident
-size of the command's process, with Python and the libraries in it; memory and processor time of PostgreSQL's own
-processes are not counted. At last, new VMs boot in that store, for the first time and again; and before all this, the
-same in a store of `FEW` VMs.
+The rows are loaded as they would stand after years, in a store of an older release, which the first command seals; and
+their KEK is then rotated. The memory is the largest resident size of the command's process, with Python and the
+libraries in it; memory and processor time of PostgreSQL's own processes are not counted, and it has 1 GB of shared
+buffers. At last, new VMs boot in that store, for the first time and again; and before all this, the same in a sealed
+store of `FEW` VMs.
+
+``BENCH_COMMANDS`` are the beginnings of the commands to run, in this order, with commas between them, and
+``BENCH_STORES`` the stores: all of both by default. The store is sealed first in any case.
 """
 
 from __future__ import annotations
@@ -28,13 +32,17 @@ from statistics import median
 from typing import Any, Final
 
 import psycopg
+from attrs import evolve
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench.herd import boots, together
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.io.server.development import CONFIGURATION, write_server
+from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.io.stores.address import StorePlace
-from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey
+from chutes_proto.io.stores.sealing import seal_store
+from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
+from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ROWS, Row, SetHorizon, Vm
 from chutes_proto.store.sql import columns
@@ -49,6 +57,8 @@ NOW: Final = int(time.time())
 LONG_AGO: Final = NOW - 400 * 86_400
 CLIENTS: Final = 16
 FEW: Final = 1000
+STORES: Final = tuple(os.environ.get("BENCH_STORES", "SQLite,PostgreSQL").split(","))
+BEGINNINGS: Final = tuple(os.environ.get("BENCH_COMMANDS", "").split(","))
 
 BOOTS: Final = 20
 """VMs of each client that boot."""
@@ -57,7 +67,12 @@ _ONE: Final = "HOTKEY-0/vm-0"
 _ANSWERS: Final = (0, 1)
 """Exit codes of commands that did their work; 1: `why` found no refusal, or `vm erase` names copies that it left."""
 
+SEAL: Final = "store seal"
+COPY: Final = "store copy"
+COMPARE: Final = "store compare"
+
 COMMANDS: Final = (
+    SEAL,
     "store check",
     "vm list",
     "vm list --json",
@@ -98,6 +113,8 @@ COMMANDS: Final = (
     "store migrate",
     "store restored",
     "store accept-loss",
+    COPY,
+    COMPARE,
 )
 """The commands in the order in which they run; ``HOTKEY-N`` is the hotkey of that number."""
 
@@ -105,7 +122,7 @@ Values = tuple[Any, ...]
 
 
 def run() -> None:
-    for kind in ("SQLite", "PostgreSQL"):
+    for kind in STORES:
         installed = postgres.programs()
         if kind == "SQLite":
             with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-", dir=DISK) as folder:
@@ -113,7 +130,7 @@ def run() -> None:
         elif installed is None:
             print("\nPostgreSQL: not installed")
         else:
-            cluster = postgres.Cluster(installed, settings={"max_wal_size": "4GB"}, place=DISK)
+            cluster = postgres.Cluster(installed, settings={"max_wal_size": "4GB", "shared_buffers": "1GB"}, place=DISK)
             try:
                 with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-", dir=DISK) as folder:
                     _measure(kind, Path(folder), cluster.url())
@@ -128,7 +145,8 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     _ = configuration.write_text(text)
     _few(kind, folder, address)
     began = time.monotonic()
-    _load(folder, address, VMS)
+    StorePlace(address, folder).open(migrate=True).close()
+    _load(_kek(folder), address, folder, VMS)
     _ = (folder / "kek").rename(folder / "kek.previous")
     (folder / "kek").touch(0o600)
     _ = (folder / "kek").write_bytes(os.urandom(32))
@@ -141,22 +159,25 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     size = _size(folder, address) / 1e9
     print(f"\n{kind}, {VMS} VMs, {3 * VMS} keys, {size:.2f} GB; loaded in {took:.0f} s", flush=True)
     print(f"{'command':<58}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}", flush=True)
-    for words in COMMANDS:
-        _run(*words.split(), "--config", str(configuration))
     origin = f"sqlite:{folder}/keys.db" if kind == "SQLite" else _passfile(folder, address)
-    copied = f"sqlite:{folder}/copy.db"
-    _run("store", "copy", "--from", origin, "--store", copied)
-    _run("store", "compare", copied, origin)
-    _herd(folder, address)  # at last: the keys of these VMs are sealed under another KEK
+    copied = folder / "copy.toml"
+    _ = copied.write_text(configuration.read_text().replace(f'"{address}"', '"sqlite:copy.db"'))
+    more = {COPY: ("--from", origin), COMPARE: (f"sqlite:{folder}/copy.db", origin)}
+    wanted = (words for beginning in BEGINNINGS for words in COMMANDS if words.startswith(beginning))
+    for words in dict.fromkeys((SEAL, *wanted)):
+        config = () if words == COMPARE else ("--config", str(copied if words == COPY else configuration))
+        _run(words, *more.get(words, ()), *config)
+    _herd(make_store_setup(ServerConfig.load(configuration)).store)  # at last: their keys are under another KEK
 
 
 def _few(kind: str, folder: Path, address: str) -> None:
     """Print how long boots take in a small store."""
     with ExitStack() as stack:
         address = "sqlite:few.db" if kind == "SQLite" else stack.enter_context(postgres.schema(address))
-        _load(folder, address, FEW)
+        place = StorePlace(address, folder, vault=Vault(_kek(folder)))
+        fill(place, FEW)
         print(f"\n{kind}, {FEW} VMs", flush=True)
-        _herd(folder, address)
+        _herd(place)
 
 
 def _size(folder: Path, address: str) -> int:
@@ -170,9 +191,9 @@ def _size(folder: Path, address: str) -> int:
     return size
 
 
-def _herd(folder: Path, address: str) -> None:
+def _herd(place: StorePlace) -> None:
     """Boot VMs beside the others, each with its sync: for the first time, and again."""
-    with closing(StorePlace(address, folder).open()) as store:
+    with closing(place.open()) as store:
         _ = store.transact(Ask(SetHorizon(0)))  # the nonces of these boots are of a time before `store restored`
         for kind, number in (("first", 0), ("later", 1)):
             took: list[float] = []
@@ -208,29 +229,36 @@ sys.exit(code)
 """The command in a process that tells its processor time in seconds, and its largest resident memory in kB."""
 
 
-def _run(*words: str) -> None:
+def _run(words: str, *options: str) -> None:
     began = time.monotonic()
     with tempfile.NamedTemporaryFile("r") as told:
-        spelt = [re.sub(r"HOTKEY-([0-9]+)", lambda found: _hotkey(int(found[1])), word) for word in words]
-        command = [sys.executable, "-c", _WATCHED, told.name, *spelt]
+        spelt = [re.sub(r"HOTKEY-([0-9]+)", lambda found: _hotkey(int(found[1])), word) for word in words.split()]
+        command = [sys.executable, "-c", _WATCHED, told.name, *spelt, *options]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         seconds = time.monotonic() - began
         processor, memory = map(float, (told.read() or "0 0").split())
     failed = f"  FAILED: {done.stderr[-300:]}" if done.returncode not in _ANSWERS else ""
-    named = " ".join(words[: words.index("--config")] if "--config" in words else words[:2])
-    print(f"{named[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{failed}", flush=True)
+    print(f"{words[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{failed}", flush=True)
 
 
 # --- the store ---
 
 
-def _load(folder: Path, address: str, vms: int) -> None:
-    StorePlace(address, folder).open(migrate=True).close()
-    load(KeyEncryptionKey.from_bytes((folder / "kek").read_bytes()), address, folder, vms)
+def fill(place: StorePlace, vms: int) -> None:
+    """Make a store, and fill it with the rows of so many VMs; it is sealed as its operator would do that."""
+    assert place.vault is not None
+    evolve(place, vault=None).open(migrate=True).close()
+    _load(place.vault.current, place.address, place.base, vms)
+    with closing(place.open()) as store:
+        _ = seal_store(store, place.vault, "")
 
 
-def load(key: KeyEncryptionKey, address: str, folder: Path, vms: int) -> None:
-    """Fill an empty store with the rows of so many VMs, whose keys are under ``key``."""
+def _kek(folder: Path) -> KeyEncryptionKey:
+    return KeyEncryptionKey.from_bytes((folder / "kek").read_bytes())
+
+
+def _load(key: KeyEncryptionKey, address: str, folder: Path, vms: int) -> None:
+    """Fill an empty store with the rows of so many VMs, whose keys are under ``key``, without MACs."""
     if address.startswith("sqlite:"):
         with closing(sqlite3.connect(folder / address.removeprefix("sqlite:"), isolation_level=None)) as connection:
             for setting in ("synchronous = off", "cache_size = -400000", "journal_mode = off"):

@@ -1,6 +1,7 @@
 """Syncs per second at the store, without HTTP: SQLite with many callers, PostgreSQL with several processes.
 
-A sync is the whole transaction of a boot's volumes: token, keys, records. All boots were granted before, and each
+A sync is the whole transaction of a boot's volumes: token, keys, records. The stores are sealed, as new ones are; the
+bare store, which makes no MAC, is not. All boots were granted before, and each
 caller has a VM and a platform of its own. Ratios are to one caller and to one process.
 
 Callers that share a commit save its cost, so SQLite is measured on the present disk, and with a disk that needs
@@ -46,11 +47,11 @@ from chutes_proto.io.stores import sqlite
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey
+from chutes_proto.keys.vault import NONCE_SIZE, Address
 from chutes_proto.store._run import Script, Store, Unit, run_script
 from chutes_proto.store.rows import ReadLiveGenerations, StoreOp, Vm
 from chutes_proto.store.sql import decode, statement
-from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform, sync
 from chutes_proto.units.volumes import SyncVolumes
 from tests.postgres import Cluster, programs, schema
 
@@ -109,7 +110,7 @@ class _All(Unit[None]):
 
 def _sqlite() -> None:
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder:
-        with closing(SqliteStore(Path(folder) / "keys.db")) as store:
+        with closing(SqliteStore(Path(folder) / "keys.db", vault=VAULT)) as store:
             units = [unit for caller in range(64) for unit in _units(store, f"{caller}", SYNCS // 64)]
             start = process_time()
             store.transact(_All(tuple(units)))
@@ -121,7 +122,7 @@ def _sqlite() -> None:
     for callers in CALLERS:
         with (
             tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder,
-            closing(SqliteStore(Path(folder) / "keys.db", busy_seconds=60)) as store,
+            closing(SqliteStore(Path(folder) / "keys.db", busy_seconds=60, vault=VAULT)) as store,
         ):
             works = [_prepare(store, f"{caller}", SYNCS // callers) for caller in range(callers)]
             before = store.commits
@@ -266,7 +267,7 @@ def _beginning(url: str) -> None:
     def nothing() -> None:
         return None
 
-    with schema(url) as own, closing(PostgresStore(own, migrate=True)) as store:
+    with schema(url) as own, closing(PostgresStore(own, migrate=True, vault=VAULT)) as store:
         numbers = count()
 
         def one_boot() -> None:
@@ -297,7 +298,7 @@ def _postgres(url: str) -> None:
     first = 0.0
     for processes in PROCESSES:
         with schema(url) as own, ExitStack() as stack:
-            StorePlace(own, Path.cwd()).open(migrate=True).close()
+            StorePlace(own, Path.cwd(), vault=VAULT).open(migrate=True).close()
             workers = [_worker(stack, "syncs", own, name, SYNCS // processes) for name in range(processes)]
             start = perf_counter()
             retries = sum(map(int, _go(workers)))
@@ -320,9 +321,11 @@ def _herds(url: str, vms: str, *, load: bool) -> None:
     for processes in HERD_PROCESSES:
         for clients in HERD:
             with schema(url) as own, ExitStack() as stack:
-                PostgresStore(own, migrate=True).close()
+                place = StorePlace(own, Path.cwd(), vault=VAULT)
                 if load:
-                    operators.load(KeyEncryptionKey.from_bytes(bytes(32)), own, Path.cwd(), HERD_STORE)
+                    operators.fill(place, HERD_STORE)
+                else:
+                    place.open(migrate=True).close()
                 each, of_each_client = clients // processes, HERD_BOOTS // clients
                 workers = [_worker(stack, vms, own, name, each, of_each_client) for name in range(processes)]
                 for kind in ("first", "later"):
@@ -355,7 +358,7 @@ def _go(workers: Sequence[subprocess.Popen[str]]) -> list[str]:
 
 
 def _work_on_syncs(address: str, name: str, syncs: str) -> None:
-    with closing(StorePlace(address, Path.cwd()).open()) as store:
+    with closing(StorePlace(address, Path.cwd(), vault=VAULT).open()) as store:
         assert isinstance(store, PostgresStore)
         callers = [f"{name}.{caller}" for caller in range(CALLERS_PER_PROCESS)]
         _ = together([_prepare(store, caller, WARMING) for caller in callers])
@@ -368,7 +371,7 @@ def _work_on_syncs(address: str, name: str, syncs: str) -> None:
 
 
 def _work_on_boots(address: str, name: str, clients: str, vms: str, *, are_neighbours: bool) -> None:
-    with closing(PostgresStore(address, connections=int(clients), busy_seconds=60)) as store:
+    with closing(PostgresStore(address, connections=int(clients), busy_seconds=60, vault=VAULT)) as store:
         print("ready", flush=True)
         for number, _ in enumerate(sys.stdin):
             took: list[float] = []

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import StoreBusy
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.sealing import seal_store
 from chutes_proto.store import sql
 from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import Read, ReadLiveGenerations, ReadTimes, Vm, VmRow
-from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform, sync
 from tests.conftest import SOAK
 from tests.store.harness import Gate, together
 
@@ -62,8 +63,8 @@ def test_boots_of_unrelated_vms_are_hardly_rolled_back(
             store.transact(sync(granted, "body", "storage", "tdx-cache"))
             took.append(time.perf_counter() - began)
 
-    PostgresStore(empty_schema, migrate=True).close()
-    with closing(PostgresStore(empty_schema, connections=clients, busy_seconds=60)) as store:
+    PostgresStore(empty_schema, migrate=True, vault=VAULT).close()
+    with closing(PostgresStore(empty_schema, connections=clients, busy_seconds=60, vault=VAULT)) as store:
         assert together([partial(live, store, number) for number in range(clients)]) == []
         of_each = store.retries / (clients * boots)
         slow = sorted(took)[len(took) * 99 // 100]
@@ -108,6 +109,8 @@ def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
     PostgresStore(empty_schema, migrate=True).close()
     with psycopg.connect(empty_schema, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(MANY.format(many=100_000).encode())
+    with closing(PostgresStore(empty_schema, vault=VAULT)) as older:
+        assert seal_store(older, VAULT, "")
 
     def live(store: PostgresStore, number: int) -> None:
         for index in range(boots):
@@ -119,7 +122,7 @@ def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
 
     with ExitStack() as opened:
         each = clients // 4
-        servers = [PostgresStore(empty_schema, connections=each, busy_seconds=60) for _ in range(4)]
+        servers = [PostgresStore(empty_schema, connections=each, busy_seconds=60, vault=VAULT) for _ in range(4)]
         for server in servers:
             opened.callback(server.close)
         works = [

@@ -20,7 +20,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon, Vm
-from chutes_proto.testing.store_suite._parts import NOW, VM, boot, dump, platform, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.small_disk import remount, small_disk
 from tests.store.harness import Gate, together
@@ -357,7 +357,7 @@ class Meeting(Unit[T]):
 
 def test_vms_that_have_nothing_in_common_do_not_get_in_each_others_way(url: str) -> None:
     """Neighbours in tables and indexes: each reads where the other one's rows are, and changes its own."""
-    with closing(PostgresStore(url)) as store:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
         boots = [
             evolve(boot(f"{vm} {number}", vm=Vm(VM.hotkey, f"vm-{vm}")), platform=platform(f"{vm}"))
             for number in range(10)
