@@ -45,6 +45,13 @@ def test_a_certificate_is_noted_before_it_ends_and_a_problem_afterwards(setup: S
         assert (states(health)["certificate"], health.is_ready) == (state, state != "problem")
 
 
+def test_a_sink_that_does_not_take_audit_rows_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
+    store.copies.failing["audit.file: audit.jsonl"] = 0, 1
+    health = read_health(setup, store)
+    assert (states(health)["store"], health.is_ready) == ("note", True)
+    assert health.findings[0].detail == "audit rows are not copied: audit.file: audit.jsonl"
+
+
 def test_a_certificate_that_cannot_be_read_again_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
     path = Path(setup.base, setup.config.tls.certificate)
     for spoil in (lambda: path.write_text("no certificate"), path.unlink):

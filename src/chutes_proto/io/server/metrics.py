@@ -35,11 +35,13 @@ from chutes_proto.errors import CollateralUnavailable, Refusal, StoreBusy, Store
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.health import Counts, Health
 from chutes_proto.io.server.scrub import Scrubbed
+from chutes_proto.io.server.sinks import KINDS
 from chutes_proto.io.server.workers import METRICS_DIRECTORY
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._verify import remembered
 from chutes_proto.server._observing import Answered
 from chutes_proto.server._service import Service
+from chutes_proto.store._guard import SEALED
 from chutes_proto.store._run import Unit, unit_name
 
 T = TypeVar("T")
@@ -48,6 +50,8 @@ _PREFIX: Final = "chutes_proto"
 _REQUEST_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 _SUMMED: Final = frozenset("connections store_waits verifications verifications_limit host_calls open_boots".split())
 """The gauges that are of one worker each; the others are the same in all."""
+TABLES: Final = (*(kind.TABLE for kind in SEALED), "audit", "fact", "head", "store_head")
+"""The tables of which a row may be found that is not authentic."""
 _STEP_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 20.0)
 
 
@@ -79,6 +83,13 @@ class Metrics:
         self._rollbacks_seen: dict[str, int] = {}
         self._forged = self._counter("rows_not_authentic", "Rows that were refused as not authentic.", "table")
         self._forged_seen: dict[str, int] = {}
+        self._not_copied = self._counter("audit_not_copied", "Lines that a sink of the audit log did not take.", "sink")
+        self._not_copied_seen: dict[str, int] = {}
+        # From the start: Prometheus does not see the first count of a series that begins with it.
+        for sink in KINDS:
+            _ = self._not_copied.labels(sink)
+        for table in TABLES:
+            _ = self._forged.labels(table)
         self._store_waits = self._gauge("store_waits", "Requests of boots that wait for the store, or use it, now.")
         self._connections = self._gauge("connections", "Open connections.")
         self._verifications = self._gauge("verifications", "Quotes that wait for collateral now.")
@@ -162,6 +173,9 @@ class Metrics:
         for table, count in store.custody.faults.copy().items():
             self._forged.labels(table).inc(count - self._forged_seen.get(table, 0))
             self._forged_seen[table] = count
+        for sink, count in store.copies.missed.copy().items():
+            self._not_copied.labels(sink).inc(count - self._not_copied_seen.get(sink, 0))
+            self._not_copied_seen[sink] = count
         self._connections.set(connections)
         self._verifications.set(service.verifications.held.total())
         self._most.set(service.verifications.size)

@@ -5,7 +5,8 @@ Rules kept here:
 * each audit row is copied when its transaction is committed, before the answer leaves; each checkpoint when it is
   signed;
 * a copy that fails is told once, and the answer leaves; with ``audit.required`` the request fails in place of that,
-  although its transaction is kept: it can be repeated, as after any lost answer;
+  although its transaction is kept: it can be repeated, as after any lost answer. It is told when the sink takes lines
+  again, and how many rows it lacks, and the next time that it fails; meanwhile the checks have a note;
 * a line is one JSON object, ``{"audit":number,"entry":{…}}`` or ``{"checkpoint":"…"}``, in one write: several
   processes may append to one file. The number is that of the row in the store; its index in the log comes later;
 * of a line that a full disk took in part, the rest is missing: the next begins on a line of its own;
@@ -19,6 +20,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
@@ -26,11 +28,15 @@ from typing import Final, Protocol
 from attrs import define, field, frozen
 
 from chutes_proto.errors import StoreError
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._copies import Copies
 from chutes_proto.store.rows import AuditRow
 from chutes_proto.units.log import entry_text
 
 JOURNAL: Final = Path("/run/systemd/journal/socket")
 """The socket of the journal (systemd-journald)."""
+KINDS: Final = ("audit.file", "audit.journal")
+"""The sinks that there are: what the name of each begins with."""
 JOURNAL_SECONDS: Final = 2.0
 """How long the journal may let us wait for a place in its queue."""
 
@@ -105,9 +111,12 @@ class JournalSink:
 
 
 class Sinks:
-    """All sinks of a server. May be used from several threads."""
+    """All sinks of a server, whose state is in ``copies``. May be used from several threads."""
 
-    def __init__(self, sinks: Sequence[Sink], *, required: bool, tell: Callable[[str], object]) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], *, required: bool, tell: Callable[[str], object], copies: Copies | None = None
+    ) -> None:
+        self._copies = Copies() if copies is None else copies
         self._sinks = sinks
         self._required = required
         self._tell = tell
@@ -125,12 +134,30 @@ class Sinks:
 
     def _write(self, lines: list[str]) -> list[str]:
         failed: list[str] = []
+        told: list[str] = []
         with self._one_at_a_time:
             for sink in self._sinks:
                 try:
                     sink.write(lines)
                 except OSError as exc:
                     failed.append(f"{sink.name}: {exc.strerror or exc}")
-        for each in failed:
+                    told += self._failed(sink.name, failed[-1], len(lines))
+                else:
+                    told += self._worked(sink.name)
+        for each in told:
             _ = self._tell(each)
         return failed
+
+    def _failed(self, name: str, why: str, lines: int) -> list[str]:
+        copies = self._copies
+        copies.missed[name.partition(":")[0]] += lines
+        since, count = copies.failing.get(name, (int(time.time()), 0))
+        copies.failing[name] = since, count + lines
+        return [] if count else [f"{why}; lines are missing there from {rfc3339(since)} on"]
+
+    def _worked(self, name: str) -> list[str]:
+        if name not in self._copies.failing:
+            return []
+        since, count = self._copies.failing.pop(name)
+        now = rfc3339(int(time.time()))
+        return [f"{name}: it takes lines again; {count} of {rfc3339(since)} to {now} are not in it: see `audit export`"]

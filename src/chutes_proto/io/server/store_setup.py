@@ -171,7 +171,7 @@ def copy_audit(config: ServerConfig, base: Path, store: DurableStore) -> Sinks |
         sinks.append(JournalSink())
     if not sinks:
         return None
-    made = Sinks(sinks, required=audit.required, tell=store.add_note)
+    made = Sinks(sinks, required=audit.required, tell=store.add_note, copies=store.copies)
     store.copy_rows(made.rows)
     return made
 

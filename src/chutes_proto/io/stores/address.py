@@ -24,6 +24,7 @@ from chutes_proto.io.files import name_file
 from chutes_proto.io.stores.marks import Copy
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Vault
+from chutes_proto.store._copies import Copies
 from chutes_proto.store._guard import Custody
 from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Store, untold
@@ -93,6 +94,11 @@ class DurableStore(Store, Protocol):
 
         It is called before the unit returns; what it raises, the unit's caller gets, and the rows stay.
         """
+        ...
+
+    @property
+    def copies(self) -> Copies:
+        """The state of the copies that `copy_rows` makes."""
         ...
 
     def add_note(self, note: str) -> None:

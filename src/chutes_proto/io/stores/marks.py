@@ -22,6 +22,7 @@ from attrs import evolve
 
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
+from chutes_proto.store._copies import Copies
 from chutes_proto.store._guard import Custody, seal_of
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
 from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
@@ -66,6 +67,8 @@ class MarkKeeper:
         self.notes: list[str] = []
         self.audited: threading.Event = threading.Event()
         """Set when this process has added audit rows, and committed that."""
+        self.copies: Copies = Copies()
+        """The state of these copies."""
         self.copy: Copy | None = None
         """Copies rows that this process has added, once that is committed; whatever it raises, the caller gets."""
         self._name = name
@@ -302,6 +305,11 @@ class MarkedStore:
     def copy_rows(self, copy: Copy) -> None:
         """See `DurableStore.copy_rows`."""
         self._marks.copy = copy
+
+    @property
+    def copies(self) -> Copies:
+        """See `DurableStore.copies`."""
+        return self._marks.copies
 
     def add_note(self, note: str) -> None:
         """Add a finding that an operator should know, once."""
