@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.no_cover  # only texts are looked at
+
 TESTS = Path(__file__).resolve().parent
 
 SLEEPS = {

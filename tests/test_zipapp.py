@@ -141,6 +141,7 @@ def test_another_python_takes_the_source(agent: Path) -> None:
     assert done.stdout == f"{agent}/chutes_proto/errors.py\n"
 
 
+@pytest.mark.no_cover  # nothing of the package runs
 def test_the_same_sources_make_the_same_bytes(
     agent: Path, system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
