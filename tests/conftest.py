@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from functools import cache
@@ -22,6 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
 """Tests that have a long form take it; `make soak` sets this."""
+
+# A shell without job control starts what is in its background with interrupts ignored, and so would every program be
+# that a test starts and interrupts: it would go on for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    _ = signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared or slow machine must not turn into a failure, so no profile has a deadline. Another profile is chosen with
 # `--hypothesis-profile NAME`.
