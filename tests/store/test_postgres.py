@@ -376,6 +376,18 @@ def test_vms_that_have_nothing_in_common_do_not_get_in_each_others_way(url: str)
         assert store.retries == 0
 
 
+def test_a_long_reading_makes_the_database_remember_nothing_of_others(url: str) -> None:
+    """What others read is kept in shared memory until it ends, if it takes part in conflicts: some hundred boots."""
+    with closing(PostgresStore(url)) as store, store.snapshot() as rows:
+        before = rows.transact(Ask(ReadTimes()))
+        for number in range(10):
+            store.transact(boot(f"{number}", vm=Vm(VM.hotkey, f"vm-{number}")))
+        store.transact(Ask(SetHorizon(before.horizon + 1)))
+        ours = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        assert ask(url, f"SELECT count(*) FROM pg_locks WHERE mode = 'SIReadLock' AND {ours}") == [(0,)]
+        assert rows.transact(Ask(ReadTimes())).horizon == before.horizon
+
+
 # --- gone in the middle ---
 
 

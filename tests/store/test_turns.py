@@ -398,7 +398,8 @@ async def test_a_paused_database_is_asked_by_one_probe_once_it_is_known_to_be_aw
             await async_wait_until(lambda: len(outcomes) == REQUESTS + 2)
             assert counted.most == 1
             go_on()
-    assert sum(isinstance(each, Times) for each in outcomes) >= CALLERS - 4
+    assert len(outcomes) == REQUESTS + CALLERS
+    assert any(isinstance(each, Times) for each in outcomes)
 
 
 @pytest.mark.anyio

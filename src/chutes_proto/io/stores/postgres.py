@@ -390,7 +390,8 @@ class PostgresStore(MarkedStore):
         self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
         self._begin_committed = self._beginning("READ COMMITTED", _LOCK_VERSION, then=READ_VERSION)
         self._begin_alone = self._beginning("SERIALIZABLE", _LOCK_ALONE, then=READ_VERSION)
-        self._begin_reading = self._beginning("SERIALIZABLE", _LOCK_READING, then=READ_VERSION)
+        # Otherwise PostgreSQL keeps what every transaction read until a long reading has ended, and has no room for it.
+        self._begin_reading = self._beginning("SERIALIZABLE READ ONLY DEFERRABLE", _LOCK_READING, then=READ_VERSION)
         try:
             if migrate:
                 self.found_version = self._migrate()
