@@ -6,6 +6,7 @@
 #   FUZZ_TARGETS  which targets `make fuzz` runs                  (all of them)
 #   BENCH_SUBJECTS  what `make bench` measures                    (everything)
 #   BENCH_VMS     VMs in the store of the subject `operators`     (10000)
+#   BENCH_STORES, BENCH_COMMANDS   which stores and commands it measures (everything)
 #   SOAK_TESTS    which tests `make soak` runs                   (of units, stores, lives, killed servers, virtual machines, containers, restarts, recoveries, Patroni, verifiers, flipped bits)
 #   TARGET_PYTHON  whose byte code `make zipapp` carries         (/usr/bin/python3 where there is one)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
