@@ -76,6 +76,9 @@ def test_a_log_is_signed_verified_and_an_edit_is_found(logged: Site, tmp_path: P
     assert found["findings"] == [{"first": 0, "last": 9, "what": "it is missing, and no entry says that it was purged"}]
 
 
+COLUMNS = "at, actor, event, decision, keys, peer_address, salt"
+SHIFT = ("UPDATE audit SET idx = -idx - 1 WHERE idx > :at", "UPDATE audit SET idx = -idx WHERE idx < 0")
+COPY = f"INSERT INTO audit ({COLUMNS}, reason, idx) SELECT {COLUMNS}, %s, :at + 1 FROM audit WHERE idx = :at"
 EDITS: dict[str, tuple[str, ...]] = {
     "change": ("UPDATE audit SET reason = 'forged' WHERE idx = :at",),
     "remove": ("DELETE FROM audit WHERE idx = :at",),
@@ -84,6 +87,8 @@ EDITS: dict[str, tuple[str, ...]] = {
         "UPDATE audit SET idx = :at WHERE idx = :at + 1",
         "UPDATE audit SET idx = :at + 1 WHERE idx = -1",
     ),
+    "insert": (*SHIFT, COPY % "'forged'"),
+    "duplicate": (*SHIFT, COPY % "reason"),
 }
 STRIDE = 1 if os.environ.get("CHUTES_PROTO_SOAK") else 199
 
@@ -99,7 +104,8 @@ def test_a_single_edit_of_a_store_of_1000_rows_is_found_by_its_index(edit: str) 
         for statement in EDITS[edit]:
             edited.connection.execute(statement, {"at": at})
         found = check_stored(edited, 1000, (), lambda _, __: None).findings
-        assert (found[0].first, found[-1].last) == (at, at + (edit == "swap")), (edit, at)
+        where = (at + 1, 1000) if edit in ("insert", "duplicate") else (at, at + (edit == "swap"))
+        assert (found[0].first, found[-1].last) == where, (edit, at)
 
 
 def test_a_purged_log_is_whole_before_the_purge_is_an_entry(logged: Site) -> None:
@@ -133,6 +139,25 @@ def test_an_exported_log_is_verified_with_its_key_alone(logged: Site, tmp_path: 
     bundle.write_bytes(bundle.read_bytes().replace(b"event 300", b"event 399"))
     ended = logged.run("audit", "verify", str(directory), "--key", key)
     assert (ended.code, ended.out) == (1, "entry 300: it was changed, or its tile was\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("tile/entries/001", "entries 256 to 511: it is missing"),
+        ("tile/0/001", "tile tile/0/001 has 0 hashes, not 256"),
+        ("tile/1/000.p/2", "tile tile/1/000 has 0 hashes, not 2"),
+        ("checkpoint", "checkpoint"),
+    ],
+)
+def test_an_exported_log_that_lacks_a_file_is_refused(logged: Site, tmp_path: Path, name: str, why: str) -> None:
+    directory = tmp_path / "log"
+    assert logged.do("audit", "export", str(directory)).code == 0
+    key = (directory / "key").read_text().strip()
+    (directory / name).unlink()
+    ended = logged.run("audit", "verify", str(directory), "--key", key)
+    assert ended.code in (1, 2)
+    assert why in " ".join((ended.out + ended.err).split())
 
 
 def test_a_purge_beside_an_export_is_told_in_it(logged: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
