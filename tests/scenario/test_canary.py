@@ -266,7 +266,7 @@ def faults(premises: Premises, do: Callable[..., Ended]) -> None:
     kept = key.read_bytes()
     for wrong in (b"", kept[:31], kept + b"x", os.urandom(32)):
         _ = key.write_bytes(wrong)
-        assert premises.do("serve").code == 1
+        assert do("serve").code == 1
     _ = key.write_bytes(kept)
 
 
