@@ -265,15 +265,15 @@ async def test_a_proxy_hears_at_once_that_its_idle_connection_ends(tmp_path: Pat
 
 
 async def test_deadlines_of_silent_and_slow_peers() -> None:
-    limits = Limits(handshake_seconds=0.2, idle_seconds=0.2, request_seconds=0.2, linger_seconds=0.2)
-    async with running(limits) as server:
+    async with running(Limits(handshake_seconds=0.2)) as server:
         async with await server.plain() as silent:
             assert await read_all(silent) == b""
         async with await server.plain() as halfway:
             await halfway.send(b"\x16\x03\x01\x02\x00\x01")
             assert await read_all(halfway) == b""
-        async with await server.connect() as idle:
-            assert await read_all(idle) == b""
+    async with running(Limits(idle_seconds=0.2)) as server, await server.connect() as idle:
+        assert await read_all(idle) == b""
+    async with running(Limits(request_seconds=0.2, linger_seconds=0.2)) as server:
         async with await server.connect() as slow:
             await slow.send(GET[:10])
             answer = await read_all(slow)

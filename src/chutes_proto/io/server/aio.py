@@ -6,8 +6,6 @@ answers and the time to end.
 
 from __future__ import annotations
 
-import asyncio
-import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from signal import Signals
@@ -18,9 +16,10 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.loops import Peer, clock, peer
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
-from chutes_proto.transport.h1 import DEFAULT_LIMITS, READ_SIZE, Application, Limits, ServerConnection, peer_address
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
 
 
 class Server:
@@ -48,14 +47,15 @@ class Server:
         self._connections = Connections(connections, self._wake)
         self._serving = anyio.CancelScope()
         self._accepting = anyio.CancelScope()
-        self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
+        self._peers: dict[ServerConnection, Peer] = {}
+        self._peer = Peer
         self._handed_over = False
         self._ended = ended
         self._now: Callable[[], float] = anyio.current_time
 
     async def serve(self, listening: Sequence[Listening]) -> None:
         """Serve until cancelled, or until the end that `stop` began; close the sockets."""
-        self._now = _clock()
+        self._now, self._peer = clock(), peer()
         with self._serving:
             async with anyio.create_task_group() as nursery:
                 with self._accepting:
@@ -129,49 +129,34 @@ class Server:
             self._slots.release()
 
     async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
-        """Serve one connection to its end: in one scope, until a deadline passes, and then in another."""
-        is_served = False
+        """Take the steps of one connection to its end."""
+        peer = self._peers[connection] = self._peer(accepted, connection)
         try:
-            while not is_served:
-                with anyio.CancelScope() as waiting:
-                    self._waiting[connection] = waiting
-                    is_served = await self._take_steps(accepted, connection, waiting)
-                if waiting.cancelled_caught:
-                    connection.expire(self._now())
+            while step := self._connections.next_step(connection, self._now()):
+                match step:
+                    case Answer(request, sent_ahead):
+                        if sent_ahead:
+                            await anyio.lowlevel.checkpoint()
+                        response = await self._performer.run(self._app.handle(request))
+                        connection.send_response(response, self._now())
+                    case Send(data):
+                        if not await peer.send(data):
+                            connection.expire(self._now())
+                    case Sent(response):
+                        self._app.sent(response)
+                    case Receive():
+                        received = await peer.receive()
+                        if received is None:
+                            connection.expire(self._now())
+                        else:
+                            connection.receive_data(received, self._now())
         finally:
-            del self._waiting[connection]
-
-    async def _take_steps(self, accepted: socket, connection: ServerConnection, waiting: anyio.CancelScope) -> bool:
-        """Take the steps of a connection; False if a deadline passed just as its peer did what was waited for.
-
-        ``waiting`` has the connection's deadline while its peer is waited for, and else none.
-        """
-        while not waiting.cancel_called:
-            match self._connections.next_step(connection, self._now()):
-                case Answer(request, sent_ahead):
-                    if sent_ahead:
-                        await anyio.lowlevel.checkpoint()
-                    response = await self._performer.run(self._app.handle(request))
-                    connection.send_response(response, self._now())
-                case Send(data):
-                    if left := _unsent(accepted, memoryview(data)):
-                        waiting.deadline = connection.deadline
-                        await _sent(accepted, left)
-                        waiting.deadline = math.inf
-                case Sent(response):
-                    self._app.sent(response)
-                case Receive():
-                    waiting.deadline = connection.deadline
-                    data = await _received(accepted)
-                    waiting.deadline = math.inf
-                    connection.receive_data(data, self._now())
-                case None:
-                    return True
-        return False
+            peer.close()
+            del self._peers[connection]
 
     def _wake(self, connection: ServerConnection) -> None:
-        if waiting := self._waiting.get(connection):
-            waiting.deadline = connection.deadline
+        if peer := self._peers.get(connection):
+            peer.look()
 
     async def _complain(self, event: str, exc: Exception) -> None:
         await self._performer.run(self._app.complain(event, exc))
@@ -204,16 +189,6 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
         signals[Signals(number)]()
 
 
-def _clock() -> Callable[[], float]:
-    """Return the running loop's clock, which `anyio.current_time` would look for at each of many calls."""
-    loop = anyio.lowlevel.current_token().native_token
-    if isinstance(loop, asyncio.AbstractEventLoop):
-        return loop.time
-    import trio.lowlevel
-
-    return trio.lowlevel.current_clock().current_time
-
-
 async def _accepted(listener: socket) -> socket:
     while True:
         await anyio.wait_readable(listener)
@@ -221,25 +196,3 @@ async def _accepted(listener: socket) -> socket:
             accepted, _ = listener.accept()
             accepted.setblocking(False)
             return accepted
-
-
-async def _received(accepted: socket) -> bytes:
-    """Return the next bytes; ``b""`` at the end."""
-    while True:
-        await anyio.wait_readable(accepted)
-        with suppress(BlockingIOError):
-            return accepted.recv(READ_SIZE)
-
-
-async def _sent(accepted: socket, data: memoryview) -> None:
-    while data:
-        await anyio.wait_writable(accepted)
-        data = _unsent(accepted, data)
-
-
-def _unsent(accepted: socket, data: memoryview) -> memoryview:
-    """Send without waiting; return the bytes for which the socket has no space now."""
-    try:
-        return data[accepted.send(data) :]
-    except BlockingIOError:
-        return data

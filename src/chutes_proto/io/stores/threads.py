@@ -5,19 +5,13 @@ Those make an event, a scope and a copy of the context for each call; a boot han
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import copy_context
-from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar
 
-import anyio.lowlevel
-
-if TYPE_CHECKING:
-    import trio.lowlevel
+from chutes_proto.io.loops import call_soon
 
 T = TypeVar("T")
 
@@ -32,7 +26,7 @@ class Threads:
         self._name = name
         self._waiting = SimpleQueue[Callable[[], None] | None]()
         self._busy = self._started = 0
-        self._call_soon = _call_soon()
+        self._call_soon = call_soon()
 
     def run(self, work: Callable[[], T], done: Callable[[T], None]) -> None:
         """Do ``work``, which raises nothing, in a thread, and call ``done`` with what it returns in the loop.
@@ -68,11 +62,3 @@ class Threads:
     def _serve(self) -> None:
         while work := self._waiting.get():
             work()
-
-
-def _call_soon() -> Callable[[Callable[[], None]], object]:
-    """The function of the running loop that has another thread's function called in it."""
-    loop = anyio.lowlevel.current_token().native_token
-    if isinstance(loop, asyncio.AbstractEventLoop):
-        return partial(loop.call_soon_threadsafe, context=copy_context())  # anyio finds its loop by that
-    return cast("trio.lowlevel.TrioToken", loop).run_sync_soon

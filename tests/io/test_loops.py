@@ -1,0 +1,137 @@
+"""The waits for a connection's peer, on both loops."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import anyio
+import anyio.lowlevel
+import pytest
+from attrs import define, field
+
+from chutes_proto.io.loops import AsyncioPeer, Peer, clock, peer
+from chutes_proto.transport.h1 import READ_SIZE
+from tests.waiting import async_wait_until
+
+pytestmark = pytest.mark.anyio
+
+
+@define
+class Connection:
+    deadline: float = math.inf
+
+
+@define
+class Ends:
+    """Both ends of a socket: ours waits for the other one."""
+
+    ours: socket.socket
+    other: socket.socket
+    connection: Connection = field(factory=Connection)
+
+    @contextmanager
+    def peer(self) -> Iterator[Peer]:
+        with closing(peer()(self.ours, self.connection)) as waiting:
+            yield waiting
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    ours, other = socket.socketpair()
+    with ours, other:
+        ours.setblocking(False)
+        yield Ends(ours, other)
+
+
+async def received(waiting: Peer, into: list[bytes | None]) -> None:
+    into.append(await waiting.receive())
+
+
+async def test_bytes_that_come_while_nobody_waits_are_kept_and_the_loop_has_its_rest(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    read = AsyncioPeer._read
+
+    def counted(self: AsyncioPeer) -> None:
+        nonlocal calls
+        calls += 1
+        read(self)
+
+    monkeypatch.setattr(AsyncioPeer, "_read", counted)
+    with ends.peer() as waiting:
+        ends.other.send(b"first")
+        assert await waiting.receive() == b"first"
+        ends.other.send(b"second")
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        assert calls <= 2  # one that read, one that found nobody waiting
+        assert await waiting.receive() == b"second"
+        ends.other.send(bytes(READ_SIZE + 1))
+        assert [len(await waiting.receive() or b"") for _ in range(2)] == [READ_SIZE, 1]
+        ends.other.close()
+        assert await waiting.receive() == b""
+        assert await waiting.receive() == b""
+
+
+async def test_a_wait_ends_at_the_deadline_of_the_time_wherever_that_moves(ends: Ends) -> None:
+    now = clock()
+    with ends.peer() as waiting:
+        ends.connection.deadline = now() + 3600
+        ends.other.send(b"a")
+        assert await waiting.receive() == b"a"
+        ends.connection.deadline = now() + 0.01  # sooner, before the wait
+        assert await waiting.receive() is None
+        assert now() >= ends.connection.deadline
+
+        ends.connection.deadline = before = now() + 0.01
+        waiting.look()
+        ends.connection.deadline = math.inf  # later, and the time of before passes within the wait
+        got: list[bytes | None] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(received, waiting, got)
+            _ = await async_wait_until(lambda: now() > before)
+            for _ in range(5):
+                await anyio.lowlevel.checkpoint()
+            assert got == []
+            ends.connection.deadline = -math.inf  # sooner, within the wait
+            waiting.look()
+        assert got == [None]
+
+
+async def test_a_wait_that_is_cancelled_takes_nothing_with_it(ends: Ends) -> None:
+    with ends.peer() as waiting:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await waiting.receive()
+        ends.other.send(b"a")
+        assert await waiting.receive() == b"a"
+
+
+async def test_all_is_sent_by_the_deadline_or_the_wait_ends(ends: Ends) -> None:
+    much = bytes(1 << 22)
+    with ends.peer() as waiting:
+        taken: list[int] = []
+        async with anyio.create_task_group() as group:
+
+            async def take() -> None:
+                while sum(taken) < len(much):
+                    taken.append(len(await anyio.to_thread.run_sync(ends.other.recv, 1 << 20)))
+
+            group.start_soon(take)
+            assert await waiting.send(much)
+        ends.connection.deadline = clock()() + 0.01
+        assert not await waiting.send(much)
+
+
+async def test_a_peer_that_went_away_is_an_error_of_the_system(ends: Ends) -> None:
+    with ends.peer() as waiting:
+        ends.ours.send(b"unread")
+        ends.other.close()  # with bytes of ours that it has not read: a reset
+        with pytest.raises(ConnectionResetError):
+            await waiting.receive()
+        with pytest.raises(BrokenPipeError):
+            await waiting.send(b"a")
