@@ -7,7 +7,7 @@
 #   BENCH_SUBJECTS  what `make bench` measures                    (everything)
 #   BENCH_VMS     VMs in the store of the subject `operators`     (10000)
 #   BENCH_STORES, BENCH_COMMANDS   which stores and commands it measures (everything)
-#   SOAK_TESTS    which tests `make soak` runs                   (of units, stores, lives, killed servers, virtual machines, containers, restarts, recoveries, Patroni, verifiers, flipped bits)
+#   SOAK_TESTS    which tests `make soak` runs                   (of units, stores, the audit log, lives, killed servers, virtual machines, containers, restarts, recoveries, Patroni, verifiers, flipped bits)
 #   TARGET_PYTHON  whose byte code `make zipapp` carries         (/usr/bin/python3 where there is one)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
 
@@ -18,7 +18,7 @@ FUZZ_TARGETS ?=
 BENCH_SUBJECTS ?=
 PYTEST_ARGS ?=
 TARGET_PYTHON ?= $(or $(wildcard /usr/bin/python3),$(PYTHON))
-SOAK_TESTS ?= tests/lifecycle tests/store tests/units tests/cli/test_processes.py tests/scenario/test_reload.py tests/cli/test_store_faults.py \
+SOAK_TESTS ?= tests/lifecycle tests/store tests/units tests/cli/test_audit_log.py tests/cli/test_processes.py tests/scenario/test_reload.py tests/cli/test_store_faults.py \
 	tests/scenario/test_virtual_machine.py tests/scenario/test_server_unit.py tests/scenario/test_container.py tests/scenario/test_restarts.py tests/scenario/test_recipes.py tests/cluster tests/quote/test_differential.py \
 	tests/gpu/test_flipped_bits.py
 
