@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -88,6 +89,7 @@ class Custody:
     """The number of faults, by table."""
     _unwrap: Callable[[store.KeyringRow], Secret] | None = field(default=None, init=False)
     _keys: dict[int, EpochKey] = field(factory=dict[int, EpochKey], init=False)
+    _has_opened: bool = field(default=False, init=False)
     _is_final: bool = field(default=False, init=False)
 
     def hold(self, unwrap: Callable[[store.KeyringRow], Secret]) -> None:
@@ -95,8 +97,12 @@ class Custody:
         self._unwrap = unwrap
 
     def require_seal(self) -> None:
-        """Refuse the store from now on if it says that it is not sealed: it was."""
+        """Refuse the store from now on if it says that it is not sealed: it was, and that was committed."""
         self._is_final = True
+
+    def forget_keys(self) -> None:
+        """Open the keys again: those of a transaction that was not committed are not the store's."""
+        self._keys.clear()
 
     @property
     def has_keys(self) -> bool:
@@ -128,11 +134,13 @@ class Custody:
             except KeyUnavailable as exc:
                 # Without its KEK no server starts (`check_keys`), and nobody writes. One that has started would take
                 # what it reads now, unchecked, for true later.
-                if self._keys:
+                if self._has_opened:
                     raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", str(exc)) from None
+            except SealBroken as exc:
+                raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", str(exc)) from None
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)
-        self._is_final |= is_final  # another thread may have begun before the last step of the sealing
+        self._has_opened = True
         return Session(key, is_final=is_final, is_locked=False)
 
     def check_fact(self, name: str, value: int, read: Callable[[str], Rows]) -> None:
@@ -361,9 +369,9 @@ class Guard:
             self._heads.clear()
         change = _CHANGES.get(type(op))
         if change is not None:
-            changed: StoreOp[Any] | None = change(self, op)
-            if changed is None:
-                return None
+            changed = change(self, op)
+            if not isinstance(changed, StoreOp):
+                return changed
             op = changed
         text, values = statement(op, self._seal)
         if type(op) is store.Insert and type(op.row) is store.AuditRow:
@@ -576,14 +584,22 @@ class Guard:
         for row in decode_rows(store.BootRow, rows):
             self.perform(store.Put(evolve(row, voided_at=op.at)))
 
-    def doubted(self, _op: store.DoubtCandidates) -> None:
+    def doubted(self, _op: store.DoubtCandidates) -> tuple[RowNotAuthentic, ...]:
+        """A candidate that is not authentic stops its own VM, and no other one."""
+        faults: list[RowNotAuthentic] = []
         after: Sequence[Any] = ("", "", "")
         while rows := self._run(None, sql.READ_CANDIDATES, (*after, _PAGE)):
-            _ = self.check(store.GenerationRow, rows)
             after = rows[-1][:3]
-            self.fetch_heads((row[0], row[1]) for row in rows)
-            for row in decode_rows(store.GenerationRow, rows):
-                self.perform(store.UpdateGeneration(evolve(row, provisional=True)))
+            with suppress(RowNotAuthentic):  # the head that is not is read again with its row
+                self.fetch_heads((row[0], row[1]) for row in rows)
+            for row in rows:
+                try:
+                    _ = self.check(store.GenerationRow, (row,))
+                    (known,) = decode_rows(store.GenerationRow, (row,))
+                    self.perform(store.UpdateGeneration(evolve(known, provisional=True)))
+                except RowNotAuthentic as exc:
+                    faults.append(exc)
+        return tuple(faults)
 
     def forgot(self, op: store.Forget) -> store.Forget:
         head = self.head((op.vm.hotkey, op.vm.name))
@@ -942,7 +958,7 @@ _CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
     store.Delete: Guard.deleted,
     **dict.fromkeys(_FACT_WRITES, Guard.set_fact),
 }
-"""Changes of groups before an operation is carried out, or (None) in place of it."""
+"""Changes of groups before an operation, which is returned, or in place of it, and then its reply."""
 
 _GROUPS: Final[dict[tuple[type[StoreOp[Any]], type[store.Row]], Callable[[Guard, Any, Rows, list[bytes]], Rows]]] = {
     (store.Read, store.VmRow): Guard.claim,

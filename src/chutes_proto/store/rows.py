@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from attrs import field, frozen
 
+from chutes_proto.errors import RowNotAuthentic
+
 __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim"]
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
@@ -829,8 +831,11 @@ class CountRetired(StoreOp[int]):
 
 
 @frozen
-class DoubtCandidates(StoreOp[None]):
-    """Make every candidate of every VM provisional; rows that are so already are not written."""
+class DoubtCandidates(StoreOp[tuple[RowNotAuthentic, ...]]):
+    """Make every candidate of every VM provisional; rows that are so already are not written.
+
+    Replies the rows that are not authentic; these are left as they are.
+    """
 
     MAY_TAKE_LONG: ClassVar[bool] = True
 

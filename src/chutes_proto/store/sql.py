@@ -1046,7 +1046,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     ),
     store.UpdateGeneration: _Write(_update_generation, lambda _, rows: _nothing(rows)),
     store.DoubtCandidates: _query(
-        "UPDATE generation SET provisional = TRUE WHERE state = 'candidate' AND NOT provisional"
+        "UPDATE generation SET provisional = TRUE WHERE state = 'candidate' AND NOT provisional", lambda _: ()
     ),
     store.RewrapGenerations: _Write(_rewrap, lambda _, rows: _nothing(rows)),
     store.PurgeGeneration: _Write(

@@ -18,7 +18,7 @@ from typing import Literal
 
 from attrs import evolve, frozen
 
-from chutes_proto.errors import Refused, SealBroken
+from chutes_proto.errors import Refused, RowNotAuthentic, SealBroken
 from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.quote._terms import rfc3339
@@ -383,10 +383,14 @@ class RebindVm(Unit[None]):
 
 @frozen
 class Restored:
-    """The nonce horizon before, and the new one, in unix seconds: boots are granted when it has passed."""
+    """The nonce horizon before, and the new one, in unix seconds: boots are granted when it has passed.
+
+    ``faults`` are the candidates that were not made provisional, as they are not authentic: nobody is handed them.
+    """
 
     before: int
     horizon: int
+    faults: tuple[RowNotAuthentic, ...] = ()
 
 
 @frozen
@@ -417,11 +421,11 @@ class StoreRestored(Unit[Restored]):
         # voids them.
         horizon = (self.now if clock is None else clock) + SKEW
         yield from store.SetHorizon(horizon)
-        yield from store.DoubtCandidates()
+        faults = yield from store.DoubtCandidates()
         moved = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
         yield from store.DecideLoss(self.now)
         yield from _audit(self.now, self.event, self.reason, keys=moved)
-        return Restored(before, horizon)
+        return Restored(before, horizon, faults)
 
 
 @frozen

@@ -279,6 +279,8 @@ def _decided(
         repeated = keep_erasures(opened, path)
         done = opened.transact(StoreRestored(operating.now(), reason, event))
     again = f"boots are granted again after {rfc3339(done.horizon)}"
+    for fault in done.faults:
+        console.complain(f"{fault}; its VM gets no key until then")
     return _told(
         {
             "store": opened.name,
@@ -288,6 +290,7 @@ def _decided(
             "vms_erased_again": repeated.vms,
             "keys_erased_again": repeated.keys,
             "revocations_repeated": repeated.revocations,
+            "not_authentic": [str(fault) for fault in done.faults],
         }
     )
 

@@ -278,7 +278,15 @@ class MarkKeeper:
 class MarkedStore:
     """The part of a durable store that its mark does for it."""
 
+    custody: Custody
     _marks: MarkKeeper
+
+    def _committed(self, changes: Iterable[Change], *, is_sealed: bool) -> None:
+        """Note that a transaction was committed, in which the store was sealed or not."""
+        self._marks.note(changes)
+        if is_sealed:
+            self._marks.seal()
+            self.custody.require_seal()
 
     def keep_mark(self) -> None:
         """Write the file of the mark from now on, as a server does."""

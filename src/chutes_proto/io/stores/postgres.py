@@ -474,9 +474,7 @@ class PostgresStore(MarkedStore):
                 with self._looked_at() as connection:
                     with self._transaction(connection, begin or self._begin):
                         result = work(connection)
-                    self._marks.note(connection.changes)
-                    if connection.session.is_sealed:
-                        self._marks.seal()
+                    self._committed(connection.changes, is_sealed=connection.session.is_sealed)
                     return result
             except _Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)

@@ -317,10 +317,9 @@ class SqliteStore(MarkedStore):
                 for each in jobs:
                     if self._run(connection, each, session):
                         session = self._session(connection)
-            self._marks.note(change for each in jobs for change in each.changes)
-            if session.is_sealed:
-                self._marks.seal()
+            self._committed((change for each in jobs for change in each.changes), is_sealed=session.is_sealed)
         except BaseException as exc:
+            self.custody.forget_keys()
             jobs = jobs or self._take(job)
             seen = False
             for each in jobs:  # a fault counts if no unit before it, which is now undone, can have caused it
