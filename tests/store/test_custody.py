@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
 import os
 import sqlite3
 import struct
@@ -19,7 +21,7 @@ from attrs import evolve, frozen
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from chutes_proto.errors import KeyUnavailable, Refusal, RowNotAuthentic, StoreError
+from chutes_proto.errors import KeyUnavailable, Refusal, RowNotAuthentic, StoreBusy, StoreError
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
@@ -29,6 +31,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store import _guard, rows
 from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody, Guard, InspectRows
 from chutes_proto.store._macs import EpochKey
+from chutes_proto.store._mark import Mark
 from chutes_proto.store._run import Ask, Store, Unit
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
@@ -626,6 +629,64 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
         store.transact(Ask(rows.DecideLoss(NOW + 1000)))
     with closing(place.open()) as store:
         store.transact(granted("last", A, 2000))
+
+
+OF_STORE = ("revocation", "fact", "keyring", "store_head")
+"""The tables of the store's own group, with its head."""
+
+
+def test_revocations_that_went_back_with_their_head_are_seen_by_the_mark(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows agree with each other, and with the log, which tells nothing of the store's own head."""
+    monkeypatch.setattr("chutes_proto.io.stores.marks.MarkKeeper.is_due", lambda _: True)  # not only once a second
+    marked = evolve(place, mark_file=place.base / "store.mark")
+    with closing(place.open(migrate=True)) as operator, closing(marked.open()) as server:
+        server.keep_mark()
+        fill(operator)
+        operator.transact(StoreRestored(NOW, "an earlier decision"))
+        back = [copied(place, table) for table in OF_STORE]
+        operator.transact(Revoke(NOW + 1, 8, "vm", f"{A.hotkey}/{A.name}", None, "stolen"))
+        assert server.transact(ReadRevocations()).version == 8
+        run(place, "UPDATE store_head SET version = version + 1000")  # which the mark does not take for true
+        run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
+        with pytest.raises(RowNotAuthentic, match="table store_head"):
+            server.transact(ReadRevocations())
+        for set_back in back:
+            set_back()
+        with pytest.raises(StoreError, match=r"its head has version \d, and version \d was seen") as caught:
+            server.transact(ReadRevocations())
+        assert not isinstance(caught.value, StoreBusy)
+    content = (place.base / "store.mark").read_bytes()
+    assert Mark.from_bytes(content).head > 1
+    with pytest.raises(StoreError, match="its head has version"):
+        marked.open()
+    with closing(place.open()) as operator:
+        assert not list(find_faults(operator))
+        operator.transact(Ask(rows.SetHorizon(NOW)))  # as a server without a mark does, which goes on with it
+        with pytest.raises(StoreError, match="another one of that version was seen"):
+            marked.open()
+        operator.transact(StoreRestored(NOW + 2, "found"))
+    with closing(marked.open()) as server:
+        server.keep_mark()
+        assert server.transact(ReadRevocations()).version == 7
+    with closing(marked.open()) as server:
+        assert server.notes == []
+
+
+def test_a_mark_of_before_heads_adopts_the_one_of_its_store(place: StorePlace) -> None:
+    marked = evolve(place, mark_file=place.base / "store.mark")
+    with closing(marked.open(migrate=True)) as server:
+        server.keep_mark()
+        fill(server)
+    body = json.loads((place.base / "store.mark").read_bytes())
+    for name in ("head", "head_mac", "decided", "sha256"):
+        del body[name]
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    (place.base / "store.mark").write_text(json.dumps(body | {"sha256": digest}))
+    with closing(marked.open()) as server:
+        server.keep_mark()
+    assert Mark.from_bytes((place.base / "store.mark").read_bytes()).head > 0
 
 
 def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:

@@ -85,8 +85,9 @@ class StoreOptions:
 
     A server refuses a database whose clock differs from its own by more than ``clock_difference_seconds``, and with
     ``require_synchronous`` one without a synchronous standby. ``mark_file`` keeps what it last saw of the store, so
-    that it refuses a store that went back. ``different_configuration`` is for a server that starts beside another one
-    on this store whose configuration differs where it must not.
+    that it refuses a store that went back, or that is no longer sealed; without it, it forgets that when it ends.
+    ``different_configuration`` is for a server that starts beside another one on this store whose configuration differs
+    where it must not.
     """
 
     url: str = field(repr=False)  # it may hold a password

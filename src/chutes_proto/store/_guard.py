@@ -151,6 +151,17 @@ class Custody:
         session = self.session(read(sql.READ_VERSION)[0][2], read)
         Guard(session, lambda _op, text, _values: read(text)).expect_fact(name, value)
 
+    def check_head(
+        self, state: object, stored: Sequence[Any], decided_at: int | None, read: Callable[[str], Rows]
+    ) -> None:
+        """Check the store's head, and the time of the last decision on a loss, which were read together.
+
+        ``stored`` are its version, contents and MAC, ``state`` the state of the seal. Raises `StoreError`.
+        """
+        guard = Guard(self.session(state, read), lambda _op, text, _values: read(text))
+        _ = guard.store_head(stored)
+        guard.expect_fact("loss_decided_at", decided_at)
+
     def _open(self, epoch: int, unwrap: Callable[[store.KeyringRow], Secret], read: Callable[[str], Rows]) -> EpochKey:
         rows = decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{ROWS_KEY}' AND epoch = {epoch}"))
         if not rows:

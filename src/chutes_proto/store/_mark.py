@@ -7,10 +7,11 @@ Rules kept here:
   fail-over to a standby that was behind, or an old primary that goes on by itself;
 * rows may go: `PurgeAudit` deletes those of before a time. So an old row is not missed where no older one is left;
 * PostgreSQL's timeline grows at each promotion: a lower one than before is an old primary, whatever its rows are;
+* so does the version of the store's head with each change of revocations, facts and keys of the store: a lower one
+  shows that these went back, though all audit rows are there;
 * only an operator's decision, in the store and later than what is missing, lets servers go on with such a store.
 
-The file form is one JSON object with a digest of its own, so that a part of a file is not taken for a mark. A log with
-signed checkpoints adds its checkpoint, the version of the store's head and a MAC, under another form.
+The file form is one JSON object with a digest of its own, so that a part of a file is not taken for a mark.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ LARGEST: Final = 16 * 1024
 """The most bytes of a mark's file."""
 
 _MEMBERS: Final = {"form", "store", "timeline", "entries"}
-_SEALED: Final = {"sealed": True}
-"""The further member of a sealed store."""
+_SEALED: Final = {"sealed", "head", "head_mac", "decided"}
+"""The further members of a sealed store."""
 _DAY: Final = 86_400
 
 
@@ -59,13 +60,18 @@ class Entry:
 class Mark:
     """A state of a store: its number, PostgreSQL's timeline (or 0), and its newest audit rows, in order.
 
-    ``is_sealed``: all its rows are sealed, and it is never one again whose rows are not.
+    ``is_sealed``: all its rows are sealed, and it is never one again whose rows are not. Then ``head`` is the highest
+    version of the store's head that was seen (0: none yet), ``head_mac`` its MAC in hex, and ``decided_at`` the time of
+    the last decision of an operator on a loss that was in the store with it.
     """
 
     store_id: int
     timeline: int
     entries: tuple[Entry, ...] = ()
     is_sealed: bool = field(default=False, kw_only=True)
+    head: int = field(default=0, kw_only=True)
+    head_mac: str = field(default="", kw_only=True)
+    decided_at: int = field(default=0, kw_only=True)
 
     def with_entries(self, entries: Iterable[Entry]) -> Mark:
         """The mark with more rows, of which the newest are kept."""
@@ -83,13 +89,14 @@ class Mark:
 
     def to_bytes(self) -> bytes:
         """The mark as a file has it."""
-        body = {
+        body: dict[str, Any] = {
             "form": FORM,
             "store": self.store_id,
             "timeline": self.timeline,
             "entries": [[entry.number, entry.at, entry.digest] for entry in self.entries],
-            **(_SEALED if self.is_sealed else {}),
         }
+        if self.is_sealed:
+            body |= {"sealed": True, "head": self.head, "head_mac": self.head_mac, "decided": self.decided_at}
         return json.dumps(body | {"sha256": _digest(body)}).encode() + b"\n"
 
     @classmethod
@@ -100,14 +107,22 @@ class Mark:
             given = body.pop("sha256")
             if given != _digest(body) or body["form"] != FORM:
                 raise ValueError(given)
-            sealed = body.pop("sealed", False)
-            if body.keys() != _MEMBERS or type(sealed) is not bool:
+            sealed, head_mac = body.get("sealed", False), body.get("head_mac", "")
+            if body.keys() - _SEALED != _MEMBERS or type(sealed) is not bool or type(head_mac) is not str:
                 raise ValueError(given)
-            entries = tuple(Entry(*entry) for entry in body["entries"])
-            made = cls(body["store"], body["timeline"], entries, is_sealed=sealed)
+            made = cls(
+                body["store"],
+                body["timeline"],
+                tuple(Entry(*entry) for entry in body["entries"]),
+                is_sealed=sealed,
+                head=body.get("head", 0),
+                head_mac=head_mac,
+                decided_at=body.get("decided", 0),
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _not_whole() from None
-        numbers = (made.store_id, made.timeline, *(each for entry in made.entries for each in (entry.number, entry.at)))
+        numbers = [made.store_id, made.timeline, made.head, made.decided_at]
+        numbers += [each for entry in made.entries for each in (entry.number, entry.at)]
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
             raise _not_whole()
         if not all(type(entry.digest) is str for entry in made.entries) or len(made.entries) > KEPT:
@@ -129,7 +144,8 @@ class View:
 
     ``entries`` are those of its audit rows that have the numbers of a mark's, and its newest ones. ``has_older`` says
     whether it has a row that is older than the newest that is missing, in number and time. ``decided_at`` is the time
-    of the last decision of an operator on a loss, 0 without one.
+    of the last decision of an operator on a loss, 0 without one; so is ``head``, the version of the store's head, and
+    ``head_mac`` is its MAC in hex.
     """
 
     store_id: int
@@ -138,11 +154,27 @@ class View:
     entries: tuple[Entry, ...]
     has_older: bool
     is_sealed: bool = False
+    head: int = 0
+    head_mac: str = ""
 
     @property
     def mark(self) -> Mark:
         """The mark of a server that begins one now."""
-        return Mark(self.store_id, self.timeline, is_sealed=self.is_sealed).with_entries(self.entries)
+        begun = Mark(self.store_id, self.timeline)
+        return self.adopted(begun, begun)
+
+    def adopted(self, compared: Mark, mark: Mark) -> Mark:
+        """The mark after a comparison with ``compared`` that found no loss; it is ``mark`` meanwhile."""
+        purged = set(compared.missing(self.entries))
+        newer = self if self.head > mark.head else mark
+        return Mark(
+            self.store_id,
+            max(mark.timeline, self.timeline),
+            is_sealed=mark.is_sealed or self.is_sealed,
+            head=newer.head,
+            head_mac=newer.head_mac,
+            decided_at=newer.decided_at,
+        ).with_entries((*self.entries, *(entry for entry in mark.entries if entry not in purged)))
 
 
 @frozen
@@ -163,10 +195,15 @@ def find_loss(mark: Mark, view: View, now: int) -> Loss | None:
         whys.append(f"it is on timeline {view.timeline}, and timeline {mark.timeline} was seen: an old primary")
     if missing:
         whys.append(f"it lacks {_named(missing)}")
-    if not whys:
-        return None
-    newest = max((entry.at for entry in missing or mark.entries), default=0)
-    return Loss(" and ".join(whys), view.decided_at > 0 and view.decided_at >= newest)
+    is_decided = view.decided_at > 0
+    if whys:
+        is_decided &= view.decided_at >= max((entry.at for entry in missing or mark.entries), default=0)
+    if view.head < mark.head or (view.head == mark.head and view.head_mac != mark.head_mac):
+        # Version and decision were seen together: one that is not later came back with the rest.
+        is_decided &= view.decided_at > mark.decided_at
+        seen = f"version {mark.head} was seen" if view.head < mark.head else "another one of that version was seen"
+        whys.append(f"its head has version {view.head}, and {seen}: its revocations, facts and keys are older ones")
+    return Loss(" and ".join(whys), is_decided) if whys else None
 
 
 def _may_be_purged(missing: Sequence[Entry], view: View, now: int) -> bool:

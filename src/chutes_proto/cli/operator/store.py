@@ -16,10 +16,11 @@ from chutes_proto.cli.base import Argument, Group, answer, json_option, one_of, 
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.errors import ConfigurationError, KeyUnavailable, StoreError
+from chutes_proto.errors import ConfigurationError, KeyUnavailable, StoreBusy, StoreError
 from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
+from chutes_proto.io.stores.marks import NO_FILE
 from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
@@ -159,8 +160,9 @@ def check(config: str | None, store: str | None) -> int:
 
     Checks the schema version, looks for damage, counts the rows, and with --config checks that the server has the KEKs
     that its keys are sealed under. With --config it also reads all rows of a sealed store, and names each that is not
-    as a key server wrote it last: forged, changed, moved, deleted or rolled back. Nothing is changed. Give one of
-    --config and --store.
+    as a key server wrote it last: forged, changed, moved, deleted or rolled back. It compares the store with the mark
+    that a server of this machine keeps in store.mark_file, and says if servers refuse it. Nothing is changed. Give one
+    of --config and --store.
 
     Examples:
       chutes-proto store check --config server.toml
@@ -171,6 +173,7 @@ def check(config: str | None, store: str | None) -> int:
     place, vault = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+    marked = {} if config is None else _compared_with_mark(place, make_store_setup(ServerConfig.load(config)).mark_file)
     with closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
         found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version}
         found["rows"] = opened.check(tell)
@@ -180,12 +183,27 @@ def check(config: str | None, store: str | None) -> int:
             found["keys_sealed_under"] = check_keys(opened, vault)
         has_macs, is_sealed = opened.transact(Ask(ReadSeal()))
         found["seal"] = "sealed" if is_sealed else "begun" if has_macs else "not sealed"
-        if not has_macs or vault is None:
-            return _told(found)
-        faults = [str(fault) for fault in find_faults(opened, tell)]
-    if not faults:
-        return _told(found | {"not_authentic": []})
-    return _told({"ok": False, **found, "not_authentic": faults}) or console.REFUSED
+        found |= marked
+        if has_macs and vault is not None:
+            found["not_authentic"] = [str(fault) for fault in find_faults(opened, tell)]
+    if "ok" in found or found.get("not_authentic"):
+        return _told({**found, "ok": False}) or console.REFUSED
+    return _told(found)
+
+
+def _compared_with_mark(place: StorePlace, mark_file: Path | None) -> dict[str, Any]:
+    """The finding of a server that opens the store with its mark."""
+    if mark_file is None:
+        return {"mark": NO_FILE}
+    if not mark_file.exists():
+        return {"mark": f"{mark_file}: not made yet; a server begins it"}
+    try:
+        evolve(place, mark_file=mark_file).open().close()
+    except StoreBusy:
+        raise
+    except StoreError as exc:
+        return {"ok": False, "mark": f"servers refuse the store: {exc}"}
+    return {"mark": f"{mark_file}: the store is not behind it"}
 
 
 @command.command(

@@ -26,6 +26,7 @@ from chutes_proto.io.server.sinks import FileSink, JournalSink, Sink, Sinks
 from chutes_proto.io.server.witnesses import Witness, Witnesses
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import file_beside
+from chutes_proto.io.stores.marks import NO_FILE
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, Difference
@@ -109,6 +110,9 @@ def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> 
         store.check_writing()
         yield Finding("ok", "store", f"{store.name}: {sum(check_keys(store, vault).values())} keys")
         yield from store_findings(store)
+        if place.mark_file is None:
+            what, _, detail = NO_FILE.partition(": ")
+            yield Finding("note", what, detail)
         for each in find_differences(store, alike) if alike is not None else ():
             yield Finding("note", "configuration", str(each), MAKE_ALIKE)
 

@@ -42,9 +42,16 @@ _NOTES: Final = 1000
 _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
+NO_FILE: Final = (
+    "store.mark_file: not set, so that after a restart this server takes a store that went back, or one that is not"
+    " sealed in place of a sealed one; name a file that only this server can write"
+)
+"""The finding about a server that keeps its mark in memory alone."""
+
 _FACTS: Final = (
     "SELECT (SELECT value FROM fact WHERE name = 'store_id'), (SELECT value FROM fact WHERE name = 'loss_decided_at'),"
-    " (SELECT value FROM fact WHERE name = 'seal')"
+    " (SELECT value FROM fact WHERE name = 'seal'), version, contents, mac FROM (SELECT 1) AS one"
+    " LEFT JOIN store_head ON store_head.name = 'store'"
 )
 _ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
 
@@ -159,7 +166,7 @@ class MarkKeeper:
         """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""
         with self._lock:
             mark = self._mark
-        view = _view(ask, mark, timeline)
+        view = _view(ask, mark, timeline, self._custody)
         now = int(time.time())
         if mark is not None and view.store_id != mark.store_id:
             raise self._refused(mark, "it is not the store of this mark", "name the right store, or move the file away")
@@ -188,11 +195,7 @@ class MarkKeeper:
             if mark is None or loss is not None:
                 self._mark = view.mark
             elif self._mark is not None:  # others of this process may have noted more meanwhile
-                purged = set(mark.missing(view.entries))
-                kept = (entry for entry in self._mark.entries if entry not in purged)
-                newest = max(self._mark.timeline, timeline)
-                is_sealed = self._mark.is_sealed or view.is_sealed
-                self._mark = Mark(view.store_id, newest, is_sealed=is_sealed).with_entries((*view.entries, *kept))
+                self._mark = view.adopted(mark, self._mark)
             self._is_behind = False
             self._looked_at = time.monotonic()
 
@@ -227,6 +230,8 @@ class MarkKeeper:
 
     def keep(self) -> None:
         """Write the file from now on, until `close`."""
+        if self._path is None:
+            self.add_note(NO_FILE)
         if self._path is None or self._writer is not None:
             return
         if self._written is None:
@@ -360,8 +365,14 @@ def _log_fault(ask: Ask, held: Checkpoint) -> str:
     return "" if is_same else f"its audit log was rewritten: it is not as the checkpoint of {held.size} entries has it"
 
 
-def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
-    ((store_id, decided_at, seal),) = ask(_FACTS)
+def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
+    ((store_id, decided_at, seal, *stored),) = ask(_FACTS)
+    head, head_mac = stored[0] or 0, bytes(stored[2] or b"").hex()
+    try:
+        if head:
+            custody.check_head(seal, stored, decided_at, ask)
+    except StoreError:  # every unit that reads it is refused; a mark must not have what nobody authenticated
+        head, head_mac = (0, "") if mark is None else (mark.head, mark.head_mac)
     entries = _entries(ask(f"{_ROWS} ORDER BY id DESC LIMIT {_NEWEST}"))
     has_older = False
     if mark is not None and mark.entries:
@@ -371,7 +382,8 @@ def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
             # A purge goes by the log, and rows of transactions at the same time are there in another order.
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
             has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
-    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, seal_of(seal)[1])
+    is_sealed = seal_of(seal)[1]
+    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, is_sealed, head, head_mac)
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
