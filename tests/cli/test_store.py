@@ -233,6 +233,31 @@ def test_a_sealed_store_is_not_copied_with_a_forged_row(
     quiet(refused)
 
 
+def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(command: Command, site: Path) -> None:
+    """Its mark knows that the store was sealed; without one, it is believed that it is not."""
+    config, old = ("--config", site / "server.toml"), site / "old.toml"
+    text = (site / "server.toml").read_text()
+    (line,) = (each for each in text.splitlines() if each.startswith("store = "))
+    old.write_text(text.replace(line, 'store = { url = "sqlite:old.db", mark_file = "old.mark" }'))
+    assert command("store", "migrate", *config).code == 0
+    setup = make_store_setup(ServerConfig.load(old))
+    with closing(evolve(setup.store, mark_file=setup.mark_file).open(migrate=True)) as store:
+        store.keep_mark()
+        store.transact(evolve(boot("1"), vault=setup.vault))
+    with closing(sqlite3.connect(site / "old.db")) as file, file:
+        file.execute("UPDATE fact SET value = 0 WHERE name = 'seal'")
+        file.execute("UPDATE vm SET proven = 1 - proven")
+    refused = command("store", "copy", "--from-config", old, *config)
+    assert (refused.code, "it is not sealed, and the mark is of a sealed one" in refused.err) == (1, True), refused.err
+    assert command("store", "check", *config, "--json").json["rows"]["boot"] == 0
+    with closing(sqlite3.connect(site / "old.db")) as file, file:
+        file.execute("UPDATE fact SET value = 3 WHERE name = 'seal'")
+        file.execute("UPDATE vm SET proven = 1 - proven")
+    copied = command("store", "copy", "--from-config", old, *config)
+    assert (copied.code, "not compared with a mark" in copied.err) == (0, False), copied.err
+    quiet(refused, copied)
+
+
 def test_a_file_that_a_server_has_open_is_not_copied(command: Command, site: Path) -> None:
     """Even an idle one: what it grants later would be missing in the copy."""
     old, new = filled(site / "old.db"), f"sqlite:{site}/new.db"

@@ -100,29 +100,35 @@ def migrate(config: str | None, store: str | None) -> int:
 
 
 @command.command(exits=exits("all rows are copied", "no row was copied"))
-@click.option("--from", "source", metavar="URL", required=True, help="the store that has the rows")
+@click.option("--from", "source", metavar="URL", help="the store that has the rows")
+@click.option("--from-config", metavar="FILE", type=click.Path(), help="the configuration file of its server, instead")
 @operating.reason_option
 @_which
-def copy(source: str, reason: str, config: str | None, store: str | None) -> int:
+def copy(source: str | None, from_config: str | None, reason: str, config: str | None, store: str | None) -> int:
     """Fill an empty store with all rows of another one.
 
-    Copies every row of the store --from into the empty store of --config or --store, in one transaction: from a file
-    to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the old store again: the new
-    store does not know what it would grant. An SQLite file that a server or another command has open is refused, and
-    none can open it meanwhile. From PostgreSQL the rows of one moment are copied, and the command says if sessions of
-    chutes-proto are connected: a server that still runs, or a pooler that keeps them. The old store is not changed, but
-    it must be writable. Keys stay sealed under the same KEK. With --config the rows of a sealed store are checked, and
-    the new store is sealed; a sealed store is not copied without. In PostgreSQL make the schema first, with `store
-    migrate`. A missing SQLite file is made, and appears under its name when all rows are in it.
+    Copies every row of the store --from, or that of --from-config, into the empty store of --config or --store, in one
+    transaction: from a file to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the
+    old store again: the new store does not know what it would grant. An SQLite file that a server or another command
+    has open is refused, and none can open it meanwhile. From PostgreSQL the rows of one moment are copied, and the
+    command says if sessions of chutes-proto are connected: a server that still runs, or a pooler that keeps them. The
+    old store is not changed, but it must be writable. Keys stay sealed under the same KEK. With --config the rows of a
+    sealed store are checked, and the new store is sealed; a sealed store is not copied without. In PostgreSQL make the
+    schema first, with `store migrate`. A missing SQLite file is made, and appears under its name when all rows are in
+    it.
+
+    With --from-config the old store is opened as its server does: under its KEKs, and compared with the mark in its
+    store.mark_file. So one that went back is refused, and so is one that only says that it is not sealed. With --from
+    it is not compared with a mark, and the command says so.
 
     Examples:
-      chutes-proto store copy --from sqlite:keys.db --config new.toml
+      chutes-proto store copy --from-config server.toml --config new.toml
       chutes-proto store copy --from sqlite:keys.db --config postgres.toml
 
     See also: store migrate, store check
     """
     place, vault = _place(config, store)
-    origin = evolve(_named("--from", source), vault=vault)
+    origin = _origin(source, from_config, vault)
     if not origin.is_made():
         raise StoreError(f"store {origin.path}: not made yet, so there is nothing to copy; see --from")
     if origin.name == place.name:
@@ -131,14 +137,17 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
         for each in (old, new):
             if newer := of_newer_schema(each):  # it may have columns that this release does not know
                 raise StoreError(f"store {each.name}: {newer}, and copy with that release")
-        is_sealed = require_keys(old)
+        _ = require_keys(old)
+        has_macs, _ = old.transact(Ask(ReadSeal()))
         for note in old.notes:
             console.tell(note)
+        if origin.mark_file is None:
+            console.tell(f"{old.name} is not compared with a mark, as --from-config names none: it is taken as it is")
         with output.waiting(f"checking {old.name}") as tell:
             _ = old.check(tell)
         sealed = None if vault is None else check_keys(old, vault)
         with old.snapshot() as rows:
-            if is_sealed:  # the new store takes what it gets for true, and makes its own heads
+            if has_macs:  # the new store takes what it gets for true, and makes its own heads
                 with output.waiting(f"checking the rows of {old.name}") as tell:
                     for fault in find_faults(rows, tell):
                         raise fault
@@ -151,6 +160,15 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
         if old.notes:
             found["note"] = "; ".join(old.notes)
     return _told(found if sealed is None else found | {"keys_sealed_under": sealed})
+
+
+def _origin(source: str | None, from_config: str | None, vault: Vault | None) -> StorePlace:
+    """The store to copy from: as its server opens it, with the mark that it keeps, or by its address alone."""
+    one_of(**{"from": source, "from_config": from_config})
+    if from_config is None:
+        return evolve(_named("--from", str(source)), vault=vault)
+    setup = make_store_setup(ServerConfig.load(from_config))
+    return evolve(setup.store, mark_file=setup.mark_file)
 
 
 @command.command(exits=exits("nothing is wrong", "something is wrong"))
