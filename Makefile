@@ -9,14 +9,14 @@
 #   BENCH_STORES, BENCH_COMMANDS   which stores and commands it measures (everything)
 #   SOAK_TESTS    which tests `make soak` runs                   (of units, stores, the audit log, lives, killed servers, virtual machines, containers, restarts, recoveries, Patroni, verifiers, flipped bits)
 #   TARGET_PYTHON  whose byte code `make zipapp` carries         (/usr/bin/python3 where there is one)
-#   PYTEST_ARGS   more arguments for pytest in `make test`
+#   PYTEST_ARGS   pytest's arguments in `make test`             (all tests, on all processors)
 
 PYTHON ?= python3
 VENV ?= .venv
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
 BENCH_SUBJECTS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --dist worksteal
 TARGET_PYTHON ?= $(or $(wildcard /usr/bin/python3),$(PYTHON))
 SOAK_TESTS ?= tests/lifecycle tests/store tests/units tests/cli/test_audit_log.py tests/cli/test_processes.py tests/scenario/test_reload.py tests/cli/test_store_faults.py \
 	tests/scenario/test_virtual_machine.py tests/scenario/test_server_unit.py tests/scenario/test_container.py tests/scenario/test_restarts.py tests/scenario/test_recipes.py tests/cluster tests/quote/test_differential.py \
@@ -42,7 +42,7 @@ unexport PYTHONDONTWRITEBYTECODE
 QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing test_purity.py test_public.py \
 	test_waits.py) --ignore tests/units/test_machine_postgres.py
 
-.PHONY: help install demo test quick lint soak fuzz bench docs zipapp man constraints clean
+.PHONY: help install demo test coverage quick lint soak fuzz bench docs zipapp man constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -64,13 +64,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## a VM boots against a key server, and attacks are refused, on this machine
 	@$(BIN)/chutes-proto demo
 
-test: $(INSTALLED) ## all tests; a run without PYTEST_ARGS also checks the floor of coverage
-ifeq ($(strip $(PYTEST_ARGS)),)
+test: $(INSTALLED) ## all tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+coverage: $(INSTALLED) ## all tests, measured, and the floor of coverage
 	@$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
 	@$(BIN)/python tests/coverage_floor.py 95
-else
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
-endif
 
 quick: $(INSTALLED) ## the tests of the pure packages and of what is public, in a minute: for before a commit
 	@$(BIN)/python -m pytest -n auto --dist worksteal -q $(QUICK_TESTS)
