@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,13 +18,20 @@ from attrs import define
 from chutes_proto.io.log_files import check_stored
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.testing.store_suite._parts import NOW
+from chutes_proto.tlog.notes import Signer
 from chutes_proto.units.log import SequenceLog
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import PLATFORM
+from tests.conftest import ROOT, SOAK
 from tests.store.memory import MemoryStore
+
+GO_PACKAGES = Path("/usr/share/gocode")
+"""Where Debian has the sources of Go's packages."""
+CLIENT = ROOT / "tests/tlog/client.go"
 
 
 @define
@@ -90,7 +99,7 @@ EDITS: dict[str, tuple[str, ...]] = {
     "insert": (*SHIFT, COPY % "'forged'"),
     "duplicate": (*SHIFT, COPY % "reason"),
 }
-STRIDE = 1 if os.environ.get("CHUTES_PROTO_SOAK") else 199
+STRIDE = 1 if SOAK else 199
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -158,6 +167,42 @@ def test_an_exported_log_that_lacks_a_file_is_refused(logged: Site, tmp_path: Pa
     ended = logged.run("audit", "verify", str(directory), "--key", key)
     assert ended.code in (1, 2)
     assert why in " ".join((ended.out + ended.err).split())
+
+
+@pytest.mark.skipif(not SOAK, reason="it compiles a program of Go: part of `make soak`")
+def test_another_client_verifies_an_exported_log_and_a_receipt(logged: Site, tmp_path: Path) -> None:
+    if (go := shutil.which("go")) is None or not (GO_PACKAGES / "src/golang.org/x/mod/sumdb").is_dir():
+        pytest.skip("Debian's packages golang-go and golang-golang-x-mod-dev are not installed")
+    client, directory, receipt = tmp_path / "client", tmp_path / "log", tmp_path / "receipt.json"
+    environment = os.environ | {
+        "GO111MODULE": "off",
+        "GOPATH": str(GO_PACKAGES),
+        "GOCACHE": str(tmp_path / "built"),
+        "GOTOOLCHAIN": "local",
+    }
+    subprocess.run([go, "build", "-o", client, CLIENT], env=environment, check=True)
+    assert logged.do("audit", "export", str(directory)).code == 0
+    receipt.write_text(logged.do("receipt", "show", 300).out)
+    (key,) = logged.json("audit", "key")["keys"]
+
+    def verify(key: str) -> tuple[int, str]:
+        ran = subprocess.run([client, directory, key, receipt], capture_output=True, text=True, check=False)
+        return ran.returncode, ran.stdout or ran.stderr
+
+    honest = (0, "the log of 602 entries is whole\nentry 300 is in the log of 602 entries\n")
+    assert verify(key) == honest
+    other = Signer("keys.example/audit", Secret(bytes(32))).verifier
+    assert verify(str(other)) == (1, "note has no verifiable signatures\n")
+    members = [receipt.read_text().index(f'"{name}"') + 20 for name in ("entry", "proof")]
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "key"]
+    assert len(files) == 8
+    for path, places in [(receipt, members), *((each, [0, 40, each.stat().st_size - 1]) for each in files)]:
+        data = path.read_bytes()
+        for at in {place % len(data) for place in places}:
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            assert verify(key)[0] == 1, (path, at)
+        path.write_bytes(data)
+    assert verify(key) == honest
 
 
 def test_a_purge_beside_an_export_is_told_in_it(logged: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
