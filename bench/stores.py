@@ -16,6 +16,7 @@ prepared their statements before. The number of repeated transactions, which cou
 printed for each sync. Then whole boots, of 16 and of 64 clients at once, in one process and in four: how many
 transactions were rolled back for each boot, and how long the slowest took. First of VMs that are neighbours in every
 index of an empty store, which is the worst; then of VMs of a hotkey each, in a store of `HERD_STORE` other VMs.
+Operators' commands, and boots beside a million VMs, are the subject `operators`, which takes an hour.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ Work = Callable[[], object]
 
 
 def run() -> None:
+    print(
+        "Operators' commands, and boots beside a million VMs: make bench BENCH_SUBJECTS=operators BENCH_VMS=1000000\n"
+    )
     _sqlite()
     _sqlite_on_a_slow_disk()
     installed = programs()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from attrs import evolve
 
 from chutes_proto.errors import StoreAway, StoreError
+from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.health import read_health
 from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.server.setup import make_setup
+from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import MarkKeeper, checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
@@ -103,6 +107,27 @@ def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: S
         again.transact(boot("6", now=NOW + 100))
     with keeping(place) as once_more:
         assert once_more.notes == []
+
+
+def test_the_file_is_written_once_a_second_and_by_no_request(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[threading.Thread, float]] = []
+
+    def write(path: Path, data: bytes, mode: int) -> None:
+        written.append((threading.current_thread(), time.monotonic()))
+        write_file(path, data, mode=mode)
+
+    with keeping(place) as running:
+        monkeypatch.setattr(marks, "write_file", write)
+        for number in range(3):
+            before = len(written)
+            grant(running, f"{number} first", f"{number} second", f"{number} third")
+            _ = wait_until(lambda: len(written) > before)  # noqa: B023
+    assert threading.current_thread() not in {thread for thread, _ in written}
+    assert len({thread for thread, _ in written}) == 1
+    times = [at for _, at in written][:3]  # one more may follow at the end
+    assert all(later - earlier > 0.9 * marks.LOOK_SECONDS for earlier, later in pairwise(times))
 
 
 def test_an_older_decision_does_not_excuse_a_new_loss(place: StorePlace) -> None:
