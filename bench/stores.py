@@ -279,14 +279,14 @@ def _beginning(url: str) -> None:
 
         with store._connection() as connection:
 
-            def begun(text: str) -> None:
-                _ = connection.execute(text.encode(), prepare=False)
+            def begun(queries: Sequence[tuple[bytes, tuple[Any, ...]]]) -> None:
+                _ = store._exchange(connection, (), *queries)
                 _ = connection.execute("ROLLBACK")
 
-            bare = partial(begun, "BEGIN ISOLATION LEVEL SERIALIZABLE")
+            bare = partial(begun, [(b"BEGIN ISOLATION LEVEL SERIALIZABLE", ())])
             works = {
                 "bare": (nothing, bare),
-                "ours": (nothing, partial(begun, store._begin)),
+                "ours": (nothing, partial(begun, store._begin.queries)),
                 "look": (nothing, partial(store._look, connection)),
             }
             times = microseconds(works) | microseconds({"boot": (nothing, one_boot)}, turns=4, each=50)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -14,13 +14,22 @@ import pytest
 from attrs import evolve, field, frozen
 
 from chutes_proto.cli.main import main
-from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, StoreBusy, StoreError
+from chutes_proto.errors import (
+    ConfigurationError,
+    FateUnknown,
+    Refused,
+    RowNotAuthentic,
+    StoreAway,
+    StoreBusy,
+    StoreError,
+)
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon, Vm
+from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
+from chutes_proto.wire.codes import Code
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.small_disk import remount, small_disk
 from tests.store.harness import Gate, together
@@ -388,12 +397,87 @@ def test_a_long_reading_makes_the_database_remember_nothing_of_others(url: str) 
         assert rows.transact(Ask(ReadTimes())).horizon == before.horizon
 
 
+# --- read ahead ---
+
+
+@frozen
+class Looking(Unit[tuple[int, int]]):
+    def ahead(self) -> Sequence[StoreOp[Any]]:
+        return (ReadTimes(),)
+
+    def script(self) -> Script[tuple[int, int]]:
+        before = (yield from ReadTimes()).horizon
+        yield from SetHorizon(before + 5)
+        return before, (yield from ReadTimes()).horizon
+
+
+@frozen
+class Careless(Unit[None]):
+    """Has a nonce redeemed, and does not look whether it was."""
+
+    def ahead(self) -> Sequence[StoreOp[Any]]:
+        return (Claim(NonceRow(b"nonce", "boot", NOW, NOW)),)
+
+    def script(self) -> Script[None]:
+        yield from SetHorizon(7)
+
+
+def test_what_was_read_ahead_counts_until_the_first_write(store: PostgresStore) -> None:
+    assert store.transact(Looking()) == (0, 5)
+    assert store.transact(Looking()) == (5, 10)
+
+
+def test_a_unit_that_leaves_out_what_it_announced_does_nothing(store: PostgresStore) -> None:
+    with pytest.raises(RuntimeError, match="Careless"):
+        store.transact(Careless())
+    assert store.transact(Ask(ReadTimes())).horizon == 0
+    assert store.transact(Ask(Scan(NonceRow))) == ()
+
+
+def test_a_forged_key_is_no_strangers_business(url: str) -> None:
+    """It is read ahead, and its fault is told where the script asks for it: after the token was checked."""
+    with closing(PostgresStore(url, vault=VAULT)) as store:
+        granted = boot("first")
+        store.transact(granted)
+        ask(url, "UPDATE generation SET delivered_at = 0")
+        with pytest.raises(Refused) as caught:
+            store.transact(sync(boot("unknown"), "body", "storage"))
+        assert caught.value.code == Code.BOOT_TOKEN_INVALID
+        with pytest.raises(RowNotAuthentic):
+            store.transact(sync(granted, "body", "storage"))
+
+
+def test_a_table_that_is_missing_is_no_strangers_business_nor_a_newer_releases_fault(url: str) -> None:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
+        granted = boot("first")
+        store.transact(granted)
+        ask(url, "DROP TABLE volume")
+        with pytest.raises(Refused) as caught:
+            store.transact(sync(boot("unknown"), "body", "storage"))
+        assert caught.value.code == Code.BOOT_TOKEN_INVALID
+        told(lambda: store.transact(sync(granted, "body", "storage")), "a table is missing")
+        newer = sql.SCHEMA_VERSION + 1
+        ask(url, f"UPDATE fact SET value = {newer} WHERE name IN ('schema_version', 'compatible_since')")
+        told(lambda: store.transact(sync(granted, "body", "storage")), f"version {newer}, .*run the release")
+
+
+def test_a_session_without_its_prepared_statements_is_noticed(store: PostgresStore) -> None:
+    """As a pooler that passes on a session's number may hand out another one."""
+    for number in range(2):
+        store.transact(boot(f"{number}"))
+        store._pool.idle[0].execute("DEALLOCATE ALL")
+    granted = boot("last")
+    store.transact(granted)
+    assert not store.transact(sync(granted, "body", "storage")).replayed
+    assert store.retries == 1
+
+
 # --- gone in the middle ---
 
 
 @frozen
 class Bereft(Unit[int]):
-    """A unit whose connection is ended from outside in the first of its runs, before it writes or at its end."""
+    """A unit whose connection is ended from outside in the first of its runs, or whose session ends at its commit."""
 
     url: str
     at_end: bool
@@ -401,21 +485,24 @@ class Bereft(Unit[int]):
 
     def script(self) -> Script[int]:
         horizon = (yield from ReadTimes()).horizon
-        if not self.at_end:
-            self._end()
-        yield from SetHorizon(horizon + 1)
-        if self.at_end:
-            self._end()
-        return horizon
-
-    def _end(self) -> None:
         self.runs.append(1)
-        if len(self.runs) == 1:
+        if len(self.runs) == 1 and self.at_end:
+            ask(
+                self.url,
+                "CREATE FUNCTION leave() RETURNS trigger LANGUAGE plpgsql AS"
+                " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$;"
+                "CREATE CONSTRAINT TRIGGER leave AFTER UPDATE ON fact DEFERRABLE INITIALLY DEFERRED"
+                " FOR EACH ROW EXECUTE FUNCTION leave()",
+            )
+        elif len(self.runs) == 1:
             ask(
                 self.url,
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
                 " WHERE application_name = 'bereft' AND state LIKE 'idle in transaction%'",
             )
+            _ = yield from ReadTimes()  # a write alone would be sent with the commit
+        yield from SetHorizon(horizon + 1)
+        return horizon
 
 
 def test_a_connection_lost_before_the_commit_is_replaced_and_the_unit_done_once(url: str) -> None:
@@ -432,6 +519,46 @@ def test_a_connection_lost_at_the_commit_is_said_and_nothing_is_done_again(url: 
         told(lambda: store.transact(unit), "the connection was lost at the commit", FateUnknown)
         assert len(unit.runs) == 1
         assert store.transact(Ask(ReadTimes())).horizon == 0
+
+
+@frozen
+class Severed(Unit[None]):
+    """A unit whose session is ended between its two round trips."""
+
+    url: str
+
+    def script(self) -> Script[None]:
+        ask(self.url, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'severed'")
+        yield from SetHorizon(7)
+
+
+def test_of_a_session_lost_between_the_two_round_trips_the_fate_is_unknown(url: str) -> None:
+    """The commit was sent with the writes: nobody says that none arrived."""
+    with closing(PostgresStore(f"{url}&application_name=severed")) as store:
+        told(lambda: store.transact(Severed(url)), "the connection was lost at the commit", FateUnknown)
+        assert store.retries == 0
+        assert store.transact(Ask(ReadTimes())).horizon == 0
+
+
+@pytest.mark.parametrize("state", ["40001", "40P01", "23505"])
+def test_a_conflict_among_the_writes_is_run_again_on_the_same_connection(url: str, state: str) -> None:
+    with closing(PostgresStore(url)) as store:
+        (session,) = store._pool.idle
+        for number in range(4):
+            ask(
+                url,
+                "DROP SEQUENCE IF EXISTS tries; CREATE SEQUENCE tries;"
+                "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                f" IF nextval('tries') = 1 THEN RAISE EXCEPTION 'so it is' USING ERRCODE = '{state}'; END IF;"
+                " RETURN NULL; END $$;"
+                "CREATE OR REPLACE TRIGGER fail BEFORE INSERT ON audit EXECUTE FUNCTION fail()",
+            )
+            granted = boot(f"{number}", now=NOW + number)
+            store.transact(granted)
+            assert store.retries == number + 1
+            assert not store.transact(sync(granted, f"{number}", "storage")).replayed
+        assert len(store.transact(Ask(Scan(AuditRow)))) == 8
+        assert store._pool.idle == [session]
 
 
 def test_idle_connections_that_were_ended_are_replaced(url: str) -> None:

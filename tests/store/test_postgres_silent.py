@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
-from chutes_proto.io.stores import postgres
+from chutes_proto.io.stores import marks, postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask, Script, Unit
@@ -36,11 +36,13 @@ from chutes_proto.store.rows import (
     Scan,
     SetHorizon,
     StoreOp,
+    Vm,
     VmRow,
     VoidTokens,
 )
-from chutes_proto.testing.store_suite._parts import NOW, VM, boot
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import StoreRestored
+from chutes_proto.units.revocations import Revocations
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask, told
 
@@ -53,7 +55,10 @@ UNITS_ONLY = "CASE current_setting('transaction_isolation') WHEN 'serializable' 
 
 
 class Proxy:
-    """Stands between a store and the database, and turns mute when told: it takes everything, and sends nothing."""
+    """Stands between a store and the database, and turns mute when told: it takes everything, and sends nothing.
+
+    ``turns`` is how often the store has sent something after the database had.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._target = f"{cluster.folder}/.s.PGSQL.5432"
@@ -61,6 +66,7 @@ class Proxy:
         self.port: int = self._listening.getsockname()[1]
         self.mute = threading.Event()
         self.connections = 0
+        self.turns = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -73,11 +79,14 @@ class Proxy:
     def _pump(self, client: socket.socket) -> None:
         with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
             server.connect(self._target)
+            last = server
             while True:
                 for ready in select.select([client, server], [], [])[0]:
                     data = ready.recv(65536)
                     if not data:
                         return
+                    self.turns += ready is client and last is server
+                    last = ready
                     if not self.mute.is_set():
                         (server if ready is client else client).sendall(data)
 
@@ -113,7 +122,7 @@ def behind(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyP
 
 @frozen
 class Silenced(Unit[None]):
-    """Writes, and does ``what`` before or after it in its first run."""
+    """Reads and writes, and does ``what`` before or after it in its first run."""
 
     what: Callable[[], object]
     at_end: bool
@@ -123,6 +132,7 @@ class Silenced(Unit[None]):
         self.runs.append(1)
         if not self.at_end:
             self.what()
+            _ = yield from ReadTimes()  # a write alone would be sent with the commit
         yield from SetHorizon(7)
         if self.at_end:
             self.what()
@@ -136,6 +146,24 @@ def bounded() -> Iterator[None]:
 
 
 # --- silent ---
+
+
+def test_a_boot_takes_four_round_trips(proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for the attestation, and two for the sync of two volumes, in a sealed store; a nonce asks for nothing."""
+    monkeypatch.setattr(marks, "LOOK_SECONDS", 3600)  # the comparison with the mark, once a second
+    with (
+        schema(proxy.url(cluster.url(), cluster)) as url,
+        closing(PostgresStore(url, migrate=True, vault=VAULT)) as store,
+    ):
+        store.transact(boot("first", vm=Vm(VM.hotkey, "another")))
+        for number in range(3):  # a new VM, and then a known one
+            before = proxy.turns
+            granted = evolve(boot(f"{number}", now=NOW + 60 * number), revocations=Revocations.of(0, ()))
+            store.transact(granted)
+            synced = evolve(sync(granted, f"{number}", "storage", "tdx-cache"), revocations=Revocations.of(0, ()))
+            assert len(store.transact(synced).passphrases) == 2
+            assert proxy.turns - before == 4
+        assert store.retries == 0
 
 
 def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresStore, proxy: Proxy) -> None:

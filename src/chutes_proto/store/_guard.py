@@ -109,6 +109,11 @@ class Custody:
         """Whether keys can be opened."""
         return self._unwrap is not None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether one was."""
+        return bool(self._keys)
+
     def note(self, exc: BaseException) -> None:
         """Count it, if it is a fault of a row."""
         if isinstance(exc, RowNotAuthentic):
@@ -903,6 +908,25 @@ class Guard:
             except RowNotAuthentic as exc:
                 faults.append(exc)
         return tuple(faults)
+
+
+def statements_ahead(ops: Iterable[StoreOp[Any]], *, with_heads: bool) -> tuple[tuple[str, Values], ...]:
+    """The statements of operations, and with them those of the guard that reads the heads of their VMs."""
+    found: dict[tuple[str, Values], None] = {}
+    for op in ops:
+        vm = getattr(op, _VMS[type(op)]) if type(op) in _VMS else None
+        if with_heads and isinstance(vm, store.Vm):
+            found[sql.READ_HEAD, (vm.hotkey, vm.name) * 2] = None
+        found[statement(op)] = None
+    return tuple(found)
+
+
+_VMS: Final[dict[type[StoreOp[Any]], str]] = {
+    store.Read: "key",
+    store.ReadAll: "owner",
+    store.ReadLiveGenerations: "vm",
+}
+"""Where the operations that are compared with the head of a VM have it."""
 
 
 def _is_past(kind: type[store.Row], values: Sequence[Any]) -> bytes:

@@ -9,7 +9,7 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from attrs import frozen
@@ -40,6 +40,14 @@ class Unit(Generic[T_co]):
     def script(self) -> Script[T_co]:
         """A new run of the transaction."""
         raise NotImplementedError
+
+    def ahead(self) -> Sequence[StoreOp[Any]]:
+        """Operations that the script asks for before its first write, in the usual case.
+
+        A store that is far away does them at once; their replies, faults among them, reach the script where it asks.
+        They are reads, and such a `Claim` as the script makes in any case, or raises.
+        """
+        return ()
 
 
 @frozen

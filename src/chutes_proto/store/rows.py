@@ -781,9 +781,13 @@ class ReadWhatIf(StoreOp[WhatIf | None]):
 
 @frozen
 class CountClaims(StoreOp[int]):
-    """The number of names that are bound to a platform."""
+    """The number of names that are bound to a platform; 0, and not counted, if the name ``unless`` is bound to any.
+
+    Each boot asks, and only that of a new name has to know: to count conflicts with all who add one.
+    """
 
     pin: Pin
+    unless: Vm | None = None
 
 
 @frozen

@@ -34,7 +34,7 @@ from chutes_proto.store._macs import UNSEALED
 
 __all__ = ["READ_VERSION", "SCHEMA_VERSION", "STEPS", "TABLES", "Dialect", "LostFactError", "Rows"]
 __all__ += ["Step", "Values", "columns", "compatible_since", "decode", "decode_rows", "encode", "for_driver", "indexes"]
-__all__ += ["schema", "statement"]
+__all__ += ["is_read", "returns_rows", "schema", "statement"]
 
 Dialect: TypeAlias = Literal["sqlite", "postgresql"]
 """The SQL that a database understands."""
@@ -600,6 +600,7 @@ def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
 
 _PATH: Final = r":([a-z_.]+)"
 _THE_VM: Final = "hotkey = :vm.hotkey AND vm = :vm.name"
+_BOUND: Final = "platform_kind = :pin.kind AND platform_id = :pin.value"
 _REFUSED: Final = "code IS NOT NULL AND created_at >= :since"
 _LIVE: Final = (
     "state IN ('active', 'candidate') OR provisional OR retirement = 'prune' OR (volume, generation) IN"  # noqa: S608
@@ -1030,7 +1031,15 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         f"SELECT count(*) FROM (SELECT DISTINCT hotkey, vm FROM generation WHERE {_RETIRED}) AS found",  # noqa: S608
         lambda rows: rows[0][0],
     ),
-    store.CountClaims: _count(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
+    store.CountClaims: _either(
+        lambda op: op.unless is None,
+        _count(store.VmRow, _BOUND),
+        _count(
+            store.VmRow,
+            f"{_BOUND} AND NOT EXISTS"  # noqa: S608 - no names
+            " (SELECT 1 FROM vm AS own WHERE own.hotkey = :unless.hotkey AND own.vm = :unless.name)",
+        ),
+    ),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
     store.VoidTokens: _query(f"UPDATE boot SET voided_at = :at WHERE voided_at IS NULL AND {_THE_VM}"),  # noqa: S608
@@ -1118,6 +1127,16 @@ def kind_read(op: Any) -> type[store.Row] | None:
         return None
     kind: type[store.Row] = _READ[of] or op.kind
     return None if kind in UNSEALED else kind
+
+
+def is_read(text: str) -> bool:
+    """Whether a statement changes nothing."""
+    return text.startswith("SELECT ")
+
+
+def returns_rows(text: str) -> bool:
+    """Whether a statement's reply is made of the rows that it returns."""
+    return is_read(text) or " RETURNING " in text
 
 
 def not_sealed(_kind: type[store.Row], _values: Values) -> None:

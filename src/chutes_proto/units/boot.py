@@ -19,8 +19,8 @@ The order in which the server checks before it comes here is in ``server/_boot.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from attrs import evolve, frozen
 
@@ -32,7 +32,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
-from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce
+from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce, redemption
 from chutes_proto.units.records import AcceptedQuote, Kept, Quote, Records, legible
 from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed, check_boot_allowed, pins_of
 from chutes_proto.wire.codes import Code
@@ -125,19 +125,29 @@ class GrantBoot(Unit[BootGrant]):
         names = (self.profile_name, self.profile_version, self.tcb_status)
         return AcceptedQuote(self.quote_digest, pin, *names, advisories=self.advisories, rested_on=self.rested_on)
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """All that a boot reads, and its nonce."""
+        disks = () if self.rotation is None else (store.ReadAll(store.VolumeRow, self.vm),)
+        claim = store.Read(store.VmRow, self.vm), store.CountClaims(self.platform.pin, self.vm)
+        redeemed = store.ReadTimes(), redemption(self.nonce, self.now)
+        return *claim, *redeemed, store.ReadLiveGenerations(self.vm), *disks
+
     def script(self) -> Script[BootGrant]:
         """Claim, nonce, root passphrase, boot, records."""
         keys = VmKeys(self.vm, self.vault, self.now, self.boot_id)
-        ground = yield from self._claim(keys)
+        claim, ground = yield from self._claim(keys)
         times = yield from redeem_nonce(self.nonce, self.now)
         yield from check_allowed(self.revocations, times, self.now, (self.vm,), pins_of(self.platform))
+        has_keys = self.rotation is not None or self.root is not None
+        stored = by_volume((yield from store.ReadLiveGenerations(self.vm)) if has_keys else ())
+        known = () if self.rotation is None else (yield from store.ReadAll(store.VolumeRow, self.vm))
+        yield from store.Put(claim)  # before a key is opened: a store that may not be written says so first
         root = following = second = given = None
         if self.rotation is not None:
-            root, following, second, given = yield from self._rotate(keys, self.rotation)
+            root, following, second, given = yield from self._rotate(keys, self.rotation, stored, known)
         elif self.root is not None:
-            rows = by_volume((yield from store.ReadLiveGenerations(self.vm)))
-            supply = generations.fetch(rows[generations.ROOT_VOLUME], keys.sealer(generations.ROOT_VOLUME, self.root))
-            root = yield from keys.supply(supply)
+            seal = keys.sealer(generations.ROOT_VOLUME, self.root)
+            root = yield from keys.supply(generations.fetch(stored[generations.ROOT_VOLUME], seal))
         yield from store.Insert(
             store.BootRow(
                 boot_id=self.boot_id,
@@ -168,12 +178,15 @@ class GrantBoot(Unit[BootGrant]):
         return BootGrant(self.boot_id, root, following, second)
 
     def _rotate(
-        self, keys: VmKeys, rotation: RootRotation
+        self,
+        keys: VmKeys,
+        rotation: RootRotation,
+        stored: Mapping[str, list[store.GenerationRow]],
+        known: Sequence[store.VolumeRow],
     ) -> Script[tuple[Secret | None, Secret, Secret | None, store.BootVolumeRow]]:
         """Hand out the root keys, and make the hotkey that the VM trusts."""
-        stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
         rows: generations.Generations = stored[generations.ROOT_VOLUME]
-        before = disk_of((yield from store.ReadAll(store.VolumeRow, self.vm)), self.vm, generations.ROOT_VOLUME)
+        before = disk_of(known, self.vm, generations.ROOT_VOLUME)
         seal = keys.sealer(generations.ROOT_VOLUME, rotation.build)
         handed, build = None if rotation.first_boot else before.handed, rotation.build.passphrase
         # A first boot that was cut short comes again: its keys may be in a backup by now, and are handed out again.
@@ -199,8 +212,8 @@ class GrantBoot(Unit[BootGrant]):
         given = store.BootVolumeRow(self.boot_id, root, 0, number, out.next.generation, False)
         return current, following, second, given
 
-    def _claim(self, keys: VmKeys) -> Script[str]:
-        """Check the claim and take it; the reply says in words on what ground the boot has the name."""
+    def _claim(self, keys: VmKeys) -> Script[tuple[store.VmRow, str]]:
+        """Check the claim; reply with the one to write, and in words on what ground the boot has the name."""
         claim, pin = (yield from store.Read(store.VmRow, self.vm)), self.platform.pin
         if claim is None:
             ground = yield from self._new_claim()
@@ -209,7 +222,7 @@ class GrantBoot(Unit[BootGrant]):
             ground = "bound to this platform"
             claim = evolve(claim, instance_id=self.platform.instance_id, ppid=self.platform.ppid)
         elif self.hotkey_proven and not claim.proven:
-            yield from self._check_claims_left()
+            self._check_claims_left((yield from store.CountClaims(self.platform.pin)))
             yield from keys.disown()
             ground = f"taken over from {claim.pin}, which never proved the hotkey; with new keys"
             claim = store.VmRow.of(self.vm, self.platform, self.now)
@@ -229,8 +242,7 @@ class GrantBoot(Unit[BootGrant]):
                 raise Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason=reason)
             booted, newest = self.boot_id, max(self.nonce.issued_at, newest or 0)
         claim = evolve(claim, proven=proven, exchange=exchange, booted=booted, nonce_at=newest)
-        yield from store.Put(evolve(claim, last_boot_at=self.now))
-        return ground
+        return evolve(claim, last_boot_at=self.now), ground
 
     def _new_claim(self) -> Script[str]:
         held = generations.holds_keys((yield from store.ReadLiveGenerations(self.vm)))
@@ -240,12 +252,11 @@ class GrantBoot(Unit[BootGrant]):
                 "it holds keys and is bound to no platform: boot it with the hotkey's signature, or run"
                 " `chutes-proto vm bind`",
             )
-        yield from self._check_claims_left()
+        self._check_claims_left((yield from store.CountClaims(self.platform.pin, self.vm)))
         return "first claim, of a name that holds keys" if held else "first claim"
 
-    def _check_claims_left(self) -> Script[None]:
+    def _check_claims_left(self, claims: int) -> None:
         pin, most = self.platform.pin, self.claims_per_platform
-        claims = yield from store.CountClaims(pin)
         if claims >= most:
             text = "This platform holds as many VM names as it may."
             reason = f"{pin} holds {claims} names, and limits.claims_per_platform is {most}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from attrs import define, evolve, field
 
@@ -124,9 +124,14 @@ class VmKeys:
             yield from store.Insert(change.created)
 
 
-def report(vm: store.Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[tuple[str, ...]]:
-    """Record which of ``volumes`` are reported to have a LUKS header; reply with those that must not be formatted."""
-    known = yield from store.ReadAll(store.VolumeRow, vm)
+def report(
+    known: Sequence[store.VolumeRow], vm: store.Vm, volumes: Iterable[str], formatted: Iterable[str]
+) -> tuple[list[store.VolumeRow], tuple[str, ...]]:
+    """The rows of the disks ``known`` that change, and which of ``volumes`` must not be formatted.
+
+    ``formatted`` are those that are reported to have a LUKS header.
+    """
+    changed: list[store.VolumeRow] = []
     in_use: list[str] = []
     for volume in volumes:
         before = disk_of(known, vm, volume)
@@ -135,5 +140,5 @@ def report(vm: store.Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Sc
             in_use.append(volume)
         # A permission to format holds for one answer, so it ends here, whether or not this answer used it.
         if before.format_allowed or (reported and not before.in_use):
-            yield from store.Put(evolve(before, in_use=before.in_use or reported, format_allowed=False))
-    return tuple(in_use)
+            changed.append(evolve(before, in_use=before.in_use or reported, format_allowed=False))
+    return changed, tuple(in_use)

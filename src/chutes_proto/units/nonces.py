@@ -40,6 +40,11 @@ class Nonce:
     issued_at: int
 
 
+def redemption(nonce: Nonce, now: int) -> Claim:
+    """The operation that redeems ``nonce``, unless it was redeemed."""
+    return Claim(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))
+
+
 def redeem_nonce(nonce: Nonce, now: int) -> Script[Times]:
     """Redeem ``nonce``; ``now`` is the server's time. Returns the times of the store that allow it.
 
@@ -56,7 +61,7 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[Times]:
         raise from_future("nonce was issued", nonce.issued_at, clock, "the database's")
     if nonce.issued_at <= horizon:
         raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
-    if not (yield from Claim(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
+    if not (yield from redemption(nonce, now)):
         raise _invalid("redeemed before")
     return times
 

@@ -19,8 +19,8 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from attrs import evolve, frozen
 
@@ -88,6 +88,10 @@ class FindQuoteNonce(Unit[store.BootRow]):
     is_provisioned: bool = False
     revocations: Revocations = NO_REVOCATIONS
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """All that it reads."""
+        return store.Read(store.BootRow, self.nonce_digest, "token_digest"), store.ReadTimes()
+
     def script(self) -> Script[store.BootRow]:
         return (yield from _attestable(self))
 
@@ -124,6 +128,12 @@ class AttestVolumes(Unit[HandedKeys]):
     root_ca: str | None = None
     revocations: Revocations = NO_REVOCATIONS
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """The reads of a first attestation, before it writes."""
+        token = store.Read(store.BootRow, self.nonce_digest, "token_digest")
+        claim, disks = store.Read(store.VmRow, self.vm), store.ReadAll(store.VolumeRow, self.vm)
+        return token, store.ReadTimes(), claim, store.ReadLiveGenerations(self.vm), disks
+
     def script(self) -> Script[HandedKeys]:
         """Check again, consume, hand out, record the answer; or give a recorded answer again."""
         boot, pin = (yield from _attestable(self)), self.quote.pin
@@ -136,14 +146,15 @@ class AttestVolumes(Unit[HandedKeys]):
             return (yield from self._replay(boot))
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
+        known = yield from store.ReadAll(store.VolumeRow, self.vm)
+        changed, in_use = report(known, self.vm, self.volumes, self.formatted or ())
+        disks = (*changed, *known)
         seal = keys.sealer(K3S_VOLUME, self.fresh[K3S_VOLUME])
         k3s = yield from keys.supply(generations.fetch(stored[K3S_VOLUME], seal))
-        in_use = yield from report(self.vm, self.volumes, self.formatted or ())
-        known = yield from store.ReadAll(store.VolumeRow, self.vm)
         pace = Pace(self.now, self.rotate_after)
         pairs: list[tuple[str, Pair]] = []
         for position, volume in enumerate(self.volumes):
-            before = disk_of(known, self.vm, volume)
+            before = disk_of(disks, self.vm, volume)
             seal = keys.sealer(volume, self.fresh[volume])
             out = generations.hand_out(stored[volume], seal, pace, before.handed)
             pairs.append((volume, Pair(*(yield from keys.hand_out(out)))))
@@ -218,6 +229,10 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
     is_provisioned: bool = False
     revocations: Revocations = NO_REVOCATIONS
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """The reads that do not depend on the boot which the nonce names."""
+        return _confirmed_ahead(store.Read(store.BootRow, self.nonce_digest, "confirm_digest"), self.vm)
+
     def script(self) -> Script[tuple[tuple[str, Result], ...]]:
         """Check, decide on all volumes, record; or answer the same confirmation again."""
         boot = yield from self._confirmable()
@@ -277,6 +292,10 @@ class ConfirmRoot(Unit[Result]):
     vault: Vault
     revocations: Revocations = NO_REVOCATIONS
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """The reads that do not depend on the boot which the nonce names."""
+        return _confirmed_ahead(store.Read(store.BootRow, self.nonce_digest, "root_confirm_digest"), self.vm)
+
     def script(self) -> Script[Result]:
         """Check, decide, record; or answer the same confirmation again."""
         boot = yield from self._confirmable()
@@ -309,6 +328,10 @@ class ConfirmRoot(Unit[Result]):
         if boot.root_confirm_body_digest not in (None, self.body_digest):
             raise _confirm_refused("consumed by a request with another body")
         return boot
+
+
+def _confirmed_ahead(nonce: store.Read[store.BootRow], vm: store.Vm) -> Sequence[store.StoreOp[Any]]:
+    return nonce, store.ReadTimes(), store.Read(store.VmRow, vm), store.ReadAll(store.VolumeRow, vm)
 
 
 def _check_confirm(boot: store.BootRow, unit: ConfirmVolumes | ConfirmRoot, end: int) -> Script[None]:

@@ -14,7 +14,8 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -61,6 +62,10 @@ class ReadVolume(Unit[Secret]):
     vault: Vault
     revocations: Revocations = NO_REVOCATIONS
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """All that it reads."""
+        return _ahead(self)
+
     def script(self) -> Script[Secret]:
         """Check the token, open the active key."""
         boot = yield from _boot_of(self)
@@ -72,9 +77,12 @@ class ReadVolume(Unit[Secret]):
             text = "No cache passphrase found for this VM. This shouldn't happen for encrypted volumes."
             reason = f"{self.vm.name!r} of {self.vm.hotkey} has no active key for volume {self.volume!r}"
             raise Refused(Code.KEY_NOT_FOUND, text, reason=reason)
+        known = yield from store.ReadAll(store.VolumeRow, self.vm)
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
         passphrase = yield from keys.supply(Supply(word="kept", current=current))
-        _ = yield from report(self.vm, (self.volume,), {self.volume})
+        changed, _ = report(known, self.vm, (self.volume,), {self.volume})
+        for disk in changed:
+            yield from store.Put(disk)
         records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
         yield from records.audit("read", "granted", keys=keys.changes)
         return passphrase
@@ -105,6 +113,10 @@ class SyncVolumes(Unit[VolumeKeys]):
     vault: Vault
     revocations: Revocations = NO_REVOCATIONS
 
+    def ahead(self) -> Sequence[store.StoreOp[Any]]:
+        """All that a first sync reads."""
+        return _ahead(self)
+
     def script(self) -> Script[VolumeKeys]:
         """Check and consume the token, change the keys, record the answer; or give a recorded answer again."""
         boot = yield from _boot_of(self)
@@ -112,6 +124,7 @@ class SyncVolumes(Unit[VolumeKeys]):
             return (yield from self._replay(boot))
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
+        known = yield from store.ReadAll(store.VolumeRow, self.vm)
         passphrases: list[tuple[str, Secret]] = []
         given: dict[str, int] = {}
         for volume in dict.fromkeys(self.volumes):
@@ -124,7 +137,9 @@ class SyncVolumes(Unit[VolumeKeys]):
         for volume in sorted(stored.keys() - given.keys() - RESERVED_VOLUMES):
             yield from keys.retire(generations.prune(stored[volume], self.now))
         formatted = given.keys() - self.rekey if self.formatted is None else self.formatted
-        in_use = yield from report(self.vm, given, formatted)
+        changed, in_use = report(known, self.vm, given, formatted)
+        for disk in changed:
+            yield from store.Put(disk)
         spent = evolve(boot, spent_at=self.now, body_digest=self.body_digest)
         yield from store.Put(evolve(spent, given=(boot.given or 0) + len(given)))
         for position, (volume, generation) in enumerate(given.items()):
@@ -150,6 +165,12 @@ class SyncVolumes(Unit[VolumeKeys]):
         records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
         yield from records.audit("sync", "replayed", keys=repeated)
         return VolumeKeys(passphrases, tuple(item.volume for item in given if item.in_use), replayed=True)
+
+
+def _ahead(unit: ReadVolume | SyncVolumes) -> Sequence[store.StoreOp[Any]]:
+    token = store.Read(store.BootRow, unit.token_digest, "token_digest")
+    disks = store.ReadAll(store.VolumeRow, unit.vm)
+    return token, store.ReadTimes(), store.ReadLiveGenerations(unit.vm), disks
 
 
 def _boot_of(unit: ReadVolume | SyncVolumes) -> Script[store.BootRow]:

@@ -2,14 +2,16 @@
 
 Rules kept here:
 
-* nothing is set for a session: behind a pooler each transaction may meet another session of the database. So the
-  message that begins a transaction makes the settings for that transaction alone;
+* nothing is set for a session: behind a pooler each transaction may meet another session of the database. So what
+  begins a transaction makes the settings for that transaction alone;
+* a unit takes two round trips, if it says what it reads (`Unit.ahead`): the beginning and these reads are one, all its
+  writes and the commit the other. A write waits for the next read, or for the commit;
 * an answer leaves only after its transaction is durable: each transaction sets ``synchronous_commit`` to ``on`` at
   least, and is refused where ``fsync`` or ``full_page_writes`` is off at that moment;
 * every transaction is SERIALIZABLE, but that of a unit which says that it ``READS_COMMITTED``; one that PostgreSQL
   could not serialize with others runs again, until ``busy_seconds`` are over;
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
-  whose connection is lost at the commit, or whose commit came with a notice, is never run again here: it may be
+  whose connection is lost after that, or whose commit came with a notice, is never run again here: it may be
   committed, and a fail-over may lose it, because a cancelled wait for a synchronous standby succeeds with a warning;
 * the database cancels a statement of a unit that takes too long; if it does not answer at all, the connection is
   closed; a migration, a check and the operations of operators have no such limit;
@@ -47,7 +49,7 @@ from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._crowding import Crowding
-from chutes_proto.store._guard import Custody, Guard, Session
+from chutes_proto.store._guard import Custody, Guard, Session, statements_ahead
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -58,11 +60,15 @@ from chutes_proto.store.sql import (
     compatible_since,
     for_driver,
     indexes,
+    is_read,
+    returns_rows,
 )
 
 try:
     import psycopg
     from psycopg import conninfo, errors
+
+    from chutes_proto.io.stores.exchange import Prepared, StatementError, exchange
 except ImportError as _missing:
     raise ConfigurationError(
         f"a store in PostgreSQL needs psycopg, which cannot be imported ({_missing});"
@@ -74,9 +80,11 @@ if TYPE_CHECKING:
 
     from psycopg.abc import PQGen
 
+    from chutes_proto.io.stores.exchange import Rows
     from chutes_proto.keys.vault import Vault
     from chutes_proto.store._run import Store, Unit
     from chutes_proto.store.rows import StoreOp
+    from chutes_proto.store.sql import Values
 
 T = TypeVar("T")
 
@@ -104,14 +112,14 @@ _FILES: Final = frozenset({"passfile", "sslcert", "sslkey", "sslrootcert", "sslc
 _MUST_BE: Final = {"fsync": "on", "full_page_writes": "on", "server_encoding": "UTF8"}
 """Settings of the database that no transaction can choose. A reload changes the first two under open sessions."""
 
-_SET_LOCAL: Final = (
+_SET_LOCAL: Final = {
     # A transaction that reads a whole table conflicts with every concurrent writer of that table.
-    "enable_seqscan = off",
+    "enable_seqscan": "off",
     # A process that hangs in the middle of a transaction must not block the others for long.
-    "idle_in_transaction_session_timeout = '10s'",
+    "idle_in_transaction_session_timeout": "10s",
     # The warning that a commit did not reach the standby must arrive, whatever the role or the database sets here.
-    "client_min_messages = warning",
-)
+    "client_min_messages": "warning",
+}
 
 _WORK: Final = 3.0
 """How many seconds a statement of a unit may take, besides ``busy_seconds`` of waiting for a lock: more than it ever
@@ -158,6 +166,7 @@ _READ_SETTINGS: Final = (
     " set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
     " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
     + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
+    + "".join(f", set_config('{name}', '{value}', true)" for name, value in _SET_LOCAL.items())
 )
 
 _REPLICATION: Final = (
@@ -208,6 +217,12 @@ _AGAIN: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.Un
 same moment: then the next run sees it. If it is not, the next run fails in the same way. See "Serialization Failure
 Handling" in PostgreSQL's documentation."""
 
+_NOT_PREPARED: Final = (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement)
+"""Errors of a session that is not the one in which statements were prepared."""
+
+_HELD: Final = 200
+"""How many writes may wait."""
+
 _CONFLICTS: Final = (errors.SerializationFailure, errors.DeadlockDetected)
 
 _MAX_DUPLICATES: Final = 3
@@ -234,6 +249,14 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     session: Session = Session(None, is_final=False, is_locked=False)
     """The keys of the rows in the present transaction."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prepared: Prepared = Prepared()
+        self.ahead: dict[tuple[str, Values], Rows] = {}
+        """The rows that statements of the present transaction returned before the unit asks for them."""
+        self.held: list[_Asked] = []
+        """Writes that are sent with the next read, or with the commit."""
+
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         """Wait as psycopg does; all of its waiting goes through here."""
         return super().wait(self._bounded(gen), *args, **kwargs)
@@ -251,6 +274,40 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+
+@frozen
+class _Asked:
+    """A statement of a unit: the operation that it carries out, None of the guard, and where its changes are noted."""
+
+    op: StoreOp[Any] | None
+    text: str
+    values: Values
+    changes: list[Change]
+
+    @property
+    def query(self) -> tuple[bytes, Values]:
+        returning = " RETURNING id" if isinstance(self.op, Insert) and isinstance(self.op.row, AuditRow) else ""
+        return _query(self.text + returning), self.values
+
+    def note(self, rows: Rows) -> None:
+        """Note a change of audit rows."""
+        if isinstance(self.op, Insert) and isinstance(self.op.row, AuditRow):
+            self.changes.append((rows[0][0], self.op.row))
+        elif isinstance(self.op, PurgeAudit):
+            self.changes.append(self.op)
+
+
+@frozen
+class _Beginning:
+    """The statements that begin a transaction, before and after `_READ_SETTINGS`."""
+
+    before: tuple[str, ...]
+    then: tuple[str, ...] = ()
+
+    @property
+    def queries(self) -> list[tuple[bytes, Values]]:
+        return [(text.encode(), ()) for text in (*self.before, _READ_SETTINGS, *self.then)]
 
 
 @frozen
@@ -381,10 +438,9 @@ class PostgresStore(MarkedStore):
         self._timeline = 0  # of the database that agreed with the mark last
         self._pool = _Pool(_Slots(Crowding(connections)))
         self._closed = False
-        self._set_local = (
-            *_SET_LOCAL,
-            f"lock_timeout = {int(1000 * busy_seconds)}",
-            f"statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
+        self._limits = (
+            f"SET LOCAL lock_timeout = {int(1000 * busy_seconds)}",
+            f"SET LOCAL statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
         )
         # The lock comes before the reads, so that these see a migration for which the lock waited.
         self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
@@ -415,8 +471,10 @@ class PostgresStore(MarkedStore):
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
         begin = self._begin_committed if unit.READS_COMMITTED else self._begin_alone if unit.ALONE else self._begin
+        sent = unit.ahead()
+        ahead = statements_ahead(sent, with_heads=self.custody.is_open) if sent else ()
         try:
-            return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin)
+            return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin, ahead)
         except RowNotAuthentic as exc:
             with self._counting:
                 self.custody.note(exc)
@@ -464,7 +522,13 @@ class PostgresStore(MarkedStore):
         """The number of transactions that were repeated."""
         return self.rollbacks.total()
 
-    def _with_retries(self, of: str, work: Callable[[_Connection], T], begin: str = "") -> T:
+    def _with_retries(
+        self,
+        of: str,
+        work: Callable[[_Connection], T],
+        begin: _Beginning | None = None,
+        ahead: Sequence[tuple[str, Values]] = (),
+    ) -> T:
         """Do ``work`` as one transaction; repeat it after conflicts, until ``busy_seconds`` are over."""
         until = time.monotonic() + self._busy_seconds
         pause = 0.001
@@ -472,12 +536,14 @@ class PostgresStore(MarkedStore):
         while True:
             try:
                 with self._looked_at() as connection:
-                    with self._transaction(connection, begin or self._begin):
+                    with self._transaction(connection, begin or self._begin, ahead):
                         result = work(connection)
                     self._committed(connection.changes, is_sealed=connection.session.is_sealed)
                     return result
             except _Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)
+                if exc.is_ahead:
+                    ahead = ()
                 if time.monotonic() + pause > until or duplicates > _MAX_DUPLICATES:
                     raise exc.fault from exc.__cause__
             with self._counting:
@@ -508,22 +574,22 @@ class PostgresStore(MarkedStore):
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
         changes: list[Change] = []
         connection.changes = changes
+        ahead = connection.ahead
 
-        def run(op: StoreOp[Any] | None, text: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-            if isinstance(op, Insert) and isinstance(op.row, AuditRow):
-                text += " RETURNING id"
+        def run(op: StoreOp[Any] | None, text: str, values: Values) -> Rows:
+            if (text, values) in ahead:
+                return ahead[text, values] if is_read(text) else ahead.pop((text, values))
+            asked = _Asked(op, text, values, changes)
             if op is not None and op.MAY_TAKE_LONG:
+                _ = self._send(connection)
                 self._lift_limits(connection)
-            try:
-                cursor = connection.execute(_query(text), values)
-            except (psycopg.DataError, UnicodeEncodeError) as exc:
-                raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
-            rows = cursor.fetchall() if cursor.description else list[tuple[Any, ...]]()
-            if isinstance(op, Insert) and isinstance(op.row, AuditRow):
-                changes.append((rows[0][0], op.row))
-            elif isinstance(op, PurgeAudit):
-                changes.append(op)
-            return rows
+                return self._send(connection, asked)
+            if returns_rows(text):
+                return self._send(connection, asked)
+            for known in [known for known in ahead if is_read(known[0])]:
+                del ahead[known]  # it may be different now
+            connection.held.append(asked)
+            return [] if len(connection.held) < _HELD else self._send(connection)
 
         guard = Guard(connection.session, run)
         try:
@@ -531,7 +597,29 @@ class PostgresStore(MarkedStore):
             guard.finish()
         except LostFactError as exc:
             raise self._fault(str(exc)) from None
+        if not all(is_read(text) for text, _ in ahead):
+            raise RuntimeError(f"{unit_name(unit)} has not done what it said that it does")
         return result
+
+    def _send(self, connection: _Connection, *more: _Asked) -> Rows:
+        """Carry out what is held, and more; return the rows of the last."""
+        asked = [*connection.held, *more]
+        connection.held.clear()
+        found = self._exchange(connection, asked) if asked else []
+        return found[-1] if found else []
+
+    def _exchange(self, connection: _Connection, asked: Sequence[_Asked], *last: tuple[bytes, Values]) -> list[Rows]:
+        """Carry out statements, and note their changes."""
+        try:
+            found = exchange(connection, connection.prepared, [*(each.query for each in asked), *last])
+        except StatementError as exc:
+            if isinstance(exc.error, (psycopg.DataError, UnicodeEncodeError)):
+                whose = f" of {type(asked[exc.at].op).__name__}" if exc.at < len(asked) else ""
+                raise self._fault(f"a value{whose} cannot be stored: {type(exc.error).__name__}") from exc.error
+            raise exc.error from None
+        for each, rows in zip(asked, found, strict=False):
+            each.note(rows)
+        return found
 
     def _versions(self, connection: _Connection) -> Versions:
         return Versions(self.name, "postgresql", lambda text: _rows(connection, text))
@@ -552,7 +640,7 @@ class PostgresStore(MarkedStore):
                     self._build_index(connection, name, create)
         return found
 
-    def _change_schema(self, connection: _Connection, begin: str) -> int | None:
+    def _change_schema(self, connection: _Connection, begin: _Beginning) -> int | None:
         """Make the transaction of a migration, until it gets its locks; return the version before."""
         until = time.monotonic() + _MIGRATION_SECONDS
         pause = 0.05
@@ -582,7 +670,7 @@ class PostgresStore(MarkedStore):
 
         return execute
 
-    def _held_up(self, connection: _Connection, begin: str) -> StoreError:
+    def _held_up(self, connection: _Connection, begin: _Beginning) -> StoreError:
         """Return the error of a migration that does not get its locks, with the sessions that have them."""
         with self._transaction(connection, begin):
             holders = _rows(connection, _HOLDERS)
@@ -623,7 +711,7 @@ class PostgresStore(MarkedStore):
         Not in a serializable transaction: to read the newest audit rows in one conflicts with everyone who adds some.
         """
         with self._transaction(connection, self._beginning("READ COMMITTED", then=_REPLICATION)) as rows:
-            streaming, has_synchronous = rows[0]
+            ((streaming, has_synchronous),) = rows[0]
             self.replication = Replication(streaming, is_synchronous=has_synchronous)
             if self._require_synchronous and not has_synchronous:
                 raise self._fault(
@@ -681,29 +769,37 @@ class PostgresStore(MarkedStore):
             raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
         return connection
 
-    def _beginning(self, level: str, *statements: str, then: str = "") -> str:
-        """Return the one message that begins a transaction; its first row is that of `_READ_SETTINGS`."""
-        settings = (f"SET LOCAL {setting}" for setting in self._set_local)
-        every = (f"BEGIN ISOLATION LEVEL {level}", *settings, *statements, _READ_SETTINGS, then)
-        return "; ".join(filter(None, every))
+    def _beginning(self, level: str, *statements: str, then: str = "") -> _Beginning:
+        before = (f"BEGIN ISOLATION LEVEL {level}", *self._limits, *statements)
+        return _Beginning(before, (then,) if then else ())
 
     @contextlib.contextmanager
-    def _transaction(self, connection: _Connection, begin: str) -> Generator[list[tuple[Any, ...]]]:
-        """Begin, and commit the work of the block, or roll back if it raises; yields rows that ``begin`` asks for."""
+    def _transaction(
+        self, connection: _Connection, begin: _Beginning, ahead: Sequence[tuple[str, Values]] = ()
+    ) -> Generator[list[Rows]]:
+        """Begin, and commit the work of the block, or roll back if it raises; yields the rows that ``begin`` asks for.
+
+        ``ahead`` are statements that the block will ask for.
+        """
         begun = committing = False
         connection.answer_seconds = self._answer_seconds
+        connection.ahead.clear()
+        connection.held.clear()
         try:
             asked_at = time.time()
-            first, *more = _rows(connection, begin)
+            asked = [(_query(text), values) for text, values in ahead]
+            found = self._exchange(connection, (), *begin.queries, *asked)
             begun = True
-            backend, clock, timeline, _, *settings = first
+            ((first,), *more) = found[len(begin.before) :]
+            connection.ahead.update(zip(ahead, more[len(begin.then) :], strict=True))
+            backend, clock, timeline, _, *settings = first[: 4 + len(_MUST_BE)]
             if not timeline:
                 raise self._standby()
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
             if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
-                _ = self._versions(connection).check(more)
-                connection.session = self.custody.session(more[0][2], lambda text: _rows(connection, text))
+                _ = self._versions(connection).check(more[0])
+                connection.session = self.custody.session(more[0][0][2], lambda text: _rows(connection, text))
                 if timeline != self._timeline:  # another server than the one that was compared last
                     connection.is_looked_at = False
                     raise _Again(self._fault("the database's timeline has changed"))
@@ -715,10 +811,15 @@ class PostgresStore(MarkedStore):
             self._roll_back(connection)
             if connection.closed and committing:
                 raise FateUnknown(f"store {self.name}: the connection was lost at the commit; {_UNKNOWN}") from exc
+            if isinstance(exc, _NOT_PREPARED):  # a pooler led to another session, and did not say so
+                connection.prepared.is_own = False
             # A standby has no SERIALIZABLE.
             is_standby = not begun and isinstance(exc, errors.FeatureNotSupported)
             fault = self._standby() if is_standby else self._translated(exc)
-            raise (_Again(fault) if connection.closed or isinstance(exc, _AGAIN) else fault) from exc
+            is_again = connection.closed or isinstance(exc, (*_AGAIN, *_NOT_PREPARED))
+            # A fault of what is read ahead is met where the unit asks for it, after the version was looked at.
+            is_ahead = bool(ahead) and not (begun or is_again or is_standby or exc.sqlstate in _TEMPORARY)
+            raise (_Again(fault, is_ahead=is_ahead) if is_again or is_ahead else fault) from exc
         except BaseException:
             self._roll_back(connection)
             raise
@@ -743,17 +844,25 @@ class PostgresStore(MarkedStore):
         # prepared statements of this one. Not every pooler carries them over.
         if backend != connection.info.backend_pid:
             connection.prepare_threshold = None
+            connection.prepared.is_own = False
+        elif connection.prepared.is_own is None:
+            connection.prepared.is_own = True
 
     def _commit(self, connection: _Connection) -> None:
-        """Commit. Raises `FateUnknown`, and closes the connection, if the server sends a notice."""
+        """Send what is held, and commit. Raises `FateUnknown`, and closes the connection, if the server sends a notice.
+
+        After a statement that fails the database carries out none, and so does not commit.
+        """
         notices: list[str] = []
 
         def note(notice: errors.Diagnostic) -> None:
             notices.append(str(notice.message_primary))
 
+        held = [*connection.held]
+        connection.held.clear()
         connection.add_notice_handler(note)
         try:
-            _ = connection.execute("COMMIT")
+            _ = self._exchange(connection, held, (b"COMMIT", ()))
         finally:
             connection.remove_notice_handler(note)
         # Any notice counts: their texts are translated, and a commit that succeeds has none.
@@ -794,11 +903,15 @@ class PostgresStore(MarkedStore):
 
 
 class _Again(Exception):
-    """A transaction that left no trace and may be run again; ``fault`` is raised when no time is left."""
+    """A transaction that left no trace and may be run again; ``fault`` is raised when no time is left.
 
-    def __init__(self, fault: StoreError) -> None:
+    ``is_ahead``: with nothing read ahead, where the fault may lie.
+    """
+
+    def __init__(self, fault: StoreError, *, is_ahead: bool = False) -> None:
         super().__init__(fault)
         self.fault = fault
+        self.is_ahead = is_ahead
 
 
 @functools.lru_cache(256)
