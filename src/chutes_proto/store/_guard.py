@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from operator import itemgetter
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar, cast
 
 import msgspec
 from attrs import define, evolve, field, frozen
@@ -388,7 +388,7 @@ class Guard:
             changed = change(self, op)
             if not isinstance(changed, StoreOp):
                 return changed
-            op = changed
+            op = cast("StoreOp[Any]", changed)
         text, values = statement(op, self._seal)
         if type(op) is store.Insert and type(op.row) is store.AuditRow:
             values = self.audited(op.row, values)

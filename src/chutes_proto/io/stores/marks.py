@@ -50,9 +50,10 @@ NO_FILE: Final = (
 
 _FACTS: Final = (
     "SELECT (SELECT value FROM fact WHERE name = 'store_id'), (SELECT value FROM fact WHERE name = 'loss_decided_at'),"
-    " (SELECT value FROM fact WHERE name = 'seal'), version, contents, mac FROM (SELECT 1) AS one"
-    " LEFT JOIN store_head ON store_head.name = 'store'"
+    " (SELECT value FROM fact WHERE name = 'seal')"
 )
+_WITH_HEAD: Final = f"{_FACTS}, version, contents, mac FROM store_head WHERE name = 'store'"
+"""The same of a store with a key of the rows, and its head as it was at that moment."""
 _ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
 
 Change: TypeAlias = "tuple[int, AuditRow] | PurgeAudit"
@@ -366,11 +367,14 @@ def _log_fault(ask: Ask, held: Checkpoint) -> str:
 
 
 def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
-    ((store_id, decided_at, seal, *stored),) = ask(_FACTS)
-    head, head_mac = stored[0] or 0, bytes(stored[2] or b"").hex()
+    (facts,) = ask(_FACTS)
+    with_head = ask(_WITH_HEAD) if seal_of(facts[2])[0] else ()
+    store_id, decided_at, seal, *stored = with_head[0] if with_head else facts
+    head, head_mac = 0, ""
     try:
-        if head:
+        if stored:
             custody.check_head(seal, stored, decided_at, ask)
+            head, head_mac = stored[0], bytes(stored[2]).hex()
     except StoreError:  # every unit that reads it is refused; a mark must not have what nobody authenticated
         head, head_mac = (0, "") if mark is None else (mark.head, mark.head_mac)
     entries = _entries(ask(f"{_ROWS} ORDER BY id DESC LIMIT {_NEWEST}"))
