@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from operator import itemgetter
-from typing import Any, ClassVar, Final, TypeVar, cast
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 from attrs import define, evolve, field, frozen
@@ -385,10 +385,10 @@ class Guard:
             self._heads.clear()
         change = _CHANGES.get(type(op))
         if change is not None:
-            changed = change(self, op)
-            if not isinstance(changed, StoreOp):
+            changed: StoreOp[Any] | tuple[RowNotAuthentic, ...] = change(self, op)
+            if isinstance(changed, tuple):
                 return changed
-            op = cast("StoreOp[Any]", changed)
+            op = changed
         text, values = statement(op, self._seal)
         if type(op) is store.Insert and type(op.row) is store.AuditRow:
             values = self.audited(op.row, values)
