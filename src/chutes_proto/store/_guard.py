@@ -385,8 +385,8 @@ class Guard:
             self._heads.clear()
         change = _CHANGES.get(type(op))
         if change is not None:
-            changed: StoreOp[Any] | tuple[RowNotAuthentic, ...] = change(self, op)
-            if isinstance(changed, tuple):
+            changed: StoreOp[Any] | tuple[RowNotAuthentic, ...] | None = change(self, op)
+            if not isinstance(changed, StoreOp):
                 return changed
             op = changed
         text, values = statement(op, self._seal)
