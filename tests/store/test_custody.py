@@ -17,28 +17,28 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chutes_proto.errors import KeyUnavailable, Refusal, RowNotAuthentic, StoreBusy, StoreError
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
-from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
+from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, require_keys, seal_store
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import _guard, rows
-from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody, Guard, InspectRows
-from chutes_proto.store._macs import EpochKey
+from chutes_proto.store import _guard, rows, sql
+from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody, Guard, InspectRows, ReadEpochs
+from chutes_proto.store._macs import EpochKey, epoch_of
 from chutes_proto.store._mark import Mark
-from chutes_proto.store._run import Ask, Store, Unit
+from chutes_proto.store._run import Ask, Store, Unit, unit_name
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealVms
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
-from chutes_proto.units.operator import RewrapKeys, StoreRestored
+from chutes_proto.units.operator import AllowFormat, RewrapKeys, StoreRestored
 from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
 from tests.store.memory import SealedStore
 
@@ -220,7 +220,7 @@ def test_no_edit_of_any_row_releases_a_key(request: pytest.FixtureRequest) -> No
     def evolve_custody() -> Custody:
         custody = Custody("memory")
         custody.hold(VAULT.unwrap)
-        custody.require_seal()  # as the mark of a server does
+        custody.require_seal(1)  # as the mark of a server does
         return custody
 
     own = everything(now_store)
@@ -694,7 +694,9 @@ def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:
         fill(store)
     both = Vault(OTHER_KEK, VAULT.current)
     with closing(evolve(place, vault=both).open()) as store:
+        assert begin_epoch(store, both, "test")
         assert store.transact(RewrapKeys(NOW, os.urandom(12 * 100), both, "test")).count
+        assert end_epoch(store, "test") == ()
     with closing(evolve(place, vault=Vault(OTHER_KEK)).open()) as store:
         assert not list(find_faults(store))
     with closing(place.open()) as store, pytest.raises(StoreError, match="only its KEK"):
@@ -771,3 +773,138 @@ def test_operators_commands_keep_a_store_authentic(place: StorePlace) -> None:
         assert not list(find_faults(store))
         with pytest.raises(Refusal):
             store.transact(sync(granted("unused", A, 300), "body", "storage"))
+
+
+# --- a new epoch, after the KEK was replaced ---
+
+BOTH = Vault(OTHER_KEK, VAULT.current)
+
+
+def kek_rotated(place: StorePlace, reason: str = "test") -> list[RowNotAuthentic]:
+    """As `keys rewrap` does."""
+    with closing(evolve(place, vault=BOTH).open()) as store:
+        while begin_epoch(store, BOTH, reason):
+            if faults := end_epoch(store, reason):
+                return list(faults)
+        store.transact(RewrapKeys(NOW, os.urandom(12 * 100), BOTH, reason))
+    return []
+
+
+def macs_of(place: StorePlace) -> set[int]:
+    """The epochs of all MACs that are stored."""
+    found: set[int] = set()
+    for table in ("head", "store_head", *(kind.TABLE for kind in SEALED)):
+        found |= {epoch_of(bytes(mac)) or 0 for (mac,) in run(place, f"SELECT mac FROM {table}")}
+    return found
+
+
+def test_after_a_rotation_the_key_of_before_makes_no_row(place: StorePlace) -> None:
+    """Whoever has the old KEK, the keyring of its time and the database, and a server that still opens both KEKs."""
+    place = evolve(place, mark_file=place.base / "store.mark")
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        old = store.custody.older(1, lambda text: run(place, text))
+    run(place, "CREATE TABLE kept AS SELECT * FROM keyring")
+    run(place, "CREATE TABLE kept_head AS SELECT * FROM store_head")
+    with closing(evolve(place, vault=BOTH).open()) as server:
+        server.keep_mark()
+        server.transact(evolve(granted("before", B, 150), vault=BOTH))
+        assert kek_rotated(place) == []
+        assert macs_of(place) == {2}
+        assert {epoch for kind, epoch in run(place, "SELECT kind, epoch FROM keyring") if kind == "rows"} == {2}
+        server.transact(evolve(granted("third", B, 200), vault=BOTH))
+        assert not list(find_faults(server))
+
+        # The claim of one VM, as the old key authenticates it, with a head that lists it.
+        (row,) = [row for row in server.transact(Ask(rows.Scan(rows.VmRow))) if row.vm == A]
+        mac = old.of_row("vm", sql.encode(evolve(row, proven=not row.proven)))
+        literal = f"X'{mac.hex()}'" if place.path else f"'\\x{mac.hex()}'"
+        run(place, f"UPDATE vm SET proven = NOT proven, mac = {literal} WHERE vm = '{A.name}'")
+        run(place, "INSERT INTO keyring SELECT * FROM kept WHERE kind = 'rows'")
+        with pytest.raises(RowNotAuthentic, match="table vm is not authentic: its MAC"):
+            server.transact(granted("third", A, 200))
+
+        # All of it: the epoch goes back, and the head of the store with it.
+        run(place, "UPDATE fact SET value = 3 WHERE name = 'seal'")
+        run(place, "DELETE FROM store_head")
+        run(place, "INSERT INTO store_head SELECT * FROM kept_head")
+        with pytest.raises(StoreError, match="epoch 1, and"):
+            server.transact(granted("fourth", B, 250))
+    with pytest.raises(StoreError, match="of epoch 1, and rows of epoch 2 were seen"):
+        evolve(place, vault=BOTH).open()
+
+
+@frozen
+class Stopping:
+    """A store for a command that ends before its unit number ``at``; others use it before each."""
+
+    store: Store
+    at: int
+    between: Callable[[], object]
+    units: list[str] = field(factory=list[str])
+
+    def transact(self, unit: Unit[Any]) -> Any:
+        if len(self.units) == self.at:
+            raise KeyboardInterrupt
+        if unit_name(unit) != "CountRows":
+            self.units.append(unit_name(unit))
+            self.between()
+        return self.store.transact(unit)
+
+
+def test_a_rotation_is_stopped_before_each_step_while_a_server_goes_on(
+    place: StorePlace,
+) -> None:
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+    count = 0
+    with closing(evolve(place, vault=BOTH).open()) as server, closing(evolve(place, vault=BOTH).open()) as store:
+
+        def boot_one() -> None:
+            nonlocal count
+            count += 1
+            granting = evolve(granted(f"number {count}", VMS[count % 2], 100 + count), vault=BOTH)
+            server.transact(granting)
+            server.transact(evolve(sync(granting, f"sync {count}", "storage"), vault=BOTH))
+
+        for at in (0, 1, 7, 15):
+            stopping = Stopping(store, at, list)
+            with pytest.raises(KeyboardInterrupt):
+                _ = begin_epoch(stopping, BOTH, "test")
+                _ = end_epoch(stopping, "test")
+            assert stopping.units[1:2] != ["EndOldEpochs"]
+            assert not list(find_faults(server)), stopping.units
+            boot_one()
+        assert server.transact(Ask(ReadEpochs())) == (2, 1)
+        finished = Stopping(store, 1000, boot_one)
+        assert begin_epoch(finished, BOTH, "test")
+        assert end_epoch(finished, "test") == ()
+        assert finished.units[-1] == "EndOldEpochs"
+        boot_one()
+        assert macs_of(place) == {2}
+        assert not begin_epoch(store, BOTH, "test")
+        assert end_epoch(store, "test") == ()  # once more, as another operator may
+        assert not list(find_faults(server))
+        sequence(server)  # audit rows from before the new epoch get their places in the log
+        assert run(place, "SELECT count(*) FROM audit WHERE idx IS NULL OR idx < 0") == [(0,)]
+
+
+def test_what_is_not_authentic_gets_no_new_mac_and_keeps_the_older_epoch(place: StorePlace) -> None:
+    """A row that was changed, one that went back to an older state, and a head: each is refused as before."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        set_back = copied(place, "volume")
+        store.transact(AllowFormat(NOW, A, "storage", "test"))
+    set_back()
+    change = f"UPDATE vm SET proven = NOT proven WHERE vm = '{B.name}'"
+    run(place, change)
+    run(place, f"UPDATE boot SET given = 9 WHERE vm = '{B.name}'")
+    assert {fault.table for fault in kek_rotated(place)} == {"vm", "boot"}
+    with closing(evolve(place, vault=BOTH).open()) as server:
+        found = {(fault.table, fault.key.split("/")[1]) for fault in find_faults(server) if fault.table[0] == "v"}
+        assert found == {("vm", "vm-b"), ("volume", "vm-a")}
+        assert {1, 2} == macs_of(place)
+    run(place, change)
+    run(place, f"DELETE FROM boot WHERE vm = '{B.name}'")
+    assert kek_rotated(place) == []
+    assert macs_of(place) == {2}

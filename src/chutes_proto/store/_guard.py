@@ -21,6 +21,10 @@ A fault is a `RowNotAuthentic`, ends the unit and concerns this VM alone; one of
 
 The state of the seal is a fact: twice the epoch of the key, and one more once all rows are sealed. Until then a row
 without a MAC, and a VM without a head, are accepted; both are written with every change.
+
+A new epoch begins with a new key, under which all is written from then on, the head of the store first. A MAC of an
+older epoch counts as long as that head lists the key of that epoch, so nobody who has an older key alone can say that
+it counts. When no row is left under it, it is deleted from the head and the keyring.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -38,7 +43,7 @@ from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, SealBroken, Sto
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store import sql
-from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, is_same
+from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, epoch_of, is_same
 from chutes_proto.store.rows import StoreOp
 from chutes_proto.store.sql import Rows, Values, columns, decode, decode_rows, encode, flags, kind_read, statement
 
@@ -90,15 +95,15 @@ class Custody:
     _unwrap: Callable[[store.KeyringRow], Secret] | None = field(default=None, init=False)
     _keys: dict[int, EpochKey] = field(factory=dict[int, EpochKey], init=False)
     _has_opened: bool = field(default=False, init=False)
-    _is_final: bool = field(default=False, init=False)
+    _least: int = field(default=0, init=False)
 
     def hold(self, unwrap: Callable[[store.KeyringRow], Secret]) -> None:
         """Open keys with ``unwrap`` from now on."""
         self._unwrap = unwrap
 
-    def require_seal(self) -> None:
-        """Refuse the store from now on if it says that it is not sealed: it was, and that was committed."""
-        self._is_final = True
+    def require_seal(self, epoch: int) -> None:
+        """Refuse the store from now on if it says that it is not sealed, or in an older epoch: this was committed."""
+        self._least = max(self._least, epoch)
 
     def forget_keys(self) -> None:
         """Open the keys again: those of a transaction that was not committed are not the store's."""
@@ -125,10 +130,16 @@ class Custody:
         ``read`` runs a statement in that transaction.
         """
         epoch, is_final = seal_of(state)
-        if self._is_final and not is_final:
+        if self._least and not is_final:
             raise StoreError(
                 f"store {self.name}: it says that it is not sealed, and it was: somebody changed it, or it is another"
                 " one; restore a backup, or run `chutes-proto store check`"
+            )
+        if is_final and epoch < self._least:
+            raise StoreError(
+                f"store {self.name}: it says that its rows are of epoch {epoch}, and they were of epoch {self._least}:"
+                " somebody changed it, or it is a backup from before a key-encryption key (KEK) was rotated; after a"
+                " restore, move the mark's file away on every server, and start it again"
             )
         if not epoch:
             return Session(None, is_final=False, is_locked=False)
@@ -146,7 +157,19 @@ class Custody:
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)
         self._has_opened = True
-        return Session(key, is_final=is_final, is_locked=False)
+        return Session(key, is_final=is_final, is_locked=False, older=self.older)
+
+    def older(self, epoch: int, read: Callable[[str], Rows]) -> EpochKey:
+        """The key of an older epoch, which the head of the store lists. Raises `RowNotAuthentic`."""
+        key = self._keys.get(epoch)
+        if key is None and self._unwrap is not None:
+            try:
+                key = self._keys[epoch] = self._open(epoch, self._unwrap, read)
+            except KeyUnavailable as exc:
+                raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", str(exc)) from None
+        if key is None:
+            raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", "nobody holds its key-encryption key (KEK)")
+        return key
 
     def check_fact(self, name: str, value: int, read: Callable[[str], Rows]) -> None:
         """Compare a fact of the store, which was read without a guard, with the head. Raises `StoreError`.
@@ -197,11 +220,13 @@ class Session:
     key: EpochKey | None
     is_final: bool
     is_locked: bool
+    older: Callable[[int, Callable[[str], Rows]], EpochKey] | None = None
+    """Opens the key of an older epoch with a statement of the transaction."""
 
     @property
-    def is_sealed(self) -> bool:
-        """Whether all rows are sealed, as the holder of the key knows."""
-        return self.key is not None and self.is_final
+    def sealed_in(self) -> int:
+        """The epoch in which all rows are sealed, as the holder of the key knows; 0 if they are not."""
+        return 0 if self.key is None or not self.is_final else self.key.epoch
 
 
 @define(eq=False)
@@ -333,23 +358,6 @@ def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str,
     return found
 
 
-def _opened(key: EpochKey, vm: tuple[str, str], stored: Sequence[Any]) -> Head | None:
-    """A VM's head as it is stored, after the version that the log knows; None where there is neither.
-
-    Raises `RowNotAuthentic`.
-    """
-    known, version, contents, mac = stored
-    if version is None:
-        if known is not None:
-            raise RowNotAuthentic("head", _name(vm), f"it is missing, and the log has version {known}")
-        return None
-    if not is_same(mac, key.mac("head", *vm, version, contents)):
-        raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
-    if known is not None and version < known:
-        raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
-    return Head(version, _decode(contents))
-
-
 # --- the guard ---
 
 
@@ -360,6 +368,7 @@ class Guard:
         self._key = session.key
         self._is_final = session.is_final
         self._is_locked = session.is_locked
+        self._older = session.older
         self._run = run
         self._heads: dict[tuple[str, str], Head | None] = {}
         self._store: Head | None = None
@@ -443,7 +452,10 @@ class Guard:
                     values[at] = bool(values[at])
             if mac is None and not self._is_final:
                 tags.append(b"")
-            elif mac is not None and is_same(mac, key.of_row(kind.TABLE, values)):
+            elif mac is not None and (
+                is_same(mac, key.of_row(kind.TABLE, values))
+                or ((older := self._older_key(mac)) is not None and is_same(mac, older.of_row(kind.TABLE, values)))
+            ):
                 tags.append(mac[-TAG_SIZE:])
             else:
                 why = "it has no MAC" if mac is None else "its MAC is not that of its columns and place"
@@ -492,14 +504,44 @@ class Guard:
             " --config, and that KEK in it"
         )
 
+    def _older_key(self, mac: object) -> EpochKey | None:
+        """The key that a MAC of an older epoch is under; None for any other, or if that epoch no longer counts."""
+        epoch = epoch_of(mac)
+        if epoch is None or self._key is None or epoch >= self._key.epoch or self._older is None:
+            return None
+        head = self.store_head()
+        if head is None or _rows_key(epoch) not in head.of("keyring"):
+            return None
+        return self._older(epoch, lambda text: self._run(None, text, ()))
+
     # --- heads ---
+
+    def _opened(self, vm: tuple[str, str], stored: Sequence[Any]) -> Head | None:
+        """A VM's head as it is stored, after the version that the log knows; None where there is neither.
+
+        Raises `RowNotAuthentic`.
+        """
+        known, version, contents, mac = stored
+        if version is None:
+            if known is not None:
+                raise RowNotAuthentic("head", _name(vm), f"it is missing, and the log has version {known}")
+            return None
+        key = self._key
+        is_right = key is not None and is_same(mac, key.mac("head", *vm, version, contents))
+        if not is_right and (older := self._older_key(mac)) is not None:
+            is_right = is_same(mac, older.mac("head", *vm, version, contents))
+        if not is_right:
+            raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
+        if known is not None and version < known:
+            raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
+        return Head(version, _decode(contents))
 
     def head(self, vm: tuple[str, str]) -> Head | None:
         """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
         if vm in self._heads or self._key is None:
             return self._heads.get(vm)
         (stored,) = self._run(None, sql.READ_HEAD, (*vm, *vm))
-        found = self._heads[vm] = self._made(vm, _opened(self._key, vm, stored))
+        found = self._heads[vm] = self._made(vm, self._opened(vm, stored))
         return found
 
     def fetch_heads(self, vms: Iterable[tuple[str, str]]) -> None:
@@ -508,7 +550,7 @@ class Guard:
         if self._key is not None and unread:
             for hotkey, name, *stored in self._run(None, *sql.read_heads(unread)):
                 vm = (hotkey, name)
-                self._heads[vm] = self._made(vm, _opened(self._key, vm, stored))
+                self._heads[vm] = self._made(vm, self._opened(vm, stored))
 
     def _made(self, vm: tuple[str, str], found: Head | None) -> Head | None:
         """The head, a new one for a VM without rows, and for every VM once all are sealed."""
@@ -772,6 +814,99 @@ class Guard:
         _ = self._run(None, sql.SET_SEAL, (2 * epoch + 1,))
         self.changed_state = self._is_final = True
 
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs of which MACs count, the newest first; none of a store that is not sealed."""
+        head = self.store_head()
+        keys = [] if head is None else (key.split("/") for key in head.of("keyring"))
+        return tuple(sorted((int(epoch) for kind, epoch in keys if kind == ROWS_KEY), reverse=True))
+
+    def begin_epoch(self, row: store.KeyringRow, random: Secret) -> None:
+        """Write all MACs in a new epoch from now on; those of the present one count until `end_epoch`."""
+        head = self.store_head()
+        if head is None or self._key is None or self.epochs != (row.epoch - 1,):
+            raise self._locked()
+        _ = self._run(None, sql.SET_SEAL, (2 * row.epoch + 1,))
+        self.changed_state = True
+        self._key = EpochKey(row.epoch, random)
+        self.perform(store.Insert(row))  # the head is written under the new key
+
+    def renew(
+        self, kind: type[store.Row], after: store.Row | None, limit: int
+    ) -> tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]:
+        """Give the next rows of a kind a MAC of the newest epoch that have one of an older one.
+
+        Returns how many, those that are not authentic and were left, and the last that was looked at. A head that lists
+        a row as it was lists it as it is now; a row that it does not list as it was stays a fault.
+        """
+        if self._key is None:
+            raise self._locked()
+        rows = self._run(None, *statement(store.ReadPage(kind, after, limit)))
+        found = decode_rows(kind, rows)
+        stale = [row for row in rows if epoch_of(row[-1]) != self._key.epoch]
+        if kind in _ENTRIES:
+            with suppress(RowNotAuthentic):  # it is read again, and named, with its rows
+                self.fetch_heads(_vm_of(kind, tuple(row)) for row in stale)
+        faults: list[RowNotAuthentic] = []
+        macs: list[Values] = []
+        for row in stale:
+            try:
+                (old,) = self.check(kind, (row,))
+                head = self.head(_vm_of(kind, tuple(row))) if kind in _ENTRIES else self._head_of_store(kind)
+            except RowNotAuthentic as exc:
+                faults.append(exc)
+                continue
+            values = encode(decode_rows(kind, (row,))[0])
+            mac = self._key.of_row(kind.TABLE, values)
+            macs.append((*values[: len(kind.KEY)], mac))
+            if head is not None:
+                place = _PLACES.get(kind, partial(_key_text, kind))(values)
+                listed = head.of(kind.TABLE).get(place, b"")
+                if old in listed:
+                    head.of(kind.TABLE)[place] = listed.replace(old, mac[-TAG_SIZE:])
+                    head.is_changed = True
+        for first in range(0, len(macs), _WRITTEN):
+            _ = self._run(None, *sql.set_macs(kind, macs[first : first + _WRITTEN]))
+        return len(macs), tuple(faults), found[-1] if len(found) == limit else None
+
+    def _head_of_store(self, kind: type[store.Row]) -> Head | None:
+        return self.store_head() if kind in (store.RevocationRow, store.KeyringRow) else None
+
+    def renew_heads(
+        self, after: store.Vm | None, limit: int
+    ) -> tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]:
+        """Give the heads of the next VMs a MAC of the newest epoch; returns as `renew` does."""
+        if self._key is None:
+            raise self._locked()
+        stored = self._run(None, *sql.next_heads(_pair(after), limit))
+        faults: list[RowNotAuthentic] = []
+        count = 0
+        for hotkey, name, *head_stored in stored:
+            if head_stored[-1] is not None and epoch_of(head_stored[-1]) == self._key.epoch:
+                continue
+            vm = (hotkey, name)
+            try:
+                head = self._opened(vm, head_stored)
+            except RowNotAuthentic as exc:
+                faults.append(exc)
+                continue
+            if head is not None:
+                head.is_changed = True
+                self._heads[vm] = head
+                count += 1
+        return count, tuple(faults), _last(stored) if len(stored) == limit else None
+
+    def end_epoch(self) -> int:
+        """Let no MAC of an older epoch count from now on, and delete their keys; returns the epoch that counts."""
+        newest, *older = self.epochs
+        head = self.store_head()
+        for epoch in older:
+            _ = self._run(None, sql.DELETE_ROWS_KEY, (epoch,))
+            if head is not None:
+                del head.of("keyring")[_rows_key(epoch)]
+                head.is_changed = True
+        return newest
+
     def adopt(self, kind: type[store.Row], after: store.Row | None, limit: int) -> tuple[int, store.Row | None]:
         """Give the next rows of a kind a MAC that have none; returns how many, and the last that was looked at."""
         if self._key is None:
@@ -792,7 +927,7 @@ class Guard:
         if self._key is None:
             raise StoreError("the store has no key for its rows yet")
         stored = self._run(None, *sql.next_heads(_pair(after), limit))
-        bare = [(row[0], row[1]) for row in stored if _opened(self._key, (row[0], row[1]), row[2:]) is None]
+        bare = [(row[0], row[1]) for row in stored if self._opened((row[0], row[1]), row[2:]) is None]
         found: _Grouped = {}
         if bare:
             found = self._rows_of_vms(after, _last(stored))
@@ -860,9 +995,7 @@ class Guard:
         for hotkey, name, *head_stored in stored:
             vm = (hotkey, name)
             try:
-                head = self._heads[vm] = _opened(self._key, vm, head_stored) or (
-                    Head(0, {}) if self._is_final else None
-                )
+                head = self._heads[vm] = self._opened(vm, head_stored) or (Head(0, {}) if self._is_final else None)
             except RowNotAuthentic as exc:
                 faults.append(exc)
             else:
@@ -929,6 +1062,11 @@ _VMS: Final[dict[type[StoreOp[Any]], str]] = {
 """Where the operations that are compared with the head of a VM have it."""
 
 
+def _rows_key(epoch: int) -> str:
+    """The key of an epoch in the head of the store."""
+    return f"{ROWS_KEY}/{epoch}"
+
+
 def _is_past(kind: type[store.Row], values: Sequence[Any]) -> bytes:
     """One byte more for a row of the store's group: 1 for a revocation that was undone."""
     return bytes((kind is store.RevocationRow and values[_REVOCATION["allowed_at"]] is not None,))
@@ -977,6 +1115,14 @@ _ENTRIES: Final[dict[type[store.Row], Callable[[Head, Values, bytes], None]]] = 
     store.GenerationRow: _enter_generation,
     store.BootRow: _enter_boot,
 }
+
+_PLACES: Final[dict[type[store.Row], Callable[[Sequence[Any]], str]]] = {
+    store.VmRow: lambda _values: "",
+    store.VolumeRow: itemgetter(2),
+    store.GenerationRow: lambda values: f"{values[2]}/{values[3]}",
+    store.BootRow: itemgetter(0),
+}
+"""The key of a row in the head of its VM; in the head of the store it is the row's own."""
 
 _FACT_WRITES: Final[dict[type[StoreOp[Any]], str]] = {
     store.SetHorizon: "nonce_horizon",
@@ -1087,6 +1233,58 @@ class EndSeal(_OfSeal[None]):
 
     def carry_out(self, guard: Guard) -> None:
         guard.end()
+
+
+@frozen
+class ReadEpochs(_OfSeal[tuple[int, ...]]):
+    """The epochs of which MACs count, the newest first; none of a store that is not sealed."""
+
+    def carry_out(self, guard: Guard) -> tuple[int, ...]:
+        return guard.epochs
+
+
+@frozen
+class BeginEpoch(_OfSeal[None]):
+    """Write all MACs in the epoch of ``row`` from now on, under the key ``random``, which ``row`` has wrapped."""
+
+    row: store.KeyringRow
+    random: Secret
+
+    def carry_out(self, guard: Guard) -> None:
+        guard.begin_epoch(self.row, self.random)
+
+
+@frozen
+class RenewMacs(_OfSeal[tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]]):
+    """Give the next rows of a kind MACs of the newest epoch; replies how many, what is not authentic, and the row to go
+    on after.
+    """
+
+    kind: type[store.Row]
+    after: store.Row | None
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]:
+        return guard.renew(self.kind, self.after, self.limit)
+
+
+@frozen
+class RenewHeads(_OfSeal[tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]]):
+    """Give the heads of the next VMs MACs of the newest epoch; replies as `RenewMacs` does."""
+
+    after: store.Vm | None
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]:
+        return guard.renew_heads(self.after, self.limit)
+
+
+@frozen
+class EndEpoch(_OfSeal[int]):
+    """Let no MAC of an older epoch count from now on; replies the epoch that counts."""
+
+    def carry_out(self, guard: Guard) -> int:
+        return guard.end_epoch()
 
 
 @frozen

@@ -81,6 +81,14 @@ class EpochKey:
         return self._beginning + outer.digest()[:TAG_SIZE]
 
 
+def epoch_of(mac: object) -> int | None:
+    """The epoch that a MAC says it is of; None for what is not one of this format."""
+    if not isinstance(mac, bytes) or len(mac) != MAC_SIZE or mac[0] != FORMAT:
+        return None
+    epoch: int = _HEAD.unpack_from(mac)[1]
+    return epoch
+
+
 def is_same(mac: object, right: bytes) -> bool:
     """Return whether a stored value is this MAC."""
     return isinstance(mac, bytes) and compare_digest(mac, right)

@@ -34,7 +34,7 @@ LARGEST: Final = 16 * 1024
 """The most bytes of a mark's file."""
 
 _MEMBERS: Final = {"form", "store", "timeline", "entries"}
-_SEALED: Final = {"sealed", "head", "head_mac", "decided"}
+_SEALED: Final = {"sealed", "epoch", "head", "head_mac", "decided"}
 """The further members of a sealed store."""
 _DAY: Final = 86_400
 
@@ -60,7 +60,8 @@ class Entry:
 class Mark:
     """A state of a store: its number, PostgreSQL's timeline (or 0), and its newest audit rows, in order.
 
-    ``is_sealed``: all its rows are sealed, and it is never one again whose rows are not. Then ``head`` is the highest
+    ``is_sealed``: all its rows are sealed, and it is never one again whose rows are not. Then ``epoch`` is the newest
+    epoch of their MACs that was seen (0: none yet): nothing of an older one alone counts again; ``head`` is the highest
     version of the store's head that was seen (0: none yet), ``head_mac`` its MAC in hex, and ``decided_at`` the time of
     the last decision of an operator on a loss that was in the store with it.
     """
@@ -69,6 +70,7 @@ class Mark:
     timeline: int
     entries: tuple[Entry, ...] = ()
     is_sealed: bool = field(default=False, kw_only=True)
+    epoch: int = field(default=0, kw_only=True)
     head: int = field(default=0, kw_only=True)
     head_mac: str = field(default="", kw_only=True)
     decided_at: int = field(default=0, kw_only=True)
@@ -96,7 +98,13 @@ class Mark:
             "entries": [[entry.number, entry.at, entry.digest] for entry in self.entries],
         }
         if self.is_sealed:
-            body |= {"sealed": True, "head": self.head, "head_mac": self.head_mac, "decided": self.decided_at}
+            body |= {
+                "sealed": True,
+                "epoch": self.epoch,
+                "head": self.head,
+                "head_mac": self.head_mac,
+                "decided": self.decided_at,
+            }
         return json.dumps(body | {"sha256": _digest(body)}).encode() + b"\n"
 
     @classmethod
@@ -115,13 +123,14 @@ class Mark:
                 body["timeline"],
                 tuple(Entry(*entry) for entry in body["entries"]),
                 is_sealed=sealed,
+                epoch=body.get("epoch", 0),
                 head=body.get("head", 0),
                 head_mac=head_mac,
                 decided_at=body.get("decided", 0),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _not_whole() from None
-        numbers = [made.store_id, made.timeline, made.head, made.decided_at]
+        numbers = [made.store_id, made.timeline, made.epoch, made.head, made.decided_at]
         numbers += [each for entry in made.entries for each in (entry.number, entry.at)]
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
             raise _not_whole()
@@ -156,6 +165,7 @@ class View:
     is_sealed: bool = False
     head: int = 0
     head_mac: str = ""
+    epoch: int = 0
 
     @property
     def mark(self) -> Mark:
@@ -171,6 +181,7 @@ class View:
             self.store_id,
             max(mark.timeline, self.timeline),
             is_sealed=mark.is_sealed or self.is_sealed,
+            epoch=max(mark.epoch, newer.epoch),
             head=newer.head,
             head_mac=newer.head_mac,
             decided_at=newer.decided_at,

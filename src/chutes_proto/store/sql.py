@@ -1250,13 +1250,13 @@ def newest_boots(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
 
 
 def set_macs(kind: type[store.Row], rows: Sequence[Values]) -> tuple[str, Values]:
-    """The statement that gives rows their MACs, if they have none; each is a row's key, and its MAC."""
+    """The statement that gives rows MACs; each is a row's key, and its MAC."""
     types = ["BIGINT" if isinstance(value, int) else "TEXT" for value in rows[0][:-1]]
     key = (f"{name} = CAST(fresh.column{at} AS {types[at - 1]})" for at, name in enumerate(kind.KEY, 1))
     marks = f"({', '.join('?' * len(rows[0]))})"
     text = (
         f"UPDATE {kind.TABLE} SET mac = fresh.column{len(rows[0])}"  # noqa: S608
-        f" FROM (VALUES {', '.join([marks] * len(rows))}) AS fresh WHERE {' AND '.join(key)} AND mac IS NULL"
+        f" FROM (VALUES {', '.join([marks] * len(rows))}) AS fresh WHERE {' AND '.join(key)}"
     )
     return text, _chained(rows)
 
@@ -1283,5 +1283,6 @@ PUT_STORE_HEAD: Final = (
 READ_FACTS: Final = "SELECT name, value FROM fact WHERE name NOT IN ('schema_version', 'compatible_since', 'seal')"
 """The facts that the head of the store's own group has; ``seal`` is known from the keyring and the mark."""
 SET_SEAL: Final = "UPDATE fact SET value = ? WHERE name = 'seal'"
+DELETE_ROWS_KEY: Final = "DELETE FROM keyring WHERE kind = 'rows' AND epoch = ?"
 END_COMPATIBILITY: Final = f"UPDATE fact SET value = {SCHEMA_VERSION} WHERE name = 'compatible_since'"  # noqa: S608
 """The statement after which servers of no older schema version use the database: they know nothing of MACs."""

@@ -6,6 +6,9 @@ Rules kept here:
   once, and recorded: how many rows got MACs, and a digest of the heads of the VMs;
 * it may be stopped at any step. Begun again, it passes over what has a MAC or a head;
 * only its last step makes a row without a MAC a forgery.
+
+A new epoch of the MACs is made likewise, after a key-encryption key (KEK) was replaced: who has the old one may have
+the key of the rows from its time, and that must count no more. That key is never wrapped under the new KEK.
 """
 
 from __future__ import annotations
@@ -15,10 +18,23 @@ from typing import ClassVar
 
 from attrs import frozen
 
+from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-from chutes_proto.store._guard import ROWS_KEY, AdoptRows, AdoptVms, BeginSeal, EndSeal, ReadSeal
+from chutes_proto.store._guard import (
+    ROWS_KEY,
+    AdoptRows,
+    AdoptVms,
+    BeginEpoch,
+    BeginSeal,
+    EndEpoch,
+    EndSeal,
+    ReadEpochs,
+    ReadSeal,
+    RenewHeads,
+    RenewMacs,
+)
 from chutes_proto.store._run import Script, Unit
 
 ENTROPY_SIZE = KEY_SIZE + NONCE_SIZE
@@ -124,12 +140,88 @@ class EndSealing(Unit[None]):
         yield from _audit(self.now, "store sealed", self.reason)
 
 
+@frozen
+class BeginNewEpoch(Unit[tuple[int, ...]]):
+    """Write MACs under a new key, if the present one is not wrapped under the current KEK; returns what counts now.
+
+    These are epochs, the newest first: a second one counts until `EndOldEpochs`. A store that has two gets no third.
+    """
+
+    now: int
+    vault: Vault
+    entropy: Secret
+    reason: str
+
+    ALONE: ClassVar[bool] = True
+
+    def script(self) -> Script[tuple[int, ...]]:
+        """Make the key."""
+        epochs = yield from ReadEpochs()
+        if len(epochs) != 1:
+            return epochs
+        (present,) = [row for row in (yield from store.Scan(store.KeyringRow)) if row.kind == ROWS_KEY]
+        if present.kek_id == self.vault.current.kek_id:
+            return epochs
+        row, random = _drawn(self.now, self.vault, self.entropy, epochs[0] + 1)
+        yield from BeginEpoch(row, random)
+        yield from _audit(self.now, "MAC key begun", self.reason, f"epoch {row.epoch}")
+        return row.epoch, *epochs
+
+
+@frozen
+class RenewRows(Unit[tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]]):
+    """Give the next rows of a kind MACs of the newest epoch.
+
+    Returns how many got one, those that are not authentic and were left as they are, and the row to go on after.
+    """
+
+    kind: type[store.Row]
+    after: store.Row | None
+    limit: int = 1000
+
+    def script(self) -> Script[tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]]:
+        """One page."""
+        return (yield from RenewMacs(self.kind, self.after, self.limit))
+
+
+@frozen
+class RenewVms(Unit[tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]]):
+    """Give the heads of the next VMs MACs of the newest epoch; returns as `RenewRows` does."""
+
+    after: store.Vm | None
+    limit: int = 1000
+
+    def script(self) -> Script[tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]]:
+        """One page."""
+        return (yield from RenewHeads(self.after, self.limit))
+
+
+@frozen
+class EndOldEpochs(Unit[None]):
+    """Make every MAC of an older epoch a forgery from now on, and delete the keys of these."""
+
+    now: int
+    reason: str
+
+    ALONE: ClassVar[bool] = True
+
+    def script(self) -> Script[None]:
+        """Change the keyring, and the head of the store."""
+        if len((yield from ReadEpochs())) > 1:
+            newest = yield from EndEpoch()
+            yield from _audit(self.now, "MAC key replaced", self.reason, f"epoch {newest}")
+
+
 def _begin(now: int, vault: Vault, entropy: Secret) -> Script[None]:
+    yield from BeginSeal(*_drawn(now, vault, entropy, 1))
+
+
+def _drawn(now: int, vault: Vault, entropy: Secret, epoch: int) -> tuple[store.KeyringRow, Secret]:
+    """The key of the MACs of an epoch, wrapped and as it is."""
     drawn = entropy.reveal()
     random = Secret(drawn[:KEY_SIZE])
-    epoch = 1
     kek_id, wrapped = vault.wrap(ROWS_KEY, epoch, random, drawn[KEY_SIZE:])
-    yield from BeginSeal(store.KeyringRow(ROWS_KEY, epoch, kek_id, wrapped, now), random)
+    return store.KeyringRow(ROWS_KEY, epoch, kek_id, wrapped, now), random
 
 
 def _audit(now: int, event: str, reason: str, keys: str = "") -> store.Insert:

@@ -23,6 +23,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store import rows as store
+from chutes_proto.store._guard import ROWS_KEY
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.tlog.tiles import WIDTH
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
@@ -245,7 +246,11 @@ class RewrapKeys(Unit[Rewrapped]):
 
     def _rewrap_keyring(self, limit: int) -> Script[int]:
         """Wrap the store's own keys, which are few, with what is left of the entropy after the last page."""
-        stale = [row for row in (yield from store.Scan(store.KeyringRow)) if row.kek_id != self.vault.current.kek_id]
+        keys = yield from store.Scan(store.KeyringRow)
+        # An older key of the rows goes when its epoch ends (`BeginNewEpoch`): under this KEK it would open for ever.
+        newest = max((row.epoch for row in keys if row.kind == ROWS_KEY), default=0)
+        keys = tuple(row for row in keys if row.kind != ROWS_KEY or row.epoch == newest)
+        stale = [row for row in keys if row.kek_id != self.vault.current.kek_id]
         for index, row in enumerate(stale[:limit], 1):
             nonce = self.entropy[len(self.entropy) - NONCE_SIZE * index :][:NONCE_SIZE]
             kek_id, wrapped = self.vault.wrap(row.kind, row.epoch, self.vault.unwrap(row), nonce)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 import click
@@ -15,12 +15,13 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Group, answer, parsed, wants
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
-from chutes_proto.errors import ConfigurationError, Refused
+from chutes_proto.errors import ConfigurationError, Refused, RowNotAuthentic
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
 from chutes_proto.io.server.store_setup import count_sealed
-from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
-from chutes_proto.store._run import Ask
+from chutes_proto.io.stores.sealing import begin_epoch, end_epoch
+from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
+from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountRetired, GenerationRow, Platform, ReadRetired, Vm
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
@@ -189,9 +190,11 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
 def rewrap(reason: str, config: str) -> int:
     """Wrap all keys under the current key-encryption key (KEK).
 
-    Wraps every key that is still under kek_previous_file under kek_file, a thousand at a time. Servers may run
-    meanwhile, and it may be stopped and begun again: then it wraps only those that are left. When it says that no key
-    is under another KEK, wait 600 seconds, and then remove kek_previous_file from the configuration of all servers.
+    Wraps every key that is still under kek_previous_file under kek_file, a thousand at a time, and replaces the key of
+    the MACs of a sealed store, so that who has the older KEK and a copy of the store from its time can make no row.
+    Servers may run meanwhile, and it may be stopped and begun again: then it does only what is left. When it says that
+    no key is under another KEK, wait 600 seconds, and then remove kek_previous_file from the configuration of all
+    servers. A row that is not authentic is left as it is and named; the key of the MACs is replaced when none is left.
 
     Examples:
       chutes-proto keys rewrap --config server.toml
@@ -199,42 +202,68 @@ def rewrap(reason: str, config: str) -> int:
 
     See also: store check, serve
     """
-    wrapped = 0
-    broken = set[Address]()
-    with operating.opened(config) as (setup, store), output.progress("keys wrapped") as tell:
+    faults: tuple[RowNotAuthentic, ...] = ()
+    with operating.opened(config) as (setup, store):
         vault = setup.vault
-        current = vault.current.kek_id
-        while True:
-            sealed = count_sealed(store)
-            left = sum(sealed.values()) - sealed.get(current, 0)
-            if left <= len(broken):
-                break
-            begun, unit = wrapped, RewrapKeys(operating.now(), b"", vault, reason)
-            while True:
-                unit = evolve(unit, now=operating.now(), entropy=os.urandom(NONCE_SIZE * operating.PAGE))
-                step = store.transact(unit)
-                broken |= {*step.broken}
-                wrapped += step.count
-                tell(wrapped, begun + left)
-                if step.last is None:
-                    break
-                unit = evolve(unit, after=step.last)
+        with output.progress("keys wrapped") as tell:
+            # Begun first, so that rows which are written below have the new MACs.
+            is_begun = begin_epoch(store, vault, reason)
+            wrapped, broken = _rewrapped(store, vault, reason, int(is_begun), tell)
+        if is_begun:
+            with output.progress("rows looked at") as tell:
+                faults = end_epoch(store, reason, tell)
+        sealed = count_sealed(store)
+    left = _left(sealed, vault)
     told = sorted(f"{row.vm.hotkey}/{row.vm.name} {row.volume}/{row.generation}" for row in broken)
     for row in told:
         console.complain(f"{row}: it does not open, because its row was altered or is another's; it is left unchanged")
-    lines = [f"{wrapped} keys wrapped; no key is under another KEK than {current}"]
-    if broken:
-        lines = [f"{wrapped} keys wrapped; {len(broken)} are still under another KEK"]
+    for fault in faults:
+        console.complain(f"{fault}; it is left unchanged, and the older key of the MACs counts until it is mended")
+    lines = [f"{wrapped} keys wrapped; no key is under another KEK than {vault.current.kek_id}"]
+    if left:
+        lines = [f"{wrapped} keys wrapped; {left} are still under another KEK"]
     elif vault.previous is not None:
         lines += [
             f"keep kek_previous_file for 600 seconds, and until {vault.current.kek_id} is kek_file of every server:",
             f"any other server still makes keys under {vault.previous.kek_id}; `chutes-proto store check` shows them",
         ]
     return answer(
-        {"ok": not broken, "rewrapped": wrapped, "sealed_under": sealed, "broken": told},
+        {
+            "ok": not left,
+            "rewrapped": wrapped,
+            "sealed_under": sealed,
+            "broken": told,
+            "not_authentic": [f"{fault.table} {fault.key}" for fault in faults],
+        },
         "\n".join(lines),
-        ok=not broken,
+        ok=not left,
     )
+
+
+def _left(sealed: Mapping[str, int], vault: Vault) -> int:
+    return sum(sealed.values()) - sealed.get(vault.current.kek_id, 0)
+
+
+def _rewrapped(
+    store: Store, vault: Vault, reason: str, kept: int, tell: Callable[[int, int], object]
+) -> tuple[int, set[Address]]:
+    """Wrap all keys under the current KEK but ``kept`` of the MACs; returns how many, and those that do not open."""
+    wrapped = 0
+    broken = set[Address]()
+    while True:
+        left = _left(count_sealed(store), vault) - kept
+        if left <= len(broken):
+            return wrapped, broken
+        begun, unit = wrapped, RewrapKeys(operating.now(), b"", vault, reason)
+        while True:
+            unit = evolve(unit, now=operating.now(), entropy=os.urandom(NONCE_SIZE * operating.PAGE))
+            step = store.transact(unit)
+            broken |= {*step.broken}
+            wrapped += step.count
+            _ = tell(wrapped, begun + left)
+            if step.last is None:
+                break
+            unit = evolve(unit, after=step.last)
 
 
 @command.command("allow-format")

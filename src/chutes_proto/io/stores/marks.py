@@ -99,16 +99,16 @@ class MarkKeeper:
             return self._mark.store_id if self._mark is not None else 0
 
     @property
-    def is_sealed(self) -> bool:
-        """Whether the mark is of a sealed store."""
+    def sealed_in(self) -> int:
+        """The epoch of the rows of the store, 0 if the mark is not of a sealed one."""
         with self._lock:
-            return self._mark is not None and self._mark.is_sealed
+            return 0 if self._mark is None or not self._mark.is_sealed else max(self._mark.epoch, 1)
 
-    def seal(self) -> None:
-        """Note that the store is sealed."""
+    def seal(self, epoch: int) -> None:
+        """Note that the store is sealed, in this epoch."""
         with self._lock:
-            if self._mark is not None and not self._mark.is_sealed:
-                self._mark = evolve(self._mark, is_sealed=True)
+            if self._mark is not None and not (self._mark.is_sealed and self._mark.epoch >= epoch):
+                self._mark = evolve(self._mark, is_sealed=True, epoch=epoch)
 
     def is_due(self) -> bool:
         """Return whether the store must be compared before it is used."""
@@ -175,6 +175,15 @@ class MarkKeeper:
             with self._lock:
                 self._is_behind = True
             raise self._refused(mark, "it is not sealed, and the mark is of a sealed one", "restore a backup of it")
+        if mark is not None and view.is_sealed and view.epoch < mark.epoch:
+            with self._lock:
+                self._is_behind = True
+            raise self._refused(
+                mark,
+                f"its rows are of epoch {view.epoch}, and rows of epoch {mark.epoch} were seen: it is from before a"
+                " key-encryption key (KEK) was rotated",
+                "restore a newer backup, or, if this one is right, move the mark's file away on every server",
+            )
         loss = None if mark is None else find_loss(mark, view, now)
         if loss is None:
             self._compare_log(ask, view)
@@ -287,12 +296,12 @@ class MarkedStore:
     custody: Custody
     _marks: MarkKeeper
 
-    def _committed(self, changes: Iterable[Change], *, is_sealed: bool) -> None:
-        """Note that a transaction was committed, in which the store was sealed or not."""
+    def _committed(self, changes: Iterable[Change], *, sealed_in: int) -> None:
+        """Note that a transaction was committed, in which all rows were sealed in this epoch; 0: they were not."""
         self._marks.note(changes)
-        if is_sealed:
-            self._marks.seal()
-            self.custody.require_seal()
+        if sealed_in:
+            self._marks.seal(sealed_in)
+            self.custody.require_seal(sealed_in)
 
     def keep_mark(self) -> None:
         """Write the file of the mark from now on, as a server does."""
@@ -386,8 +395,8 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
             # A purge goes by the log, and rows of transactions at the same time are there in another order.
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
             has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
-    is_sealed = seal_of(seal)[1]
-    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, is_sealed, head, head_mac)
+    epoch, is_sealed = seal_of(seal)
+    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, is_sealed, head, head_mac, epoch)
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:

@@ -432,8 +432,8 @@ class PostgresStore(MarkedStore):
         if vault is not None:
             self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file, self.custody)
-        if self._marks.is_sealed:
-            self.custody.require_seal()
+        if self._marks.sealed_in:
+            self.custody.require_seal(self._marks.sealed_in)
         self._company = ""
         self._timeline = 0  # of the database that agreed with the mark last
         self._pool = _Pool(_Slots(Crowding(connections)))
@@ -538,7 +538,7 @@ class PostgresStore(MarkedStore):
                 with self._looked_at() as connection:
                     with self._transaction(connection, begin or self._begin, ahead):
                         result = work(connection)
-                    self._committed(connection.changes, is_sealed=connection.session.is_sealed)
+                    self._committed(connection.changes, sealed_in=connection.session.sealed_in)
                     return result
             except _Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)

@@ -1,5 +1,7 @@
 """The seal of a store (``store/_guard.py``): of a new one as soon as it is opened, of an older one step by step.
 
+So is a new epoch of its MACs begun and ended, after a key-encryption key (KEK) was replaced.
+
 ``find_faults`` reads a whole store and says which rows are not authentic.
 """
 
@@ -17,7 +19,18 @@ from chutes_proto.store import rows
 from chutes_proto.store._guard import SEALED, Custody, InspectRows, InspectStore, InspectVms, ReadSeal
 from chutes_proto.store._run import Ask, Store, untold
 from chutes_proto.store.rows import CountRows
-from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealNew, SealRows, SealVms
+from chutes_proto.units.custody import (
+    ENTROPY_SIZE,
+    BeginNewEpoch,
+    BeginSealing,
+    EndOldEpochs,
+    EndSealing,
+    RenewRows,
+    RenewVms,
+    SealNew,
+    SealRows,
+    SealVms,
+)
 
 _PAGE = 1000
 _VMS = 200
@@ -77,6 +90,45 @@ def seal_store(
             break
     store.transact(EndSealing(now, reason))
     return sealed, vms
+
+
+def begin_epoch(store: Store, vault: Vault, reason: str) -> bool:
+    """Begin a new epoch, if the key of the rows is under another KEK than the current one; servers go on meanwhile.
+
+    Returns whether one has begun, now or before, that has not ended: `end_epoch` ends it.
+    """
+    return len(store.transact(BeginNewEpoch(int(time.time()), vault, _drawn(), reason))) > 1
+
+
+def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = untold) -> tuple[RowNotAuthentic, ...]:
+    """Give every row a MAC of the newest epoch, and let the older ones count no more, while servers go on.
+
+    Begun again after an interruption, it passes over what has one. A row that is not authentic is left as it is, and is
+    returned; then the older epoch still counts. ``tell`` is called as by `seal_store`.
+    """
+    faults: list[RowNotAuthentic] = []
+    total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
+    looked = 0
+    # The store's own group last, as every unit reads its head.
+    of_store = (rows.RevocationRow, rows.KeyringRow)
+    for kind in (*(kind for kind in SEALED if kind not in of_store), *of_store):
+        last: rows.Row | None = None
+        while True:
+            _, found, last = store.transact(RenewRows(kind, last, _PAGE))
+            faults += found
+            if last is None:
+                break
+            looked += _PAGE
+            _ = tell(min(looked, total), total)
+    after: rows.Vm | None = None
+    while True:
+        _, found, after = store.transact(RenewVms(after, _PAGE))
+        faults += found
+        if after is None:
+            break
+    if not faults:
+        store.transact(EndOldEpochs(int(time.time()), reason))
+    return tuple({(fault.table, fault.key): fault for fault in faults}.values())
 
 
 def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> Iterator[RowNotAuthentic]:

@@ -138,8 +138,8 @@ class SqliteStore(MarkedStore):
         if vault is not None:
             self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file, self.custody)
-        if self._marks.is_sealed:
-            self.custody.require_seal()
+        if self._marks.sealed_in:
+            self.custody.require_seal(self._marks.sealed_in)
         self._migrate = migrate
         self._alone = alone
         self._busy_seconds = busy_seconds
@@ -317,7 +317,7 @@ class SqliteStore(MarkedStore):
                 for each in jobs:
                     if self._run(connection, each, session):
                         session = self._session(connection)
-            self._committed((change for each in jobs for change in each.changes), is_sealed=session.is_sealed)
+            self._committed((change for each in jobs for change in each.changes), sealed_in=session.sealed_in)
         except BaseException as exc:
             self.custody.forget_keys()
             jobs = jobs or self._take(job)
