@@ -818,8 +818,9 @@ class Guard:
     def epochs(self) -> tuple[int, ...]:
         """The epochs of which MACs count, the newest first; none of a store that is not sealed."""
         head = self.store_head()
-        keys = [] if head is None else (key.split("/") for key in head.of("keyring"))
-        return tuple(sorted((int(epoch) for kind, epoch in keys if kind == ROWS_KEY), reverse=True))
+        listed = {} if head is None else head.of("keyring")
+        keys = [key.partition("/") for key in listed]
+        return tuple(sorted((int(epoch) for kind, _, epoch in keys if kind == ROWS_KEY), reverse=True))
 
     def begin_epoch(self, row: store.KeyringRow, random: Secret) -> None:
         """Write all MACs in a new epoch from now on; those of the present one count until `end_epoch`."""
