@@ -414,13 +414,16 @@ def test_a_server_says_whom_it_trusts_and_stops_on_a_signal(
     records = [json.loads(line) for line in ended.err.splitlines()]
     assert [record["event"] for record in records] == [
         "serving",
+        "warning",
         "boot_granted",
         "volumes_synced",
         "stopping",
         "stopped",
     ]
-    assert records[0]["level"] == "warning"
-    for record in records[:2]:
+    serving, mark, granted, *_ = records
+    assert serving["level"] == "warning"
+    assert mark["about"].startswith("store.mark_file: not set")
+    for record in (serving, granted):
         assert record["trust"] == f"NOT Intel's root but simulated-root.der, SHA-256 {root_digest()}"
     canaries = [path.read_text() for path in keys.iterdir()]
     assert len(canaries) == 3

@@ -245,7 +245,7 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
             assert isinstance(answer.exception(), httpx.TransportError)  # the store itself gives up later
         assert ended.code == 0
         said = records(ended)
-        assert [record["event"] for record in said] == ["serving", "stopping", "stopped"][-len(said) :]
+        assert [record["event"] for record in said] == ["serving", "warning", "stopping", "stopped"][-len(said) :]
         assert "did not answer in time" in said[-1]["about"]
         assert not (site / "keys.sock").exists()
 
@@ -324,11 +324,11 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting(
 
             def are_told() -> bool:
                 said.append(read_all(reading))
-                return b"".join(said).count(b"\n") >= 4
+                return b"".join(said).count(b"\n") >= 5
 
             _ = wait_until(are_told)
             told = [json.loads(line)["event"] for line in b"".join(said).splitlines()]
-            assert told == ["serving", "refused", "refused", "refused"]  # one that is read late lacks nothing
+            assert told == ["serving", "warning", *["refused"] * 3]  # one that is read late lacks nothing
             fill(writing)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0

@@ -299,6 +299,7 @@ def test_an_interrupted_copy_leaves_no_store(command: Command, site: Path, sent:
     copying = [*PROGRAM, "store", "copy", "--from", old, "--store", new]
     with subprocess.Popen(copying, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        assert "is not compared with a mark" in process.stderr.readline()
         assert process.stderr.readline().startswith("copying 2000 rows")
         process.send_signal(sent)
         assert process.wait(60) != 0
