@@ -6,6 +6,7 @@ The kinds are read from the code: a new one fails here until it is made here, to
 from __future__ import annotations
 
 import ast
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -16,6 +17,7 @@ from typing import Any, get_args
 from attrs import evolve
 
 import chutes_proto
+from chutes_proto.io.files import create_private
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.io.stores.sealing import seal_store
@@ -229,9 +231,14 @@ def test_every_kind_of_entry_has_a_receipt(tmp_path: Path, command: Callable[...
     config = ("--config", tmp_path / "server.toml")
     setup = make_store_setup(ServerConfig.load(tmp_path / "server.toml"))
     with_one_of_each(setup)
+    (tmp_path / "kek").rename(tmp_path / "kek.previous")
+    create_private(tmp_path / "kek", os.urandom(32))
+    text = (tmp_path / "server.toml").read_text()
+    _ = (tmp_path / "server.toml").write_text(f'kek_previous_file = "kek.previous"\n{text}')
     copied = tmp_path / "copy.toml"
     copied.write_text((tmp_path / "server.toml").read_text().replace("keys.db", "copy.db"))
     for words in (
+        ("keys", "rewrap", *config),
         ("audit", "checkpoint", *config),
         ("audit", "purge", "--yes", "--reason", WHY, *config),
         ("store", "copy", "--from-config", tmp_path / "server.toml", "--config", copied),

@@ -87,10 +87,11 @@ class Sequencer:
         """Sequence until `stop`, and then one batch of what is left."""
         audited = self._store.audited
         told: type[Exception] | None = None
-        while not self._ending.is_set():
+        ends = False
+        while not ends:
             _ = audited.wait(LOOK_SECONDS)
             audited.clear()
-            _ = self._ending.wait(GATHER_SECONDS)
+            ends = self._ending.wait(GATHER_SECONDS)  # before rows are read: what is committed until `stop` is read
             try:
                 self.sequence()
                 if self._file is not None:
