@@ -160,7 +160,11 @@ class SqliteStore(MarkedStore):
                 self._drop()
                 raise
         if vault is not None:
-            seal_if_new(self, vault)
+            try:
+                seal_if_new(self, vault)
+            except BaseException:
+                self.close()
+                raise
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
