@@ -834,10 +834,10 @@ class Guard:
 
     def renew(
         self, kind: type[store.Row], after: store.Row | None, limit: int
-    ) -> tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]:
+    ) -> tuple[tuple[RowNotAuthentic, ...], store.Row | None]:
         """Give the next rows of a kind a MAC of the newest epoch that have one of an older one.
 
-        Returns how many, those that are not authentic and were left, and the last that was looked at. A head that lists
+        Returns those that are not authentic and were left, and the last that was looked at. A head that lists
         a row as it was lists it as it is now; a row that it does not list as it was stays a fault.
         """
         if self._key is None:
@@ -868,20 +868,17 @@ class Guard:
                     head.is_changed = True
         for first in range(0, len(macs), _WRITTEN):
             _ = self._run(None, *sql.set_macs(kind, macs[first : first + _WRITTEN]))
-        return len(macs), tuple(faults), found[-1] if len(found) == limit else None
+        return tuple(faults), found[-1] if len(found) == limit else None
 
     def _head_of_store(self, kind: type[store.Row]) -> Head | None:
         return self.store_head() if kind in (store.RevocationRow, store.KeyringRow) else None
 
-    def renew_heads(
-        self, after: store.Vm | None, limit: int
-    ) -> tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]:
+    def renew_heads(self, after: store.Vm | None, limit: int) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
         """Give the heads of the next VMs a MAC of the newest epoch; returns as `renew` does."""
         if self._key is None:
             raise self._locked()
         stored = self._run(None, *sql.next_heads(_pair(after), limit))
         faults: list[RowNotAuthentic] = []
-        count = 0
         for hotkey, name, *head_stored in stored:
             if head_stored[-1] is not None and epoch_of(head_stored[-1]) == self._key.epoch:
                 continue
@@ -894,8 +891,7 @@ class Guard:
             if head is not None:
                 head.is_changed = True
                 self._heads[vm] = head
-                count += 1
-        return count, tuple(faults), _last(stored) if len(stored) == limit else None
+        return tuple(faults), _last(stored) if len(stored) == limit else None
 
     def end_epoch(self) -> int:
         """Let no MAC of an older epoch count from now on, and delete their keys; returns the epoch that counts."""
@@ -1256,27 +1252,28 @@ class BeginEpoch(_OfSeal[None]):
 
 
 @frozen
-class RenewMacs(_OfSeal[tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]]):
-    """Give the next rows of a kind MACs of the newest epoch; replies how many, what is not authentic, and the row to go
-    on after.
+class RenewMacs(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Row | None]]):
+    """Give the next rows of a kind MACs of the newest epoch.
+
+    Replies those that are not authentic and were left as they are, and the row to go on after.
     """
 
     kind: type[store.Row]
     after: store.Row | None
     limit: int
 
-    def carry_out(self, guard: Guard) -> tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]:
+    def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Row | None]:
         return guard.renew(self.kind, self.after, self.limit)
 
 
 @frozen
-class RenewHeads(_OfSeal[tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]]):
+class RenewHeads(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
     """Give the heads of the next VMs MACs of the newest epoch; replies as `RenewMacs` does."""
 
     after: store.Vm | None
     limit: int
 
-    def carry_out(self, guard: Guard) -> tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]:
+    def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
         return guard.renew_heads(self.after, self.limit)
 
 

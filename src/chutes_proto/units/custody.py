@@ -18,7 +18,6 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
@@ -32,8 +31,6 @@ from chutes_proto.store._guard import (
     EndSeal,
     ReadEpochs,
     ReadSeal,
-    RenewHeads,
-    RenewMacs,
 )
 from chutes_proto.store._run import Script, Unit
 
@@ -166,34 +163,6 @@ class BeginNewEpoch(Unit[tuple[int, ...]]):
         yield from BeginEpoch(row, random)
         yield from _audit(self.now, "MAC key begun", self.reason, f"epoch {row.epoch}")
         return row.epoch, *epochs
-
-
-@frozen
-class RenewRows(Unit[tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]]):
-    """Give the next rows of a kind MACs of the newest epoch.
-
-    Returns how many got one, those that are not authentic and were left as they are, and the row to go on after.
-    """
-
-    kind: type[store.Row]
-    after: store.Row | None
-    limit: int = 1000
-
-    def script(self) -> Script[tuple[int, tuple[RowNotAuthentic, ...], store.Row | None]]:
-        """One page."""
-        return (yield from RenewMacs(self.kind, self.after, self.limit))
-
-
-@frozen
-class RenewVms(Unit[tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]]):
-    """Give the heads of the next VMs MACs of the newest epoch; returns as `RenewRows` does."""
-
-    after: store.Vm | None
-    limit: int = 1000
-
-    def script(self) -> Script[tuple[int, tuple[RowNotAuthentic, ...], store.Vm | None]]:
-        """One page."""
-        return (yield from RenewHeads(self.after, self.limit))
 
 
 @frozen

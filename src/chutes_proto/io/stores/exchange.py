@@ -6,7 +6,7 @@ Rules kept here:
 
 * all statements are sent before the first answer is awaited. After one that fails the database carries out none of the
   others;
-* a statement is prepared where it is first used, if the session is the connection's own. Behind a pooler nothing is;
+* a statement is prepared where it is first used, if the session is the connection's own. Behind a pooler nothing is.
   The name says which statement it is: in another session it is that same one, or none;
 * a connection is left in no state in between: either each answer was received, or it is closed.
 """

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows
-from chutes_proto.store._guard import SEALED, Custody, InspectRows, InspectStore, InspectVms, ReadSeal
-from chutes_proto.store._run import Ask, Store, untold
+from chutes_proto.store._guard import (
+    SEALED,
+    Custody,
+    InspectRows,
+    InspectStore,
+    InspectVms,
+    ReadSeal,
+    RenewHeads,
+    RenewMacs,
+)
+from chutes_proto.store._run import Ask, Store, Unit, untold
 from chutes_proto.store.rows import CountRows
 from chutes_proto.units.custody import (
     ENTROPY_SIZE,
@@ -25,12 +34,12 @@ from chutes_proto.units.custody import (
     BeginSealing,
     EndOldEpochs,
     EndSealing,
-    RenewRows,
-    RenewVms,
     SealNew,
     SealRows,
     SealVms,
 )
+
+T = TypeVar("T")
 
 _PAGE = 1000
 _VMS = 200
@@ -71,23 +80,8 @@ def seal_store(
     now = int(time.time())
     if not store.transact(BeginSealing(now, vault, _drawn(), reason)):
         return None
-    total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
-    looked = sealed = vms = 0
-    for kind in SEALED:
-        last: rows.Row | None = None
-        while True:
-            count, last = store.transact(SealRows(now, kind, last, reason, _PAGE))
-            sealed += count
-            if last is None:
-                break
-            looked += _PAGE
-            _ = tell(min(looked, total), total)
-    after: rows.Vm | None = None
-    while True:
-        count, after = store.transact(SealVms(now, after, reason))
-        vms += count
-        if after is None:
-            break
+    sealed = sum(_pages(store, SEALED, lambda kind, last: SealRows(now, kind, last, reason, _PAGE), tell))
+    vms = sum(_pages_of_vms(store, lambda after: SealVms(now, after, reason)))
     store.transact(EndSealing(now, reason))
     return sealed, vms
 
@@ -106,26 +100,14 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
     Begun again after an interruption, it passes over what has one. A row that is not authentic is left as it is, and is
     returned; then the older epoch still counts. ``tell`` is called as by `seal_store`.
     """
-    faults: list[RowNotAuthentic] = []
-    total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
-    looked = 0
     # The store's own group last, as every unit reads its head.
     of_store = (rows.RevocationRow, rows.KeyringRow)
-    for kind in (*(kind for kind in SEALED if kind not in of_store), *of_store):
-        last: rows.Row | None = None
-        while True:
-            _, found, last = store.transact(RenewRows(kind, last, _PAGE))
-            faults += found
-            if last is None:
-                break
-            looked += _PAGE
-            _ = tell(min(looked, total), total)
-    after: rows.Vm | None = None
-    while True:
-        _, found, after = store.transact(RenewVms(after, _PAGE))
+    kinds = (*(kind for kind in SEALED if kind not in of_store), *of_store)
+    faults: list[RowNotAuthentic] = []
+    for found in _pages(store, kinds, lambda kind, last: Ask(RenewMacs(kind, last, _PAGE)), tell):
         faults += found
-        if after is None:
-            break
+    for found in _pages_of_vms(store, lambda after: Ask(RenewHeads(after, _PAGE))):
+        faults += found
     if not faults:
         store.transact(EndOldEpochs(int(time.time()), reason))
     return tuple({(fault.table, fault.key): fault for fault in faults}.values())
@@ -134,21 +116,38 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
 def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> Iterator[RowNotAuthentic]:
     """Find the rows of a sealed store that are not authentic, and the VMs whose rows contradict their heads."""
     yield from store.transact(Ask(InspectStore()))
+    for faults in _pages(store, SEALED, lambda kind, last: Ask(InspectRows(kind, last, _PAGE)), tell):
+        yield from faults
+    for faults in _pages_of_vms(store, lambda after: Ask(InspectVms(after, _VMS))):
+        yield from faults
+
+
+def _pages(
+    store: Store,
+    kinds: Iterable[type[rows.Row]],
+    page: Callable[[type[rows.Row], rows.Row | None], Unit[tuple[T, rows.Row | None]]],
+    tell: Callable[[int, int], object],
+) -> Iterator[T]:
+    """What each unit returns of a page of rows, which begins after the last row of the one before; kind by kind."""
     total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
     looked = 0
-    for kind in SEALED:
+    for kind in kinds:
         last: rows.Row | None = None
         while True:
-            faults, last = store.transact(Ask(InspectRows(kind, last, _PAGE)))
-            yield from faults
+            found, last = store.transact(page(kind, last))
+            yield found
             if last is None:
                 break
             looked += _PAGE
             _ = tell(min(looked, total), total)
+
+
+def _pages_of_vms(store: Store, page: Callable[[rows.Vm | None], Unit[tuple[T, rows.Vm | None]]]) -> Iterator[T]:
+    """What each unit returns of a page of VMs."""
     after: rows.Vm | None = None
     while True:
-        found, after = store.transact(Ask(InspectVms(after, _VMS)))
-        yield from found
+        found, after = store.transact(page(after))
+        yield found
         if after is None:
             break
 
