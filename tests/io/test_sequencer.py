@@ -94,6 +94,25 @@ def test_doubled_sequencers_lose_and_reorder_nothing(place: StorePlace) -> None:
         assert [int(row.reason) for row in found if row.event == f"writer {writer}"] == [*range(each)]
 
 
+def test_a_row_of_the_moment_in_which_it_is_stopped_is_sequenced(
+    store: DurableStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is committed after the sequencer has read, and before it has looked whether it shall end."""
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, None)
+    sequence, rows = sequencer.sequence, [row(0, 1)]
+
+    def sequence_and_stop() -> None:
+        sequence()
+        while rows:
+            store.transact(Ask(Insert(rows.pop())))
+            sequencer.stop()
+
+    monkeypatch.setattr(sequencer, "sequence", sequence_and_stop)
+    store.transact(Ask(Insert(row(0, 0))))
+    sequencer.run()
+    assert [row.reason for row in log(store)] == ["0", "1"]
+
+
 @frozen
 class Stopped(Unit[None]):
     """Sequences, and then does something before the transaction would be committed."""
