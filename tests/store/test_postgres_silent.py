@@ -54,10 +54,15 @@ UNITS_ONLY = "CASE current_setting('transaction_isolation') WHEN 'serializable' 
 """One second in a unit, none while the store is compared with the mark."""
 
 
+READY = b"Z\0\0\0\5I"
+"""The database's word that it has said all, outside a transaction."""
+
+
 class Proxy:
     """Stands between a store and the database, and turns mute when told: it takes everything, and sends nothing.
 
-    ``turns`` is how often the store has sent something after the database had.
+    Told to ``cut``, it passes the database's next answer on without its end, and closes. ``turns`` is how often the
+    store has sent something after the database had.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -65,6 +70,7 @@ class Proxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self.mute = threading.Event()
+        self.cut = threading.Event()
         self.connections = 0
         self.turns = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -87,6 +93,9 @@ class Proxy:
                         return
                     self.turns += ready is client and last is server
                     last = ready
+                    if ready is server and self.cut.is_set():
+                        client.sendall(data.removesuffix(READY))
+                        return
                     if not self.mute.is_set():
                         (server if ready is client else client).sendall(data)
 
@@ -176,6 +185,12 @@ def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresS
     assert len(unit.runs) == 1
     proxy.mute.clear()
     assert behind.transact(Ask(ReadTimes())).horizon == 0
+
+
+def test_of_a_commit_whose_answer_has_no_end_the_fate_is_unknown(behind: PostgresStore, proxy: Proxy) -> None:
+    unit = Silenced(proxy.cut.set, at_end=True)
+    told(lambda: behind.transact(unit), "connection was lost at the commit", FateUnknown)
+    assert len(unit.runs) == 1
 
 
 def test_of_a_commit_that_is_not_answered_the_fate_is_unknown(behind: PostgresStore, proxy: Proxy) -> None:
