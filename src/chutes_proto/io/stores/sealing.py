@@ -128,7 +128,7 @@ def _pages(
     page: Callable[[type[rows.Row], rows.Row | None], Unit[tuple[T, rows.Row | None]]],
     tell: Callable[[int, int], object],
 ) -> Iterator[T]:
-    """What each unit returns of a page of rows, which begins after the last row of the one before; kind by kind."""
+    """Run a unit for each page of rows of each kind, and yield what it returns."""
     total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
     looked = 0
     for kind in kinds:
@@ -143,7 +143,7 @@ def _pages(
 
 
 def _pages_of_vms(store: Store, page: Callable[[rows.Vm | None], Unit[tuple[T, rows.Vm | None]]]) -> Iterator[T]:
-    """What each unit returns of a page of VMs."""
+    """Run a unit for each page of VMs, and yield what it returns."""
     after: rows.Vm | None = None
     while True:
         found, after = store.transact(page(after))
