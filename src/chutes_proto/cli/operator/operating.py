@@ -72,7 +72,7 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
     if not setup.store.is_made() and not new:
         raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
     with closing(setup.store.open()) as store:
-        _ = copy_audit(setup.config, setup.store.base, store)
+        copy_audit(setup.config, setup.store.base, store)
         yield setup, store
 
 

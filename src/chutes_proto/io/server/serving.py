@@ -36,6 +36,7 @@ from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.checking import check_ends
 from chutes_proto.io.server.control import Control
+from chutes_proto.io.server.copier import copying
 from chutes_proto.io.server.ends import DAY
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.reload import Reloader, Running, prepare
@@ -56,9 +57,9 @@ from chutes_proto.io.server.sockets import (
 from chutes_proto.io.server.store_setup import (
     MAKE_ALIKE,
     check_keys,
-    copy_audit,
     erasures_file,
     find_differences,
+    read_sinks,
     read_witnesses,
     store_findings,
 )
@@ -184,28 +185,29 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
     setup = running.setup
     with closing(setup.store.open()) as store:
         store.custody.hold(partial(_unwrapped, running))
-        sinks = copy_audit(setup.config, setup.base, store)
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
         different = [str(each) for each in find_differences(store, setup.alike)]
         if different and setup.config.store.different_configuration == "refuse":
             raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}")
-        repeated = keep_erasures(store, erasures_file(setup.config))
-        store.keep_mark()
-        file = setup.checkpoint_file
-        witnesses = read_witnesses(setup.config, setup.base, store, file)
+        sinks, required = read_sinks(setup.config, setup.base), setup.config.audit.required
+        with copying(store, sinks, required=required, mark_file=setup.store.mark_file) as copies:
+            repeated = keep_erasures(store, erasures_file(setup.config))
+            store.keep_mark()
+            file = setup.checkpoint_file
+            witnesses = read_witnesses(setup.config, setup.base, store, file)
 
-        def signed(note: Note) -> None:
-            store.hold_checkpoint(Checkpoint.of(note))
-            if sinks is not None:
-                sinks.checkpoint(str(note))
+            def signed(note: Note) -> None:
+                store.hold_checkpoint(Checkpoint.of(note))
+                if copies is not None:
+                    copies.checkpoint(str(note))
 
-        with (
-            sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed),
-            witnessing(witnesses, store.add_note),
-        ):
-            found = [f"erasures: {repeated}"] if repeated else []
-            yield store, [*found, *(str(finding) for finding in store_findings(store)), *different]
+            with (
+                sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed),
+                witnessing(witnesses, store.add_note),
+            ):
+                found = [f"erasures: {repeated}"] if repeated else []
+                yield store, [*found, *(str(finding) for finding in store_findings(store)), *different]
 
 
 def _unwrapped(running: Running, row: KeyringRow) -> Secret:

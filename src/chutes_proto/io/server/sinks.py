@@ -2,11 +2,11 @@
 
 Rules kept here:
 
-* each audit row is copied when its transaction is committed, before the answer leaves; each checkpoint when it is
-  signed;
-* a copy that fails is told once, and the answer leaves; with ``audit.required`` the request fails in place of that,
-  although its transaction is kept: it can be repeated, as after any lost answer. It is told when the sink takes lines
-  again, and how many rows it lacks, and the next time that it fails; meanwhile the checks have a note;
+* each audit row is copied when its transaction is committed, each checkpoint when it is signed: in a server by threads
+  that nothing waits for (``copier.py``), with ``audit.required`` and in an operator's command before the answer leaves;
+* a copy that fails is told once; with ``audit.required`` the request fails, too, although its transaction is kept: it
+  can be repeated, as after any lost answer. It is told when the sink takes lines again, and how many rows it lacked,
+  and the next time that it fails; meanwhile the checks have a note;
 * a line is one JSON object, ``{"audit":number,"entry":{…}}`` or ``{"checkpoint":"…"}``, in one write: several
   processes may append to one file. The number is that of the row in the store; its index in the log comes later;
 * of a line that a full disk took in part, the rest is missing: the next begins on a line of its own;
@@ -110,54 +110,76 @@ class JournalSink:
             self._stands_still = False
 
 
+def row_line(number: int, row: AuditRow) -> str:
+    """The line of an audit row."""
+    return f'{{"audit":{number},"entry":{entry_text(row)}}}'
+
+
+def checkpoint_line(note: str) -> str:
+    """The line of a checkpoint."""
+    return json.dumps({"checkpoint": note}, ensure_ascii=False)
+
+
 class Sinks:
-    """All sinks of a server, whose state is in ``copies``. May be used from several threads."""
+    """Sinks, whose state is in ``copies``. May be used from several threads.
+
+    ``is_caught_up``: somebody copies later what they did not take.
+    """
 
     def __init__(
-        self, sinks: Sequence[Sink], *, required: bool, tell: Callable[[str], object], copies: Copies | None = None
+        self,
+        sinks: Sequence[Sink],
+        *,
+        required: bool,
+        tell: Callable[[str], object],
+        copies: Copies | None = None,
+        is_caught_up: bool = False,
     ) -> None:
         self._copies = Copies() if copies is None else copies
         self._sinks = sinks
         self._required = required
         self._tell = tell
+        self._later = "are copied now" if is_caught_up else "are not in it: see `audit export`"
         self._one_at_a_time = threading.Lock()
+        self._of_state = threading.Lock()
 
     def rows(self, rows: Sequence[tuple[int, AuditRow]]) -> None:
         """Copy rows that are committed. Raises `StoreError` if they must be, and are not."""
-        failed = self._write([f'{{"audit":{number},"entry":{entry_text(row)}}}' for number, row in rows])
+        failed = self.write([row_line(*each) for each in rows])
         if failed and self._required:
             raise StoreError(f"{failed[0]}; audit.required is set, so the answer does not leave")
 
     def checkpoint(self, note: str) -> None:
         """Copy a checkpoint."""
-        _ = self._write([json.dumps({"checkpoint": note}, ensure_ascii=False)])
+        _ = self.write([checkpoint_line(note)])
 
-    def _write(self, lines: list[str]) -> list[str]:
+    def write(self, lines: Sequence[str]) -> list[str]:
+        """Write lines; returns which sinks did not take them, and why."""
         failed: list[str] = []
-        told: list[str] = []
         with self._one_at_a_time:
             for sink in self._sinks:
                 try:
                     sink.write(lines)
                 except OSError as exc:
                     failed.append(f"{sink.name}: {exc.strerror or exc}")
-                    told += self._failed(sink.name, failed[-1], len(lines))
+                    self.missed(sink.name, failed[-1], len(lines))
                 else:
-                    told += self._worked(sink.name)
-        for each in told:
-            _ = self._tell(each)
+                    self._worked(sink.name)
         return failed
 
-    def _failed(self, name: str, why: str, lines: int) -> list[str]:
-        copies = self._copies
-        copies.missed[name.partition(":")[0]] += lines
-        since, count = copies.failing.get(name, (int(time.time()), 0))
-        copies.failing[name] = since, count + lines
-        return [] if count else [f"{why}; lines are missing there from {rfc3339(since)} on"]
+    def missed(self, name: str, why: str, lines: int) -> None:
+        """Count lines that the sink ``name`` did not take, and tell the first time. Waits for no sink."""
+        with self._of_state:
+            copies = self._copies
+            copies.missed[name.partition(":")[0]] += lines
+            since, count = copies.failing.get(name, (int(time.time()), 0))
+            copies.failing[name] = since, count + lines
+        if not count:
+            _ = self._tell(f"{why}; lines are missing there from {rfc3339(since)} on")
 
-    def _worked(self, name: str) -> list[str]:
-        if name not in self._copies.failing:
-            return []
-        since, count = self._copies.failing.pop(name)
-        now = rfc3339(int(time.time()))
-        return [f"{name}: it takes lines again; {count} of {rfc3339(since)} to {now} are not in it: see `audit export`"]
+    def _worked(self, name: str) -> None:
+        with self._of_state:
+            since, count = self._copies.failing.pop(name, (0, 0))
+        if count:
+            now = rfc3339(int(time.time()))
+            _ = self._tell(f"{name}: it takes lines again; {count} of {rfc3339(since)} to {now} {self._later}")

@@ -165,19 +165,22 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
     return sealed
 
 
-def copy_audit(config: ServerConfig, base: Path, store: DurableStore) -> Sinks | None:
-    """Have the audit rows of ``store`` copied to where a configuration says; None if it says nothing."""
+def read_sinks(config: ServerConfig, base: Path) -> list[Sink]:
+    """The sinks of a configuration."""
     audit = config.audit
     sinks: list[Sink] = []
     if audit.file is not None:
         sinks.append(FileSink(base / audit.file, is_durable=audit.required))
     if audit.journal:
         sinks.append(JournalSink())
-    if not sinks:
-        return None
-    made = Sinks(sinks, required=audit.required, tell=store.add_note, copies=store.copies)
-    store.copy_rows(made.rows)
-    return made
+    return sinks
+
+
+def copy_audit(config: ServerConfig, base: Path, store: DurableStore) -> None:
+    """Have the audit rows of an operator's command copied at once to where a configuration says."""
+    if sinks := read_sinks(config, base):
+        made = Sinks(sinks, required=config.audit.required, tell=store.add_note, copies=store.copies)
+        store.copy_rows(made.rows)
 
 
 def read_witnesses(config: ServerConfig, base: Path, store: Store, file: Path | None) -> Witnesses | None:
