@@ -68,7 +68,7 @@ def told(call: Callable[[], object], text: str, kind: type[StoreError] = StoreEr
 
 WATCHED = (
     *("transaction_isolation", "synchronous_commit", "enable_seqscan", "client_min_messages", "lock_timeout"),
-    *("statement_timeout", "idle_in_transaction_session_timeout"),
+    *("statement_timeout", "idle_in_transaction_session_timeout", "jit"),
 )
 
 

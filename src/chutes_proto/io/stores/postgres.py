@@ -115,6 +115,9 @@ _MUST_BE: Final = {"fsync": "on", "full_page_writes": "on", "server_encoding": "
 _SET_LOCAL: Final = {
     # A transaction that reads a whole table conflicts with every concurrent writer of that table.
     "enable_seqscan": "off",
+    # To read one of the small tables without an index then counts as very expensive: PostgreSQL would compile the
+    # statement each time, which takes a thousand times longer than to read the rows.
+    "jit": "off",
     # A process that hangs in the middle of a transaction must not block the others for long.
     "idle_in_transaction_session_timeout": "10s",
     # The warning that a commit did not reach the standby must arrive, whatever the role or the database sets here.
