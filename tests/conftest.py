@@ -139,10 +139,24 @@ def pooler(
 
 
 @pytest.fixture
-def pooled(pooler: Callable[[str], postgres.Pooler]) -> Iterator[Callable[[str], str]]:
+def pooled(cluster: postgres.Cluster, pooler: Callable[[str], postgres.Pooler]) -> Iterator[Callable[[str], str]]:
     """Gives the URL of an empty database behind the pgbouncer of a mode; it ends with the test."""
     with ExitStack() as stack:
-        yield lambda mode: pooler(mode).url(stack.enter_context(pooler(mode).database()))
+        yield lambda mode: pooler(mode).before(stack.enter_context(cluster.database()))
+
+
+@pytest.fixture(scope="session")
+def databases(cluster: postgres.Cluster) -> Iterator[postgres.Schemas]:
+    """The databases of `migrated_database`."""
+    with closing(postgres.Schemas(cluster.database)) as databases:
+        yield databases
+
+
+@pytest.fixture
+def migrated_database(databases: postgres.Schemas) -> Iterator[str]:
+    """The URL of a database with our tables, as `migrated_schema`; a pooler may be before it."""
+    with databases.borrow() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +172,20 @@ def database(request: pytest.FixtureRequest) -> str:
 def empty_schema(database: str) -> Iterator[str]:
     """The URL of an empty schema in PostgreSQL, which ends with the test."""
     with postgres.schema(database) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def schemas(database: str) -> Iterator[postgres.Schemas]:
+    """The schemas of `migrated_schema`."""
+    with closing(postgres.Schemas(lambda: postgres.schema(database))) as schemas:
+        yield schemas
+
+
+@pytest.fixture
+def migrated_schema(schemas: postgres.Schemas) -> Iterator[str]:
+    """The URL of a schema with our tables in PostgreSQL, as a migration leaves it; it is for this test alone."""
+    with schemas.borrow() as url:
         yield url
 
 

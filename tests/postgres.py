@@ -14,13 +14,14 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
 
+from chutes_proto.io.stores.postgres import PostgresStore
 from tests.waiting import wait_until
 
 VARIABLE = "CHUTES_PROTO_TEST_POSTGRES"
@@ -77,6 +78,18 @@ class Cluster:
         return f"postgresql://{user}:{password}@/{database}?" + "&".join(
             f"{key}={quote(value, safe='')}" for key, value in query.items()
         )
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The URL of an empty database. A pooler passes on no ``options``, so a schema would not do there."""
+        name = f"chutes_{os.urandom(8).hex()}"
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        try:
+            yield self.url(name)
+        finally:
+            with psycopg.connect(self.url(), autocommit=True) as connection:
+                connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
     def start(self, **settings: str) -> None:
         settings = {
@@ -172,17 +185,9 @@ class Pooler:
     def url(self, database: str, **query: str) -> str:
         return self._cluster.url(database, port=self._port, **query)
 
-    @contextmanager
-    def database(self) -> Iterator[str]:
-        """An empty database: its name. A pooler passes on no ``options``, so a schema would not do."""
-        name = f"chutes_{os.urandom(8).hex()}"
-        with psycopg.connect(self._cluster.url(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
-        try:
-            yield name
-        finally:
-            with psycopg.connect(self._cluster.url(), autocommit=True) as connection:
-                connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    def before(self, url: str) -> str:
+        """The URL of the same database, through this pooler."""
+        return f"{url}&port={self._port}"
 
     def recycle(self) -> None:
         """Let every transaction from now on meet a new session, except where a client holds an old one."""
@@ -231,6 +236,73 @@ def schema(url: str) -> Iterator[str]:
     finally:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
+
+
+class Schemas:
+    """Schemas with our tables, for one test after another: to make one takes ten times as long as to empty it.
+
+    Each is made in an empty schema or database, which ``make`` makes. One in which a test changed more than rows (a
+    table, an index, a function, a right) is not used again.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[str]]) -> None:
+        self._new: Callable[[], AbstractContextManager[str]] = make
+        self._made = ExitStack()
+        self._free: list[_Schema] = []
+
+    @contextmanager
+    def borrow(self) -> Iterator[str]:
+        """The URL of a schema as a migration leaves it."""
+        borrowed = self._free.pop() if self._free else _Schema(self._made.enter_context(self._new()))
+        yield borrowed.url
+        if borrowed.is_emptied():
+            self._free.append(borrowed)
+
+    def close(self) -> None:
+        self._made.close()
+
+
+class _Schema:
+    """One that is empty but for the facts that a migration writes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        PostgresStore(url, migrate=True).close()
+        with psycopg.connect(url, autocommit=True) as connection:
+            self._facts = connection.execute("SELECT name, value FROM fact").fetchall()
+            self._parts = connection.execute(_PARTS).fetchall()
+
+    def is_emptied(self) -> bool:
+        """Bring the rows back to those of a new store, unless more than rows was changed."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            if connection.execute(_PARTS).fetchall() != self._parts:
+                return False
+            connection.execute(_EMPTY)
+            connection.cursor().executemany("INSERT INTO fact (name, value) VALUES (%s, %s)", self._facts)
+            self._parts = connection.execute(_PARTS).fetchall()
+            return True
+
+
+_PARTS = """
+WITH class AS (SELECT oid, xmin FROM pg_class WHERE relnamespace = current_schema()::regnamespace)
+SELECT 'schema', oid, '', xmin::text FROM pg_namespace WHERE oid = current_schema()::regnamespace
+UNION ALL SELECT 'class', oid, '', xmin::text FROM class
+UNION ALL SELECT 'column', attrelid, attname, xmin::text FROM pg_attribute WHERE attrelid IN (SELECT oid FROM class)
+UNION ALL SELECT 'index', indexrelid, '', xmin::text FROM pg_index WHERE indexrelid IN (SELECT oid FROM class)
+UNION ALL SELECT 'trigger', oid, '', xmin::text FROM pg_trigger WHERE tgrelid IN (SELECT oid FROM class)
+UNION ALL SELECT 'function', oid, '', xmin::text FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+ORDER BY 1, 2, 3
+"""
+"""The statement that lists the parts of a schema, each with the transaction that changed it last."""
+
+_EMPTY = """
+DO $$ BEGIN EXECUTE (
+ SELECT 'TRUNCATE ' || string_agg(oid::regclass::text, ', ') || ' RESTART IDENTITY CASCADE' FROM pg_class
+ WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r'
+ AND (pg_relation_size(oid) > 0 OR oid IN (SELECT attrelid FROM pg_attribute WHERE attidentity <> ''))
+); END $$
+"""
+"""The statement that empties the tables that have held rows; to empty all takes longer."""
 
 
 def replace_now(connection: psycopg.Connection[Any], value: str) -> None:

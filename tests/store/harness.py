@@ -114,13 +114,13 @@ class SqliteHarness:
 
 
 class PostgresHarness:
-    """Every handle is a store with connections of its own, as in several processes."""
+    """Every handle is a store with connections of its own, as in several processes; our tables are at ``url``."""
 
     together = staticmethod(together)
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._stores = [PostgresStore(url, connections=4, busy_seconds=30, migrate=True)]
+        self._stores: list[PostgresStore] = []
 
     def open(self) -> Store:
         self._stores.append(PostgresStore(self._url, connections=1, busy_seconds=30))
@@ -134,5 +134,10 @@ class PostgresHarness:
 class SharedPostgresHarness(PostgresHarness):
     """Every handle is the same object, as in the worker threads of one server."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._store = PostgresStore(url, connections=4, busy_seconds=30)
+        self._stores.append(self._store)
+
     def open(self) -> Store:
-        return self._stores[0]
+        return self._store

@@ -39,10 +39,9 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-def url(empty_schema: str) -> str:
+def url(migrated_schema: str) -> str:
     """The URL of a schema with our tables."""
-    PostgresStore(empty_schema, migrate=True).close()
-    return empty_schema
+    return migrated_schema
 
 
 @pytest.fixture

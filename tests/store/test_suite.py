@@ -71,10 +71,11 @@ def make(name: str, request: pytest.FixtureRequest, folder: Path) -> Any:
         case "sqlite-shared":
             return SharedSqliteHarness(folder)
         case "pgbouncer-session" | "pgbouncer-transaction":
-            return PostgresHarness(request.getfixturevalue("pooled")(name.removeprefix("pgbouncer-")))
+            pooler = request.getfixturevalue("pooler")(name.removeprefix("pgbouncer-"))
+            return PostgresHarness(pooler.before(request.getfixturevalue("migrated_database")))
         case _:
             kind = PostgresHarness if name == "postgresql" else SharedPostgresHarness
-            return kind(request.getfixturevalue("empty_schema"))
+            return kind(request.getfixturevalue("migrated_schema"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
