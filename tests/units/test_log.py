@@ -133,7 +133,7 @@ def test_nothing_is_sequenced_while_another_transaction_does_or_nothing_is_there
 
 def test_a_row_that_goes_while_it_is_sequenced_changes_nothing() -> None:
     with pytest.raises(StoreBusy):
-        play(SequenceLog(ENTROPY), [LogStateRow(LOG, "o", 0), 0, ((1, ROW),), 0], 0)
+        play(SequenceLog(ENTROPY), [LogStateRow(LOG, "o", 0), 0, ((1, ROW),), (), 0], 0)
 
 
 def play(unit: Unit[Any], replies: list[Any], result: object) -> None:
@@ -243,7 +243,7 @@ def test_a_vm_with_two_histories_is_named(batch: int) -> None:
     def sequenced(*written: AuditRow) -> list[str]:
         store, told = filled(3), list[str]()
         store.transact(Ask(InsertAll(written)))
-        while store.transact(SequenceLog(ENTROPY[: batch * SALT_SIZE], tell=told.append)):
+        while store.transact(SequenceLog(ENTROPY[: batch * SALT_SIZE], tell=lambda fork, _: told.append(fork))):
             pass
         follow = VmChains().follow_entry
         entries = (entry_text(row).encode() for row in store.transact(Ask(ReadLog(0, 1000))))

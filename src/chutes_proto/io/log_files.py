@@ -17,7 +17,7 @@ from chutes_proto.tlog.check import Report, check_log
 from chutes_proto.tlog.merkle import HASH_SIZE
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier
 from chutes_proto.tlog.tiles import LARGEST_ENTRY, WIDTH, Fetch, Place, bundle, places, unbundle
-from chutes_proto.units.log import LOG, VmChains, announced_minimum, entry_text
+from chutes_proto.units.log import LOG, VmChains, announced_minimum, entry_text, leaf_of
 
 CHECKPOINT: Final = "checkpoint"
 KEY: Final = "key"
@@ -92,9 +92,22 @@ def purged_below(store: Store) -> int:
     """The index below which the newest purge deleted entries, as the entry or row says that tells of it; 0 if none."""
     if any(row.idx == 0 for row in _page(store, 0, 1)):
         return 0
-    wanted = AuditWanted(event="audit purged")
-    newest = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)))
-    return max((announced_minimum(entry_text(row).encode()) for _, row in newest), default=0)
+    row = _announcement(store)
+    return 0 if row is None else announced_minimum(entry_text(row).encode())
+
+
+def _announcement(store: Store) -> AuditRow | None:
+    """The newest audit row that tells of a purge: an entry, or one that will be. A forged one excuses nothing."""
+    wanted, number = AuditWanted(event="audit purged"), 1 << 62
+    while found := store.transact(Ask(ReadAudit(number, 1, backwards=True, wanted=wanted))):
+        ((number, row),) = found
+        if row.idx is None:
+            return row
+        if type(row.idx) is int and row.idx >= 0:
+            at = row.idx % WIDTH * HASH_SIZE
+            if stored_tiles(store)(0, row.idx // WIDTH)[at : at + HASH_SIZE] == leaf_of(row):
+                return row
+    return None
 
 
 def stored_tiles(store: Store) -> Fetch:
@@ -118,9 +131,9 @@ def check_stored(
                 _ = tell(index, size)
             yield index, text
 
-    wanted = AuditWanted(event="audit purged")
-    newest = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)))
-    minimum = max((announced_minimum(entry_text(row).encode()) for _, row in newest if row.idx is None), default=0)
+    newest = _announcement(store)
+    is_waiting = newest is not None and newest.idx is None
+    minimum = announced_minimum(entry_text(newest).encode()) if newest is not None and is_waiting else 0
     follow = VmChains().follow_entry
     return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum, minimum, follow)
 
@@ -138,8 +151,8 @@ def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note
     page = store.transact(Ask(ReadLog(0, 1)))
     first = page[0].idx or 0 if page else size
     if first:
-        told = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=AuditWanted(event="audit purged"))))
-        if told and (told[0][1].idx is None or told[0][1].idx >= size):
+        told = _announcement(store)
+        if told is not None and (told.idx is None or told.idx >= size):
             raise PurgedMeanwhile("audit log: a purge deleted entries after the checkpoint was signed; export again")
     written = 0
     for place in places(size, first):

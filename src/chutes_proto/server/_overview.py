@@ -105,6 +105,8 @@ class Recent:
         self._newest = newest = max([self._newest or 0, *(number for number, _ in fresh)])
         self._seen = {number for number in self._seen | dict(fresh).keys() if number > newest - _OVERLAP}
         for number, row in fresh:
+            if row.is_forged:
+                continue
             is_denial = row.decision == "refused"
             if is_denial:
                 newest_denials = sorted((*self.denied, Denied(number, row)), key=lambda each: each.number)

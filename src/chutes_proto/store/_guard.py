@@ -7,7 +7,9 @@ A store without a key of its own is not sealed, and passes the guard as it is. I
   group has a *head*: an authentic list of the tags that its rows have now, and a version, which grows with each
   transaction that writes. So a row that is missing, superfluous, or older than the newest, is not authentic either;
 * an audit row has the version of the head that its transaction wrote. A group that went back as a whole contradicts
-  the log, as soon as the log has a later entry.
+  the log, as soon as the log has a later entry;
+* an audit row has a MAC over all that its unit wrote, which counts until the row has its place in the log. One that is
+  not authentic then does not end the unit that reads it: it gets a negative index, which says so.
 
 The groups:
 
@@ -75,6 +77,8 @@ _liveness: Final = itemgetter(*map(columns(store.GenerationRow).index, ("state",
 _GENERATION: Final = {name: at for at, name in enumerate(columns(store.GenerationRow))}
 _REVOCATION: Final = {name: at for at, name in enumerate(columns(store.RevocationRow))}
 _VM_VERSION: Final = columns(store.AuditRow).index("vm_version")
+_IDX: Final = columns(store.AuditRow).index("idx")
+_SALT: Final = columns(store.AuditRow).index("salt")
 _BOOT: Final = {name: at for at, name in enumerate(columns(store.BootRow))}
 _FLAGS: Final = {kind: flags(kind) for kind in store.ROWS}
 
@@ -386,7 +390,7 @@ class Guard:
         if isinstance(op, _OfSeal):
             return op.carry_out(self)
         if self._key is None:
-            if self._is_locked and (type(op) is store.Insert or type(op) in _CHANGES):
+            if self._is_locked and (type(op) in _KEYED or type(op) in _CHANGES):
                 raise self._locked()
             return decode(op, self._run(op, *statement(op, self._seal if self._is_locked else sql.not_sealed)))
         if len(self._heads) > _HEADS_HELD:
@@ -398,10 +402,14 @@ class Guard:
             if not isinstance(changed, StoreOp):
                 return changed
             op = changed
-        text, values = statement(op, self._seal)
         if type(op) is store.Insert and type(op.row) is store.AuditRow:
+            text, values = statement(op)
             values = self.audited(op.row, values)
+        else:
+            text, values = statement(op, self._seal)
         rows = self._run(op, text, values)
+        if type(op) in _AUDIT_READS:
+            return decode(op, [self.judged(row) for row in rows])
         kind = kind_read(op)
         if kind is not None and type(op) is store.ReadOtherwiseSealed:
             rows = self._openable(rows)
@@ -480,6 +488,8 @@ class Guard:
         """The MAC of a row that is written, and its place in the head of its group."""
         if self._key is None:
             raise self._locked()
+        if kind is store.AuditRow:
+            return self._key.of_row(kind.TABLE, _written(values))
         mac = self._key.of_row(kind.TABLE, values)
         self.enter(kind, values, mac[-TAG_SIZE:])
         return mac
@@ -608,13 +618,31 @@ class Guard:
     # --- what operations do to groups ---
 
     def audited(self, row: store.AuditRow, values: Values) -> Values:
-        """The values of an audit row with the version that the head of its VM will have."""
+        """The values of an audit row with the version that the head of its VM will have, and its MAC."""
         head = None if row.vm is None else self._heads.get((row.vm.hotkey, row.vm.name))
+        written = values[:-1]
         # A refusal alone changes nothing of the VM, and a stranger may cause it.
-        if head is None or (row.decision == "refused" and not head.is_changed):
-            return values
-        head.is_changed = True
-        return (*values[:_VM_VERSION], head.version + 1, *values[_VM_VERSION + 1 :])
+        if head is not None and (row.decision != "refused" or head.is_changed):
+            head.is_changed = True
+            written = (*values[:_VM_VERSION], head.version + 1, *values[_VM_VERSION + 1 : -1])
+        return (*written, self._seal(store.AuditRow, written))
+
+    def judged(self, row: Sequence[Any]) -> Sequence[Any]:
+        """An audit row after its number, with a negative index if it is not sequenced and not authentic."""
+        if row[1 + _IDX] is not None or not self._fault_of(row):
+            return row
+        return (*row[: 1 + _IDX], -1, *row[2 + _IDX :])
+
+    def _fault_of(self, row: Sequence[Any]) -> str:
+        """Why an audit row after its number, which has no place yet, is not authentic; or an empty text."""
+        mac = row[-1]
+        if mac is None:
+            return "it has no MAC" if self._is_final else ""
+        written = _written(row[1:-1])
+        is_right = self._key is not None and is_same(mac, self._key.of_row("audit", written))
+        if not is_right and (older := self._older_key(mac)) is not None:
+            is_right = is_same(mac, older.of_row("audit", written))
+        return "" if is_right else "its MAC is not that of its columns"
 
     def copied(self, op: store.InsertAll) -> store.InsertAll:
         kind = type(op.rows[0])
@@ -919,6 +947,30 @@ class Guard:
             _ = self._run(None, *sql.set_macs(kind, some))
         return len(bare), found[-1] if len(found) == limit else None
 
+    def adopt_audit(self, after: int, limit: int) -> tuple[int, int | None]:
+        """Give the next audit rows without a place a MAC of this epoch; returns how many, and the last number.
+
+        One that is not authentic is left as it is.
+        """
+        if self._key is None:
+            raise StoreError("the store has no key for its rows yet")
+        rows = self._run(None, sql.READ_QUEUE, (after, limit))
+        stale = [row for row in rows if epoch_of(row[-1]) != self._key.epoch and not self._fault_of(row)]
+        bare = [(row[0], self._key.of_row("audit", _written(row[1:-1]))) for row in stale]
+        for first in range(0, len(bare), _WRITTEN):
+            _ = self._run(None, *sql.set_audit_macs(bare[first : first + _WRITTEN]))
+        return len(bare), rows[-1][0] if len(rows) == limit else None
+
+    def inspect_audit(self, after: int, limit: int) -> tuple[tuple[RowNotAuthentic, ...], int | None]:
+        """The faults of the next audit rows without a place, and the last number."""
+        rows = self._run(None, sql.READ_QUEUE, (after, limit))
+        faults = [RowNotAuthentic("audit", str(row[0]), why) for row in rows if (why := self._fault_of(row))]
+        last = rows[-1][0] if len(rows) == limit else None
+        if last is None:
+            why = "it has a place that the log has not given yet"
+            faults += [RowNotAuthentic("audit", str(row[0]), why) for row in self._run(None, sql.READ_BEYOND, ())]
+        return tuple(faults), last
+
     def adopt_vms(self, after: store.Vm | None, limit: int) -> tuple[tuple[store.Vm, ...], store.Vm | None]:
         """Give the next VMs heads that have none, from their rows as they are; returns these, and the last VM."""
         if self._key is None:
@@ -1064,6 +1116,11 @@ def _rows_key(epoch: int) -> str:
     return f"{ROWS_KEY}/{epoch}"
 
 
+def _written(values: Sequence[Any]) -> Sequence[Any]:
+    """The columns of an audit row that its unit wrote: all but those that the sequencer writes."""
+    return (*values[:_IDX], *values[_SALT + 1 :])
+
+
 def _is_past(kind: type[store.Row], values: Sequence[Any]) -> bytes:
     """One byte more for a row of the store's group: 1 for a revocation that was undone."""
     return bytes((kind is store.RevocationRow and values[_REVOCATION["allowed_at"]] is not None,))
@@ -1137,6 +1194,10 @@ _CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
     **dict.fromkeys(_FACT_WRITES, Guard.set_fact),
 }
 """Changes of groups before an operation, which is returned, or in place of it, and then its reply."""
+
+_KEYED: Final = frozenset({store.Insert, store.ReadUnsequenced})
+"""Operations that need the key of a sealed store, beside changes: a row that is not checked gets no place."""
+_AUDIT_READS: Final = frozenset({store.ReadAudit, store.ReadUnsequenced})
 
 _GROUPS: Final[dict[tuple[type[StoreOp[Any]], type[store.Row]], Callable[[Guard, Any, Rows, list[bytes]], Rows]]] = {
     (store.Read, store.VmRow): Guard.claim,
@@ -1225,6 +1286,20 @@ class AdoptVms(_OfSeal[tuple[tuple[store.Vm, ...], store.Vm | None]]):
 
 
 @frozen
+class AdoptAudit(_OfSeal[tuple[int, int | None]]):
+    """Give the next audit rows that are not sequenced a MAC of the newest epoch, if they have none or an older one.
+
+    Replies how many, and the last number.
+    """
+
+    after: int
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[int, int | None]:
+        return guard.adopt_audit(self.after, self.limit)
+
+
+@frozen
 class EndSeal(_OfSeal[None]):
     """Accept no row without a MAC from now on, and no VM without a head."""
 
@@ -1298,6 +1373,17 @@ class InspectRows(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Row | None]])
 
 
 @frozen
+class InspectAudit(_OfSeal[tuple[tuple[RowNotAuthentic, ...], int | None]]):
+    """The faults of the next audit rows that are not sequenced, by number, and the last number."""
+
+    after: int
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], int | None]:
+        return guard.inspect_audit(self.after, self.limit)
+
+
+@frozen
 class InspectVms(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
     """The faults of the groups of the next VMs of which there is any row, or a head; and the VM to go on after."""
 
@@ -1316,5 +1402,5 @@ class InspectStore(_OfSeal[tuple[RowNotAuthentic, ...]]):
         return guard.inspect_store()
 
 
-SEALED: Final = tuple(kind for kind in store.ROWS if kind not in UNSEALED)
-"""The kinds of rows that have MACs."""
+SEALED: Final = tuple(kind for kind in store.ROWS if kind not in UNSEALED and kind is not store.AuditRow)
+"""The kinds of rows that have MACs, but for audit rows, whose MACs count until they are sequenced."""

@@ -40,7 +40,7 @@ __all__ += ["DoubtCandidates", "FindDeclaration", "FindRecent", "PurgeTiles"]
 __all__ += ["EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["EvidenceRow", "ReadRevocation", "ReadRevoked", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
-__all__ += ["FindNumber", "ReadUnsequenced", "Sequence"]
+__all__ += ["FindBeyond", "FindNumber", "ReadUnsequenced", "Sequence", "SetApart"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -396,7 +396,8 @@ class AuditRow:
 
     Once it is sequenced, a row has its index ``idx`` in the log, and a random ``salt``, without which a deleted entry
     could be guessed from its hash. ``vm_version`` is the version of the VM's head (``store/_guard.py``) that the same
-    transaction wrote; None where it wrote none.
+    transaction wrote; None where it wrote none. A negative index means that a sealed store's row was not authentic when
+    its turn came, or when it was read; it tells nothing more.
     """
 
     TABLE: ClassVar[str] = "audit"
@@ -419,6 +420,11 @@ class AuditRow:
     idx: int | None = None
     salt: bytes | None = None
     vm_version: int | None = None
+
+    @property
+    def is_forged(self) -> bool:
+        """Whether it never becomes an entry of the log: no unit wrote it, or it was changed since."""
+        return type(self.idx) is int and self.idx < 0
 
 
 @frozen
@@ -967,7 +973,10 @@ class FindRecent(StoreOp[int | None]):
 
 @frozen
 class PurgeAudit(StoreOp[None]):
-    """Delete the audit rows with an index below ``below``; all of them record a time before ``before``."""
+    """Delete the audit rows with an index below ``below``; all of them record a time before ``before``.
+
+    Forged ones go with them, if they record such a time, too.
+    """
 
     MAY_TAKE_LONG: ClassVar[bool] = True
 
@@ -989,10 +998,28 @@ class LockLog(StoreOp[int | None]):
 
 @frozen
 class ReadUnsequenced(StoreOp[tuple[tuple[int, AuditRow], ...]]):
-    """The first ``limit`` audit rows after the number ``beyond`` that have no index yet, each with its number."""
+    """The first ``limit`` audit rows after the number ``beyond`` that have no index yet, each with its number.
+
+    One that is not authentic has a negative index here; it is not the one that it has in the store.
+    """
 
     limit: int
     beyond: int = 0
+
+
+@frozen
+class FindBeyond(StoreOp[tuple[int, ...]]):
+    """The numbers of up to ``limit`` audit rows with an index that a log of ``size`` entries has not given yet."""
+
+    size: int
+    limit: int
+
+
+@frozen
+class SetApart(StoreOp[None]):
+    """Give the audit rows with these numbers, at least one, negative indexes that no row has."""
+
+    numbers: tuple[int, ...]
 
 
 @frozen

@@ -330,6 +330,7 @@ ALTER TABLE erasure ADD COLUMN mac {bytes};
 ALTER TABLE host_profile ADD COLUMN mac {bytes};
 ALTER TABLE evidence ADD COLUMN mac {bytes};
 ALTER TABLE keyring ADD COLUMN mac {bytes};
+ALTER TABLE audit ADD COLUMN mac {bytes};
 """
 
 _INDEXES: Final = (
@@ -363,7 +364,7 @@ _INDEXES: Final = (
     "CREATE UNIQUE INDEX audit_idx ON audit (idx)",
     "CREATE INDEX audit_unsequenced ON audit (id) WHERE idx IS NULL",
     # The newest version of a VM's head that the log knows; only the sequencer, which conflicts with nobody, writes it.
-    "CREATE INDEX audit_version ON audit (hotkey, vm, vm_version) WHERE idx IS NOT NULL",
+    "CREATE INDEX audit_version ON audit (hotkey, vm, vm_version) WHERE idx >= 0",
 )
 
 
@@ -870,10 +871,19 @@ def _sequence(op: store.Sequence) -> tuple[str, Values]:
     return text, _chained(op.rows)
 
 
+def _set_apart(op: store.SetApart) -> tuple[str, Values]:
+    # Below all that were set apart before. An attacker can leave no lower index: then this fails, and the log stops.
+    text = (
+        "UPDATE audit SET idx = (SELECT coalesce(min(idx), 0) FROM audit WHERE idx < 0) - CAST(fresh.column2 AS BIGINT)"  # noqa: S608
+        f" FROM (VALUES {', '.join(['(?, ?)'] * len(op.numbers))}) AS fresh WHERE id = CAST(fresh.column1 AS BIGINT)"
+    )
+    return text, _chained((number, at) for at, number in enumerate(op.numbers, 1))
+
+
 def _read_vm_versions(op: store.ReadVmVersions) -> tuple[str, Values]:
     text = (
         "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE hotkey = CAST(column1 AS TEXT)"  # noqa: S608
-        " AND vm = CAST(column2 AS TEXT) AND idx IS NOT NULL)"
+        " AND vm = CAST(column2 AS TEXT) AND idx >= 0)"
         f" FROM (VALUES {', '.join(['(?, ?)'] * len(op.vms))}) AS named"
     )
     return text, _chained(map(_values, op.vms))
@@ -1085,6 +1095,10 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     store.ReadUnsequenced: _query(
         _select(store.AuditRow, "WHERE idx IS NULL AND id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered
     ),
+    store.FindBeyond: _query(
+        "SELECT id FROM audit WHERE idx >= :size ORDER BY idx LIMIT :limit", lambda rows: tuple(row[0] for row in rows)
+    ),
+    store.SetApart: _Query(_set_apart, lambda _, rows: _nothing(rows)),
     store.FindNumber: _query("SELECT id FROM audit WHERE idx = :idx", lambda rows: rows[0][0] if rows else 0),
     store.ReadVmVersions: _Query(
         _read_vm_versions,
@@ -1099,7 +1113,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         "SELECT idx FROM audit WHERE idx >= :first AND at >= :since ORDER BY idx LIMIT 1",
         lambda rows: rows[0][0] if rows else None,
     ),
-    store.PurgeAudit: _query("DELETE FROM audit WHERE idx < :below"),
+    store.PurgeAudit: _query("DELETE FROM audit WHERE idx < :below AND (idx >= 0 OR at < :before)"),
     store.PurgeTiles: _query("DELETE FROM log_tile WHERE level = 0 AND tile < :below"),
 }
 
@@ -1126,7 +1140,7 @@ def kind_read(op: Any) -> type[store.Row] | None:
     if of not in _READ:
         return None
     kind: type[store.Row] = _READ[of] or op.kind
-    return None if kind in UNSEALED else kind
+    return None if kind in UNSEALED or kind is store.AuditRow else kind
 
 
 def is_read(text: str) -> bool:
@@ -1161,7 +1175,7 @@ def decode(op: store.StoreOp[Any], rows: Rows) -> Any:
 
 READ_HEAD: Final = (
     "SELECT known.version, head.version, contents, mac FROM"
-    " (SELECT max(vm_version) AS version FROM audit WHERE hotkey = ? AND vm = ? AND idx IS NOT NULL) AS known"
+    " (SELECT max(vm_version) AS version FROM audit WHERE hotkey = ? AND vm = ? AND idx >= 0) AS known"
     " LEFT JOIN head ON head.hotkey = ? AND head.vm = ?"
 )
 """The statement that reads the newest version of a VM's head that the log knows, and the head; NULLs without one."""
@@ -1178,7 +1192,7 @@ READ_CANDIDATES: Final = _select(
 def read_heads(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
     """The statement that reads what `READ_HEAD` does, after the VM, of each of these VMs."""
     return (
-        "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE idx IS NOT NULL"  # noqa: S608
+        "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE idx >= 0"  # noqa: S608
         " AND audit.hotkey = CAST(column1 AS TEXT) AND audit.vm = CAST(column2 AS TEXT)), head.version, contents, mac"
         f" FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"
         " LEFT JOIN head ON head.hotkey = CAST(column1 AS TEXT) AND head.vm = CAST(column2 AS TEXT)"
@@ -1201,7 +1215,7 @@ _NEXT_VMS: Final = (
 )
 NEXT_HEADS: Final = (
     "SELECT page.hotkey, page.vm, (SELECT max(vm_version) FROM audit WHERE audit.hotkey = page.hotkey"  # noqa: S608
-    " AND audit.vm = page.vm AND idx IS NOT NULL), head.version, contents, mac"
+    " AND audit.vm = page.vm AND idx >= 0), head.version, contents, mac"
     f" FROM ({_NEXT_VMS}) AS page LEFT JOIN head ON head.hotkey = page.hotkey AND head.vm = page.vm"
     " ORDER BY page.hotkey, page.vm"
 )
@@ -1257,6 +1271,24 @@ def set_macs(kind: type[store.Row], rows: Sequence[Values]) -> tuple[str, Values
     text = (
         f"UPDATE {kind.TABLE} SET mac = fresh.column{len(rows[0])}"  # noqa: S608
         f" FROM (VALUES {', '.join([marks] * len(rows))}) AS fresh WHERE {' AND '.join(key)}"
+    )
+    return text, _chained(rows)
+
+
+READ_QUEUE: Final = _select(store.AuditRow, "WHERE idx IS NULL AND id > ? ORDER BY id LIMIT ?", "id")
+"""The statement that reads the next audit rows that are not sequenced, each after its number."""
+READ_BEYOND: Final = (
+    "SELECT id FROM audit WHERE idx >= (SELECT size FROM log_state WHERE log = 'audit') ORDER BY idx LIMIT 1000"
+)
+"""The statement that reads the numbers of audit rows that claim a place which the log has not given yet."""
+
+
+def set_audit_macs(rows: Sequence[Values]) -> tuple[str, Values]:
+    """The statement that gives audit rows MACs; each is a row's number, and its MAC."""
+    text = (
+        "UPDATE audit SET mac = fresh.column2"  # noqa: S608
+        f" FROM (VALUES {', '.join(['(?, ?)'] * len(rows))}) AS fresh"
+        " WHERE id = CAST(fresh.column1 AS BIGINT)"
     )
     return text, _chained(rows)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Final, TypeAlias
 
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import rows as store
@@ -51,6 +51,7 @@ class _Pages:
     limit: int
     after: store.Row | None = None
     beyond: int = 0
+    forged: int = 0
 
     def __iter__(self) -> Iterator[Page]:
         return self
@@ -60,12 +61,19 @@ class _Pages:
             page: Page = self.source.transact(Ask(store.ReadPage(self.kind, self.after, self.limit)))
         else:
             numbered = self.source.transact(Ask(store.ReadAudit(self.beyond, self.limit)))
-            page = tuple(row for _, row in numbered)
+            page = tuple(self._placed(row) for _, row in numbered)
             self.beyond = numbered[-1][0] if numbered else self.beyond
         if not page:
             raise StopIteration
         self.after = page[-1]
         return page
+
+    def _placed(self, row: store.AuditRow) -> store.AuditRow:
+        """The row; one that is forged with an index that no other one has, whether it was set apart or waits for it."""
+        if not row.is_forged:
+            return row
+        self.forged += 1
+        return evolve(row, idx=-self.forged)
 
 
 def _count(kind: type[store.Row]) -> Script[int]:

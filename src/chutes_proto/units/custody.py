@@ -23,6 +23,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._guard import (
     ROWS_KEY,
+    AdoptAudit,
     AdoptRows,
     AdoptVms,
     BeginEpoch,
@@ -100,6 +101,23 @@ class SealRows(Unit[tuple[int, store.Row | None]]):
         count, last = yield from AdoptRows(self.kind, self.after, self.limit)
         if count:
             yield from _audit(self.now, "rows sealed", self.reason, f"{self.kind.TABLE} rows: {count}")
+        return count, last
+
+
+@frozen
+class SealWaiting(Unit[tuple[int, int | None]]):
+    """Give the next audit rows that are not sequenced MACs; returns how many got one, and the number to go on after."""
+
+    now: int
+    after: int
+    reason: str
+    limit: int = 1000
+
+    def script(self) -> Script[tuple[int, int | None]]:
+        """One page."""
+        count, last = yield from AdoptAudit(self.after, self.limit)
+        if count:
+            yield from _audit(self.now, "rows sealed", self.reason, f"audit rows: {count}")
         return count, last
 
 

@@ -8,7 +8,9 @@ Rules kept here:
   doubled loses none, and reorders none;
 * an entry is the text of its row: canonical JSON (RFC 8785) of its columns, without those that are NULL. So a column
   that a later release adds changes no older entry. Its salt is random, and goes with the row when that is purged;
-* a tile's hashes are never computed from rows again: a row that was changed contradicts its tile.
+* a tile's hashes are never computed from rows again: a row that was changed contradicts its tile;
+* a row of a sealed store that no unit wrote as it is gets no place: an entry tells of it. It stays, with a negative
+  index: what a server's mark has seen must not go.
 """
 
 from __future__ import annotations
@@ -88,6 +90,10 @@ def announced_minimum(entry: bytes) -> int:
     return 0 if found is None else int(found[1])
 
 
+ROWS_FORGED: Final = "rows forged"
+_ROWS_FORGED_MEMBER: Final = f'"event":"{ROWS_FORGED}"'.encode()
+
+
 # --- forks ---
 
 
@@ -112,7 +118,9 @@ class VmChains:
         return f"VM {vm[0]}/{vm[1]} has two histories: version {version} follows version {last}"
 
     def follow_entry(self, entry: bytes) -> str:
-        """The same for the text of an entry, which may be of no VM."""
+        """The same for the text of an entry, which may be of no VM, or tell of forged rows."""
+        if _ROWS_FORGED_MEMBER in entry:
+            return "it tells of audit rows that were forged, or changed before they got a place"
         if b'"vm_version":' not in entry:
             return ""
         try:
@@ -150,7 +158,7 @@ def find_forks(rows: Iterable[tuple[int, store.AuditRow]]) -> Script[tuple[str, 
 # --- sequencing ---
 
 
-def _untold(_fork: str) -> None:
+def _untold(_finding: str, _rows: int) -> None:
     pass
 
 
@@ -161,8 +169,10 @@ class SequenceLog(Unit[int]):
     Repeat it until it returns 0: nothing was left, or another transaction sequences. ``entropy`` is `SALT_SIZE` random
     bytes for each row; ``origin`` names the log if it begins now. Only rows after the number ``beyond`` are looked at,
     so that a long sequencing does not pass by all that it has done before. Raises `LogError` if the log's last tiles
-    are not those of its size: then it is damaged, and nothing is changed; see `MendTiles`. ``tell`` gets each VM that
-    has two histories; again, if the transaction runs again. Their rows become entries like others.
+    are not those of its size: then it is damaged, and nothing is changed; see `MendTiles`. ``tell`` gets each finding,
+    and how many rows it is about; again, if the transaction runs again. The rows of a VM that has two histories become
+    entries like others. Those that are not authentic, and those that have a place which the log has not given, do not:
+    they are set apart, and an audit row of the time ``now`` names them by their numbers.
     """
 
     READS_COMMITTED: ClassVar[bool] = True
@@ -170,7 +180,8 @@ class SequenceLog(Unit[int]):
     entropy: bytes
     origin: str = ""
     beyond: int = 0
-    tell: Callable[[str], object] = _untold
+    tell: Callable[[str, int], object] = _untold
+    now: int = 0
 
     def script(self) -> Script[int]:
         state = yield from store.Read(store.LogStateRow, LOG)
@@ -180,11 +191,14 @@ class SequenceLog(Unit[int]):
         size = yield from store.LockLog()
         if size is None:
             return 0
-        rows = yield from store.ReadUnsequenced(len(self.entropy) // SALT_SIZE, self.beyond)
-        if not rows:
+        limit = len(self.entropy) // SALT_SIZE
+        waiting = yield from store.ReadUnsequenced(limit, self.beyond)
+        forged = [*(yield from store.FindBeyond(size, limit)), *(number for number, row in waiting if row.is_forged)]
+        rows = [(number, row) for number, row in waiting if not row.is_forged]
+        if not rows and not forged:
             return 0
         for fork in (yield from find_forks(rows)):
-            _ = self.tell(fork)
+            _ = self.tell(fork, 1)
         placed = [
             (number, evolve(row, idx=size + at, salt=self.entropy[SALT_SIZE * at : SALT_SIZE * (at + 1)]))
             for at, (number, row) in enumerate(rows)
@@ -193,13 +207,24 @@ class SequenceLog(Unit[int]):
         for place in tiles.edge(size):
             partial += [(yield from _tile(place.level or 0, place.number))]
         changed = tiles.grow(size, partial, [leaf_of(row) for _, row in placed])
+        if forged:
+            yield from self._set_apart(tuple(forged))
+        if not rows:
+            return len(waiting)
         given = tuple((number, row.idx or 0, row.salt or b"") for number, row in placed)
         if (yield from store.Sequence(given)) != len(given):
             raise StoreBusy("audit rows went while they were sequenced")
         for (level, number), hashes in changed.items():
             yield from store.Put(store.LogTileRow(level, number, hashes))
         yield from store.Put(evolve(state, size=size + len(given)))
-        return len(given)
+        return len(waiting)
+
+    def _set_apart(self, forged: tuple[int, ...]) -> Script[None]:
+        yield from store.SetApart(forged)
+        numbers = ", ".join(map(str, forged))
+        told = store.AuditRow(self.now, "operator", ROWS_FORGED, "done", "no unit wrote them as they are")
+        yield from store.Insert(evolve(told, keys=f"audit rows {numbers}"))
+        _ = self.tell(f"the rows {numbers} were forged, or changed before they got a place", len(forged))
 
 
 @frozen

@@ -46,7 +46,7 @@ _EXPORTS = 3
 _SHOWN = 1000
 _STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
 _COLUMNS: output.Columns = {
-    "ENTRY": lambda row: "-" if row.idx is None else str(row.idx),
+    "ENTRY": lambda row: "forged" if row.is_forged else "-" if row.idx is None else str(row.idx),
     "TIME": lambda row: output.when(row.at),
     "ACTOR": lambda row: row.actor,
     "EVENT": lambda row: row.event,
@@ -118,7 +118,8 @@ def listing(
 ) -> int:
     """Show audit rows for people, the newest last.
 
-    ENTRY is the index in the audit log, which `receipt show` takes; a row has one within a second.
+    ENTRY is the index in the audit log, which `receipt show` takes; a row has one within a second. One that no key
+    server wrote has none, and is shown as forged.
 
     Examples:
       chutes-proto audit list --event boot --last 20 --config server.toml

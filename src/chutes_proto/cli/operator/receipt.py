@@ -94,8 +94,8 @@ def show(entry: str, with_evidence: bool, config: str) -> int:
             index: int | None = int(entry)
         else:
             wanted = AuditWanted(request_id=entry)
-            rows = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)))
-            index = rows[0][1].idx if rows else None
+            rows = store.transact(Ask(ReadAudit(1 << 62, 100, backwards=True, wanted=wanted)))
+            index = next((row.idx for _, row in rows if not row.is_forged), None)
         if index is None or index >= found.size:
             raise Refused(
                 Code.KEY_NOT_FOUND, f"the audit log has no entry {entry}; `chutes-proto audit list` shows all"

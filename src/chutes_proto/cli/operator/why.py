@@ -146,7 +146,8 @@ def _of_store(store: DurableStore, wanted: AuditWanted, last: int) -> Iterator[_
     while last > 0:
         page = store.transact(unit)
         for row in page.rows[:last]:
-            yield _recorded(store, row)
+            if not row.is_forged:
+                yield _recorded(store, row)
         last -= len(page.rows)
         if page.beyond is None:
             return

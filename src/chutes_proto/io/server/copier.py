@@ -212,7 +212,7 @@ class Copier:
             while not self._is_behind and not is_whole:
                 settled = self._settled()
                 rows = self._store.transact(Ask(ReadAudit(beyond, PAGE)))
-                lines = [row_line(*each) for each in rows]
+                lines = [row_line(number, row) for number, row in rows if not row.is_forged]
                 if lines and not self._write(lines):
                     break
                 self._caught_up.append({*lines})

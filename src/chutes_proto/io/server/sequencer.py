@@ -9,7 +9,7 @@ Rules kept here:
   what is not in it. The old checkpoint is kept beside the new one. All servers sign with the newest key;
 * what this process has committed must be in the log soon: an entry that is not there within 10 s, or is another one, is
   told. It was deleted or changed before it got its place, or a fail-over lost it;
-* a VM whose versions do not grow from entry to entry has two histories, and is told;
+* a VM whose versions do not grow from entry to entry has two histories, and is told; so are rows that no unit wrote;
 * a store that fails is asked again later: nothing waits for the log.
 """
 
@@ -124,7 +124,7 @@ class Sequencer:
             beyond = max(0, self._transact(FindNewest()) - LATE)
 
     def _batch(self, beyond: int) -> int:
-        unit = SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin, beyond, self._forked)
+        unit = SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin, beyond, self._found, int(time.time()))
         try:
             return self._transact(unit)
         except LogError:
@@ -132,10 +132,10 @@ class Sequencer:
                 raise
         return self._transact(unit)
 
-    def _forked(self, fork: str) -> None:
-        self._store.custody.faults["audit"] += 1
+    def _found(self, finding: str, rows: int) -> None:
+        self._store.custody.faults["audit"] += rows
         self._store.add_note(
-            f"audit log: {fork}; the VM, or the whole store, was set back: `chutes-proto audit verify`"
+            f"audit log: {finding}; the database was changed, or set back: `chutes-proto audit verify`"
         )
 
     def _mend(self) -> bool:
@@ -170,7 +170,9 @@ class Sequencer:
         found: dict[int, Entry] = {}
         beyond = first - 1
         while rows := self._transact(Ask(ReadAudit(beyond, BATCH, through=last))):
-            found.update((number, Entry.of(number, row)) for number, row in rows if row.idx is not None)
+            found.update(
+                (number, Entry.of(number, row)) for number, row in rows if row.idx is not None and row.idx >= 0
+            )
             beyond = rows[-1][0]
         return found
 

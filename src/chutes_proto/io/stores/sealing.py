@@ -18,7 +18,9 @@ from chutes_proto.secret import Secret
 from chutes_proto.store import rows
 from chutes_proto.store._guard import (
     SEALED,
+    AdoptAudit,
     Custody,
+    InspectAudit,
     InspectRows,
     InspectStore,
     InspectVms,
@@ -37,11 +39,14 @@ from chutes_proto.units.custody import (
     SealNew,
     SealRows,
     SealVms,
+    SealWaiting,
 )
 
 T = TypeVar("T")
 
 _PAGE = 1000
+_FIRST = -(1 << 63)
+"""A number before that of any audit row: who writes the database can draw one that is negative."""
 _VMS = 200
 """VMs of which all rows are in memory at a time."""
 
@@ -81,6 +86,7 @@ def seal_store(
     if not store.transact(BeginSealing(now, vault, _drawn(), reason)):
         return None
     sealed = sum(_pages(store, SEALED, lambda kind, last: SealRows(now, kind, last, reason, _PAGE), tell))
+    sealed += sum(_pages_of_waiting(store, lambda after: SealWaiting(now, after, reason, _PAGE)))
     vms = sum(_pages_of_vms(store, lambda after: SealVms(now, after, reason)))
     store.transact(EndSealing(now, reason))
     return sealed, vms
@@ -108,6 +114,8 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
         faults += found
     for found in _pages_of_vms(store, lambda after: Ask(RenewHeads(after, _PAGE))):
         faults += found
+    # An audit row that is not authentic gets no place in the log, and need not be mended.
+    _ = sum(_pages_of_waiting(store, lambda after: Ask(AdoptAudit(after, _PAGE))))
     if not faults:
         store.transact(EndOldEpochs(int(time.time()), reason))
     return tuple({(fault.table, fault.key): fault for fault in faults}.values())
@@ -117,6 +125,8 @@ def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> It
     """Find the rows of a sealed store that are not authentic, and the VMs whose rows contradict their heads."""
     yield from store.transact(Ask(InspectStore()))
     for faults in _pages(store, SEALED, lambda kind, last: Ask(InspectRows(kind, last, _PAGE)), tell):
+        yield from faults
+    for faults in _pages_of_waiting(store, lambda after: Ask(InspectAudit(after, _PAGE))):
         yield from faults
     for faults in _pages_of_vms(store, lambda after: Ask(InspectVms(after, _VMS))):
         yield from faults
@@ -150,6 +160,14 @@ def _pages_of_vms(store: Store, page: Callable[[rows.Vm | None], Unit[tuple[T, r
         yield found
         if after is None:
             break
+
+
+def _pages_of_waiting(store: Store, page: Callable[[int], Unit[tuple[T, int | None]]]) -> Iterator[T]:
+    """Run a unit for each page of audit rows that are not in the log yet, and yield what it returns."""
+    after: int | None = _FIRST
+    while after is not None:
+        found, after = store.transact(page(after))
+        yield found
 
 
 def _drawn() -> Secret:

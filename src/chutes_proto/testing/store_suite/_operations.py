@@ -28,6 +28,7 @@ from chutes_proto.store.rows import (
     EraseGeneration,
     ErasureRow,
     EvidenceRow,
+    FindBeyond,
     FindDeclaration,
     FindLastBoot,
     FindLastBootFrom,
@@ -86,6 +87,7 @@ from chutes_proto.store.rows import (
     Scan,
     Sequence,
     ServerRow,
+    SetApart,
     SetHorizon,
     SetVersion,
     StoreOp,
@@ -465,6 +467,15 @@ def a_log_is_sequenced(harness: Harness) -> None:
     ask(Insert(events[0]))
     (left,) = ask(ReadUnsequenced(9))
     expect_fault(lambda: ask(Sequence(((left[0], 3, b"salt"),))), "one place for two rows")
+    expect(ask(FindBeyond(5, 9)), (of_vm[1][0], of_vm[2][0]), "rows with a place beyond a size")
+    ask(SetApart((left[0], of_vm[0][0])))
+    expect(ask(ReadUnsequenced(9)), (), "a row that was set apart")
+    expect(ask(ReadVmVersions((VM,))), ((VM, 1),), "the versions without that of a row that was set apart")
+    ask(SetApart((of_vm[1][0],)))
+    expect(ask(FindBeyond(5, 9)), (of_vm[2][0],), "the one that is left")
+    apart = [row for number, row in ask(ReadAudit(0, 99)) if number in {left[0], of_vm[0][0], of_vm[1][0]}]
+    expect([row.is_forged for row in apart], [True] * 3, "rows that were set apart")
+    expect(len({row.idx for row in apart}), 3, "their indexes")
     expect(ask(ReadTile(0, 0)), None, "a tile that is not there")
     for hashes in (bytes(32), bytes(64)):
         ask(Put(LogTileRow(0, 0, hashes)))

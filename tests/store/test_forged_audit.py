@@ -1,0 +1,200 @@
+"""Audit rows that a writer of the database makes, or changes, before they have a place in the log: none is an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import StoreError
+from chutes_proto.io.log_files import check_stored, purged_below
+from chutes_proto.io.server.scrub import scrub_log
+from chutes_proto.io.server.sequencer import Sequencer
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.sealing import find_faults, seal_store
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, AuditWanted, Insert, InsertAll, PurgeAudit, ReadAudit, ReadLog
+from chutes_proto.testing.store_suite._parts import NOW, VAULT
+from chutes_proto.units.contents import Fill, pages
+from chutes_proto.units.log import SALT_SIZE, SequenceLog, purged_text
+from chutes_proto.units.operator import PurgeAudits
+from tests.store.memory import SealedStore
+from tests.store.test_custody import A, fill, granted, run
+
+COLUMNS = "at, actor, event, decision, reason, keys, peer_address"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    return StorePlace(address, tmp_path, vault=VAULT)
+
+
+@pytest.fixture
+def store(place: StorePlace) -> Iterator[DurableStore]:
+    with closing(place.open(migrate=True)) as store:
+        yield store
+
+
+def row(number: int) -> AuditRow:
+    return AuditRow(NOW, "operator", "event", "done", str(number))
+
+
+def forge(place: StorePlace, event: str = "boot", keys: str = "", **more: object) -> None:
+    """Insert a row as a database writer does."""
+    names = "".join(f", {name}" for name in more)
+    values = "".join(f", {value}" for value in more.values())
+    run(
+        place,
+        f"INSERT INTO audit ({COLUMNS}{names}) VALUES ({NOW}, 'operator', '{event}', 'done', '', '{keys}', ''{values})",
+    )
+
+
+def sequenced(store: DurableStore) -> list[str]:
+    """The events of the log after a server has sequenced; the one that tells of forged rows waits for the next time."""
+    sequencer = Sequencer(store, lambda: VAULT, "keys.example/audit", None)
+    sequencer.sequence()
+    sequencer.sequence()
+    found = store.transact(Ask(ReadLog(0, 1000)))
+    assert [each.idx for each in found] == [*range(len(found))]
+    return [each.event for each in found]
+
+
+def found_by_verify(store: DurableStore) -> list[str]:
+    size = len(store.transact(Ask(ReadLog(0, 1000))))
+    return [str(each) for each in check_stored(store, size, [], lambda *_: None).findings]
+
+
+def test_a_forged_row_is_no_entry_and_an_entry_tells_of_it(place: StorePlace, store: DurableStore) -> None:
+    store.transact(Ask(Insert(row(0))))
+    forge(place)
+    forge(place, mac="x'01'" if place.path else r"'\x01'")
+    store.transact(Ask(Insert(row(1))))
+    assert [(fault.table, fault.why.split()[1]) for fault in find_faults(store)] == [("audit", "has"), ("audit", "MAC")]
+    shown = store.transact(Ask(ReadAudit(0, 9)))
+    forged = [number for number, each in shown if each.is_forged]
+    assert len(forged) == 2
+    assert sequenced(store) == ["event", "event", "rows forged"]
+    (told,) = [each for each in store.transact(Ask(ReadLog(0, 9))) if each.event == "rows forged"]
+    assert told.keys == f"audit rows {forged[0]}, {forged[1]}"
+    assert [number for number, each in store.transact(Ask(ReadAudit(0, 9))) if each.is_forged] == forged, "they stay"
+    assert store.custody.faults == {"audit": 2}
+    assert [note for note in store.notes if f"the rows {forged[0]}, {forged[1]} were forged" in note]
+    assert found_by_verify(store) == [
+        "entry 2: it tells of audit rows that were forged, or changed before they got a place"
+    ]
+    assert [finding for _, finding in scrub_log(store) if finding] == [], "the log itself is whole"
+    assert not list(find_faults(store))
+
+
+CHANGES = ("reason = 'x'", "mac = NULL", "vm_version = 7", "evidence = '{}'", "at = at + 1", "decision = 'granted'")
+
+
+def test_a_row_that_is_changed_before_its_turn_is_no_entry(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        store.transact(granted("first", A, 0))
+        store.transact(Ask(Insert(row(0))))
+        for number, _ in enumerate(CHANGES):
+            store.transact(Ask(Insert(evolve(row(number), event="changed"))))
+    run(place, "UPDATE audit SET vm_version = 7 WHERE event = 'boot'")
+    for number, change in enumerate(CHANGES):
+        run(place, f"UPDATE audit SET {change} WHERE event = 'changed' AND reason = '{number}'")
+    with closing(place.open()) as store:  # the process that wrote them would notice by its mark, too
+        assert sequenced(store) == ["event", "rows forged"]
+        assert store.custody.faults == {"audit": 1 + len(CHANGES)}
+        store.transact(granted("second", A, 100))  # the version that was forged is not the log's
+        assert sequenced(store) == ["event", "rows forged", "boot"]
+
+
+def test_a_forged_purge_excuses_nothing(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        store.transact(Ask(InsertAll(tuple(map(row, range(300))))))
+        assert len(sequenced(store)) == 300
+    text = purged_text(256, 256)
+    forge(place, "audit purged", text)
+    run(place, "DELETE FROM audit WHERE idx < 256")
+    run(place, "DELETE FROM log_tile WHERE level = 0 AND tile = 0")
+    with closing(place.open()) as store:
+        for _ in range(2):  # before it is set apart, and after
+            assert purged_below(store) == 0
+            assert [finding for _, finding in scrub_log(store) if finding]
+            report = check_stored(store, 300, [], lambda *_: None)
+            assert "no entry says that it was purged" in report.findings[0].what
+            store.transact(SequenceLog(bytes(SALT_SIZE)))
+        forge(place, "audit purged", text, idx=5000)
+        assert purged_below(store) == 0
+
+
+def test_a_purge_counts_at_once_and_is_not_hidden_by_forged_ones(place: StorePlace, store: DurableStore) -> None:
+    store.transact(Ask(InsertAll(tuple(map(row, range(300))))))
+    assert len(sequenced(store)) == 300
+    assert store.transact(PurgeAudits(NOW + 10, NOW + 1, "old", carry_out=True)).count == 256
+    for _ in range(2):
+        assert purged_below(store) == 256
+        forge(place, "audit purged", purged_text(0, 0))
+        assert purged_below(store) == 256
+        assert [finding for _, finding in scrub_log(store) if finding] == []
+        Sequencer(store, lambda: VAULT, "keys.example/audit", None).sequence()
+
+
+def test_a_row_with_a_place_beyond_the_log_does_not_stop_it(place: StorePlace, store: DurableStore) -> None:
+    store.transact(Ask(Insert(row(0))))
+    assert sequenced(store) == ["event"]
+    forge(place, idx=1)
+    forge(place, idx=1 << 40)
+    assert [fault.why for fault in find_faults(store)] == ["it has a place that the log has not given yet"] * 2
+    store.transact(Ask(Insert(row(1))))
+    assert sequenced(store) == ["event", "event", "rows forged"]
+    assert store.custody.faults == {"audit": 2}
+    assert not list(find_faults(store))
+
+
+def test_a_purge_takes_old_forged_rows_and_leaves_those_that_a_mark_may_know(
+    place: StorePlace, store: DurableStore
+) -> None:
+    forge(place)
+    forge(place, "later", mac="NULL")
+    run(place, f"UPDATE audit SET at = {NOW + 100} WHERE event = 'later'")
+    assert sequenced(store) == ["rows forged"]
+    store.transact(Ask(PurgeAudit(0, NOW + 1)))
+    assert [each.event for _, each in store.transact(Ask(ReadAudit(0, 9))) if each.is_forged] == ["later"]
+
+
+def test_sealing_takes_the_rows_that_wait(place: StorePlace) -> None:
+    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+        fill(store)
+        waiting = len(store.transact(Ask(ReadAudit(0, 1000))))
+    with closing(place.open()) as store:
+        assert seal_store(store, VAULT, "test") is not None
+        forge(place)
+        assert [fault.why for fault in find_faults(store)] == ["it has no MAC"]
+        events = sequenced(store)
+        assert len(events) > waiting
+        assert events.count("rows forged") == 1
+        assert store.custody.faults == {"audit": 1}
+
+
+def test_a_copy_of_a_store_has_forged_rows_as_forged_ones(place: StorePlace, store: DurableStore) -> None:
+    forge(place)
+    assert sequenced(store) == ["rows forged"]
+    for number in range(2):
+        store.transact(Ask(Insert(row(number))))
+        forge(place)
+    copy = SealedStore(VAULT)
+    copy.transact(Fill(0, lambda: pages(store), NOW, "test"))
+    rows = copy.transact(Ask(ReadAudit(0, 9)))
+    assert [each.is_forged for _, each in rows] == [True, False, False, True, False, True, False]
+    copy.transact(SequenceLog(bytes(SALT_SIZE * 9)))
+    assert [each.idx for each in copy.transact(Ask(ReadLog(0, 9)))] == [0, 1, 2, 3]
+
+
+def test_nobody_without_the_key_gives_places(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        store.transact(Ask(Insert(row(0))))
+    with closing(evolve(place, vault=None).open()) as store:
+        with pytest.raises(StoreError, match="only its KEK"):
+            store.transact(SequenceLog(bytes(SALT_SIZE)))
+        assert len(store.transact(Ask(ReadAudit(0, 9, wanted=AuditWanted(event="event"))))) == 1
