@@ -34,7 +34,7 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     options = {"quoter": PLATFORM.quote, "ca_pem": server.ca.read_bytes(), "retry": ONCE, "log": lambda _: None}
     with BootAgent(server.url, hotkey=HOTKEY, vm_name="vm-1", **options) as agent:  # type: ignore[arg-type]
         agent.boot()
-        wait_until((tmp_path / "store.mark.checkpoint").exists)  # the second row tells of the log's key
+        wait_until((tmp_path / "store.mark.checkpoint").exists)  # a row tells of the start, and one of the log's key
         backup = backup_of(path)
         agent.boot()
         put_back(path, backup)
@@ -47,20 +47,20 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
         for words in (["serve"], ["serve", "--check"]):
             refused = command(*words, "--config", site)
             assert refused.code == 1
-            for text in ("it lacks audit row 3 of", "store restored", "store accept-loss"):
+            for text in ("it lacks audit row 4 of", "store restored", "store accept-loss"):
                 assert text in refused.err
                 assert text in said
         found = command("store", "check", "--config", site, "--json")
         assert (found.code, found.json["ok"]) == (1, False)
         assert "servers refuse the store: " in found.json["mark"]
-        assert "it lacks audit row 3 of" in found.json["mark"]
+        assert "it lacks audit row 4 of" in found.json["mark"]
         assert (tmp_path / "store.mark").read_bytes() == mark
         decided = command("store", decision, "--config", site, "--reason", "an older file", "--json")
         assert decided.code == 0, decided.err
     server = start("--config", site, ca=tmp_path / "ca.pem")
     assert is_ready(server)
     wait_until(lambda: "store is not behind it" in command("store", "check", "--config", site, "--json").json["mark"])
-    assert "it lacks audit row 3 of" in server.stop(signal.SIGTERM).err  # what is lost stays in the log
+    assert "it lacks audit row 4 of" in server.stop(signal.SIGTERM).err  # what is lost stays in the log
     assert "no boot is granted" in command("serve", "--config", site, "--check").out
     rows = command("audit", "list", "--config", site, "--json").json["rows"]
     events = [row["event"] for row in rows if row["event"] != "log key made"]

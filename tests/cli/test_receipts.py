@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -16,9 +18,11 @@ from chutes_proto.effects import Effect, FetchCollateral
 from chutes_proto.io.files import Files
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.reload import Running, prepare, record
+from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
+from chutes_proto.testing import SimulatedPlatform
 from chutes_proto.tlog.notes import Verifier
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import NOW, PLATFORM
@@ -58,6 +62,9 @@ class Site:
             for fault in ("tcb_out_of_date", "rtmr1"):
                 world.platform = PLATFORM.having(fault)
                 assert world.boot(vm_name=f"vm-{fault}").status == 403
+
+    def rows(self, *options: object) -> Any:
+        return self.command("audit", "list", *options, "--json", "--config", self.configuration).json["rows"]
 
     def show(self, entry: object, *options: str) -> Ended:
         return self.command("receipt", "show", entry, *options, "--config", self.configuration)
@@ -144,3 +151,43 @@ def test_a_reload_names_the_documents_of_before_and_after(site: Site) -> None:
     assert told["before"]["policy"] != told["after"]["policy"]
     ended = site.show(3, "--evidence")
     assert (ended.code, "names no evidence" in ended.err) == (1, False)
+
+
+def test_a_start_with_other_files_is_an_entry_of_that_server(site: Site) -> None:
+    """Of several processes of a server one writes it; servers with different files write none in turns for ever."""
+
+    def start(config: Path) -> None:
+        with open_store(Running(make_setup(ServerConfig.load(config)))):
+            pass
+
+    def started() -> list[Any]:
+        return [json.loads(row["evidence"]) for row in site.rows("--event", "started")]
+
+    other = site.directory / "other.toml"
+    other.write_text(site.configuration.read_text().replace("policy.toml", "other-policy.toml"))
+    (site.directory / "other-policy.toml").write_text(f"{POLICY}# of another server\n")
+    for config in (site.configuration, other, site.configuration, other):
+        start(config)
+    first, second = started()
+    assert (first["before"], second["before"], first["after"] != second["after"]) == (None, None, True)
+    (site.directory / "policy.toml").write_text(f"{POLICY}# another one\n")
+    with ThreadPoolExecutor(4) as processes:
+        list(processes.map(start, [site.configuration] * 4))
+    (*_, changed) = found = started()
+    assert (len(found), changed["before"], changed["after"] != first["after"]) == (3, first["after"], True)
+    (site.directory / "gpus.toml").write_text("")
+    text = f'gpu_evidence = {{ policy = "gpus.toml" }}\n{site.configuration.read_text()}'
+    site.configuration.write_text(text)
+    (site.directory / "simulated-root.der").write_bytes(SimulatedPlatform(b"other".ljust(32)).root_der)
+    start(site.configuration)
+    (row,) = site.rows("--event", "started", "--last", 1)
+    assert row["reason"].endswith("server.toml: changed: gpu_policy, root")
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    (site.directory / "policy.toml").write_text(POLICY)
+    with closing(running.setup.store.open()) as store:
+        record(store, "root", prepare(running, store, Files()))
+    start(site.configuration)
+    assert len(started()) == 4, "the reload has said it"
+    shown = site.show(f"files of {gethostname()}:{site.configuration}")
+    assert json.loads(json.loads(shown.out)["entry"])["event"] == "reloaded"
+    assert site.verify(shown.out).code == 0

@@ -51,6 +51,7 @@ from chutes_proto.units.operator import (
     PurgeKeys,
     RebindVm,
     RecordReload,
+    RecordStart,
     RemoveRegistration,
     RestoreKey,
     RewrapKeys,
@@ -70,7 +71,7 @@ MINE, OTHER = Vm(HOTKEY, "vm-1"), "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM69
 
 # --- the kinds ---
 
-PLACE = {"AuditRow": 2, "audit": 0, "_audit_host": 1, "_audit": 1}
+PLACE = {"AuditRow": 2, "audit": 0, "_audit_host": 1, "_audit": 1, "_files_audit": 1}
 """Where the event is among the arguments of the calls that add an audit row."""
 PLACE_OF_SERVERS = 2
 HELPERS = {"event"}
@@ -210,6 +211,7 @@ def other_events(store: Store) -> None:
     _ = store.transact(NameHost(NOW, "3f9a", "name", None, WHY))
     _ = store.transact(RemoveHost(NOW, "3f9a", WHY))
     store.transact(RecordReload(NOW, WHY, "{}"))
+    assert store.transact(RecordStart(NOW, "server", {"policy": "00"}))
     _ = store.transact(StoreRestored(NOW, WHY))
     _ = store.transact(StoreRestored(NOW, WHY, "loss accepted"))
     assert store.transact(PurgeBoots(NOW, AttestationRow, NOW + DAY, WHY, carry_out=True)).count

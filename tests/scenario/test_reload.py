@@ -249,10 +249,14 @@ def test_the_root_of_trust_stays_until_a_restart_though_its_file_is_another(site
         assert (one.root, one.gpu_appraisal) == (before.root, before.gpu_appraisal)
 
 
-def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(site: Premises) -> None:
+def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(
+    site: Premises, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under another one no server would start again: its KEK may be destroyed by then."""
     site.edit('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "mark" }')
     running = Running(make_setup(ServerConfig.load(site.configuration)))
+    # The log is to begin after the reload.
+    monkeypatch.setattr("chutes_proto.io.server.serving.record_start", lambda *_: None)
     with open_store(running) as (store, _):
         site.new_key()
         running.replace(prepare(running, store, Files()).setup)

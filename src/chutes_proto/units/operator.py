@@ -14,7 +14,7 @@ A command that cannot be carried out raises `Refused` and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 from attrs import evolve, frozen
 
@@ -30,6 +30,7 @@ from chutes_proto.units.keys import VmKeys, by_volume, disk_of
 from chutes_proto.units.log import LOG, purged_text
 from chutes_proto.units.nonces import SKEW
 from chutes_proto.units.records import legible
+from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 
 KEPT = 3
@@ -534,7 +535,54 @@ class RecordReload(Unit[None]):
     now: int
     reason: str
     evidence: str | None = None
+    server: str = ""
 
     def script(self) -> Script[None]:
-        row = store.AuditRow(self.now, "operator", "reloaded", "done", legible(self.reason, 2000))
-        yield from store.Insert(evolve(row, evidence=self.evidence))
+        yield from _files_audit(self.now, "reloaded", self.reason, self.server, self.evidence)
+
+
+@frozen
+class RecordStart(Unit[bool]):
+    """Record that ``server`` starts, if it judges evidence by other files than its newest row has, or by the first.
+
+    ``digests`` has the SHA-256 of each, by name. Returns whether it was recorded: of several processes, one does.
+    """
+
+    now: int
+    server: str
+    digests: Mapping[str, str]
+
+    def script(self) -> Script[bool]:
+        """Compare with the newest row of this server alone: others may have other files, and keep them."""
+        wanted = store.AuditWanted(request_id=files_of(self.server))
+        rows = yield from store.ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)
+        before = _after(rows[0][1].evidence) if rows else None
+        if before == dict(self.digests):
+            return False
+        documents = json.encode({"after": dict(self.digests), "before": before}).decode()
+        known = before or {}
+        changed = [name for name in sorted({*known, *self.digests}) if known.get(name) != self.digests.get(name)]
+        how = "the first start" if before is None else f"changed: {', '.join(changed)}"
+        reason = f"{self.server}: {how}"
+        yield from _files_audit(self.now, "started", reason, self.server, documents)
+        return True
+
+
+def files_of(server: str) -> str:
+    """The request id of the audit rows about the files of a server, by which they are found."""
+    return legible(f"files of {server}", 1000)
+
+
+def _after(evidence: str | None) -> dict[str, object] | None:
+    """The digests that a row says a server goes on with; None if it says nothing of them."""
+    try:
+        found = json.decode((evidence or "").encode())
+    except json.JsonError:
+        return None
+    after = cast("dict[str, object]", found).get("after") if isinstance(found, dict) else None
+    return cast("dict[str, object]", after) if isinstance(after, dict) else None
+
+
+def _files_audit(now: int, event: str, reason: str, server: str, evidence: str | None) -> store.Insert:
+    row = store.AuditRow(now, "operator", event, "done", legible(reason, 2000))
+    return store.Insert(evolve(row, request_id=files_of(server) if server else None, evidence=evidence))

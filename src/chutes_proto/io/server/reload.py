@@ -35,7 +35,7 @@ from chutes_proto.log import Level, Record, Value
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.server._app import App
-from chutes_proto.units.operator import RecordReload
+from chutes_proto.units.operator import RecordReload, RecordStart
 
 _FIXED: Final = ("listen", "store", "takeover", "control", "roots", "limits", "admin", "audit", "gpu_evidence")
 """Settings that a server keeps until it is started again."""
@@ -171,7 +171,7 @@ class Prepared:
     before: str
     after: str
     documents: str
-    """A JSON object with the digests of policy and reference values, before and after."""
+    """A JSON object with the digests of what evidence is judged by, before and after."""
 
 
 def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepared:
@@ -202,7 +202,7 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
         new = evolve(new, collateral=old.collateral)
     service = evolve(new.service.in_place_of(old.service), gpu_appraisal=old.service.gpu_appraisal)
     new = evolve(new, service=service, store=evolve(old.store, vault=service.vault), gpus=old.gpus)
-    digests = {"before": old.service.documents.digests, "after": service.documents.digests}
+    digests = {"before": old.judged_by, "after": new.judged_by}
     documents = json.dumps(digests, sort_keys=True, separators=(",", ":"))
     return Prepared(new, changes_between(old, new), needs_restart, digest_of(old), digest_of(new), documents)
 
@@ -257,11 +257,16 @@ class Reloader:
         return prepared
 
 
+def record_start(store: DurableStore, setup: ServerSetup) -> None:
+    """Write the audit row of a start that judges by other files than before. Raises `StoreError`."""
+    _ = store.transact(RecordStart(int(time.time()), setup.alike.name, setup.judged_by))
+
+
 def record(store: DurableStore, caller: str, prepared: Prepared) -> None:
     """Write the audit row of a reload that is about to happen. Raises `StoreError`."""
     changes = "; ".join(prepared.changes)
     reason = f"{caller}: {prepared.before} to {prepared.after}: {changes}"
-    store.transact(RecordReload(int(time.time()), reason, prepared.documents))
+    store.transact(RecordReload(int(time.time()), reason, prepared.documents, prepared.setup.alike.name))
 
 
 def why_refused(exc: Exception) -> str:

@@ -39,7 +39,7 @@ from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.copier import copying
 from chutes_proto.io.server.ends import DAY
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
-from chutes_proto.io.server.reload import Reloader, Running, prepare
+from chutes_proto.io.server.reload import Reloader, Running, prepare, record_start
 from chutes_proto.io.server.scrub import Scrubber, scrubbing
 from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
@@ -177,9 +177,10 @@ class Listeners:
 
 
 @contextmanager
-def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
+def open_store(running: Running, worker: Given | None = None) -> Generator[tuple[DurableStore, list[str]]]:
     """Open the store of a server; check that it can be written and its keys opened. Yields warnings, too.
 
+    The start is recorded where evidence is judged by other files than before; that of a ``worker`` is its supervisor's.
     Raises `StoreError`.
     """
     setup = running.setup
@@ -206,6 +207,8 @@ def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
                 sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed),
                 witnessing(witnesses, store.add_note),
             ):
+                if worker is None:
+                    record_start(store, setup)
                 found = [f"erasures: {repeated}"] if repeated else []
                 yield store, [*found, *(str(finding) for finding in store_findings(store)), *different]
 
@@ -456,7 +459,7 @@ def serve_until_stopped(
     running = Running(setup)
     source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
     with (
-        open_store(running) as (store, warnings),
+        open_store(running, worker) as (store, warnings),
         _listeners(running, store.name, worker) as held,
         closing(LogWriter()) as log,
     ):

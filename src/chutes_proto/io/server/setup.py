@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import sha256
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -122,6 +123,14 @@ class ServerSetup:
             )
         found += [f"measurements: not served: {what}" for what in self.not_served]
         return tuple(found)
+
+    @property
+    def judged_by(self) -> dict[str, str]:
+        """The SHA-256 of what evidence is judged by, by name, for the audit rows of starts and reloads."""
+        found = {**self.service.documents.digests, "root": self.service.root.digest.hex()}
+        if (policy := self.config.gpu_evidence.policy) is not None:
+            found["gpu_policy"] = sha256(self.files.content[absolute(self.base / policy)]).hexdigest()
+        return found
 
     @property
     def checkpoint_file(self) -> Path | None:
