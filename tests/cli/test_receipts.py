@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,22 +14,33 @@ from socket import gethostname
 from typing import Any
 
 import pytest
-from attrs import define
+from attrs import define, evolve
 
+from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Effect, FetchCollateral
+from chutes_proto.errors import LogError
 from chutes_proto.io.files import Files
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.reload import Running, prepare, record
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.setup import make_setup
+from chutes_proto.io.yaml_file import read_yaml
+from chutes_proto.quote import TrustedRoot
+from chutes_proto.quote._verify import verify_collateral
+from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
+from chutes_proto.server._grounds import Bundle, judge_again
 from chutes_proto.testing import SimulatedPlatform
-from chutes_proto.tlog.notes import Verifier
+from chutes_proto.tlog import merkle
+from chutes_proto.tlog.notes import Checkpoint, Signer, Verifier
+from chutes_proto.tlog.proofs import Proof
+from chutes_proto.tlog.receipts import Receipt
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import NOW, PLATFORM
 from tests.server.world import World
 
+STRIDE = 31 if os.environ.get("CHUTES_PROTO_SOAK") else 331
 POLICY = '[tcb]\naccepted_statuses = ["UpToDate"]\n'
 
 
@@ -66,7 +79,7 @@ class Site:
     def rows(self, *options: object) -> Any:
         return self.command("audit", "list", *options, "--json", "--config", self.configuration).json["rows"]
 
-    def show(self, entry: object, *options: str) -> Ended:
+    def show(self, entry: object, *options: object) -> Ended:
         return self.command("receipt", "show", entry, *options, "--config", self.configuration)
 
     def verify(self, receipt: str, *options: object) -> Ended:
@@ -100,7 +113,7 @@ def test_grants_and_denials_are_judged_again_offline(site: Site) -> None:
         *("advisories", "collateral", "judged_at", "policy", "reference_values", "stage", "tcb_date", "tcb_status"),
         *("verdict", "verifier"),
     }
-    assert "was not judged again" in site.verify(site.show(0).out).out
+    assert "not judged again: the receipt is without quote" in site.verify(site.show(0).out).out
 
 
 def test_the_exit_code_says_which_step_failed(site: Site) -> None:
@@ -117,9 +130,9 @@ def test_the_exit_code_says_which_step_failed(site: Site) -> None:
     assert site.verify(changed(entry=members["entry"].replace("granted", "refused"))).code == 13
     without = {name: text for name, text in members["evidence"].items() if name != "policy"}
     assert site.verify(changed(evidence=without)).code == 14
-    for name in (each for each in members["evidence"] if not each.endswith("_chain")):  # PEM has bits of no meaning
+    for name in members["evidence"]:
         data = base64.b64decode(members["evidence"][name])
-        at = len(data) // 2
+        at = len(data) // 3  # of a chain, within its first certificate
         wrong = base64.b64encode(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]).decode()
         ended = site.verify(changed(evidence=members["evidence"] | {name: wrong}), "--json")
         # Chains and signatures have no digest in the entry: they only prove the documents that have one.
@@ -136,8 +149,13 @@ def test_the_exit_code_says_which_step_failed(site: Site) -> None:
 def test_another_policy_is_not_the_one_that_judged(site: Site) -> None:
     (site.directory / "policy.toml").write_text(f"{POLICY}# another one\n")
     ended = site.show(0, "--evidence")
-    assert (ended.code, "not kept any more: policy" in ended.err) == (1, True)
+    assert (ended.code, "not kept any more: policy (SHA-256 " in ended.err) == (1, True)
     assert site.show(0).code == 0
+    (site.directory / "before.toml").write_text(POLICY)
+    before = site.directory / "server-before.toml"
+    before.write_text(site.configuration.read_text().replace('"policy.toml"', '"before.toml"'))
+    shown = site.command("receipt", "show", 0, "--evidence", "--config", before)
+    assert site.verify(shown.out, "--json").json["verdict"] == "accepted"
 
 
 def test_a_reload_names_the_documents_of_before_and_after(site: Site) -> None:
@@ -150,7 +168,8 @@ def test_a_reload_names_the_documents_of_before_and_after(site: Site) -> None:
     assert told["before"]["reference_values"] == told["after"]["reference_values"]
     assert told["before"]["policy"] != told["after"]["policy"]
     ended = site.show(3, "--evidence")
-    assert (ended.code, "names no evidence" in ended.err) == (1, False)
+    assert (ended.code, "names no evidence" in ended.err) == (1, True)
+    assert "nothing to judge again" in site.verify(shown.out).out
 
 
 def test_a_start_with_other_files_is_an_entry_of_that_server(site: Site) -> None:
@@ -191,3 +210,115 @@ def test_a_start_with_other_files_is_an_entry_of_that_server(site: Site) -> None
     shown = site.show(f"files of {gethostname()}:{site.configuration}")
     assert json.loads(json.loads(shown.out)["entry"])["event"] == "reloaded"
     assert site.verify(shown.out).code == 0
+
+
+def test_a_receipt_with_any_bit_of_its_evidence_changed_is_refused(site: Site) -> None:
+    """Bits of chains and signatures, too, of which an entry has no digest."""
+    data = site.show(0, "--evidence").out.encode()
+    key = Verifier.parse(site.command("audit", "key", "--config", site.configuration).out.strip())
+    root = TrustedRoot.from_der((site.directory / "simulated-root.der").read_bytes())
+
+    def judged(changed: bytes) -> str:
+        receipt = Receipt.from_bytes(changed)
+        _ = receipt.verify([key])
+        return judge_again(json.loads(receipt.entry), Bundle.of(receipt.evidence), read_yaml, root)
+
+    assert judged(data) == "accepted"
+    for at in range(0, 8 * len(data), STRIDE):
+        changed = bytearray(data)
+        changed[at // 8] ^= 1 << at % 8
+        with pytest.raises(LogError):
+            _ = judged(bytes(changed))
+
+
+def test_a_chain_in_a_receipt_has_one_spelling(site: Site) -> None:
+    """Its text may be spelt in many ways where it comes from: as other tools write it, with Windows' lines …"""
+    for path in (site.directory / "collateral").glob("*.json"):
+        collateral = json.loads(path.read_bytes())
+        for name in (each for each in collateral if each.endswith("_chain")):
+            collateral[name] = "text before\r\n" + collateral[name].replace("\n", "\r\n")
+        path.write_text(json.dumps(collateral))
+    shown = site.show(0, "--evidence")
+    assert site.verify(shown.out).code == 0
+    members = json.loads(shown.out)
+    for name in (each for each in members["evidence"] if each.endswith("_chain")):
+        chain = base64.b64decode(members["evidence"][name])
+        evidence = members["evidence"] | {name: base64.b64encode(b"# the chain\n" + chain).decode()}
+        ended = site.verify(json.dumps(members | {"evidence": evidence}, ensure_ascii=False) + "\n")
+        assert (ended.code, f"{name} is not written as one" in ended.out) == (14, True)
+
+
+def test_a_decision_is_judged_again_with_the_collateral_of_its_time_alone(site: Site) -> None:
+    """Its files are refreshed each day; another one never stands in, and a receipt says what it was made without."""
+    (path,) = (site.directory / "collateral").glob("*.json")
+    of_then = path.read_bytes()
+    path.write_bytes(PLATFORM.collateral_json(NOW + 60))
+    ended = site.show(0, "--evidence")
+    digest = hashlib.sha256(json.loads(of_then)["tcb_info"].encode()).hexdigest()
+    assert (ended.code, ended.out) == (1, "")
+    assert f"not kept any more: collateral.tcb_info (SHA-256 {digest}), " in ended.err
+    assert "not judged again: the receipt is without quote" in site.verify(site.show(0).out).out
+
+    of_another, changed = site.directory / "another.json", site.directory / "changed.json"
+    of_another.write_bytes(path.read_bytes())
+    changed.write_bytes(of_then.replace(b"UpToDate", b"UptoDate"))
+    for file in (of_another, changed):
+        ended = site.show(0, "--evidence", "--collateral", file)
+        assert (ended.code, ended.out, f"and {file} does not have it" in ended.err) == (1, "", True)
+    for file in (site.directory / "missing.json", site.configuration):
+        ended = site.show(0, "--evidence", "--collateral", file)
+        assert (ended.code, ended.out, str(file) in ended.err) == (2, "", True), ended.err
+    assert site.show(0, "--collateral", changed).code == 2, "without --evidence"
+
+    own = site.directory / "then.json"
+    own.write_bytes(of_then)
+    given = site.show(0, "--evidence", "--collateral", own)
+    assert (given.code, site.verify(given.out).code) == (0, 0)
+    kept = site.directory / "collateral" / "earlier" / "any-name.json"
+    kept.parent.mkdir()
+    own.rename(kept)
+    assert site.verify(site.show(0, "--evidence").out, "--json").json["verdict"] == "accepted"
+
+
+def test_a_server_keeps_the_collateral_that_it_fetched_for_receipts(site: Site) -> None:
+    text = site.configuration.read_text()
+    of_services = '{ upstreams = ["https://pccs.invalid"], cache = "fetched" }'
+    site.configuration.write_text(text.replace('{ directory = "collateral" }', of_services))
+    assert site.show(0, "--evidence").code == 1, "nothing is fetched yet"
+    source: Any = make_setup(ServerConfig.load(site.configuration)).collateral
+    for age in (0, 60):
+        collateral = PLATFORM.collateral(NOW + age)
+        verified = verify_collateral(collateral, now=NOW + age, root=source.cache.root)
+        assert source.keep(Family.of(verified), collateral) is None
+    assert site.verify(site.show(0, "--evidence").out, "--json").json["verdict"] == "accepted"
+
+
+def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
+    """Who has the log's key can sign any text as an entry: it is judged as well, and nothing in it stops the tool."""
+    signer = Signer("keys.example/audit", Secret(bytes(32)))
+    shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
+
+    def verified(members: dict[str, Any], **documents: bytes) -> Ended:
+        entry = json.dumps(members)
+        note = signer.sign(Checkpoint(signer.name, 1, merkle.leaf_hash(entry.encode())).text)
+        made = evolve(shown, entry=entry, proof=Proof(0, (), note), evidence={**shown.evidence, **documents})
+        path = site.directory / "lie.json"
+        path.write_bytes(made.to_bytes())
+        given = ("--key", signer.verifier, "--root", site.directory / "simulated-root.der", "--json")
+        return site.command("receipt", "verify", path, *given)
+
+    members = json.loads(shown.entry)
+    grounds = json.loads(members["evidence"])
+    assert verified(members).code == 0
+    for value in (None, "x", 10**400, ["x"], {"x": 1}):
+        for name in grounds:
+            ended = verified(members | {"evidence": json.dumps(grounds | {name: value})})
+            assert ended.code in (14, 15) or name == "verifier", (name, value)
+        for name in ("evidence", "quote_digest", "hotkey", "profile"):
+            ended = verified(members | {name: value})
+            assert ended.code in (0, 14, 15), (name, value)
+    for document in (b"", b"[" * 100_000, b"\xff", b"{}", b'{"unix_time": 1e300}', b'{"files": 1}', b"&a [*a]"):
+        for name in ("policy", "reference_values"):
+            digest = hashlib.sha256(document).hexdigest()
+            lie = members | {"evidence": json.dumps(grounds | {name: digest})}
+            assert verified(lie, **{name: document}).code in (0, 15), (name, document)

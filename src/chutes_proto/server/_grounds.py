@@ -10,12 +10,13 @@ Rules kept here:
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_args
 
 import attrs
 from attrs import evolve, frozen
@@ -24,7 +25,9 @@ from msgspec.structs import asdict
 from chutes_proto import __version__
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.errors import DigestError, Refused, VerdictError
+from chutes_proto.quote._certificates import read_pem
 from chutes_proto.quote._collateral import Collateral, CollateralDigests
+from chutes_proto.quote._der import DerError
 from chutes_proto.quote._errors import AppraisalError, PolicyError, QuoteError
 from chutes_proto.quote._measurements import Profile, Schedule, Stage
 from chutes_proto.quote._policy import AcceptedVerdict
@@ -89,6 +92,8 @@ def _time(value: object) -> dict[str, int]:
     return {_TIME: int(at.timestamp())}
 
 
+_LAST: Final = 253_402_300_799
+"""The end of the year 9999."""
 _MIDNIGHT: Final = datetime.min.replace(tzinfo=UTC).timetz()
 
 
@@ -203,35 +208,85 @@ class Bundle:
     documents: Documents
 
     @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each document that an entry names."""
+        return digests_of(self.quote, self.documents, self.collateral)
+
+    @property
     def evidence(self) -> dict[str, bytes]:
-        """The documents by the names that a receipt has."""
+        """The documents by the names that a receipt has. Raises `DigestError` for a chain that cannot be read."""
         pieces: dict[str, bytes] = {f"collateral.{name}": getattr(self.collateral, name) for name in _PIECES}
+        pieces |= {name: _respelt(name, data) for name, data in pieces.items() if name.endswith(_CHAIN)}
         documents = {"policy": self.documents.policy, "reference_values": self.documents.reference_values}
         return {"quote": self.quote, **documents, **pieces}
 
     @classmethod
     def of(cls, evidence: Mapping[str, bytes]) -> Bundle:
-        """The documents of a receipt. Raises `DigestError` for others than those of `evidence`."""
+        """The documents of a receipt. Raises `DigestError` for others than those of `evidence`.
+
+        An entry has no digest of a chain, and PEM has bits of no meaning: a chain is as `evidence` writes it.
+        """
         wanted = {"quote", "policy", "reference_values", *(f"collateral.{name}" for name in _PIECES)}
         if wrong := sorted(wanted ^ evidence.keys()):
             raise DigestError(f"the evidence lacks a document, or has one that is unknown: {wrong[0]}")
+        for name in sorted(evidence):
+            if name.endswith(_CHAIN) and evidence[name] != _respelt(name, evidence[name]):
+                raise DigestError(f"{name} is not written as one")
         pieces: dict[str, Any] = {name: evidence[f"collateral.{name}"] for name in _PIECES}
         return cls(evidence["quote"], Collateral(**pieces), Documents(evidence["policy"], evidence["reference_values"]))
 
 
+def _respelt(name: str, chain: bytes) -> bytes:
+    """A chain as PEM in its one spelling: lines of 64 characters, and nothing around them."""
+    try:
+        ders = read_pem(chain)
+    except DerError as exc:
+        raise DigestError(f"{name}: {exc}") from None
+    return b"".join(map(_written, ders))
+
+
+def _written(der: bytes) -> bytes:
+    text = base64.b64encode(der)
+    lines = [text[at : at + 64] for at in range(0, len(text), 64)]
+    return b"\n".join((b"-----BEGIN CERTIFICATE-----", *lines, b"-----END CERTIFICATE-----", b""))
+
+
+_CHAIN: Final = "_chain"
 _PIECES: Final = tuple(piece.name for piece in attrs.fields(Collateral) if piece.name != "pck_certificate_chain")
 
 
-def missing_digests(entry: Mapping[str, Any], bundle: Bundle) -> list[str]:
-    """The names of the documents that are not those that an entry names. Raises `DigestError` if it names none."""
+def digests_of(quote: bytes, documents: Documents, collateral: Collateral | None = None) -> dict[str, str]:
+    """The SHA-256 of each document by the name that `missing_digests` has; of collateral the ones that are signed."""
+    found = {"quote": _digest(quote), **documents.digests}
+    if collateral is not None:
+        digests = asdict(CollateralDigests.of(collateral))
+        found |= {f"collateral.{name}": value.hex() for name, value in digests.items()}
+    return found
+
+
+def missing_digests(entry: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, str]:
+    """The documents that an entry names and are not ``found``, with the SHA-256 that each has.
+
+    Raises `DigestError` if it names none.
+    """
     told = _grounds_of(entry)
-    found = {"quote": _digest(bundle.quote), **bundle.documents.digests}
-    expected = {"quote": entry.get("quote_digest"), **{name: told.get(name) for name in bundle.documents.digests}}
-    digests = asdict(CollateralDigests.of(bundle.collateral))
-    found |= {f"collateral.{name}": value.hex() for name, value in digests.items()}
-    of_collateral: Mapping[str, Any] = told.get("collateral") or {}
-    expected |= {f"collateral.{name}": of_collateral.get(name) for name in digests}
-    return [name for name in found if found[name] != expected[name]]
+    of_collateral: object = told.get("collateral")
+    by_name = cast("Mapping[str, object]", of_collateral) if isinstance(of_collateral, dict) else {}
+    named = {
+        "quote": entry.get("quote_digest"),
+        **{name: told.get(name) for name in ("policy", "reference_values")},
+        **{f"collateral.{name}": by_name.get(name) for name in CollateralDigests.__struct_fields__},
+    }
+    return {name: str(digest) for name, digest in named.items() if digest is None or found.get(name) != digest}
+
+
+def names_evidence(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry names documents that it rests on."""
+    try:
+        _ = _grounds_of(entry)
+    except DigestError:
+        return False
+    return True
 
 
 def judge_again(
@@ -242,14 +297,14 @@ def judge_again(
     ``entry`` has the members of an audit row, ``read_yaml`` is that of `parse_profile_file`. Raises `DigestError` for a
     document that the entry does not name, and `VerdictError` for another verdict.
     """
-    if wrong := missing_digests(entry, bundle):
+    if wrong := missing_digests(entry, bundle.digests):
         raise DigestError(f"not what the entry names: {', '.join(wrong)}")
     told = _grounds_of(entry)
     try:
         found = _judged(entry, told, bundle, read_yaml, root)
     except QuoteError as exc:
         raise VerdictError(f"it is refused: {exc}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as exc:
         raise VerdictError(f"the entry or a document cannot be read: {exc}") from None
     for name, value in found.items():
         if told.get(name) != value:
@@ -265,6 +320,8 @@ def _judged(
     root: TrustedRoot,
 ) -> dict[str, object]:
     at, stage, claimed = told["judged_at"], told["stage"], str(entry.get("hotkey"))
+    if type(at) is not int or not 0 <= at <= _LAST or stage not in get_args(Stage):
+        raise VerdictError("the entry has another judged_at or stage than any that is written")
     policies = parse_policy_set(bundle.documents.policy)
     profiles = _profiles(bundle.documents.reference_values, read_yaml)
     rules = Rules(
@@ -302,7 +359,7 @@ def _grounds_of(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         told = json.loads(entry["evidence"])
     except (KeyError, TypeError, ValueError, RecursionError):
         told = None
-    if not isinstance(told, dict):
+    if not isinstance(told, dict) or "judged_at" not in told:
         raise DigestError("the entry names no evidence: it is not about a quote, or older than this")
     return cast("Mapping[str, Any]", told)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -27,7 +27,7 @@ from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._errors import CollateralFormatError
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.server._grounds import Bundle, judge_again, missing_digests
+from chutes_proto.server._grounds import Bundle, digests_of, judge_again, missing_digests, names_evidence
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditWanted, EvidenceRow, Read, ReadAudit
 from chutes_proto.tlog.notes import Verifier
@@ -71,8 +71,9 @@ _STEPS: Final = {
 @command.command(exits=exits("the receipt is printed", "no such entry, or the log cannot be signed"))
 @click.argument("entry", cls=Argument, metavar="ENTRY", help="the index of an entry, or the request id of a decision")
 @click.option("--evidence", "with_evidence", is_flag=True, help="put in what the verdict rested on, which must be kept")
+@click.option("--collateral", "file", metavar="FILE", help="with --evidence: the collateral that the entry names")
 @operating.config_option
-def show(entry: str, with_evidence: bool, config: str) -> int:
+def show(entry: str, with_evidence: bool, file: str | None, config: str) -> int:
     """Print the receipt of an entry of the audit log.
 
     Sequences what is left, signs the present state, and prints one JSON object on one line, which `receipt verify`
@@ -80,7 +81,9 @@ def show(entry: str, with_evidence: bool, config: str) -> int:
 
     With --evidence, the quote, the collateral, the policy and the reference values are in it, so that it can be judged
     again. They are taken from the store and from the server's files, as long as these are still those that the entry
-    names: of each VM the store keeps the quote of its newest granted boot.
+    names: of each VM the store keeps the quote of its newest granted boot. Collateral is taken from the files of the
+    server and from the folder `earlier` beside them, or from the file of --collateral, and never another than the entry
+    names.
 
     Examples:
       chutes-proto receipt show 0 --config server.toml
@@ -88,6 +91,8 @@ def show(entry: str, with_evidence: bool, config: str) -> int:
 
     See also: receipt verify, audit list
     """
+    if file is not None and not with_evidence:
+        raise ConfigurationError("--collateral: is for a receipt with the evidence; add --evidence")
     with operating.opened(config) as (setup, store):
         _, note, found = signed(setup, store)
         if entry.isascii() and entry.isdecimal() and len(entry) <= _INDEX_DIGITS:
@@ -105,26 +110,42 @@ def show(entry: str, with_evidence: bool, config: str) -> int:
         except LogError as exc:
             raise StoreError(f"audit log: {exc}; see `chutes-proto audit verify`") from None
         if with_evidence:
-            receipt = evolve(receipt, evidence=_kept_evidence(setup, store, json.loads(receipt.entry)))
+            receipt = evolve(receipt, evidence=_kept_evidence(setup, store, json.loads(receipt.entry), file))
     console.say(receipt.to_bytes().decode().rstrip("\n"))
     return console.GRANTED
 
 
-def _kept_evidence(setup: StoreSetup, store: DurableStore, entry: Mapping[str, Any]) -> dict[str, bytes]:
-    """The evidence of an entry, if all of it is still kept. Raises `Refused`."""
+def _kept_evidence(
+    setup: StoreSetup, store: DurableStore, entry: Mapping[str, Any], file: str | None
+) -> dict[str, bytes]:
+    """The evidence of an entry, if all of it is still kept; its collateral is in ``file``, if one is named.
+
+    A document is the one whose digest the entry names: no other stands in for it. Raises `Refused`.
+    """
     from chutes_proto.io.server.setup import read_documents
 
     documents = read_documents(setup.config, setup.store.base, Files())
+    candidates = _kept_collateral(setup) if file is None else _read_collateral(file)
     try:
         quote = _kept_quote(store, entry)
-        bundles = [Bundle(quote, each, documents) for each in _kept_collateral(setup)]
-        missing = min((missing_digests(entry, each) for each in bundles), key=len, default=["collateral"])
+        bundles = [Bundle(quote, each, documents) for each in candidates]
+        lacking = missing_digests(entry, digests_of(quote, documents))
+        for bundle in bundles:
+            if not (wrong := missing_digests(entry, bundle.digests)):
+                return bundle.evidence
+            lacking = min(lacking, wrong, key=len)
     except LogError as exc:
         raise Refused(Code.KEY_NOT_FOUND, str(exc)) from None
-    for bundle in bundles:
-        if not missing_digests(entry, bundle):
-            return bundle.evidence
-    raise Refused(Code.KEY_NOT_FOUND, f"not kept any more: {', '.join(missing)}; leave out --evidence")
+    told = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in lacking.items())
+    of_file = "" if file is None else f", and {file} does not have it"
+    raise Refused(Code.KEY_NOT_FOUND, f"not kept any more: {told}{of_file}; leave out --evidence")
+
+
+def _read_collateral(file: str) -> tuple[Collateral, ...]:
+    try:
+        return Collateral.all_from_json(read_file(file))
+    except CollateralFormatError as exc:
+        raise ConfigurationError(f"--collateral: {file}: {exc}") from None
 
 
 def _kept_quote(store: DurableStore, entry: Mapping[str, Any]) -> bytes:
@@ -138,12 +159,15 @@ def _kept_quote(store: DurableStore, entry: Mapping[str, Any]) -> bytes:
     return b""
 
 
-def _kept_collateral(setup: StoreSetup) -> list[Collateral]:
-    """The collateral in the files of a server."""
+def _kept_collateral(setup: StoreSetup) -> Sequence[Collateral]:
+    """The collateral in the files of a server, those of earlier times as well."""
+    from chutes_proto.io.collateral.upstream import EARLIER
+
     options = setup.config.collateral
     name = options.directory or options.cache
+    places = () if name is None else (setup.store.base / name, setup.store.base / name / EARLIER)
     found: list[Collateral] = []
-    for path in sorted((setup.store.base / name).glob("*.json")) if name else ():
+    for path in (path for place in places for path in sorted(place.glob("*.json"))):
         with suppress(CollateralFormatError, FileUnavailable):
             found += Collateral.all_from_json(read_file(path))
     return found
@@ -197,7 +221,9 @@ def verify(file: str, keys: tuple[Verifier, ...], witnesses: tuple[Verifier, ...
     last = (
         f"the evidence, judged again at {rfc3339(json.loads(entry['evidence'])['judged_at'])}: {verdict}"
         if verdict
-        else "the evidence is not in the receipt, so it was not judged again"
+        else "not judged again: the receipt is without quote, collateral, policy and reference values of the entry"
+        if names_evidence(entry)
+        else "nothing to judge again: the entry names no evidence"
     )
     told = {"ok": True, "index": receipt.proof.index, "origin": checkpoint.origin, "size": checkpoint.size}
     return answer(told | {"entry": entry, "verdict": verdict}, f"{about}\n{receipt.entry}\n{last}")
