@@ -109,8 +109,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, command: Callable[..., 
     site = Site(tmp_path, command, [], [])
     if request.param == "postgresql":
         text = site.configuration.read_text()
-        site.configuration.write_text(text.replace("sqlite:keys.db", request.getfixturevalue("empty_schema")))
-        assert site.do("store", "migrate").code == 0
+        site.configuration.write_text(text.replace("sqlite:keys.db", request.getfixturevalue("migrated_schema")))
     yield site
     shown = "".join(ended.out + ended.err for ended in site.said).encode()
     kept = b"".join(row.sealed or b"" for row in site.rows())

@@ -56,7 +56,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_server(directory, PLATFORM, int(time.time()))
     configuration = directory / "server.toml"
     if request.param == "postgresql":
-        url = request.getfixturevalue("empty_schema")
+        url = request.getfixturevalue("migrated_schema")
         configuration.write_text(configuration.read_text().replace("sqlite:keys.db", url))
     make_setup(ServerConfig.load(configuration)).store.open(migrate=True).close()
     return directory

@@ -36,7 +36,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_server(tmp_path, PLATFORM, int(time.time()))
     configuration = tmp_path / "server.toml"
     if request.param == "postgresql":
-        url = request.getfixturevalue("empty_schema")
+        url = request.getfixturevalue("migrated_schema")
         configuration.write_text(configuration.read_text().replace("sqlite:keys.db", url))
     make_setup(ServerConfig.load(configuration)).store.open(migrate=True).close()
     return configuration

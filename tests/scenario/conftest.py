@@ -25,7 +25,7 @@ def scene(loop: str, tmp_path: Path) -> Scene:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def premises(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Premises]:
     """An operator's premises with a store of either kind, whose schema is made."""
-    store = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    store = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
     premises = Premises(tmp_path / "site", store)
     yield premises
     premises.close()

@@ -48,7 +48,7 @@ def test_the_limit_stays_within_its_bounds_and_follows(most: int, conflicts: lis
 
 @pytest.mark.parametrize("clients", [16, 64])
 def test_boots_of_unrelated_vms_are_hardly_rolled_back(
-    empty_schema: str, clients: int, figure: Callable[[str], None]
+    migrated_schema: str, clients: int, figure: Callable[[str], None]
 ) -> None:
     """All VMs are neighbours in every index, and boot for the first time at once: the worst herd."""
     boots = 40 if SOAK else 320 // clients
@@ -63,8 +63,7 @@ def test_boots_of_unrelated_vms_are_hardly_rolled_back(
             store.transact(sync(granted, "body", "storage", "tdx-cache"))
             took.append(time.perf_counter() - began)
 
-    PostgresStore(empty_schema, migrate=True, vault=VAULT).close()
-    with closing(PostgresStore(empty_schema, connections=clients, busy_seconds=60, vault=VAULT)) as store:
+    with closing(PostgresStore(migrated_schema, connections=clients, busy_seconds=60, vault=VAULT)) as store:
         assert together([partial(live, store, number) for number in range(clients)]) == []
         of_each = store.retries / (clients * boots)
         slow = sorted(took)[len(took) * 99 // 100]
@@ -85,11 +84,10 @@ ANALYZE;
 """The rows of as many VMs, of a hotkey and a name each."""
 
 
-def test_a_boot_finds_its_rows_by_their_keys(empty_schema: str) -> None:
+def test_a_boot_finds_its_rows_by_their_keys(migrated_schema: str) -> None:
     """Not by an index in which VMs of other hotkeys are neighbours because they have like names, and all conflict."""
-    PostgresStore(empty_schema, migrate=True).close()
     vm = Vm("hotkey", "vm-1")
-    with psycopg.connect(empty_schema, cursor_factory=psycopg.RawCursor) as connection:
+    with psycopg.connect(migrated_schema, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(MANY.format(many=2000).encode())
         for op, key in ((Read(VmRow, vm), "vm_pkey"), (ReadLiveGenerations(vm), "generation_pkey")):
             text, values = sql.statement(op)
@@ -102,14 +100,13 @@ def test_a_boot_finds_its_rows_by_their_keys(empty_schema: str) -> None:
 @pytest.mark.skipif(not SOAK, reason="it runs in make soak: a store is filled before")
 @pytest.mark.parametrize("clients", [16, 64])
 def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
-    empty_schema: str, clients: int, figure: Callable[[str], None]
+    migrated_schema: str, clients: int, figure: Callable[[str], None]
 ) -> None:
     """The VMs of hotkeys of their own, in a store that has many: their rows are neighbours by chance alone."""
     boots = 640 // clients
-    PostgresStore(empty_schema, migrate=True).close()
-    with psycopg.connect(empty_schema, cursor_factory=psycopg.RawCursor) as connection:
+    with psycopg.connect(migrated_schema, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(MANY.format(many=100_000).encode())
-    with closing(PostgresStore(empty_schema, vault=VAULT)) as older:
+    with closing(PostgresStore(migrated_schema, vault=VAULT)) as older:
         assert seal_store(older, VAULT, "")
 
     def live(store: PostgresStore, number: int) -> None:
@@ -122,7 +119,7 @@ def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
 
     with ExitStack() as opened:
         each = clients // 4
-        servers = [PostgresStore(empty_schema, connections=each, busy_seconds=60, vault=VAULT) for _ in range(4)]
+        servers = [PostgresStore(migrated_schema, connections=each, busy_seconds=60, vault=VAULT) for _ in range(4)]
         for server in servers:
             opened.callback(server.close)
         works = [
@@ -136,8 +133,8 @@ def test_boots_of_unrelated_vms_at_four_servers_are_hardly_rolled_back(
 
 
 @pytest.fixture
-def one_at_a_time(empty_schema: str) -> Iterator[PostgresStore]:
-    with closing(PostgresStore(empty_schema, connections=8, busy_seconds=30, migrate=True)) as store:
+def one_at_a_time(migrated_schema: str) -> Iterator[PostgresStore]:
+    with closing(PostgresStore(migrated_schema, connections=8, busy_seconds=30)) as store:
         for _ in range(10):
             store._pool.slots.crowding.conflicted()
         yield store

@@ -22,7 +22,7 @@ DAMAGED = "it is damaged: a row of the table fact is missing; stop the server an
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
-    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
     place = StorePlace(address, tmp_path)
     place.open(migrate=True).close()
     return place

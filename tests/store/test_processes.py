@@ -55,7 +55,7 @@ def begin(process: subprocess.Popen[str], given: object = None) -> None:
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of an empty store."""
     sqlite = f"sqlite:{tmp_path}/keys.db"
-    found: str = sqlite if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    found: str = sqlite if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
     StorePlace(found, tmp_path).open(migrate=True).close()
     return found
 
