@@ -555,8 +555,8 @@ class RecordStart(Unit[bool]):
     def script(self) -> Script[bool]:
         """Compare with the newest row of this server alone: others may have other files, and keep them."""
         wanted = store.AuditWanted(request_id=files_of(self.server))
-        rows = yield from store.ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)
-        before = _after(rows[0][1].evidence) if rows else None
+        rows = yield from store.ReadAudit(1 << 62, 100, backwards=True, wanted=wanted)
+        before = next((_after(row.evidence) for _, row in rows if not row.is_forged), None)
         if before == dict(self.digests):
             return False
         documents = json.encode({"after": dict(self.digests), "before": before}).decode()

@@ -137,7 +137,8 @@ def _kept_evidence(
     except LogError as exc:
         raise Refused(Code.KEY_NOT_FOUND, str(exc)) from None
     told = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in lacking.items())
-    of_file = "" if file is None else f", and {file} does not have it"
+    has_other = file is not None and any(name.startswith("collateral.") for name in lacking)
+    of_file = f", and {file} does not have it" if has_other else ""
     raise Refused(Code.KEY_NOT_FOUND, f"not kept any more: {told}{of_file}; leave out --evidence")
 
 
