@@ -55,12 +55,16 @@ _FACTS: Final = (
 _WITH_HEAD: Final = f"{_FACTS}, version, contents, mac FROM store_head WHERE name = 'store'"
 """The same of a store with a key of the rows, and its head as it was at that moment."""
 _ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
+_ROW: Final = f"{_ROWS} WHERE id = ?"
+"""A row by its number, a parameter: SQLite keeps a statement that has been prepared by its text."""
 
 Change: TypeAlias = "tuple[int, AuditRow] | PurgeAudit"
 """A change of audit rows: one that was added, with its number, or a purge."""
 Copy: TypeAlias = Callable[[Sequence[tuple[int, AuditRow]]], object]
 Ask = Callable[[str], Sequence[Sequence[Any]]]
 """Runs a constant statement in a transaction and returns its rows."""
+Find = Callable[[str, tuple[int]], Sequence[Sequence[Any]]]
+"""Runs a statement with the number of a row likewise."""
 
 
 class MarkKeeper:
@@ -115,11 +119,11 @@ class MarkKeeper:
         with self._lock:
             return self._is_behind or time.monotonic() - self._looked_at > LOOK_SECONDS
 
-    def has_newest(self, ask: Ask) -> bool:
+    def has_newest(self, find: Find) -> bool:
         """Return whether the store has the newest row of the mark."""
         with self._lock:
             newest = self._mark.entries[-1] if self._mark and self._mark.entries else None
-        return newest is None or _entries(ask(f"{_ROWS} WHERE id = {newest.number}")) == (newest,)
+        return newest is None or _entries(find(_ROW, (newest.number,))) == (newest,)
 
     def note(self, changes: Iterable[Change]) -> None:
         """Note rows that this process has added and purged, once that is committed."""

@@ -37,7 +37,7 @@ from chutes_proto.store._guard import Custody, Guard, Session
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
-from chutes_proto.store.sql import READ_VERSION, LostFactError, for_driver
+from chutes_proto.store.sql import READ_VERSION, LostFactError, Values, for_driver
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import Vault
@@ -350,7 +350,7 @@ class SqliteStore(MarkedStore):
         Returns whether the next unit needs a new session.
         """
 
-        def run(op: StoreOp[Any] | None, text: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        def run(op: StoreOp[Any] | None, text: str, values: Values) -> list[tuple[Any, ...]]:
             try:
                 cursor = connection.execute(for_driver(text, "sqlite"), values)
                 rows: list[tuple[Any, ...]] = cursor.fetchall()
@@ -505,8 +505,8 @@ class SqliteStore(MarkedStore):
             raise kind(f"store {self.name}: {text} ({exc})") from exc
 
 
-def _ask(connection: sqlite3.Connection, text: str) -> list[tuple[Any, ...]]:
-    return connection.execute(text).fetchall()
+def _ask(connection: sqlite3.Connection, text: str, values: Values = ()) -> list[tuple[Any, ...]]:
+    return connection.execute(text, values).fetchall()
 
 
 def _code_of(exc: sqlite3.Error) -> int:
