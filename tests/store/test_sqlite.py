@@ -21,7 +21,7 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
 from chutes_proto.store.sql import SCHEMA_VERSION
-from chutes_proto.testing.store_suite._parts import NOW, VM, boot, dump, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, sync
 
 
 @pytest.fixture
@@ -49,6 +49,25 @@ def test_files_are_private_whatever_the_umask(path: Path) -> None:
             assert len(list(path.parent.iterdir())) == 3
     finally:
         os.umask(before)
+
+
+@frozen
+class Watched(Unit[list[str]]):
+    """Do the work of a unit, and return the files that this process has open then."""
+
+    unit: Unit[object]
+
+    def script(self) -> Script[list[str]]:
+        _ = yield from self.unit.script()
+        return [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+
+
+def test_no_row_goes_to_a_temporary_file(path: Path) -> None:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
+        store.transact(boot("first"))
+        files = store.transact(Watched(boot("second")))
+    assert str(path) in files
+    assert [file for file in files if "etilqs" in file] == []  # SQLite's own name for them, spelt backwards
 
 
 def test_commits_reach_the_disk(store: SqliteStore, path: Path) -> None:
