@@ -34,6 +34,7 @@ from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
 from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Signer
 from chutes_proto.units.log import SALT_SIZE, ReadLogKeys, SequenceLog
 from chutes_proto.units.operator import StoreRestored
+from tests.store.test_custody import run
 from tests.waiting import wait_until
 
 ORIGIN = "keys.example/audit"
@@ -186,7 +187,7 @@ def test_a_checkpoint_is_outside_within_seconds(store: DurableStore, file: Path)
     assert store.notes == []
 
 
-def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
+def test_a_changed_log_is_neither_continued_nor_signed(place: StorePlace, store: DurableStore, file: Path) -> None:
     sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
     assert sequencer.checkpoint() is None
     for number in range(5):
@@ -201,21 +202,26 @@ def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
     assert held(file).size == 6
     tile = store.transact(Ask(ReadTile(0, 0)))
     assert tile is not None
-    store.transact(Ask(Put(evolve(tile, hashes=bytes(32) + tile.hashes[32:]))))
+    changed = evolve(tile, hashes=bytes(32) + tile.hashes[32:])
+    store.transact(Ask(Put(changed)))
     store.transact(Ask(Insert(row(0, 5))))
     sequencer.sequence()
-    with pytest.raises(LogError, match="does not begin with"):
-        sequencer.checkpoint()
-    assert held(file).size == 6
+    assert [note for note in store.notes if "tile/0/000.p/6 was damaged, and was made again" in note]
+    assert sequencer.checkpoint() != newer
+    assert held(file).size == 7
+    store.transact(Ask(Put(changed)))
+    run(place, "UPDATE audit SET reason = 'forged' WHERE idx = 0")
     # An operator's decision of before the key was made explains nothing.
     store.transact(StoreRestored(1, "root"))
-    with pytest.raises(LogError, match="does not begin with"):
-        sequencer.checkpoint()
+    for act in (sequencer.sequence, sequencer.checkpoint):
+        with pytest.raises(LogError):
+            act()
     with sequencing(store, lambda: VAULT, ORIGIN, file):
-        wait_until(lambda: any("does not begin with" in note for note in store.notes))
+        wait_until(lambda: any("different roots" in note for note in store.notes))
         store.transact(Ask(Insert(row(0, 6))))
-        wait_until(lambda: log(store)[-1].reason == "6")
-    assert len([note for note in store.notes if note.startswith("audit log: ")]) == 1, "not one for each size"
+        wait_until(lambda: not store.audited.is_set())
+    assert len(log(store)) == held(file).size == 7
+    assert len([note for note in store.notes if note.startswith("audit log: ")]) == 2, "not one for each size"
 
 
 def test_a_checkpoint_file_that_cannot_be_is_told_and_the_log_goes_on(store: DurableStore, tmp_path: Path) -> None:

@@ -9,17 +9,33 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import StoreError
+from chutes_proto.errors import LogError, RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import check_stored, purged_below
 from chutes_proto.io.server.scrub import scrub_log
 from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sealing import find_faults, seal_store
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, AuditWanted, Insert, InsertAll, PurgeAudit, ReadAudit, ReadLog
+from chutes_proto.store.rows import (
+    AuditRow,
+    AuditWanted,
+    Insert,
+    InsertAll,
+    LogStateRow,
+    LogTileRow,
+    PurgeAudit,
+    Read,
+    ReadAudit,
+    ReadLog,
+    ReadTile,
+    Scan,
+)
 from chutes_proto.testing.store_suite._parts import NOW, VAULT
+from chutes_proto.tlog.merkle import root_hash
+from chutes_proto.tlog.notes import Checkpoint
+from chutes_proto.tlog.tiles import reader
 from chutes_proto.units.contents import Fill, pages
-from chutes_proto.units.log import SALT_SIZE, SequenceLog, purged_text
+from chutes_proto.units.log import SALT_SIZE, ReadCheckpoint, SequenceLog, leaf_of, purged_text
 from chutes_proto.units.operator import PurgeAudits
 from tests.store.memory import SealedStore
 from tests.store.test_custody import A, fill, granted, run
@@ -51,6 +67,10 @@ def forge(place: StorePlace, event: str = "boot", keys: str = "", **more: object
         place,
         f"INSERT INTO audit ({COLUMNS}{names}) VALUES ({NOW}, 'operator', '{event}', 'done', '', '{keys}', ''{values})",
     )
+
+
+def literal(place: StorePlace, value: bytes) -> str:
+    return f"X'{value.hex()}'" if place.path else f"'\\x{value.hex()}'"
 
 
 def sequenced(store: DurableStore) -> list[str]:
@@ -198,3 +218,71 @@ def test_nobody_without_the_key_gives_places(place: StorePlace) -> None:
         with pytest.raises(StoreError, match="only its KEK"):
             store.transact(SequenceLog(bytes(SALT_SIZE)))
         assert len(store.transact(Ask(ReadAudit(0, 9, wanted=AuditWanted(event="event"))))) == 1
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_row_that_its_forger_sequences_himself_is_no_entry(
+    place: StorePlace, store: DurableStore, *, is_told: bool
+) -> None:
+    """With its leaf in its tile; ``is_told``: and with size and root of the log as they then are."""
+    store.transact(Ask(InsertAll(tuple(map(row, range(300))))))
+    assert len(sequenced(store)) == 300
+    salt, text = bytes(SALT_SIZE), purged_text(256, 256)
+    forged = AuditRow(NOW, "operator", "audit purged", "done", keys=text, idx=300, salt=salt)
+    edge = {(each.level, each.tile): each.hashes for each in store.transact(Ask(Scan(LogTileRow)))}
+    edge[0, 1] += leaf_of(forged)
+    forge(place, "audit purged", text, idx=300, salt=literal(place, salt))
+    run(place, f"UPDATE log_tile SET hashes = {literal(place, edge[0, 1])} WHERE level = 0 AND tile = 1")
+    if not is_told:
+        assert [finding for _, finding in scrub_log(store) if finding] == []
+        run(place, "DELETE FROM audit WHERE idx < 256")
+        assert purged_below(store) == 0
+        assert (0, 255) in [(each.first, each.last) for each in check_stored(store, 300, [], lambda *_: None).findings]
+        checkpoint = store.transact(ReadCheckpoint())
+        assert checkpoint is not None
+        assert checkpoint.size == 300
+        with pytest.raises(LogError, match="tile"):  # until the tile is made again
+            store.transact(SequenceLog(bytes(SALT_SIZE)))
+        return
+    root = root_hash(reader(lambda level, number: edge[level, number]), 301)
+    run(place, f"UPDATE log_state SET size = 301, root = {literal(place, root)}")
+    assert ("log_state", "audit") in [(fault.table, fault.key) for fault in find_faults(store)]
+    for unit in (SequenceLog(bytes(SALT_SIZE)), ReadCheckpoint()):
+        with pytest.raises(RowNotAuthentic, match="audit of table log_state is not authentic"):
+            store.transact(unit)
+
+
+def test_an_entry_that_is_changed_with_its_tile_before_a_checkpoint_is_no_announcement(
+    place: StorePlace, store: DurableStore
+) -> None:
+    """The last entry becomes that of a purge: the root of the log, which has a MAC, contradicts it."""
+    store.transact(Ask(InsertAll(tuple(map(row, range(300))))))
+    assert len(sequenced(store)) == 300
+    text = purged_text(256, 256)
+    run(place, f"UPDATE audit SET event = 'audit purged', keys = '{text}' WHERE idx = 299")
+    run(place, "DELETE FROM audit WHERE idx < 256")
+    report = check_stored(store, 300, [], lambda *_: None)
+    assert [(each.first, each.last) for each in report.findings] == [(299, 299), (0, 255)]
+    (changed,) = store.transact(Ask(ReadLog(299, 1)))
+    tile = store.transact(Ask(ReadTile(0, 1)))
+    assert tile is not None
+    hashes = literal(place, tile.hashes[:-32] + leaf_of(changed))
+    run(place, f"UPDATE log_tile SET hashes = {hashes} WHERE level = 0 AND tile = 1")
+    for unit in (SequenceLog(bytes(SALT_SIZE)), ReadCheckpoint()):
+        store.transact(Ask(Insert(row(1))))
+        with pytest.raises(LogError, match="not those that the server wrote"):
+            store.transact(unit)
+    state = store.transact(Ask(Read(LogStateRow, "audit")))
+    assert state is not None
+    report = check_stored(store, 300, [Checkpoint("", 300, state.root)], lambda *_: None)
+    assert [each.what for each in report.findings] == ["one of them is not as the checkpoint of 300 entries has it"]
+
+
+def test_a_log_whose_state_was_deleted_is_not_begun_again(place: StorePlace, store: DurableStore) -> None:
+    store.transact(Ask(Insert(row(0))))
+    assert sequenced(store) == ["event"]
+    run(place, "DELETE FROM log_state")
+    assert [fault.table for fault in find_faults(store)] == ["audit"]
+    with pytest.raises(LogError, match="the row that says how many is gone"):
+        store.transact(SequenceLog(bytes(SALT_SIZE)))
+    assert len(store.transact(Ask(ReadLog(0, 9)))) == 1

@@ -30,6 +30,7 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM
 from chutes_proto.tlog import merkle
+from chutes_proto.tlog.merkle import EMPTY_ROOT
 from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.log import (
     LOG,
@@ -125,15 +126,18 @@ def test_rows_are_sequenced_once_and_in_their_order() -> None:
     assert [row.idx for row in store.transact(Ask(ReadLog(1098, 9)))] == [1098, 1099]
 
 
+STATE = LogStateRow(LOG, "o", 0, EMPTY_ROOT)
+
+
 def test_nothing_is_sequenced_while_another_transaction_does_or_nothing_is_there() -> None:
     store = filled(3)
     assert store.transact(SequenceLog(ENTROPY)) == 0
-    play(SequenceLog(ENTROPY), [LogStateRow(LOG, "o", 0), None], 0)
+    play(SequenceLog(ENTROPY), [STATE, None], 0)
 
 
 def test_a_row_that_goes_while_it_is_sequenced_changes_nothing() -> None:
     with pytest.raises(StoreBusy):
-        play(SequenceLog(ENTROPY), [LogStateRow(LOG, "o", 0), 0, ((1, ROW),), (), 0], 0)
+        play(SequenceLog(ENTROPY), [STATE, STATE, ((1, ROW),), (), 0], 0)
 
 
 def play(unit: Unit[Any], replies: list[Any], result: object) -> None:

@@ -103,7 +103,8 @@ def _announcement(store: Store) -> AuditRow | None:
         ((number, row),) = found
         if row.idx is None:
             return row
-        if type(row.idx) is int and row.idx >= 0:
+        state = store.transact(Ask(Read(LogStateRow, LOG)))
+        if type(row.idx) is int and state is not None and 0 <= row.idx < state.size:
             at = row.idx % WIDTH * HASH_SIZE
             if stored_tiles(store)(0, row.idx // WIDTH)[at : at + HASH_SIZE] == leaf_of(row):
                 return row

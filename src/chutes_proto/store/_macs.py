@@ -35,9 +35,9 @@ _BLOCK: Final = 64
 _HEAD: Final = struct.Struct(">BI")
 _encode: Final = msgspec.msgpack.Encoder().encode
 
-UNSEALED: Final[frozenset[type[store.Row]]] = frozenset({store.NonceRow, store.LogStateRow, store.LogTileRow})
-"""The rows without a MAC: a nonce carries its own tag, and the log contradicts its signed checkpoints. So it does for
-an audit row that is its entry: the MAC of one is of what was written, without its place, and counts until then."""
+UNSEALED: Final[frozenset[type[store.Row]]] = frozenset({store.NonceRow, store.LogTileRow})
+"""The rows without a MAC: a nonce carries its own tag, and all tiles have the root hash in the log's state. So has an
+audit row that is its entry: the MAC of one is of what was written, without its place, and counts until then."""
 
 
 class EpochKey:

@@ -429,7 +429,7 @@ class AuditRow:
 
 @frozen
 class LogStateRow:
-    """The state of the audit log: its origin, which names it for all time, and the number of its entries."""
+    """The state of the audit log: its origin, which names it for all time, the number of its entries, the root hash."""
 
     TABLE: ClassVar[str] = "log_state"
     KEY: ClassVar[tuple[str, ...]] = ("log",)
@@ -437,6 +437,7 @@ class LogStateRow:
     log: str
     origin: str
     size: int
+    root: bytes
 
 
 @frozen
@@ -992,8 +993,8 @@ class PurgeTiles(StoreOp[None]):
 
 
 @frozen
-class LockLog(StoreOp[int | None]):
-    """Lock the log until the transaction ends, and read its size; None if another transaction has locked it."""
+class LockLog(StoreOp[LogStateRow | None]):
+    """Lock the log until the transaction ends, and read its state; None if another transaction has locked it."""
 
 
 @frozen

@@ -271,7 +271,9 @@ ALTER TABLE audit ADD COLUMN salt {bytes};
 CREATE TABLE log_state (
   log TEXT PRIMARY KEY,
   origin TEXT NOT NULL,
-  size BIGINT NOT NULL
+  size BIGINT NOT NULL,
+  root {bytes} NOT NULL,
+  mac {bytes}
 );
 CREATE TABLE log_tile (
   level BIGINT NOT NULL,
@@ -1091,9 +1093,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     ),
     # audit
     store.ReadAudit: _Query(_read_audit, lambda _, rows: _numbered(rows)),
-    store.LockLog: _query(
-        "SELECT size FROM log_state WHERE log = 'audit'{lock}", lambda rows: rows[0][0] if rows else None
-    ),
+    store.LockLog: _one(store.LogStateRow, "log = 'audit'{lock}"),
     store.ReadUnsequenced: _query(
         _select(store.AuditRow, "WHERE idx IS NULL AND id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered
     ),
@@ -1132,6 +1132,7 @@ _READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | None]] = {
     store.ReadBootVolumes: store.BootVolumeRow,
     store.ReadLiveGenerations: store.GenerationRow,
     store.ReadOtherwiseSealed: store.GenerationRow,
+    store.LockLog: store.LogStateRow,
 }
 """The kind of rows that each operation reads with their MACs; None: the operation says."""
 
@@ -1280,7 +1281,8 @@ def set_macs(kind: type[store.Row], rows: Sequence[Values]) -> tuple[str, Values
 READ_QUEUE: Final = _select(store.AuditRow, "WHERE idx IS NULL AND id > ? ORDER BY id LIMIT ?", "id")
 """The statement that reads the next audit rows that are not sequenced, each after its number."""
 READ_BEYOND: Final = (
-    "SELECT id FROM audit WHERE idx >= (SELECT size FROM log_state WHERE log = 'audit') ORDER BY idx LIMIT 1000"
+    "SELECT id FROM audit WHERE idx >= coalesce((SELECT size FROM log_state WHERE log = 'audit'), 0)"
+    " ORDER BY idx LIMIT 1000"
 )
 """The statement that reads the numbers of audit rows that claim a place which the log has not given yet."""
 

@@ -90,25 +90,27 @@ class _Check:
         self.first = self.size
         for number, group in groupby(entries, key=lambda entry: entry[0] // WIDTH):
             leaves: dict[int, bytes] = {}
+            told: dict[int, int] = {}
             for index, text in group:
                 if index in leaves:
                     self.note(index, index, "it is there twice")
                 leaves[index] = leaf_hash(text)
-                self.minimum = max(self.minimum, announced(text))
+                told[index] = announced(text)
                 if what := self.follow(text):
                     self.note(index, index, what)
             if tile < 0:
                 self.first, tile = min(leaves), number
             for missing in range(tile, number):
-                self._tile(missing, {})
-            self._tile(number, leaves)
+                self._tile(missing, {}, {})
+            self._tile(number, leaves, told)
             tile = number + 1
         for missing in range(max(tile, self.first // WIDTH), -(-self.size // WIDTH)):
-            self._tile(missing, {})
+            self._tile(missing, {}, {})
         if self.first > self.minimum:
             self.note(self.minimum, self.first - 1, "it is missing, and no entry says that it was purged")
 
-    def _tile(self, number: int, leaves: dict[int, bytes]) -> None:
+    def _tile(self, number: int, leaves: dict[int, bytes], told: dict[int, int]) -> None:
+        """Compare entries with their tile; those that it has excuse what they tell was purged."""
         begin = number * WIDTH
         width = max(0, min(WIDTH, self.size - begin))
         hashes = self._fetched(0, number, width)
@@ -119,6 +121,8 @@ class _Check:
                 self.note(index, index, "it is missing")
             elif leaf != hashes[at : at + HASH_SIZE]:
                 self.note(index, index, "it was changed, or its tile was")
+            else:
+                self.minimum = max(self.minimum, told[index])
         for index in leaves:
             self.note(index, index, f"it is not below the size of the log, {self.size}")
 

@@ -9,6 +9,7 @@ Rules kept here:
 * an entry is the text of its row: canonical JSON (RFC 8785) of its columns, without those that are NULL. So a column
   that a later release adds changes no older entry. Its salt is random, and goes with the row when that is purged;
 * a tile's hashes are never computed from rows again: a row that was changed contradicts its tile;
+* size and root hash of the log are a row with a MAC: who adds an entry of his own, in its tiles too, has added nothing;
 * a row of a sealed store that no unit wrote as it is gets no place: an entry tells of it. It stays, with a negative
   index: what a server's mark has seen must not go.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from attrs import define, evolve, field, frozen
@@ -169,7 +170,7 @@ class SequenceLog(Unit[int]):
     Repeat it until it returns 0: nothing was left, or another transaction sequences. ``entropy`` is `SALT_SIZE` random
     bytes for each row; ``origin`` names the log if it begins now. Only rows after the number ``beyond`` are looked at,
     so that a long sequencing does not pass by all that it has done before. Raises `LogError` if the log's last tiles
-    are not those of its size: then it is damaged, and nothing is changed; see `MendTiles`. ``tell`` gets each finding,
+    are not those of its state: then it is damaged, and nothing is changed; see `MendTiles`. ``tell`` gets each finding,
     and how many rows it is about; again, if the transaction runs again. The rows of a VM that has two histories become
     entries like others. Those that are not authentic, and those that have a place which the log has not given, do not:
     they are set apart, and an audit row of the time ``now`` names them by their numbers.
@@ -186,11 +187,14 @@ class SequenceLog(Unit[int]):
     def script(self) -> Script[int]:
         state = yield from store.Read(store.LogStateRow, LOG)
         if state is None:
-            state = store.LogStateRow(LOG, self.origin or f"chutes-proto/{self.entropy[:8].hex()}", 0)
-            yield from store.Insert(state)
-        size = yield from store.LockLog()
-        if size is None:
+            if (yield from store.FindBeyond(0, 1)):
+                raise LogError("the log has entries, and the row that says how many is gone")
+            origin = self.origin or f"chutes-proto/{self.entropy[:8].hex()}"
+            yield from store.Insert(store.LogStateRow(LOG, origin, 0, merkle.EMPTY_ROOT))
+        state = yield from store.LockLog()
+        if state is None:
             return 0
+        size = state.size
         limit = len(self.entropy) // SALT_SIZE
         waiting = yield from store.ReadUnsequenced(limit, self.beyond)
         forged = [*(yield from store.FindBeyond(size, limit)), *(number for number, row in waiting if row.is_forged)]
@@ -203,10 +207,11 @@ class SequenceLog(Unit[int]):
             (number, evolve(row, idx=size + at, salt=self.entropy[SALT_SIZE * at : SALT_SIZE * (at + 1)]))
             for at, (number, row) in enumerate(rows)
         ]
-        partial: list[bytes] = []
+        edge: dict[tuple[int, int], bytes] = {}
         for place in tiles.edge(size):
-            partial += [(yield from _tile(place.level or 0, place.number))]
-        changed = tiles.grow(size, partial, [leaf_of(row) for _, row in placed])
+            edge[place.level or 0, place.number] = yield from _tile(place.level or 0, place.number)
+        changed = tiles.grow(size, [*edge.values()], [leaf_of(row) for _, row in placed])
+        require_root(state, _root(edge, size))
         if forged:
             yield from self._set_apart(tuple(forged))
         if not rows:
@@ -216,7 +221,8 @@ class SequenceLog(Unit[int]):
             raise StoreBusy("audit rows went while they were sequenced")
         for (level, number), hashes in changed.items():
             yield from store.Put(store.LogTileRow(level, number, hashes))
-        yield from store.Put(evolve(state, size=size + len(given)))
+        size += len(given)
+        yield from store.Put(evolve(state, size=size, root=_root(edge | changed, size)))
         return len(waiting)
 
     def _set_apart(self, forged: tuple[int, ...]) -> Script[None]:
@@ -249,9 +255,10 @@ class MendTiles(Unit[tuple[str, ...]]):
     held: Checkpoint
 
     def script(self) -> Script[tuple[str, ...]]:
-        size = yield from store.LockLog()
-        if size is None:
+        state = yield from store.LockLog()
+        if state is None:
             return ()
+        size = state.size
         made: dict[tuple[int, int], bytes] = {}
         mended: list[str] = []
         for place in tiles.edge(size):
@@ -278,9 +285,20 @@ class MendTiles(Unit[tuple[str, ...]]):
             stored[level, number] = yield from _tile(level, number)
         root, path = compute(tiles.reader(lambda level, number: made.get((level, number), stored[level, number])))
         merkle.verify_consistency(held.size, held.root, size, root, path)
+        require_root(state, root)
         for (level, number), hashes in made.items():
             yield from store.Put(store.LogTileRow(level, number, hashes))
         return tuple(mended)
+
+
+def require_root(state: store.LogStateRow, root: bytes) -> None:
+    """Compare the root hash of the log's tiles with that of its state. Raises `LogError`."""
+    if root != state.root:
+        raise LogError(f"the tiles of the log's {state.size} entries are not those that the server wrote")
+
+
+def _root(held: Mapping[tuple[int, int], bytes], size: int) -> bytes:
+    return merkle.root_hash(tiles.reader(lambda level, number: held[level, number]), size)
 
 
 def _tile(level: int, number: int) -> Script[bytes]:
@@ -323,6 +341,7 @@ class ReadCheckpoint(Unit[Checkpoint | None]):
             return None
         size = state.size
         found = Checkpoint(state.origin, size, (yield from from_tiles(lambda read: merkle.root_hash(read, size))))
+        require_root(state, found.root)
         if (held := self.held) is not None:
             if held.origin != state.origin:
                 raise LogError(f"the log's origin is {state.origin}, and {held.origin} was signed")

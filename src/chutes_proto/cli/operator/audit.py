@@ -292,7 +292,8 @@ def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) ->
         known = [read_checkpoint(path, keys) for path in paths]
         with store.snapshot() as rows, output.waiting("entries checked") as tell:
             state = rows.transact(Ask(Read(LogStateRow, LOG)))
-            return check_stored(rows, 0 if state is None else state.size, known, tell), known
+            stated = [] if state is None else [Checkpoint(state.origin, state.size, state.root)]  # it has a MAC
+            return check_stored(rows, 0 if state is None else state.size, [*known, *stated], tell), known
 
 
 def _told(report: Report, known: list[Checkpoint]) -> int:

@@ -193,7 +193,7 @@ _INSERTED = (
     EvidenceRow("vm h/n", VM, "b0", None, b"\0\xff", "{}", NOW),
     AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
     AuditRow(NOW - 1, "operator", "afterwards", "done", evidence="{}", idx=0, salt=b"salt"),
-    LogStateRow("audit", "a.example/log", 1),
+    LogStateRow("audit", "a.example/log", 1, bytes(32)),
     LogTileRow(0, 0, bytes(32)),
     KeyringRow("audit", 1, "0123456789abcdef", b"wrapped", NOW),
 )
@@ -440,9 +440,10 @@ def operations_reply_what_they_say(harness: Harness) -> None:
 def a_log_is_sequenced(harness: Harness) -> None:
     """Rows get their places once, in the order in which they were written; the log's own rows are replaced."""
     ask = asking(harness.open())
-    expect(ask(LockLog()), None, "the size of a log that has not begun")
-    ask(Put(LogStateRow("audit", "a.example/log", 0)))
-    expect(ask(LockLog()), 0, "the size of a new log")
+    expect(ask(LockLog()), None, "the state of a log that has not begun")
+    for state in (LogStateRow("audit", "a.example/log", 0, b"empty"), LogStateRow("audit", "a.example/log", 4, b"r")):
+        ask(Put(state))
+        expect(ask(LockLog()), state, "the state of a log")
     events = [AuditRow(NOW, "operator", f"event {number}", "done") for number in range(4)]
     for row in events:
         ask(Insert(row))
@@ -480,8 +481,6 @@ def a_log_is_sequenced(harness: Harness) -> None:
     for hashes in (bytes(32), bytes(64)):
         ask(Put(LogTileRow(0, 0, hashes)))
         expect(ask(ReadTile(0, 0)), LogTileRow(0, 0, hashes), "a tile")
-    ask(Put(LogStateRow("audit", "a.example/log", 4)))
-    expect(ask(LockLog()), 4, "the size of a log")
 
 
 def tokens_are_redeemed_and_voided(harness: Harness) -> None:
