@@ -7,12 +7,15 @@ root gives it to another user. A standby of it and a pgbouncer before it are pri
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import pwd
 import shutil
 import signal
 import subprocess
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -60,7 +63,7 @@ class Cluster:
             os.chown(self.folder, owner.pw_uid, owner.pw_gid)
             self._as |= {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
         password = self.folder / "password"
-        password.write_text(PASSWORD)
+        password.write_text(_verifier(PASSWORD))
         password.chmod(0o644)
         make: list[str | Path] = [
             *(programs / "initdb", "--pgdata", self.folder / "data", "--no-sync", "--encoding=UTF8", "--locale=C"),
@@ -203,6 +206,19 @@ def _memory() -> str | None:
     """A file system in memory with room for clusters: each commit waits for the disk, and no test ends the machine."""
     place = Path("/dev/shm")
     return str(place) if place.is_dir() and shutil.disk_usage(place).free > 2 << 30 else None
+
+
+def _verifier(password: str) -> str:
+    """What PostgreSQL keeps of a password, with one iteration of 4096: each connection of a test derives the key anew.
+
+    The form is that of PostgreSQL's ``pg_authid.rolpassword``, the keys those of RFC 5802, section 3.
+    """
+    salt = os.urandom(16)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 1)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    of_server = hmac.digest(salted, b"Server Key", "sha256")
+    texts = [b64encode(part).decode() for part in (salt, stored, of_server)]
+    return "SCRAM-SHA-256$1:{}${}:{}".format(*texts)
 
 
 def children_of(process: int) -> list[int]:
