@@ -85,6 +85,8 @@ class SmallWitness:
     seed: bytes = bytes(range(32))
     name: str = "witness.example/w1"
     signed: dict[str, Checkpoint] = field(factory=dict[str, Checkpoint])
+    meanwhile: Callable[[], object] | None = None
+    """Called once, between a decision and its answer."""
 
     @property
     def key(self) -> Verifier:
@@ -133,6 +135,9 @@ def serving(small: SmallWitness) -> Iterator[Witness]:
         def do_POST(self) -> None:
             assert self.path == "/prefix/add-checkpoint"
             status, body = small.answer(self.rfile.read(int(self.headers["content-length"])))
+            meanwhile, small.meanwhile = small.meanwhile, None
+            if meanwhile is not None:
+                _ = meanwhile()
             self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -215,6 +220,27 @@ def test_a_server_asks_again_and_again(log: Log, witness: Witness, monkeypatch: 
         size = Checkpoint.of(log.grow(1)).size
         wait_until(lambda: Checkpoint.of(Note.parse(witnessed_path(log.file).read_bytes())).size == size)
     assert told == []
+
+
+def test_processes_of_a_server_ask_by_turns(log: Log, small: SmallWitness, witness: Witness) -> None:
+    first, another = (Witnesses(log.store, [witness], log.file) for _ in range(2))
+    note = log.grow(1)
+    before = Checkpoint.of(note).size
+    asked: list[list[str]] = []
+
+    def meanwhile() -> None:
+        _ = log.grow(1)
+        asked.append(another.round())
+
+    small.meanwhile = meanwhile
+    assert first.ask(note)[1] == []
+    assert asked == [[]]
+    for size in (before, before + 1):  # the other one did not ask at that time, but does now
+        kept = read_witnessed(witnessed_path(log.file))
+        assert kept is not None
+        assert Checkpoint.of(kept) == small.signed[ORIGIN], "what is kept is the newest that a witness has signed"
+        assert small.signed[ORIGIN].size == size
+        assert another.round() == []
 
 
 def test_a_cosignature_stays_when_its_witness_is_away(log: Log, witness: Witness) -> None:

@@ -5,11 +5,15 @@ Rules kept here:
 * a cosignature is verified with the key that the operator named before it is kept;
 * a witness that knows another size is asked again from there, once: it may have seen what this server has not;
 * one that does not answer is told to the operator, and holds up nothing;
-* the newest checkpoint with cosignatures is a file of its own beside the mark. It replaces none of more entries.
+* the newest checkpoint with cosignatures is a file of its own beside the mark. It replaces none of more entries: of the
+  processes of a server one asks at a time, from its look at the file to its end, and the others leave it to that one.
+  An operator's command waits for its turn.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +25,7 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, LogError, StoreError, TransportError
-from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.files import read_file, unavailable, write_file
 from chutes_proto.io.http.https import HttpGetter, TimeLimits
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.store._run import Store
@@ -95,6 +99,42 @@ class Witnesses:
 
     def ask(self, note: Note) -> tuple[Note, list[str]]:
         """Ask each for a checkpoint; return it with the cosignatures, and the faults in words. Raises `StoreError`."""
+        with self._turn(waits=True):
+            return self._ask(note)
+
+    def round(self) -> list[str]:
+        """Ask for the newest checkpoint, unless it is cosigned already, or another process asks; return the faults.
+
+        Raises `StoreError`.
+        """
+        try:
+            with self._turn(waits=False):
+                newest, kept = read_witnessed(self._file), read_witnessed(self._kept)
+                if newest is None or not self._witnesses or (kept is not None and self._is_covered(kept, newest)):
+                    return []
+                return self._ask(newest)[1]
+        except BlockingIOError:
+            return []
+
+    @contextmanager
+    def _turn(self, *, waits: bool) -> Generator[None]:
+        """Have the turn of this server's processes. Raises `BlockingIOError` if another one has it.
+
+        It ends with the process at the latest.
+        """
+        if self._kept is None:
+            yield
+            return
+        path = self._kept.with_name(f"{self._kept.name}.lock")  # not the file itself, which is replaced
+        with unavailable(path, "cannot be opened"):  # an operator's command may have made it: it is only read
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _ask(self, note: Note) -> tuple[Note, list[str]]:
         kept = read_witnessed(self._kept)
         old = 0 if kept is None else Checkpoint.of(kept).size
         faults: list[str] = []
@@ -110,13 +150,6 @@ class Witnesses:
         if self._kept is not None and found and Checkpoint.of(note).size >= old:
             write_file(self._kept, str(whole).encode(), mode=0o644)
         return whole, faults
-
-    def round(self) -> list[str]:
-        """Ask for the newest checkpoint, unless it is cosigned already; return the faults. Raises `StoreError`."""
-        newest, kept = read_witnessed(self._file), read_witnessed(self._kept)
-        if newest is None or not self._witnesses or (kept is not None and self._is_covered(kept, newest)):
-            return []
-        return self.ask(newest)[1]
 
     def _signed(self, note: Note) -> list[Signature]:
         """The cosignatures under a note. Raises `LogError` for one that does not verify."""
