@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -32,7 +33,7 @@ from chutes_proto.io.server.witnesses import (
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
-from chutes_proto.testing.store_suite._parts import NOW, VAULT
+from chutes_proto.testing.store_suite._parts import DAY, NOW, VAULT
 from chutes_proto.tlog import merkle
 from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Verifier, decode_hash, open_checkpoint
 from chutes_proto.tlog.witness import cosigned_by
@@ -191,8 +192,9 @@ def test_an_operator_asks_witnesses_on_demand(
     site = tmp_path / "site"
     site.mkdir()
     write_server(site, PLATFORM, NOW)
-    with (site / "server.toml").open("a") as file:
-        file.write(f'\n[audit]\norigin = "{ORIGIN}"\n')
+    text = (site / "server.toml").read_text()
+    text = text.replace('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "mark" }')
+    (site / "server.toml").write_text(f'{text}\n[audit]\norigin = "{ORIGIN}"\n')
     with closing(StorePlace("sqlite:keys.db", site).open()) as store:
         store.transact(Ask(InsertAll((AuditRow(NOW, "operator", "event", "done"),))))
     config = ("--config", site / "server.toml")
@@ -204,8 +206,29 @@ def test_an_operator_asks_witnesses_on_demand(
     receipt = tmp_path / "receipt.json"
     receipt.write_text(command("receipt", "show", 0, *config).out)
     proven = ("receipt", "verify", receipt, "--key", str(small.log))
+    told = command(*proven, "--witness", str(witness.key), "--json").json
+    (cosigned,) = told["cosigned"]
+    assert (told["ok"], cosigned["witness"]) == (True, str(witness.key))
+    assert abs(cosigned["at"] - time.time()) < DAY
+    assert f"by {witness.key}" in command(*proven, "--witness", str(witness.key)).out
+    assert command(*proven).code == 0, "who knows no witness verifies it, too"
+    stranger = Verifier("witness.example/w1", bytes(32), is_witness=True)
+    assert command(*proven, "--witness", str(witness.key), "--witness", str(stranger)).code == 12
+    assert command(*proven, "--witness", str(small.log)).code == 2, "the key of a log"
+    # An entry that no cosigned checkpoint has yet is proven by the log alone; so is one of a log that was rewritten.
+    with closing(StorePlace("sqlite:keys.db", site).open()) as store:
+        store.transact(Ask(InsertAll((AuditRow(NOW, "operator", "event", "done"),))))
+    newest = json.loads(asked.out.split("\n")[1])
+    receipt.write_text(command("receipt", "show", newest, *config).out)
     assert command(*proven).code == 0
     assert command(*proven, "--witness", str(witness.key)).code == 12
+    kept = Note.parse(asked.out.encode())
+    _ = witnessed_path(site / "mark.checkpoint").write_text(str(kept).replace(ORIGIN, "another.example"))
+    shown = command("receipt", "show", 0, *config)
+    assert (shown.code, "without the signatures of witnesses: " in shown.err) == (0, True)
+    receipt.write_text(shown.out)
+    assert command(*proven).code == 0
+    witnessed_path(site / "mark.checkpoint").unlink()
     away = f"http://127.0.0.1:{free_port()}/"
     asked = command("audit", "checkpoint", "--witness", away, "--witness-key", str(witness.key), *config, "--json")
     assert (asked.code, asked.json["ok"], "no connection to" in asked.json["faults"][0]) == (1, False, True)
@@ -279,4 +302,9 @@ def test_a_kept_file_that_is_damaged_is_named(log: Log, witness: Witness) -> Non
     path = witnessed_path(log.file)
     _ = path.write_bytes(b"damaged")
     with pytest.raises(LogError, match=rf"{path}: not a note"):
+        _ = Witnesses(log.store, [witness], log.file).round()
+    path.unlink()
+    whole, _ = Witnesses(log.store, [witness], log.file).ask(log.grow(1))
+    _ = path.write_text(str(whole).replace(ORIGIN, "other.example"))
+    with pytest.raises(LogError, match=rf"{path}: the signature of {witness.key.name}.* does not verify"):
         _ = Witnesses(log.store, [witness], log.file).round()

@@ -495,7 +495,7 @@ def _audit_problems(config: ServerConfig) -> Iterator[str]:
     for witness in audit.witnesses:
         if not re.match(r"https?://[^/]", witness.url):
             yield f"audit.witnesses: {witness.url!r} is not a URL; say for example https://witness.example/"
-        yield from _raised(partial(Verifier.parse, witness.key), "audit.witnesses: ")
+        yield from _raised(partial(Verifier.of_witness, witness.key), "audit.witnesses: ")
 
 
 def _address(key: str, text: str) -> tuple[str, int]:

@@ -79,6 +79,14 @@ class Verifier:
             raise ConfigurationError(f"verifier key {found['name']}: the id is not the one of this name and key")
         return made
 
+    @classmethod
+    def of_witness(cls, text: str) -> Verifier:
+        """Read the verifier key of a witness. Raises `ConfigurationError`, for the key of a log, too."""
+        made = cls.parse(text)
+        if not made.is_witness:
+            raise ConfigurationError(f"verifier key {made.name}: it is the key of a log, and not of a witness")
+        return made
+
     def verify(self, note: Note) -> int | None:
         """Verify the note's signature of this key; return the time of a witness's, in unix seconds.
 

@@ -59,8 +59,8 @@ class Receipt:
             raise LogError("not a receipt: it is not written as one")
         return made
 
-    def signed(self, verifiers: Sequence[Verifier], witnesses: Sequence[Verifier] = ()) -> Checkpoint:
-        """Verify that one of these keys, and each witness, signed the checkpoint; return it. Raises `LogError`."""
+    def signed(self, verifiers: Sequence[Verifier]) -> Checkpoint:
+        """Verify that one of these keys signed the checkpoint; return it. Raises `LogError`."""
         signed = {(each.name, each.identifier) for each in self.proof.note.signatures}
         for verifier in verifiers:
             if (verifier.name, verifier.identifier) in signed:
@@ -68,9 +68,17 @@ class Receipt:
                 break
         else:
             raise LogError("its checkpoint is not signed by a key of this log")
-        for witness in witnesses:
-            _ = witness.verify(self.proof.note)
         return checkpoint
+
+    def cosigned(self, witnesses: Sequence[Verifier]) -> tuple[int, ...]:
+        """Verify that each of these witnesses signed the checkpoint; return when (unix seconds). Raises `LogError`."""
+        times: list[int] = []
+        for witness in witnesses:
+            at = witness.verify(self.proof.note)
+            if at is None:
+                raise LogError(f"{witness.name} is not the key of a witness")
+            times.append(at)
+        return tuple(times)
 
     def included(self, checkpoint: Checkpoint) -> None:
         """Verify that the log of ``checkpoint`` has the entry. Raises `LogError`."""

@@ -222,9 +222,18 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
 
 
 def verifier_key(text: str) -> Verifier:
-    """A verifier key of a log or a witness. Raises `ValueError`."""
+    """A verifier key of a log. Raises `ValueError`."""
+    return _key(Verifier.parse, text)
+
+
+def witness_key(text: str) -> Verifier:
+    """A verifier key of a witness. Raises `ValueError`."""
+    return _key(Verifier.of_witness, text)
+
+
+def _key(read: Callable[[str], Verifier], text: str) -> Verifier:
     try:
-        return Verifier.parse(text)
+        return read(text)
     except ConfigurationError as exc:
         raise ValueError(str(exc)) from None
 
@@ -320,7 +329,7 @@ def _told(report: Report, known: list[Checkpoint]) -> int:
     "witness_keys",
     metavar="KEY",
     multiple=True,
-    callback=parsed(verifier_key),
+    callback=parsed(witness_key),
     help="the verifier key of that witness, in the same order",
 )
 @operating.config_option
@@ -347,7 +356,7 @@ def checkpoint(urls: tuple[str, ...], witness_keys: tuple[Verifier, ...], config
     with operating.opened(config) as (setup, store):
         _, note, found = signed(setup, store)
         audit, faults = setup.config.audit, list[str]()
-        witnesses = [Witness(each.url, Verifier.parse(each.key)) for each in audit.witnesses]
+        witnesses = [Witness(each.url, Verifier.of_witness(each.key)) for each in audit.witnesses]
         if witnesses := [*witnesses, *map(Witness, urls, witness_keys)]:
             ca_file = None if audit.ca_file is None else setup.store.base / audit.ca_file
             asked = Witnesses(store, witnesses, checkpoint_path(setup.mark_file), ca_file)

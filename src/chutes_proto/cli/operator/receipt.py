@@ -16,13 +16,15 @@ from chutes_proto.cli import console
 from chutes_proto.cli.base import Argument, Group, answer, json_option, parsed
 from chutes_proto.cli.describe import EXITS, exits
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.audit import keys_option, signed, verifier_key
+from chutes_proto.cli.operator.audit import keys_option, signed, witness_key
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.verifier.fields import root_option, trusted_root
 from chutes_proto.errors import ConfigurationError, FileUnavailable, LogError, Refused, StoreError, VerdictError
 from chutes_proto.io.files import Files, read_file
 from chutes_proto.io.server.store_setup import StoreSetup
+from chutes_proto.io.server.witnesses import read_witnessed, witnessed_path
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._errors import CollateralFormatError
@@ -30,10 +32,10 @@ from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._grounds import Bundle, digests_of, judge_again, missing_digests, names_evidence
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditWanted, EvidenceRow, Read, ReadAudit
-from chutes_proto.tlog.notes import Verifier
+from chutes_proto.tlog.notes import Checkpoint, Verifier
 from chutes_proto.tlog.receipts import LARGEST, Receipt
 from chutes_proto.units.boot import REFUSED_KEPT
-from chutes_proto.units.log import ProveEntry
+from chutes_proto.units.log import ProveEntry, ReadLogKeys
 from chutes_proto.wire.codes import Code
 
 T = TypeVar("T")
@@ -79,6 +81,9 @@ def show(entry: str, with_evidence: bool, file: str | None, config: str) -> int:
     Sequences what is left, signs the present state, and prints one JSON object on one line, which `receipt verify`
     reads. A request id, which a refusal and the server's log show, finds the newest entry of that request.
 
+    If witnesses cosigned a checkpoint that has the entry, as audit.witnesses and `audit checkpoint` ask them to, that
+    checkpoint is in the receipt, with their signatures.
+
     With --evidence, the quote, the collateral, the policy and the reference values are in it, so that it can be judged
     again. They are taken from the store and from the server's files, as long as these are still those that the entry
     names: of each VM the store keeps the quote of its newest granted boot. Collateral is taken from the files of the
@@ -89,7 +94,7 @@ def show(entry: str, with_evidence: bool, file: str | None, config: str) -> int:
       chutes-proto receipt show 0 --config server.toml
       chutes-proto receipt show 0 --config server.toml > receipt.json
 
-    See also: receipt verify, audit list
+    See also: receipt verify, audit list, audit checkpoint
     """
     if file is not None and not with_evidence:
         raise ConfigurationError("--collateral: is for a receipt with the evidence; add --evidence")
@@ -106,13 +111,28 @@ def show(entry: str, with_evidence: bool, file: str | None, config: str) -> int:
                 Code.KEY_NOT_FOUND, f"the audit log has no entry {entry}; `chutes-proto audit list` shows all"
             )
         try:
-            receipt = store.transact(ProveEntry(index, found.size, note))
+            receipt = _cosigned(setup, store, index) or store.transact(ProveEntry(index, found.size, note))
         except LogError as exc:
             raise StoreError(f"audit log: {exc}; see `chutes-proto audit verify`") from None
         if with_evidence:
             receipt = evolve(receipt, evidence=_kept_evidence(setup, store, json.loads(receipt.entry), file))
     console.say(receipt.to_bytes().decode().rstrip("\n"))
     return console.GRANTED
+
+
+def _cosigned(setup: StoreSetup, store: DurableStore, index: int) -> Receipt | None:
+    """The receipt by the newest cosigned checkpoint; None if that has not the entry, or is not of this log."""
+    file = checkpoint_path(setup.mark_file)
+    try:
+        kept = None if file is None else read_witnessed(witnessed_path(file))
+        if kept is None or (size := Checkpoint.of(kept).size) <= index:
+            return None
+        receipt = store.transact(ProveEntry(index, size, kept))
+        _ = receipt.verify([each.verifier for each in store.transact(ReadLogKeys(setup.vault))])
+    except LogError as exc:  # after a loss, it is of what is lost
+        console.tell(f"without the signatures of witnesses: {exc}")
+        return None
+    return receipt
 
 
 def _kept_evidence(
@@ -182,7 +202,7 @@ def _kept_collateral(setup: StoreSetup) -> Sequence[Collateral]:
     "witnesses",
     metavar="KEY",
     multiple=True,
-    callback=parsed(verifier_key),
+    callback=parsed(witness_key),
     help="the key of a witness that must have signed, too; may be repeated",
 )
 @root_option
@@ -208,7 +228,8 @@ def verify(file: str, keys: tuple[Verifier, ...], witnesses: tuple[Verifier, ...
     trusted, data = trusted_root(root), read_file(Path(file), limit=LARGEST)
     try:
         receipt, entry = _step(11, lambda: _read(data))
-        checkpoint = _step(12, lambda: receipt.signed(keys, witnesses))
+        checkpoint = _step(12, lambda: receipt.signed(keys))
+        times = _step(12, lambda: receipt.cosigned(witnesses))
         _step(13, lambda: receipt.included(checkpoint))
         verdict = None
         if receipt.evidence:
@@ -226,8 +247,13 @@ def verify(file: str, keys: tuple[Verifier, ...], witnesses: tuple[Verifier, ...
         if names_evidence(entry)
         else "nothing to judge again: the entry names no evidence"
     )
+    cosigned = [{"witness": str(each), "at": at} for each, at in zip(witnesses, times, strict=True)]
+    seen = [f"cosigned at {rfc3339(at)} by {each}" for each, at in zip(witnesses, times, strict=True)]
     told = {"ok": True, "index": receipt.proof.index, "origin": checkpoint.origin, "size": checkpoint.size}
-    return answer(told | {"entry": entry, "verdict": verdict}, f"{about}\n{receipt.entry}\n{last}")
+    return answer(
+        told | {"entry": entry, "verdict": verdict, "cosigned": cosigned},
+        "\n".join([about, receipt.entry, *seen, last]),
+    )
 
 
 def _read(data: bytes) -> tuple[Receipt, dict[str, Any]]:

@@ -189,7 +189,7 @@ def read_witnesses(config: ServerConfig, base: Path, store: Store, file: Path | 
     if file is None or not audit.witnesses:
         return None
     ca_file = None if audit.ca_file is None else base / audit.ca_file
-    witnesses = [Witness(each.url, Verifier.parse(each.key)) for each in audit.witnesses]
+    witnesses = [Witness(each.url, Verifier.of_witness(each.key)) for each in audit.witnesses]
     return Witnesses(store, witnesses, file, ca_file)
 
 

@@ -109,7 +109,7 @@ class Witnesses:
         """
         try:
             with self._turn(waits=False):
-                newest, kept = read_witnessed(self._file), read_witnessed(self._kept)
+                newest, kept = read_witnessed(self._file), self._read_kept()
                 if newest is None or not self._witnesses or (kept is not None and self._is_covered(kept, newest)):
                     return []
                 return self._ask(newest)[1]
@@ -134,8 +134,16 @@ class Witnesses:
         finally:
             os.close(descriptor)
 
-    def _ask(self, note: Note) -> tuple[Note, list[str]]:
+    def _read_kept(self) -> Note | None:
         kept = read_witnessed(self._kept)
+        try:
+            _ = () if kept is None else self._signed(kept)
+        except LogError as exc:
+            raise LogError(f"{self._kept}: {exc}; move the file away") from None
+        return kept
+
+    def _ask(self, note: Note) -> tuple[Note, list[str]]:
+        kept = self._read_kept()
         old = 0 if kept is None else Checkpoint.of(kept).size
         faults: list[str] = []
         found: list[Signature] = []
