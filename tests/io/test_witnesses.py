@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from attrs import define, evolve, field, frozen
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chutes_proto.errors import LogError
@@ -21,6 +25,7 @@ from chutes_proto.io.http.https import HttpGetter
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.sequencer import Sequencer
+from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.io.server.witnesses import (
     LIMITS,
     Witness,
@@ -31,21 +36,26 @@ from chutes_proto.io.server.witnesses import (
     witnessing,
 )
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.keys.vault import NONCE_SIZE
+from chutes_proto.secret import Secret
+from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.testing.store_suite._parts import DAY, NOW, VAULT
 from chutes_proto.tlog import merkle
-from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Verifier, decode_hash, open_checkpoint
+from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Signer, Verifier, decode_hash, open_checkpoint
 from chutes_proto.tlog.witness import cosigned_by
-from chutes_proto.units.log import ReadLogKeys
+from chutes_proto.units.log import OpenLogKey, ReadLogKeys
 from tests.cli import conftest as cli
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Ended, Server
 from tests.cli.test_operating import PLATFORM
+from tests.conftest import SOAK
 from tests.waiting import wait_until
 from tools.ports import free_port
 
 ORIGIN = "keys.example/audit"
 command = cli.command
+start = cli.start
 GET = HttpGetter(context_trusting(None))
 
 
@@ -308,3 +318,91 @@ def test_a_kept_file_that_is_damaged_is_named(log: Log, witness: Witness) -> Non
     _ = path.write_text(str(whole).replace(ORIGIN, "other.example"))
     with pytest.raises(LogError, match=rf"{path}: the signature of {witness.key.name}.* does not verify"):
         _ = Witnesses(log.store, [witness], log.file).round()
+
+
+@pytest.mark.skipif(not SOAK, reason="a server asks for the first time after a minute: part of `make soak`")
+def test_a_witness_of_sigsum_cosigns_the_log_of_a_server(
+    tmp_path: Path, command: Callable[..., Ended], start: Callable[..., Server]
+) -> None:
+    if shutil.which("sigsum-witness") is None:
+        pytest.skip("Debian's package sigsum-go is not installed")
+    # That witness takes only a log that is named after its key, so the key is there before the server.
+    seed = bytes(range(32))
+    named = Signer("x", Secret(seed)).verifier.key
+    origin = f"sigsum.org/v1/tree/{hashlib.sha256(named).hexdigest()}"
+    public = Ed25519PublicKey.from_public_bytes(named).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    _ = (tmp_path / "log.pub").write_bytes(public + b"\n")
+    sigsum("generate", "-o", tmp_path / "witness")
+    name = f"sigsum.org/v1/witness/{sigsum('to-hash', '-k', tmp_path / 'witness.pub')}"
+    key = sigsum("to-vkey", "-k", tmp_path / "witness.pub", "-n", name, "-t", "cosignature/v1")
+    port = free_port()
+    site = tmp_path / "site"
+    site.mkdir()
+    write_server(site, PLATFORM, int(time.time()))
+    text = (site / "server.toml").read_text()
+    text = text.replace('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "mark" }')
+    audit = f'[audit]\norigin = "{origin}"\nwitnesses = [{{ url = "http://127.0.0.1:{port}/", key = "{key}" }}]\n'
+    (site / "server.toml").write_text(f"{text}\n{audit}")
+    config = ("--config", site / "server.toml")
+    vault = make_store_setup(ServerConfig.load(site / "server.toml")).vault
+    with closing(StorePlace("sqlite:keys.db", site).open()) as store:
+        store.transact(Ask(InsertAll(tuple(AuditRow(NOW, "operator", "event", "done") for _ in range(300)))))
+        Sequencer(store, lambda: vault, origin, None).sequence()
+        signer = store.transact(OpenLogKey(NOW, vault, Secret(seed + bytes(NONCE_SIZE))))
+    assert signer is not None
+    assert command("audit", "key", *config).out.strip() == sigsum("to-vkey", "-k", tmp_path / "log.pub")
+
+    # Debian builds it for a Go before 1.22, which takes "POST /add-checkpoint" for a path.
+    program = [
+        "env",
+        "GODEBUG=httpmuxgo121=0",
+        "sigsum-witness",
+        "-k",
+        tmp_path / "witness",
+        "--log-key",
+        tmp_path / "log.pub",
+    ]
+    state = tmp_path / "state"
+    with running(*program, "--log-key", tmp_path / "log.pub", "--state-file", state, f"127.0.0.1:{port}"):
+        wait_until(lambda: answers(port))
+        path = witnessed_path(site / "mark.checkpoint")
+        started = start(*config, "--workers", 2, ca=site / "server.pem")
+        wait_until(path.exists, 180)
+        first = Checkpoint.of(Note.parse(path.read_bytes())).size
+        asked = command("audit", "checkpoint", *config)
+        assert (asked.code, asked.err) == (0, "")
+        size = Checkpoint.of(Note.parse(asked.out.encode())).size
+        assert first <= size
+        assert f"size={size}\n" in state.read_text()
+        receipt = tmp_path / "receipt.json"
+        _ = receipt.write_text(command("receipt", "show", 7, *config).out)
+        told = command("receipt", "verify", receipt, "--key", signer.verifier, "--witness", key, "--json")
+        assert (told.code, told.json["size"], told.json["cosigned"][0]["witness"]) == (0, size, key)
+        known = Witness(f"http://127.0.0.1:{port}", Verifier.of_witness(key))
+        with closing(StorePlace("sqlite:keys.db", site).open()) as store:
+            for other, why in [(size, "status 422"), (size - 1, "a log of .* does not extend")]:
+                forged = signer.sign(Checkpoint(origin, other, bytes(32)).text)
+                with pytest.raises(LogError, match=f"witness http://.*: {why}"):
+                    _ = cosign(store, forged, known, other, GET)
+        assert "audit log" not in started.stop(signal.SIGTERM).err
+
+
+@contextmanager
+def running(*command: object) -> Iterator[None]:
+    """Another program, while the block runs."""
+    with subprocess.Popen([*map(str, command)]) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def sigsum(command: str, *arguments: object) -> str:
+    """What Sigsum's own tool for keys says."""
+    ran = subprocess.run(["sigsum-key", command, *map(str, arguments)], capture_output=True, text=True, check=True)
+    return ran.stdout.strip()
