@@ -24,7 +24,9 @@ from chutes_proto.io.server.sinks import FileSink
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, Insert
-from chutes_proto.testing.store_suite._parts import NOW
+from chutes_proto.testing.store_suite._parts import NOW, VAULT
+from tests.store.test_custody import run
+from tests.store.test_forged_audit import forge, sequenced
 from tests.waiting import LIMIT_SECONDS, wait_until
 
 COMMITS = """
@@ -172,6 +174,28 @@ def test_a_row_that_is_committed_while_others_are_read_is_copied_once(
         commit(store, "meanwhile")
         goes_on.set()
     assert [json.loads(line)["entry"]["event"] for line in written] == ["before", "meanwhile"]
+
+
+def test_a_row_that_no_unit_wrote_as_it_is_is_left_out(tmp_path: Path) -> None:
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
+    mark, path = tmp_path / "mark", tmp_path / "audit.jsonl"
+    with closing(place.open(migrate=True)) as store:
+        with copying(store, [FileSink(path)], required=False, mark_file=mark):
+            pass
+        for event in ("written", "changed later"):
+            commit(store, event)
+        assert [*sequenced(store)] == ["written", "changed later"]
+        commit(store, "waits")
+    forge(place, "has no MAC")
+    forge(place, "has a place beyond the log", idx=7)
+    forge(place, "was set apart", idx=-1)
+    run(place, "UPDATE audit SET event = 'rewritten' WHERE event = 'changed later'")
+    with closing(place.open()) as store:
+        with copying(store, [FileSink(path)], required=False, mark_file=mark):
+            wait_until(lambda: "waits" in events(path))
+            commit(store, "last")
+        assert events(path) == ["written", "waits", "last"]
+        assert sum("is not as a unit wrote it, and is left out" in note for note in store.notes) == 4
 
 
 def test_a_position_goes_on_once_its_rows_are_settled(

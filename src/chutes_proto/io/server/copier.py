@@ -6,7 +6,8 @@ Rules kept here:
   told and counted, and hold up no commit, no other sink and no end of the process. With ``audit.required`` nothing is
   queued: the answer waits for the sinks;
 * what a sink did not take is read from the store, a page at a time, when it works again, and copied then. A row that is
-  committed meanwhile is in a page and in the queue, and is copied once;
+  committed meanwhile is in a page and in the queue, and is copied once. One that was forged or changed in the database
+  is left out, and told;
 * up to its position, a number, all rows of this process were copied. A file keeps it, written at most once a second;
   the next process copies all rows beyond it, those of other servers too. A row may be copied twice; none is left out;
 * numbers are drawn before the commit, so the position is a minute behind: no unit of a server takes so long;
@@ -34,6 +35,7 @@ from chutes_proto.io.server.sinks import Sink, Sinks, checkpoint_line, row_line
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, ReadAudit
+from chutes_proto.units.log import Written
 
 QUEUED: Final = 10_000
 """The most lines that wait for a sink."""
@@ -211,13 +213,15 @@ class Copier:
         try:
             while not self._is_behind and not is_whole:
                 settled = self._settled()
-                rows = self._store.transact(Ask(ReadAudit(beyond, PAGE)))
-                lines = [row_line(number, row) for number, row in rows if not row.is_forged]
+                page = self._store.transact(Written(beyond, PAGE))
+                lines = [row_line(*each) for each in page.rows]
                 if lines and not self._write(lines):
                     break
+                for number in page.others:
+                    self._store.add_note(f"{self._name}: audit row {number} is not as a unit wrote it, and is left out")
                 self._caught_up.append({*lines})
-                is_whole = not rows
-                beyond = rows[-1][0] if rows else beyond
+                is_whole = page.last is None
+                beyond = beyond if page.last is None else page.last
                 self._move(min(beyond, settled))
         finally:
             if not is_whole:
