@@ -31,12 +31,12 @@ from chutes_proto.store.rows import (
     Scan,
 )
 from chutes_proto.testing.store_suite._parts import NOW, VAULT
-from chutes_proto.tlog.merkle import root_hash
+from chutes_proto.tlog.merkle import inclusion_proof, root_hash, verify_inclusion
 from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.tlog.tiles import reader
 from chutes_proto.units.contents import Fill, pages
-from chutes_proto.units.log import SALT_SIZE, ReadCheckpoint, SequenceLog, leaf_of, purged_text
-from chutes_proto.units.operator import PurgeAudits
+from chutes_proto.units.log import SALT_SIZE, FromTiles, ReadCheckpoint, SequenceLog, leaf_of, purged_text
+from chutes_proto.units.operator import PurgeAudits, Purged
 from tests.store.memory import SealedStore
 from tests.store.test_custody import A, fill, granted, run
 
@@ -286,3 +286,26 @@ def test_a_log_whose_state_was_deleted_is_not_begun_again(place: StorePlace, sto
     with pytest.raises(LogError, match="the row that says how many is gone"):
         store.transact(SequenceLog(bytes(SALT_SIZE)))
     assert len(store.transact(Ask(ReadLog(0, 9)))) == 1
+
+
+def test_a_purge_ends_at_the_edge_of_a_tile(store: DurableStore) -> None:
+    old = [evolve(row(number), at=NOW - 50 if number == 255 else NOW - 100) for number in range(512)]
+    store.transact(Ask(InsertAll(tuple(old))))
+    assert len(sequenced(store)) == 512
+    purge = PurgeAudits(NOW, NOW - 60, "old", span=256, carry_out=True)
+    assert store.transact(purge) == Purged(0, None), "the last entry of the first tile is not old enough"
+    for beyond in (0, 256):
+        assert store.transact(evolve(purge, before=NOW - 40, beyond=beyond)) == Purged(256, beyond + 256)
+        assert [each.idx for each in store.transact(Ask(ReadLog(0, 1)))] == ([256] if not beyond else [])
+        assert purged_below(store) == beyond + 256
+        assert check_stored(store, 512, [], lambda *_: None).findings == ()
+        assert [finding for _, finding in scrub_log(store) if finding] == []
+    assert [(each.level, each.tile) for each in store.transact(Ask(Scan(LogTileRow)))] == [(1, 0)]
+    store.transact(SequenceLog(bytes(SALT_SIZE * 9)))
+    checkpoint = store.transact(ReadCheckpoint())
+    assert checkpoint is not None
+    report = check_stored(store, 514, [checkpoint], lambda *_: None)
+    assert (report.first, report.findings) == (512, ())
+    (entry,) = store.transact(Ask(ReadLog(512, 1)))
+    path = store.transact(FromTiles(lambda read: inclusion_proof(read, 512, 514)))
+    verify_inclusion(leaf_of(entry), 512, 514, path, checkpoint.root)
