@@ -9,16 +9,16 @@ import json
 import os
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psycopg
 import pytest
-from attrs import evolve, field, frozen
+from attrs import define, evolve, field, frozen
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -41,11 +41,13 @@ from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, S
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import AllowFormat, RewrapKeys, StoreRestored
 from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
+from tests.conftest import SOAK
 from tests.store.memory import SealedStore
 
 A = rows.Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-a")
 B = rows.Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-b")
 VMS = (A, B)
+A_KEY = (A.hotkey, A.name)
 
 NO_DELETION = {"attestation", "server", "gpu", "gpu_device", "evidence", "erasure", "host_profile"}
 """Tables whose rows have a MAC and nothing that tells of a deletion: they release no key."""
@@ -155,18 +157,38 @@ def images() -> tuple[bytes, bytes]:
 
 OTHERS = {"schema_version", "compatible_since"}
 """Facts that say which servers may use the store."""
-TABLES = ("fact", "head", "store_head", *(kind.TABLE for kind in SEALED))
+KEYS: dict[str, tuple[str, ...]] = {
+    "fact": ("name",),
+    "head": ("hotkey", "vm"),
+    "store_head": ("name",),
+    **{kind.TABLE: kind.KEY for kind in SEALED},
+}
+"""The tables that decide, and their primary keys."""
+ONE_ROW = "store_head"
+"""Of this table one row is read, and there is nothing that another one could be taken for."""
 
 
 @frozen
 class Edit:
-    """One change of one row; ``is_deletion`` removes it, and nothing else."""
+    """One change of one row, or of two; ``is_deletion`` removes it, and nothing else."""
 
     table: str
     what: str
-    statement: str
-    values: tuple[Any, ...]
+    statements: tuple[tuple[str, tuple[Any, ...]], ...]
     is_deletion: bool = False
+
+
+Contents = dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]]
+"""The columns and rows of each table, in the order of the keys."""
+
+
+def contents(connection: Any) -> Contents:
+    """What is in a database now."""
+    found: Contents = {}
+    for table, key in KEYS.items():
+        cursor = connection.execute(f"SELECT * FROM {table} ORDER BY {', '.join(key)}")
+        found[table] = tuple(each[0] for each in cursor.description), [tuple(row) for row in cursor.fetchall()]
+    return found
 
 
 def other(value: Any) -> Iterator[Any]:
@@ -174,6 +196,8 @@ def other(value: Any) -> Iterator[Any]:
     match value:
         case None:
             yield from (1, "x", b"x")
+        case bool():
+            yield from (not value, None)
         case int():
             yield from (value + 1, 1 - value, None)
         case str():
@@ -183,77 +207,207 @@ def other(value: Any) -> Iterator[Any]:
             yield from (bytes((value[0] ^ 1,)) + value[1:] if value else b"x", None)
 
 
-def edits(now: sqlite3.Connection, before: sqlite3.Connection, *, thorough: bool) -> Iterator[Edit]:
-    """Every row changed, deleted, given another one's place, and set back; ``thorough``: in every row."""
-    for table in TABLES:
-        names = [name for _, name, *_ in now.execute(f"PRAGMA table_info({table})")]
-        found = now.execute(f"SELECT rowid, * FROM {table}").fetchall()
-        found = [row for row in found if row[1] not in OTHERS]
-        old = {row[0]: row[1:] for row in before.execute(f"SELECT rowid, * FROM {table}")}
-        for at, (rowid, *values) in enumerate(found):
-            row = f"{table} {values[:4]}"
+def edits(now: Contents, before: Contents, *, thorough: bool) -> Iterator[Edit]:
+    """Every row changed, deleted, doubled, swapped, given another one's place, and set back.
+
+    ``thorough``: in every row, and every column to several values.
+    """
+    for table, key in KEYS.items():
+        names, found = now[table]
+        places = [names.index(name) for name in key]
+        where = " AND ".join(f"{name} = ?" for name in key)
+        delete = f"DELETE FROM {table} WHERE {where}"
+        insert = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+
+        def key_of(row: Sequence[Any], places: list[int] = places) -> tuple[Any, ...]:
+            return tuple(row[at] for at in places)
+
+        def put(*rows: Sequence[Any], delete: str = delete, insert: str = insert) -> Any:
+            """In place of those of these keys."""
+            return (*((delete, key_of(row)) for row in rows), *((insert, tuple(row)) for row in rows))
+
+        found = [row for row in found if row[0] not in OTHERS]
+        old = {key_of(row): row for row in before[table][1]}
+        for at, row in enumerate(found):
+            of_row, is_last = f"{table} {row[:4]}", at == len(found) - 1
             if not thorough and 2 < at < len(found) - 1:
                 continue
-            if thorough or at == len(found) - 1:
-                for name, value in zip(names, values, strict=True):
+            if thorough or is_last:
+                for name, value in zip(names, row, strict=True):
                     for to in list(other(value))[: None if thorough else 1]:
-                        text = f"UPDATE {table} SET {name} = ? WHERE rowid = ?"
-                        yield Edit(table, f"{row}: {name} = {to!r}", text, (to, rowid))
-            yield Edit(table, f"{row}: deleted", f"DELETE FROM {table} WHERE rowid = ?", (rowid,), is_deletion=True)
-            sets = ", ".join(f"{name} = ?" for name in names)
-            if rowid in old and list(old[rowid]) != values:
-                text = f"UPDATE {table} SET {sets} WHERE rowid = ?"
-                yield Edit(table, f"{row}: set back", text, (*old[rowid], rowid))
+                        text = f"UPDATE {table} SET {name} = ? WHERE {where}"
+                        yield Edit(table, f"{of_row}: {name} = {to!r}", ((text, (to, *key_of(row))),))
+                double = list(row)
+                double[places[-1]] = next(other(row[places[-1]]))
+                if table != ONE_ROW:
+                    yield Edit(table, f"{of_row}: doubled", put(double))
+                if at:  # all but their keys
+                    one, two = list(row), list(found[at - 1])
+                    for place in places:
+                        one[place], two[place] = two[place], one[place]
+                    yield Edit(table, f"{of_row}: swapped", put(one, two))
+            yield Edit(table, f"{of_row}: deleted", ((delete, key_of(row)),), is_deletion=True)
+            if old.get(key_of(row), row) != row:
+                yield Edit(table, f"{of_row}: set back", put(old[key_of(row)]))
             if "vm" in names and "hotkey" in names:
-                moved = [B.name if value == A.name else A.name if value == B.name else value for value in values]
-                marks = ", ".join("?" * len(names))
-                if moved == values:
-                    continue
-                yield Edit(table, f"{row}: moved", f"INSERT OR REPLACE INTO {table} VALUES ({marks})", tuple(moved))
+                moved = [B.name if value == A.name else A.name if value == B.name else value for value in row]
+                if tuple(moved) != row:
+                    yield Edit(table, f"{of_row}: moved", put(moved))
 
 
-def test_no_edit_of_any_row_releases_a_key(request: pytest.FixtureRequest) -> None:
-    """Each is refused, or `store check` names it, or it concerns no key; and no VM gets a key of another one's."""
-    thorough = "CHUTES_PROTO_SOAK" in os.environ
-    before, now = images()
-    before_store, now_store = SealedStore(VAULT, before), SealedStore(VAULT, now)
+@define
+class Trial:
+    """What became of edits: no VM may get a key of another one's, and each is refused or named."""
 
-    def evolve_custody() -> Custody:
-        custody = Custody("memory")
-        custody.hold(VAULT.unwrap)
-        custody.require_seal(1)  # as the mark of a server does
-        return custody
+    own: dict[rows.Vm, set[bytes]]
+    tried: int = 0
+    refused: int = 0
+    named: int = 0
+    silent: int = 0
 
-    own = everything(now_store)
-    tried = refused = named = 0
-    silent: list[str] = []
-    store = SealedStore(VAULT, now)
-    store.connection.execute("PRAGMA foreign_keys = 0")
-    for edit in edits(now_store.connection, before_store.connection, thorough=thorough):
-        store.connection.deserialize(now)
-        try:
-            changed = store.connection.execute(edit.statement, edit.values).rowcount
-        except sqlite3.Error:  # the database itself does not take it
-            continue
-        if not changed or store.image() == now:
-            continue
-        tried += 1
-        store.custody = evolve_custody()
+    def judge(self, edit: Edit, store: Store) -> None:
+        """Use the store that has been edited."""
+        self.tried += 1
         try:
             faults: list[Exception] = list(find_faults(store))
         except StoreError as exc:
             faults = [exc]
         outcome = use(store)
         for vm, of_other in ((A, B), (B, A)):
-            assert not outcome.keys[vm] & own[of_other], f"{edit.what}: {vm.name} got a key of {of_other.name}"
-        refused += bool(outcome.refused)
-        named += bool(faults)
+            assert not outcome.keys[vm] & self.own[of_other], f"{edit.what}: {vm.name} got a key of {of_other.name}"
+        self.refused += bool(outcome.refused)
+        self.named += bool(faults)
         if not faults and not outcome.refused:
-            silent.append(edit.what)
+            self.silent += 1
             assert edit.table in (NO_DELETION if edit.is_deletion else ()), edit.what
-    assert tried > 150
-    assert refused > tried / 3
-    print(f"{tried} edits: {refused} refused, {named} named, {len(silent)} without effect on keys")
+
+    def __str__(self) -> str:
+        return f"{self.tried} edits: {self.refused} refused, {self.named} named, {self.silent} without effect on keys"
+
+
+def test_no_edit_of_any_row_releases_a_key() -> None:
+    """Each is refused, or `store check` names it, or it concerns no key; and no VM gets a key of another one's."""
+    before, now = images()
+    before_store, now_store = SealedStore(VAULT, before), SealedStore(VAULT, now)
+    trial = Trial(everything(now_store))
+    store = SealedStore(VAULT, now)
+    for edit in edits(contents(now_store.connection), contents(before_store.connection), thorough=SOAK):
+        store.connection.deserialize(now)
+        store.connection.execute("PRAGMA foreign_keys = 0")
+        try:
+            for statement in edit.statements:
+                store.connection.execute(*statement)
+        except sqlite3.Error:  # the database itself does not take it
+            continue
+        assert store.image() != now, edit.what
+        store.custody = Custody("memory")
+        store.custody.hold(VAULT.unwrap)
+        store.custody.require_seal(1)  # as the mark of a server does
+        trial.judge(edit, store)
+    assert trial.tried > 150
+    assert trial.refused > trial.tried / 3
+    print(trial)
+
+
+PART = 1 if SOAK else 25
+
+
+def test_no_edit_of_a_row_in_postgresql_releases_a_key(empty_schema: str, tmp_path: Path) -> None:
+    """The same there; `make soak` makes all of them."""
+    place = StorePlace(empty_schema, tmp_path, vault=VAULT)
+    with psycopg.connect(empty_schema, autocommit=True) as attacker:
+        _ = attacker.execute("SET session_replication_role = replica")  # an owner of the tables needs no references
+        with closing(place.open(migrate=True)) as store:
+            fill(store)
+            before = contents(attacker)
+            go_on(store)
+            sequence(store)
+            trial = Trial(everything(store))
+        listed = attacker.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()")
+        tables = [name for (name,) in listed]
+        for table in tables:
+            _ = attacker.execute(f"CREATE TABLE kept_{table} AS SELECT * FROM {table}".encode())
+        for edit in [*edits(contents(attacker), before, thorough=SOAK)][::PART]:
+            for table in tables:
+                restore = f"DELETE FROM {table}; INSERT INTO {table} OVERRIDING SYSTEM VALUE TABLE kept_{table}"
+                _ = attacker.execute(restore.encode())
+            try:
+                with attacker.transaction():
+                    for text, values in edit.statements:
+                        _ = attacker.execute(text.replace("?", "%s").encode(), values)
+            except psycopg.Error:  # the database itself does not take it
+                continue
+            try:
+                store = place.open()
+            except StoreError:
+                trial.tried += 1
+                trial.refused += 1
+                continue
+            with closing(store):
+                store.custody.require_seal(1)
+                trial.judge(edit, store)
+    assert trial.refused
+    assert trial.named
+    print(trial)
+
+
+def flips(value: Any) -> Iterator[Any]:
+    """The value with one of its bits changed, each once; what is not a text then is left out."""
+    match value:
+        case int():
+            yield from (value ^ 1 << bit for bit in range(63))
+        case str():
+            for each in flips(value.encode()):
+                with suppress(UnicodeDecodeError):
+                    yield each.decode()
+        case bytes():
+            whole = int.from_bytes(value, "big")
+            yield from ((whole ^ 1 << bit).to_bytes(len(value), "big") for bit in range(8 * len(value)))
+
+
+def test_every_bit_of_a_row_that_has_a_mac_counts() -> None:
+    store = SealedStore(VAULT, images()[1])
+    store.transact(Ask(rows.Insert(rows.AuditRow(NOW, "operator", "event", "done", "reason", A, keys="keys"))))
+
+    def read(_op: object, text: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        return store.connection.execute(text, values).fetchall()
+
+    state = read(None, sql.READ_VERSION)[0][2]
+    guard = Guard(store.custody.session(state, lambda text: read(None, text)), read)
+
+    def check_row(kind: type[rows.Row], row: Any) -> None:
+        guard.check(kind, (row,))
+
+    whole: list[tuple[str, tuple[Any, ...], Callable[[Any], object]]] = []
+    for kind in SEALED:
+        (row,) = read(None, *sql.statement(rows.ReadPage(kind, None, 1)))
+        whole.append((kind.TABLE, row, partial(check_row, kind)))
+
+    def judge(row: Any) -> None:
+        if guard.judged((7, *row)) != (7, *row):
+            raise RowNotAuthentic("audit", "7", "")
+
+    def open_store_head(stored: Any) -> None:
+        guard._store = None
+        guard.store_head(stored)
+
+    whole.append(("audit", read(None, *sql.statement(rows.ReadUnsequenced(1)))[0][1:], judge))
+    whole.append(
+        ("head", read(None, sql.READ_HEAD, (*A_KEY, *A_KEY))[0][1:], lambda row: guard._opened(A_KEY, (None, *row)))
+    )
+    whole.append(("store_head", read(None, sql.READ_STORE_HEAD)[0], open_store_head))
+    flipped = 0
+    for table, row, use_row in whole:
+        use_row(row)
+        for at, value in enumerate(row):
+            for other_value in flips(value):
+                flipped += 1
+                try:
+                    use_row((*row[:at], other_value, *row[at + 1 :]))
+                except RowNotAuthentic:
+                    continue
+                pytest.fail(f"{table}, column {at}: {other_value!r} for {value!r}")
+    assert flipped > 10_000
 
 
 def test_half_of_the_macs_are_missing() -> None:
@@ -365,7 +519,7 @@ def changed(value: Any, name: str, *, is_sqlite: bool) -> str:
 
 def test_every_column_of_every_table_is_authenticated_in_both_databases(place: StorePlace) -> None:
     """Their drivers give the same rows. A sample of the columns; all of them at length."""
-    is_thorough, tried = "CHUTES_PROTO_SOAK" in os.environ, 0
+    is_thorough, tried = SOAK, 0
     with closing(place.open(migrate=True)) as store:
         fill(store)
         for kind in SEALED:
