@@ -299,10 +299,10 @@ def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
     signer = Signer("keys.example/audit", Secret(bytes(32)))
     shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
 
-    def verified(members: dict[str, Any], **documents: bytes) -> Ended:
+    def verified(members: dict[str, Any]) -> Ended:
         entry = json.dumps(members)
         note = signer.sign(Checkpoint(signer.name, 1, merkle.leaf_hash(entry.encode())).text)
-        made = evolve(shown, entry=entry, proof=Proof(0, (), note), evidence={**shown.evidence, **documents})
+        made = evolve(shown, entry=entry, proof=Proof(0, (), note))
         path = site.directory / "lie.json"
         path.write_bytes(made.to_bytes())
         given = ("--key", signer.verifier, "--root", site.directory / "simulated-root.der", "--json")
@@ -318,11 +318,6 @@ def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
         for name in ("evidence", "quote_digest", "hotkey", "profile"):
             ended = verified(members | {name: value})
             assert ended.code in (0, 14, 15), (name, value)
-    for document in (b"", b"[" * 100_000, b"\xff", b"{}", b'{"unix_time": 1e300}', b'{"files": 1}', b"&a [*a]"):
-        for name in ("policy", "reference_values"):
-            digest = hashlib.sha256(document).hexdigest()
-            lie = members | {"evidence": json.dumps(grounds | {name: digest})}
-            assert verified(lie, **{name: document}).code in (0, 15), (name, document)
 
 
 def test_a_forged_row_hides_no_change_of_the_files(site: Site) -> None:

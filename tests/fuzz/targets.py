@@ -14,7 +14,7 @@ from struct import pack
 from typing import get_args
 
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.hotkey import Hotkey
@@ -62,9 +62,10 @@ from chutes_proto.quote._policy_words import explain_set, policy_notes
 from chutes_proto.quote._published import parse_profile_file
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
-from chutes_proto.quote._verify import open_quote, verify_collateral
+from chutes_proto.quote._verify import check_signed, open_quote, verify_collateral, verify_quote
 from chutes_proto.secret import Secret
 from chutes_proto.server import _host_profiles as host_profiles
+from chutes_proto.server._grounds import ACCEPTED, Bundle, Documents, grounds, judge_again, reference_values_document
 from chutes_proto.server._observing import trace_of
 from chutes_proto.store._mark import Entry, Mark
 from chutes_proto.testing._gpus import SimulatedGpus
@@ -692,6 +693,52 @@ def logs() -> list[bytes]:
     return [*(str(text).encode() for text in texts), receipt, bundled, bundle([b"", b"one entry"]), b"3\n"]
 
 
+def check_entry(data: bytes) -> None:
+    """An entry and documents of who can sign any: the evidence is judged as the entry says, or one error."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(entry := stdlib_json.loads(data), dict):
+            with suppress(LogError):
+                assert judge_again(entry, BUNDLE, read_yaml, ROOT) == ACCEPTED
+    for name in ("policy", "reference_values"):
+        bundle_of = evolve(BUNDLE, documents=evolve(BUNDLE.documents, **{name: data}))
+        told = stdlib_json.loads(ENTRY["evidence"]) | bundle_of.documents.digests
+        with suppress(LogError):
+            assert judge_again(ENTRY | {"evidence": stdlib_json.dumps(told)}, bundle_of, read_yaml, ROOT) == ACCEPTED
+
+
+BUNDLE = Bundle(
+    PLATFORM.quote(bytes(64)),
+    PLATFORM.collateral(NOW),
+    Documents(
+        b'[tcb]\naccepted_statuses = ["UpToDate"]\n',
+        reference_values_document([PROFILE.to_toml().encode()], {}, {}),
+    ),
+)
+
+
+def _entry() -> dict[str, str]:
+    """The entry of a grant that rests on the bundle."""
+    signed = check_signed(open_quote(BUNDLE.quote, now=NOW, root=ROOT))
+    verdict = verify_quote(signed, verify_collateral(BUNDLE.collateral, now=NOW, root=ROOT), now=NOW)
+    rested_on = grounds(verdict, BUNDLE.documents, "boot", ACCEPTED, hotkey_proven=None)
+    return {"evidence": rested_on, "hotkey": _HOTKEY, "quote_digest": BUNDLE.digests["quote"]}
+
+
+ENTRY = _entry()
+
+
+def entries() -> list[bytes]:
+    documents = BUNDLE.documents
+    nested = b"[" * 100_000
+    return [
+        stdlib_json.dumps(ENTRY).encode(),
+        documents.policy,
+        documents.reference_values,
+        nested,
+        b'{"unix_time": 1e300}',
+    ]
+
+
 def check_traceparent(data: bytes) -> None:
     """The header of any client: what goes into the log is a trace id as the W3C says, and one header alone names it."""
     value = data.decode("latin-1")
@@ -736,6 +783,7 @@ TARGETS = {
     "hand-off": Target(check_hand_off, hand_offs),
     "mark": Target(check_mark, marks),
     "audit-log": Target(check_log, logs),
+    "audit-entry": Target(check_entry, entries),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),
