@@ -40,7 +40,14 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
     store.close()
 
 
-def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
+@pytest.fixture(params=["none", "most", "all"])
+def gathered(request: pytest.FixtureRequest) -> str:
+    """Which units come to the store in one call."""
+    gathered: str = request.param
+    return gathered
+
+
+def in_one_commit(store: SqliteStore, units: list[Unit[Any]], gathered: str = "none") -> list[Any]:
     """The outcomes of units that waited, in their order, while another one was written."""
     gate = Gate()
     writer = threading.Thread(target=store.transact, args=(gate,))
@@ -54,7 +61,14 @@ def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
         except BaseException as exc:  # noqa: BLE001 - it is what became of the unit
             outcomes[index] = exc
 
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(units))]
+    def call_all(first: int) -> None:
+        together = store.transact_all(units[first:])
+        outcomes[first:] = [result if fault is None else fault for result, fault in together]
+
+    alone = {"none": len(units), "most": 1, "all": 0}[gathered]
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(alone)]
+    if gathered != "none":
+        threads.append(threading.Thread(target=call_all, args=(alone,)))
     for count, thread in enumerate(threads, 1):
         thread.start()
         while len(store._waiting) < count:
@@ -75,38 +89,40 @@ class Raising(Unit[None]):
         raise self.exc
 
 
-def test_units_that_wait_are_committed_together_in_their_order(store: SqliteStore) -> None:
+def test_units_that_wait_are_committed_together_in_their_order(store: SqliteStore, gathered: str) -> None:
     before = store.commits
     rows = [AuditRow(NOW, "vm", f"event {index}", "granted") for index in range(40)]
-    assert in_one_commit(store, [Ask(Insert(row)) for row in rows]) == [None] * 40
+    assert in_one_commit(store, [Ask(Insert(row)) for row in rows], gathered) == [None] * 40
     assert store.commits == before + 2
     assert store.transact(Ask(Scan(AuditRow))) == tuple(rows)
 
 
-def test_what_raises_is_undone_alone(store: SqliteStore) -> None:
+def test_what_raises_is_undone_alone(store: SqliteStore, gathered: str) -> None:
     exc = LookupError("no")
     stop = KeyboardInterrupt()
     outcomes = in_one_commit(
-        store, [Ask(SetHorizon(3)), Raising(exc), Ask(ReadTimes()), Raising(stop), Ask(SetHorizon(5))]
+        store,
+        [Ask(SetHorizon(3)), Raising(exc), Ask(ReadTimes()), Raising(stop), Ask(SetHorizon(5))],
+        gathered,
     )
     assert outcomes == [None, exc, Times(3, None), stop, None]
     assert outcomes[1] is exc
     assert store.transact(Ask(ReadTimes())).horizon == 5
 
 
-def test_what_the_schema_refuses_is_undone_alone(store: SqliteStore) -> None:
+def test_what_the_schema_refuses_is_undone_alone(store: SqliteStore, gathered: str) -> None:
     store.transact(boot("first"))
     (row,) = store.transact(Ask(Scan(BootRow)))
-    outcomes = in_one_commit(store, [Ask(SetHorizon(3)), Ask(Insert(row)), Ask(SetHorizon(4))])
+    outcomes = in_one_commit(store, [Ask(SetHorizon(3)), Ask(Insert(row)), Ask(SetHorizon(4))], gathered)
     assert outcomes[0] is outcomes[2] is None
     assert isinstance(outcomes[1], StoreError)
     assert "UNIQUE" in str(outcomes[1])
     assert store.transact(Ask(ReadTimes())).horizon == 4
 
 
-def test_units_of_one_commit_see_one_another(store: SqliteStore) -> None:
+def test_units_of_one_commit_see_one_another(store: SqliteStore, gathered: str) -> None:
     nonce = NonceRow(bytes(32), "boot", NOW, NOW)
-    assert in_one_commit(store, [Ask(Claim(nonce))] * 3) == [True, False, False]
+    assert in_one_commit(store, [Ask(Claim(nonce))] * 3, gathered) == [True, False, False]
 
 
 def fail_at_commit(store: SqliteStore, fault: Callable[[], None]) -> None:
@@ -121,7 +137,7 @@ def fail_at_commit(store: SqliteStore, fault: Callable[[], None]) -> None:
     store._check_file = checked  # type: ignore[method-assign]
 
 
-def test_a_commit_that_fails_fails_all(store: SqliteStore) -> None:
+def test_a_commit_that_fails_fails_all(store: SqliteStore, gathered: str) -> None:
     granted = boot("first")
     store.transact(granted)
     before = dump(store)
@@ -135,7 +151,7 @@ def test_a_commit_that_fails_fails_all(store: SqliteStore) -> None:
     refused = Refused(Code.NONCE_INVALID, "no")
     good = sync(granted, "body", "storage")
     # The first refusal stands whatever becomes of the others. The second rests on a sync that never was.
-    outcomes = in_one_commit(store, [Raising(refused), good, sync(granted, "other", "storage")])
+    outcomes = in_one_commit(store, [Raising(refused), good, sync(granted, "other", "storage")], gathered)
     assert outcomes[0] is refused
     assert [type(outcome) for outcome in outcomes[1:]] == [StoreError, StoreError]
     assert outcomes[1] is not outcomes[2]

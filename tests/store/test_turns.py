@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from typing import Any
 
@@ -231,6 +231,38 @@ async def test_one_caller_asks_a_store_that_is_away_and_the_others_follow_its_an
             group.start_soon(ask)
     assert len([outcome for outcome in outcomes if outcome == 42]) == 16
     assert len(store.began) == 20
+
+
+@define
+class Gathering(Scripted):
+    """A store that is handed several units at once."""
+
+    callers: int = 4
+    handed: list[int] = field(factory=list[int])
+
+    def transact_all(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
+        self.handed.append(len(units))
+        return [(self.transact(unit), None) for unit in units]
+
+
+@pytest.mark.anyio
+async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile() -> None:
+    store = Gathering()
+    durable: Any = store
+    answers: list[object] = []
+
+    async def ask() -> None:
+        answers.append(await turns.transact(Transact(ASK, turn_seconds=60, seconds=60)))
+
+    async with open_turns(durable) as turns, anyio.create_task_group() as group:
+        group.start_soon(ask)
+        await async_wait_until(lambda: store.handed == [1])
+        for _ in range(8):
+            group.start_soon(ask)
+        await async_wait_until(lambda: len(turns._running) + len(turns._jobs) == 9)
+        store.goes_on.set()
+    assert answers == [42] * 9
+    assert store.handed == [1, 4, 4]
 
 
 # --- a database that hangs, and many requests ---

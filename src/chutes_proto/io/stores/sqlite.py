@@ -24,7 +24,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -76,7 +76,7 @@ _STEPS_A_ROW: Final = 78
 _STEPS_A_CALL: Final = 200_000
 
 _CALLERS: Final = 40
-"""How many threads may wait for a writer: all of them share the next commit."""
+"""How many units wait for a writer: all of them share the next commit."""
 
 _MAKING = threading.Lock()
 
@@ -99,6 +99,8 @@ class _Job:
 
     unit: Unit[Any]
     turn: threading.Lock = field(factory=_locked)
+    others: list[_Job] = field(factory=list["_Job"])
+    """Those that came with it, for the same commit."""
     result: Any = None
     fault: BaseException | None = None
     changes: list[Change] = field(factory=list[Change])
@@ -170,15 +172,22 @@ class SqliteStore(MarkedStore):
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
         job = _Job(unit)
-        with self._my_turn(job) as mine:
-            if mine:
-                self._write(job)
+        self._carry_out(job)
         if job.fault is not None:
-            with self._lock:
-                self.custody.note(job.fault)
             raise job.fault
         result: T = job.result
         return result
+
+    def transact_all(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
+        """Run ``units`` as `transact` does, in their order and one commit; return each one's result and exception."""
+        first, *others = jobs = [_Job(unit) for unit in units]
+        first.others = others
+        try:
+            self._carry_out(first)
+        except BaseException as exc:  # noqa: BLE001 - there was no turn in time, or it was interrupted
+            for job in jobs:
+                job.fault = job.fault or exc
+        return [(job.result, job.fault) for job in jobs]
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read the whole file in one snapshot, while others write; return the number of rows of each table.
@@ -311,7 +320,16 @@ class SqliteStore(MarkedStore):
         with self._lock:
             units = [other for other in self._waiting if other.unit is not _ALONE]
             self._waiting = [other for other in self._waiting if other.unit is _ALONE]
-        return [job, *units]
+        return [each for taken in (job, *units) for each in (taken, *taken.others)]
+
+    def _carry_out(self, job: _Job) -> None:
+        with self._my_turn(job) as mine:
+            if mine:
+                self._write(job)
+        for each in (job, *job.others):
+            if each.fault is not None:
+                with self._lock:
+                    self.custody.note(each.fault)
 
     def _write(self, job: _Job) -> None:
         """Run ``job`` and all units that wait, in one transaction."""

@@ -1,14 +1,17 @@
 """A store on an event loop: its transactions run in threads, and a caller that waits for its turn holds none.
 
+A store that shares commits is handed all transactions at once that have their turn, while others gather for the next
+commit: so a commit takes one thread, and one call of it into the loop. Any other one is handed each for itself.
+
 No rule is decided here: `Turns` says whose turn it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import anyio
 import anyio.abc
@@ -38,8 +41,18 @@ async def open_turns(store: DurableStore) -> AsyncGenerator[StoreTurns]:
                 await turns.close()
 
 
+@runtime_checkable
+class SharesCommits(Protocol):
+    """A store that runs several units in one commit."""
+
+    def transact_all(self, units: Sequence[Unit[Any]], /) -> list[tuple[Any, BaseException | None]]:
+        """Run units, each as a transaction of its own; return the result of each, and what it raised."""
+        ...
+
+
 @define(eq=False)
 class _Job:
+    turn: Turn
     unit: Unit[Any]
     begun: anyio.Event = field(init=False, factory=anyio.Event)
     ended: anyio.Event = field(init=False, factory=anyio.Event)
@@ -55,15 +68,22 @@ class StoreTurns:
         self._pauses = pauses
         self._turns = Turns(store.callers)
         self._threads = Threads(f"store {store.name}")
+        self._transact_all: Callable[[Sequence[Unit[Any]]], list[tuple[Any, BaseException | None]]]
+        if isinstance(store, SharesCommits):
+            self._transact_all, self._threads_at_once, self._units_of_each = store.transact_all, 1, store.callers
+        else:
+            self._transact_all, self._threads_at_once, self._units_of_each = self._transact_one, store.callers, 1
         self._jobs: dict[Turn, _Job] = {}  # of the turns that have not begun
         self._running: dict[Turn, _Job] = {}
+        self._ready: list[_Job] = []  # of these, those that no thread has yet
+        self._threads_in_use = 0
         self._closing = False
 
     async def transact(self, effect: Transact[Any]) -> object:
         """Perform `Transact`. A caller that is cancelled does not end a transaction that has begun."""
         until = anyio.current_time() + effect.seconds
-        turn, job = self._turns.ask(), _Job(effect.unit)
-        self._jobs[turn] = job
+        turn = self._turns.ask()
+        job = self._jobs[turn] = _Job(turn, effect.unit)
         self._begin()
         if not turn.has_begun:
             await self._wait_for_turn(turn, job, effect.turn_seconds)
@@ -101,40 +121,51 @@ class StoreTurns:
         for turn in [] if self._closing else self._turns.begin():
             job = self._running[turn] = self._jobs.pop(turn)
             job.begun.set()
+            self._ready.append(job)
+        while self._ready and self._threads_in_use < self._threads_at_once:
+            jobs, self._ready = self._ready[: self._units_of_each], self._ready[self._units_of_each :]
+            self._threads_in_use += 1
             try:
-                self._threads.run(partial(self._carry_out, job), partial(self._end, turn))
+                self._threads.run(partial(self._carry_out, jobs), self._end)
             except RuntimeError as exc:  # the system allows no thread
-                job.fault = StoreAway(f"store {self._store.name}: {exc}")
-                self._end(turn, "away")
+                for job in jobs:
+                    job.fault = StoreAway(f"store {self._store.name}: {exc}")
+                self._end(jobs)
 
-    def _carry_out(self, job: _Job) -> Found:
-        """Run a transaction, in a thread."""
+    def _carry_out(self, jobs: list[_Job]) -> list[_Job]:
+        """Run transactions, in a thread; return them."""
         try:
-            job.result = self._store.transact(job.unit)
-        except BaseException as exc:  # noqa: BLE001 - it is the caller's
-            job.fault = exc
-            return _found(exc)
-        return "answered"
+            for job, outcome in zip(jobs, self._transact_all([job.unit for job in jobs]), strict=True):
+                job.result, job.fault = outcome
+        except BaseException as exc:  # noqa: BLE001 - it is the callers'
+            for job in jobs:
+                job.fault = exc
+        return jobs
 
-    def _end(self, turn: Turn, found: Found) -> None:
-        self._running.pop(turn).ended.set()
-        if found == "away" and not self._closing:
-            _ = self._pauses.start_soon(self._pause, turn)
-        else:
-            self._pass_on(turn, found)
+    def _transact_one(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
+        return [(self._store.transact(unit), None) for unit in units]
+
+    def _end(self, jobs: list[_Job]) -> None:
+        self._threads_in_use -= 1
+        for job in jobs:
+            del self._running[job.turn]
+            job.ended.set()
+            found = _found(job.fault)
+            if found == "away" and not self._closing:
+                _ = self._pauses.start_soon(self._pause, job.turn)
+            else:
+                self._turns.end(job.turn, found)
+        self._begin()
 
     async def _pause(self, turn: Turn) -> None:
         try:
             await anyio.sleep(PAUSE_SECONDS)
         finally:
-            self._pass_on(turn, "away")
-
-    def _pass_on(self, turn: Turn, found: Found) -> None:
-        self._turns.end(turn, found)
-        self._begin()
+            self._turns.end(turn, "away")
+            self._begin()
 
 
-def _found(exc: BaseException) -> Found:
+def _found(exc: BaseException | None) -> Found:
     if isinstance(exc, StoreAway):
         return "away"
     return "unknown" if isinstance(exc, (StoreBusy, FateUnknown)) else "answered"
