@@ -24,9 +24,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -67,6 +67,8 @@ TURNS = 6
 BOOTS = 50
 """Boots of a turn."""
 SYNCS = 960
+SYNCING = 64
+"""The VMs whose boots they belong to, 15 of each: of a VM with more than 32, the tokens of older boots do not count."""
 CALLERS = (1, 16, 64)
 NONCES = 1_000_000
 VOLUMES = ("storage", "tdx-cache")
@@ -337,28 +339,21 @@ def _syncs(folder: Path) -> None:
     runs = count()
     with _server(folder, "trio") as (url, _, _):
         for callers in CALLERS:
-            tokens = [f"{next(runs):064x}" for _ in range(SYNCS)]
+            syncs = [(f"vm-{callers}-{number % SYNCING}", f"{next(runs):064x}") for number in range(SYNCS)]
             with closing(setup.store.open()) as store:
-                for number, token in enumerate(tokens):
-                    caller = number % callers
+                for vm, token in syncs:
                     granted = evolve(
-                        boot(token, now=int(time.time()), vm=Vm(VM.hotkey, f"vm-{callers}-{caller}")),
-                        platform=platform(f"{callers} {caller}"),
+                        boot(token, now=int(time.time()), vm=Vm(VM.hotkey, vm)),
+                        platform=platform(vm),
                         vault=setup.service.vault,
                         token_digest=hashlib.sha256(token.encode()).digest(),
                     )
                     _ = store.transact(granted)
             senders = [_sender(folder, url) for _ in range(callers)]
-            works = [
-                functools.partial(_sync_all, senders[caller], f"vm-{callers}-{caller}", tokens[caller::callers])
-                for caller in range(callers)
-            ]
-            threads = [threading.Thread(target=work) for work in works]
             start = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(callers) as threads:
+                parts = [syncs[caller::callers] for caller in range(callers)]
+                _ = [*threads.map(_sync_all, senders, parts)]  # raises what one of them has raised
             rate = SYNCS / (time.perf_counter() - start)
             for sender in senders:
                 sender.close()
@@ -366,8 +361,8 @@ def _syncs(folder: Path) -> None:
             print(f"{callers:>12}{rate:>12.0f}{rate / first:>12.2f}")
 
 
-def _sync_all(sender: HttpsSender, vm: str, tokens: list[str]) -> None:
-    for token in tokens:
+def _sync_all(sender: HttpsSender, syncs: list[tuple[str, str]]) -> None:
+    for vm, token in syncs:
         headers = {"x-boot-token": token, "x-chutes-hotkey": VM.hotkey}
         _ = _ask(sender, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
 
