@@ -76,7 +76,7 @@ def test_what_users_do_not_need_is_pinned_too(group: str, pins: str) -> None:
 
 
 def test_the_command_and_the_module_are_installed() -> None:
-    assert PROJECT["project"]["scripts"] == {"chutes-proto": "chutes_proto.cli.main:main"}
+    assert PROJECT["project"]["scripts"] == {"chutes-proto": "chutes_proto.cli.main:program"}
     for command in ([Path(sys.executable).parent / "chutes-proto"], [sys.executable, "-m", "chutes_proto"]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

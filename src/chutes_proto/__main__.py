@@ -2,6 +2,6 @@
 
 import sys
 
-from chutes_proto.cli.main import main
+from chutes_proto.cli.main import program
 
-sys.exit(main())
+sys.exit(program())
