@@ -12,7 +12,7 @@ from attrs import evolve
 from chutes_proto.errors import LogError, RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import check_stored, purged_below
 from chutes_proto.io.server.scrub import scrub_log
-from chutes_proto.io.server.sequencer import Sequencer
+from chutes_proto.io.server.sequencer import Sequencer, sequencing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sealing import find_faults, seal_store
 from chutes_proto.store._run import Ask
@@ -39,6 +39,9 @@ from chutes_proto.units.log import SALT_SIZE, FromTiles, ReadCheckpoint, Sequenc
 from chutes_proto.units.operator import PurgeAudits, Purged
 from tests.store.memory import SealedStore
 from tests.store.test_custody import A, fill, granted, run
+from tests.waiting import wait_until
+
+in_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 
 COLUMNS = "at, actor, event, decision, reason, keys, peer_address"
 
@@ -148,6 +151,7 @@ def test_a_forged_purge_excuses_nothing(place: StorePlace) -> None:
         assert purged_below(store) == 0
 
 
+@in_a_file
 def test_a_purge_counts_at_once_and_is_not_hidden_by_forged_ones(place: StorePlace, store: DurableStore) -> None:
     store.transact(Ask(InsertAll(tuple(map(row, range(300))))))
     assert len(sequenced(store)) == 300
@@ -172,6 +176,7 @@ def test_a_row_with_a_place_beyond_the_log_does_not_stop_it(place: StorePlace, s
     assert not list(find_faults(store))
 
 
+@in_a_file
 def test_a_purge_takes_old_forged_rows_and_leaves_those_that_a_mark_may_know(
     place: StorePlace, store: DurableStore
 ) -> None:
@@ -197,6 +202,7 @@ def test_sealing_takes_the_rows_that_wait(place: StorePlace) -> None:
         assert store.custody.faults == {"audit": 1}
 
 
+@in_a_file
 def test_a_copy_of_a_store_has_forged_rows_as_forged_ones(place: StorePlace, store: DurableStore) -> None:
     forge(place)
     assert sequenced(store) == ["rows forged"]
@@ -211,6 +217,7 @@ def test_a_copy_of_a_store_has_forged_rows_as_forged_ones(place: StorePlace, sto
     assert [each.idx for each in copy.transact(Ask(ReadLog(0, 9)))] == [0, 1, 2, 3]
 
 
+@in_a_file
 def test_nobody_without_the_key_gives_places(place: StorePlace) -> None:
     with closing(place.open(migrate=True)) as store:
         store.transact(Ask(Insert(row(0))))
@@ -252,6 +259,7 @@ def test_a_row_that_its_forger_sequences_himself_is_no_entry(
             store.transact(unit)
 
 
+@in_a_file
 def test_an_entry_that_is_changed_with_its_tile_before_a_checkpoint_is_no_announcement(
     place: StorePlace, store: DurableStore
 ) -> None:
@@ -278,6 +286,7 @@ def test_an_entry_that_is_changed_with_its_tile_before_a_checkpoint_is_no_announ
     assert [each.what for each in report.findings] == ["one of them is not as the checkpoint of 300 entries has it"]
 
 
+@in_a_file
 def test_a_log_whose_state_was_deleted_is_not_begun_again(place: StorePlace, store: DurableStore) -> None:
     store.transact(Ask(Insert(row(0))))
     assert sequenced(store) == ["event"]
@@ -309,3 +318,15 @@ def test_a_purge_ends_at_the_edge_of_a_tile(store: DurableStore) -> None:
     (entry,) = store.transact(Ask(ReadLog(512, 1)))
     path = store.transact(FromTiles(lambda read: inclusion_proof(read, 512, 514)))
     verify_inclusion(leaf_of(entry), 512, 514, path, checkpoint.root)
+
+
+@in_a_file
+def test_a_server_tells_once_that_the_state_of_its_log_was_forged(place: StorePlace, store: DurableStore) -> None:
+    store.transact(Ask(Insert(row(0))))
+    assert sequenced(store) == ["event"]
+    run(place, "UPDATE log_state SET size = 7")
+    with sequencing(store, lambda: VAULT, "keys.example/audit", None):
+        for seen in (0, 1):
+            store.transact(Ask(Insert(row(1))))
+            wait_until(lambda seen=seen: store.custody.faults["log_state"] > seen)  # type: ignore[misc]
+    assert len([note for note in store.notes if "audit of table log_state is not authentic" in note]) == 1

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-from chutes_proto.errors import ConfigurationError, KeyUnavailable, LogError, SealBroken, StoreError
+from chutes_proto.errors import ConfigurationError, KeyUnavailable, LogError, RowNotAuthentic, SealBroken, StoreError
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.keys.vault import NONCE_SIZE, Vault
@@ -98,12 +98,12 @@ class Sequencer:
                     _ = self.checkpoint()
                 self.watch()
                 told = None
-            except StoreError:  # `watch_store` tells the operator
-                pass
-            except (ConfigurationError, KeyUnavailable, LogError, SealBroken, OSError) as exc:
+            except (ConfigurationError, KeyUnavailable, LogError, RowNotAuthentic, SealBroken, OSError) as exc:
                 if type(exc) is not told:  # once, not for each size of a log that grows
                     self._store.add_note(f"audit log: {exc}")
                 told = type(exc)
+            except StoreError:  # `watch_store` tells the operator
+                pass
 
     def stop(self) -> None:
         """Let `run` end."""
