@@ -70,6 +70,24 @@ def test_no_row_goes_to_a_temporary_file(path: Path) -> None:
     assert [file for file in files if "etilqs" in file] == []  # SQLite's own name for them, spelt backwards
 
 
+def test_a_boot_takes_few_statements_and_changes_few_pages(path: Path) -> None:
+    """Without the evidence that a server keeps: its pages depend on its size."""
+    with closing(SqliteStore(path, vault=VAULT)) as store:
+        first, second = (boot(label, now=NOW + at) for at, label in enumerate(("first", "second")))
+        store.transact(first)
+        store.transact(sync(first, "body", "storage", "tdx-cache"))
+        store.empty_log(rewrite=False)
+        connection = store._connection
+        assert connection is not None
+        statements: list[str] = []
+        connection.set_trace_callback(statements.append)
+        store.transact(second)
+        store.transact(sync(second, "body", "storage", "tdx-cache"))
+        pages = (path.parent / f"{path.name}-wal").stat().st_size // (4096 + 24)
+    assert len(statements) <= 34, statements
+    assert pages <= 34
+
+
 def test_commits_reach_the_disk(store: SqliteStore, path: Path) -> None:
     connection = store._connection
     assert connection is not None

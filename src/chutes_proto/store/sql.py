@@ -359,11 +359,11 @@ _INDEXES: Final = (
     "CREATE INDEX server_boot ON server (boot_id)",
     "CREATE INDEX server_attested ON server (attested)",
     # A provisioned boot by the nonce that confirms its root key.
-    "CREATE INDEX boot_root_confirm ON boot (root_confirm_digest)",
+    "CREATE INDEX boot_root_confirm ON boot (root_confirm_digest) WHERE root_confirm_digest IS NOT NULL",
     # A declared GPU; version 2 took the uuid for its identity, which it is not.
     "CREATE UNIQUE INDEX gpu_declared ON gpu (uuid, server_id)",
     # The log: an entry by its index, of which there is one, and the rows that are not sequenced yet, which are few.
-    "CREATE UNIQUE INDEX audit_idx ON audit (idx)",
+    "CREATE UNIQUE INDEX audit_idx ON audit (idx) WHERE idx IS NOT NULL",
     "CREATE INDEX audit_unsequenced ON audit (id) WHERE idx IS NULL",
     # The newest version of a VM's head that the log knows; only the sequencer, which conflicts with nobody, writes it.
     "CREATE INDEX audit_version ON audit (hotkey, vm, vm_version) WHERE idx >= 0",
@@ -635,8 +635,15 @@ def _insert(kind: type[store.Row]) -> str:
     return f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
 
 
+_FIXED: Final[Mapping[type[store.Row], tuple[str, ...]]] = {
+    store.BootRow: ("hotkey", "vm", "token_digest", "peer_address", "created_at")
+}
+"""Columns that never change after the row is inserted: SQLite would write their indexes with each change again."""
+
+
 def _put(kind: type[store.Row]) -> str:
-    changes = ", ".join(f"{name} = excluded.{name}" for name in _stored(kind) if name not in kind.KEY)
+    fixed = (*kind.KEY, *_FIXED.get(kind, ()))
+    changes = ", ".join(f"{name} = excluded.{name}" for name in _stored(kind) if name not in fixed)
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
