@@ -276,6 +276,24 @@ def test_processes_of_a_server_ask_by_turns(log: Log, small: SmallWitness, witne
         assert another.round() == []
 
 
+def test_a_checkpoint_that_another_server_has_overtaken_is_no_alarm(
+    log: Log, witness: Witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, another = (Witnesses(log.store, [witness], tmp_path / name) for name in ("mine", "another"))
+    older, newer = log.grow(1), log.grow(1)
+    _ = (tmp_path / "mine").write_text(str(older))
+    assert another.ask(newer)[1] == []
+    why = f"witness {witness.url}: it has signed a checkpoint of {Checkpoint.of(newer).size} entries already"
+    assert mine.ask(older)[1] == [why], "an operator who asks is told"
+    assert [(mine.round(), mine.pause) for _ in range(3)] == [([], 2.0), ([], 2.0), ([why], 60.0)]
+    told: list[str] = []
+    monkeypatch.setattr("chutes_proto.io.server.witnesses.SECONDS", 0.01)
+    _ = (tmp_path / "mine").write_text(str(newer))
+    with witnessing(mine, told.append):
+        wait_until(witnessed_path(tmp_path / "mine").exists)
+    assert told == []
+
+
 def test_a_cosignature_stays_when_its_witness_is_away(log: Log, witness: Witness) -> None:
     note = log.grow(1)
     other_seed = bytes(range(1, 33))

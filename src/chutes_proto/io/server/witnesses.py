@@ -4,6 +4,8 @@ Rules kept here:
 
 * a cosignature is verified with the key that the operator named before it is kept;
 * a witness that knows another size is asked again from there, once: it may have seen what this server has not;
+* one that has signed a newer checkpoint already, of the same log for another server, is asked again soon, when this
+  server has signed that, too. It is told if that does not help, and at once if the log has not so many entries;
 * one that does not answer is told to the operator, and holds up nothing;
 * the newest checkpoint with cosignatures is a file of its own beside the mark. It replaces none of more entries: of the
   processes of a server one asks at a time, from its look at the file to its end, and the others leave it to that one.
@@ -28,15 +30,25 @@ from chutes_proto.errors import ConfigurationError, LocalProtocolError, LogError
 from chutes_proto.io.files import read_file, unavailable, write_file
 from chutes_proto.io.http.https import HttpGetter, TimeLimits
 from chutes_proto.io.http.tls import context_trusting
-from chutes_proto.store._run import Store
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import LogStateRow, Read
 from chutes_proto.tlog.merkle import consistency_proof
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signature, Verifier
 from chutes_proto.tlog.witness import PATH, cosigned_by, read_cosignature, read_size, request_body
-from chutes_proto.units.log import FromTiles
+from chutes_proto.units.log import LOG, FromTiles
+from chutes_proto.wire.http import HttpResponse
 
 SECONDS: Final = 60.0
 """How long a server waits between two rounds of its witnesses."""
+SOON_SECONDS: Final = 2.0
+"""How long it waits for a newer checkpoint of its own, when another server's has overtaken it."""
+OVERTAKEN: Final = 3
+"""After so many rounds in a row that others have overtaken, it is told."""
 LIMITS: Final = TimeLimits(connect=5.0, read=10.0, total=15.0)
+
+
+class _OvertakenError(LogError):
+    """The witness has signed a newer checkpoint of this log."""
 
 
 @frozen
@@ -66,23 +78,31 @@ def cosign(store: Store, note: Note, witness: Witness, old: int, get: HttpGetter
     """Get the cosignature of a witness that is thought to know ``old`` entries. Raises `LogError`, `StoreError`."""
     size = Checkpoint.of(note).size
     url = f"{witness.url.rstrip('/')}/{PATH}"
-    for attempt in range(2):
-        try:
-            path = store.transact(FromTiles(partial(consistency_proof, old=old, new=size)))
-            answer = get(url, (("content-type", "text/plain"),), request_body(old, path, note))
-        except (LogError, TransportError, LocalProtocolError) as exc:
-            raise LogError(f"witness {witness.url}: {exc}") from None
-        try:
-            if answer.status == 409 and not attempt:
-                old = read_size(answer.body)
-                continue
-            if answer.status != 200:
-                told = answer.body[:200].decode("ascii", "replace").strip()
-                raise LogError(f"status {answer.status}{': ' if told else ''}{told}")
-            return read_cosignature(answer.body, note, witness.key, int(time.time()))
-        except LogError as exc:
-            raise LogError(f"witness {witness.url}: {exc}") from None
-    raise LogError(f"witness {witness.url}: it knows another log of this name")  # pragma: no cover - for the checkers
+    try:
+        answer = _add(store, note, url, old, get)
+        if answer.status == 409:
+            old = read_size(answer.body)
+            if size < old <= _entries(store):
+                raise _OvertakenError(f"witness {witness.url}: it has signed a checkpoint of {old} entries already")
+            answer = _add(store, note, url, old, get)
+        if answer.status != 200:
+            told = answer.body[:200].decode("ascii", "replace").strip()
+            raise LogError(f"status {answer.status}{': ' if told else ''}{told}")
+        return read_cosignature(answer.body, note, witness.key, int(time.time()))
+    except _OvertakenError:
+        raise
+    except (LogError, TransportError, LocalProtocolError) as exc:
+        raise LogError(f"witness {witness.url}: {exc}") from None
+
+
+def _add(store: Store, note: Note, url: str, old: int, get: HttpGetter) -> HttpResponse:
+    path = store.transact(FromTiles(partial(consistency_proof, old=old, new=Checkpoint.of(note).size)))
+    return get(url, (("content-type", "text/plain"),), request_body(old, path, note))
+
+
+def _entries(store: Store) -> int:
+    state = store.transact(Ask(Read(LogStateRow, LOG)))
+    return 0 if state is None else state.size
 
 
 class Witnesses:
@@ -96,11 +116,13 @@ class Witnesses:
         self._file = file
         self._kept = None if file is None else witnessed_path(file)
         self._get = HttpGetter(context_trusting(ca_file), LIMITS)
+        self._overtaken = 0
 
     def ask(self, note: Note) -> tuple[Note, list[str]]:
         """Ask each for a checkpoint; return it with the cosignatures, and the faults in words. Raises `StoreError`."""
         with self._turn(waits=True):
-            return self._ask(note)
+            whole, faults = self._ask(note)
+        return whole, [*map(str, faults)]
 
     def round(self) -> list[str]:
         """Ask for the newest checkpoint, unless it is cosigned already, or another process asks; return the faults.
@@ -112,9 +134,17 @@ class Witnesses:
                 newest, kept = read_witnessed(self._file), self._read_kept()
                 if newest is None or not self._witnesses or (kept is not None and self._is_covered(kept, newest)):
                     return []
-                return self._ask(newest)[1]
+                _, faults = self._ask(newest)
         except BlockingIOError:
             return []
+        serious = [each for each in faults if not isinstance(each, _OvertakenError)]
+        self._overtaken = self._overtaken + 1 if len(serious) < len(faults) else 0
+        return [*map(str, serious if self._overtaken < OVERTAKEN else faults)]
+
+    @property
+    def pause(self) -> float:
+        """The seconds until the next round."""
+        return SOON_SECONDS if 0 < self._overtaken < OVERTAKEN else SECONDS
 
     @contextmanager
     def _turn(self, *, waits: bool) -> Generator[None]:
@@ -142,17 +172,17 @@ class Witnesses:
             raise LogError(f"{self._kept}: {exc}; move the file away") from None
         return kept
 
-    def _ask(self, note: Note) -> tuple[Note, list[str]]:
+    def _ask(self, note: Note) -> tuple[Note, list[LogError]]:
         kept = self._read_kept()
         old = 0 if kept is None else Checkpoint.of(kept).size
-        faults: list[str] = []
+        faults: list[LogError] = []
         found: list[Signature] = []
         for witness in self._witnesses:
             known = old if kept is not None and cosigned_by(kept, [witness.key]) else 0
             try:
                 found.append(cosign(self._store, note, witness, min(known, Checkpoint.of(note).size), self._get))
             except LogError as exc:
-                faults.append(str(exc))
+                faults.append(exc)
         before = [] if kept is None or kept.text != note.text else self._signed(kept)
         whole = note.with_signatures([*found, *(each for each in before if _key(each) not in map(_key, found))])
         if self._kept is not None and found and Checkpoint.of(note).size >= old:
@@ -182,7 +212,7 @@ def witnessing(witnesses: Witnesses | None, tell: Callable[[str], object]) -> Ge
     ending = threading.Event()
 
     def run() -> None:
-        while not ending.wait(SECONDS):
+        while not ending.wait(witnesses.pause):
             try:
                 for fault in witnesses.round():
                     _ = tell(f"audit log: {fault}")
