@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import os
+import re
+import shlex
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ from chutes_proto.tlog.receipts import Receipt
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import NOW, PLATFORM
 from tests.server.world import World
+from tools.docs.pages import DOCS, fences
 
 STRIDE = 31 if os.environ.get("CHUTES_PROTO_SOAK") else 331
 POLICY = '[tcb]\naccepted_statuses = ["UpToDate"]\n'
@@ -337,3 +340,20 @@ def test_a_forged_row_hides_no_change_of_the_files(site: Site) -> None:
         pass
     rows = [row for row in site.rows("--event", "started") if not row["idx"] or row["idx"] >= 0]
     assert [json.loads(row["evidence"])["after"] for row in rows] == [setup.judged_by, changed.judged_by]
+
+
+def test_the_guide_is_followed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site.directory)
+    said = key = ""
+    for line in (line for fence in fences(DOCS / "how-to" / "receipts.md") for line in fence.text.splitlines()):
+        words, _, file = line.replace(" 17 ", " 0 ").partition(" > ")
+        if "receipt verify" in words:
+            words = re.sub(r"--key \S+", f"--key {key} --root simulated-root.der", words)
+        ended = site.command(*shlex.split(words)[1:])
+        assert ended.code == 0, (line, ended.err)
+        said = ended.out
+        if "audit key" in words:
+            key = said.strip()
+        if file:
+            _ = Path(file).write_text(said)
+    assert said.endswith(": accepted\n")
