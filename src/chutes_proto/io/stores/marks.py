@@ -92,6 +92,7 @@ class MarkKeeper:
         self._mark = self._read()
         self._written: Mark | None = self._mark
         self._checkpoint = _read_checkpoint(path)
+        self._noted: list[tuple[Change, float]] = []  # and when; not yet in the next one, nor in the mark
         self._acknowledged: dict[int, tuple[Entry, float]] = {}
         self._ending = threading.Event()
         self._writer: threading.Thread | None = None
@@ -122,27 +123,41 @@ class MarkKeeper:
     def has_newest(self, find: Find) -> bool:
         """Return whether the store has the newest row of the mark."""
         with self._lock:
-            newest = self._mark.entries[-1] if self._mark and self._mark.entries else None
+            mark = self._present()
+        newest = mark.entries[-1] if mark and mark.entries else None
         return newest is None or _entries(find(_ROW, (newest.number,))) == (newest,)
 
     def note(self, changes: Iterable[Change]) -> None:
-        """Note rows that this process has added and purged, once that is committed."""
-        added: list[tuple[int, AuditRow]] = []
+        """Note rows that this process has added and purged, once that is committed.
+
+        A caller waits for it, so the mark has them only when somebody asks for it next, once a second at least.
+        """
+        noted, now = list(changes), time.monotonic()
+        if not noted:
+            return
         with self._lock:
-            mark = self._mark
-            for change in changes:
-                self.audited.set()
-                if isinstance(change, PurgeAudit):
-                    mark = mark and mark.without(change)
-                else:
-                    added.append(change)
-                    entry = Entry.of(*change)
-                    mark = mark and mark.with_entries((entry,))
-                    if self._writer is not None and len(self._acknowledged) < _WATCHED:
-                        self._acknowledged[entry.number] = entry, time.monotonic()
-            self._mark = mark
+            self._noted += [(change, now) for change in noted]
+        self.audited.set()
+        added = [change for change in noted if not isinstance(change, PurgeAudit)]
         if added and self.copy is not None:
             _ = self.copy(added)
+
+    def _present(self) -> Mark | None:
+        """The mark with all that was noted. The caller holds the lock."""
+        noted, self._noted = self._noted, []
+        added: list[Entry] = []
+        for change, at in noted:
+            if isinstance(change, PurgeAudit):
+                self._mark = self._mark and self._mark.with_entries(added).without(change)
+                added.clear()
+            else:
+                entry = Entry.of(*change)
+                added.append(entry)
+                if self._writer is not None and len(self._acknowledged) < _WATCHED:
+                    self._acknowledged[entry.number] = entry, at
+        if added:
+            self._mark = self._mark and self._mark.with_entries(added)
+        return self._mark
 
     def hold(self, checkpoint: Checkpoint) -> None:
         """Refuse a store whose audit log does not extend ``checkpoint``, which was signed just now."""
@@ -156,6 +171,7 @@ class MarkKeeper:
         """
         now = time.monotonic()
         with self._lock:
+            _ = self._present()
             due = [(entry, now - at) for entry, at in self._acknowledged.values() if now - at >= age]
             for entry, _ in due:
                 del self._acknowledged[entry.number]
@@ -170,7 +186,7 @@ class MarkKeeper:
     def compare(self, ask: Ask, timeline: int) -> None:
         """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""
         with self._lock:
-            mark = self._mark
+            mark = self._present()
         view = _view(ask, mark, timeline, self._custody)
         now = int(time.time())
         if mark is not None and view.store_id != mark.store_id:
@@ -268,7 +284,7 @@ class MarkKeeper:
 
     def _write(self) -> None:
         with self._lock:
-            mark = self._mark
+            mark = self._present()
         if self._path is None or mark is None or mark == self._written:
             return
         try:

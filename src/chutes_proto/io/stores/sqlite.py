@@ -150,6 +150,8 @@ class SqliteStore(MarkedStore):
         self._writer: _Job | None = None
         self._waiting: list[_Job] = []
         self._connection: sqlite3.Connection | None = None
+        self._checked_at: tuple[int] | None = None  # the changes that others had made to the file
+        self._seal_state: object = None  # as it was then
         self._closed = False
         self._inode: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
@@ -336,14 +338,14 @@ class SqliteStore(MarkedStore):
         jobs: list[_Job] = []
         try:
             with self._transaction() as connection:
-                session = self._session(connection)
-                self._check_mark(connection)
+                session = self._checked(connection)
                 jobs = self._take(job)
                 for each in jobs:
                     if self._run(connection, each, session):
                         session = self._session(connection)
             self._committed((change for each in jobs for change in each.changes), sealed_in=session.sealed_in)
         except BaseException as exc:
+            self._checked_at = None
             self.custody.forget_keys()
             jobs = jobs or self._take(job)
             seen = False
@@ -358,12 +360,23 @@ class SqliteStore(MarkedStore):
             for each in jobs[1:]:
                 each.turn.release()
 
+    def _checked(self, connection: sqlite3.Connection) -> Session:
+        """Check schema and mark, unless nobody else has changed the file since then; return the keys of the rows."""
+        changes: tuple[int] = connection.execute("PRAGMA data_version").fetchone()  # by others than this connection
+        if changes == self._checked_at and not self._marks.is_due():
+            return self.custody.session(self._seal_state, self._versions(connection).execute)
+        session = self._session(connection)
+        self._check_mark(connection)
+        self._checked_at = changes
+        return session
+
     def _session(self, connection: sqlite3.Connection) -> Session:
         """Check the schema, as a newer release may have migrated the file meanwhile; return the keys of the rows."""
         versions = self._versions(connection)
         found = versions.execute(READ_VERSION)
         _ = versions.check(found)
-        return self.custody.session(found[0][2], versions.execute)
+        self._seal_state = found[0][2]
+        return self.custody.session(self._seal_state, versions.execute)
 
     def _run(self, connection: sqlite3.Connection, job: _Job, session: Session) -> bool:
         """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit.
@@ -430,7 +443,7 @@ class SqliteStore(MarkedStore):
             self._drop()
 
     def _drop(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._checked_at = self._connection, None, None
         if connection is not None:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
