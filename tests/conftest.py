@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -60,6 +61,11 @@ def pytest_collection(session: pytest.Session) -> None:
     for path in paths[first:] + paths[:first]:
         with suppress(Exception, pytest.skip.Exception):
             _ = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def pytest_collection_finish() -> None:
+    """Keep Python from looking for cycles among all tests and modules, which live until the end."""
+    gc.freeze()
 
 
 @pytest.fixture
