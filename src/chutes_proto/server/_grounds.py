@@ -271,8 +271,8 @@ def missing_digests(entry: Mapping[str, Any], found: Mapping[str, str]) -> dict[
     """
     told = _grounds_of(entry)
     of_collateral: object = told.get("collateral")
-    by_name = cast("Mapping[str, object]", of_collateral) if isinstance(of_collateral, dict) else {}
-    named = {
+    by_name: Mapping[str, object] = cast("Any", of_collateral) if isinstance(of_collateral, dict) else {}
+    named: dict[str, object] = {
         "quote": entry.get("quote_digest"),
         **{name: told.get(name) for name in ("policy", "reference_values")},
         **{f"collateral.{name}": by_name.get(name) for name in CollateralDigests.__struct_fields__},
