@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, tuple[tuple[Any, tuple[str, ...]], ...]], ...] = (
     ),
     ("keys sealed and opened", ((Vault, ("seal", "open")),)),
     ("log", ((LogWriter, ("__call__",)),)),
-    ("units and their operations", ((SqliteStore, ("transact",)),)),
+    ("units and their operations", ((SqliteStore, ("transact", "transact_all")),)),
 )
 STATEMENTS = "SQLite: statements"
 COMMITS = "SQLite: commits"
