@@ -257,6 +257,40 @@ def test_a_migration_that_gets_no_lock_says_who_has_it(
         migrating.result(60).close()
 
 
+def test_an_expansion_has_one_second_for_its_locks_and_for_each_statement(
+    empty_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In milliseconds, as PostgreSQL has them in force while the step runs."""
+    place = StorePlace(empty_schema, tmp_path)
+    place.open(migrate=True).close()
+    limits = "SELECT setting FROM pg_settings WHERE name IN ('lock_timeout', 'statement_timeout')"
+    step = Step(f"CREATE TABLE owner (name TEXT); INSERT INTO owner {limits}", compatible_since=len(CURRENT))
+    set_release(monkeypatch, *CURRENT, step)
+    place.open(migrate=True).close()
+    with psycopg.connect(empty_schema) as connection:
+        found = [int(name) for (name,) in connection.execute("SELECT name FROM owner")]
+    assert len(found) == 2
+    assert all(0 < limit <= 1000 for limit in found)
+
+
+def test_an_expansion_that_takes_longer_by_itself_is_given_up(
+    empty_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every server would wait for the locks that it has."""
+    place = StorePlace(empty_schema, tmp_path)
+    place.open(migrate=True).close()
+    monkeypatch.setattr(postgres, "_MIGRATION_SECONDS", 0.0)
+    with monkeypatch.context() as newer:
+        set_release(newer, *CURRENT, evolve(EXPANSION, change=f"{EXPANSION.change}; SELECT pg_sleep(3)"))
+        with pytest.raises(StoreError, match="its own statements take longer than a second, for which servers would"):
+            place.open(migrate=True)
+    with psycopg.connect(empty_schema) as connection:
+        assert connection.execute("SELECT to_regclass('owner')").fetchone() == (None,)
+    with closing(place.open()) as store:
+        assert store.schema_version == len(CURRENT)
+        store.check()
+
+
 def waits_for_a_lock(url: str) -> bool:
     with psycopg.connect(url) as connection:
         found = connection.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'boot'::regclass")

@@ -659,7 +659,7 @@ class PostgresStore(MarkedStore):
                 if not isinstance(exc.__cause__, (errors.LockNotAvailable, errors.QueryCanceled, *_AGAIN)):
                     raise
                 if time.monotonic() + pause > until:
-                    raise self._held_up(connection, begin) from exc
+                    raise self._held_up(connection, begin, exc.__cause__) from exc
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - not a secret; others work meanwhile
             pause = min(2 * pause, 1.0)
 
@@ -673,8 +673,11 @@ class PostgresStore(MarkedStore):
 
         return execute
 
-    def _held_up(self, connection: _Connection, begin: _Beginning) -> StoreError:
-        """Return the error of a migration that does not get its locks, with the sessions that have them."""
+    def _held_up(self, connection: _Connection, begin: _Beginning, cause: BaseException | None) -> StoreError:
+        """Return the error of a migration that does not get its locks, or would keep them for too long.
+
+        It has the sessions that have them.
+        """
         with self._transaction(connection, begin):
             holders = _rows(connection, _HOLDERS)
         sessions = "; ".join(
@@ -682,6 +685,11 @@ class PostgresStore(MarkedStore):
             f" in a transaction for {seconds or 0:.0f} s) has {tables}"
             for pid, user, program, state, seconds, tables in holders
         )
+        if not holders and isinstance(cause, errors.QueryCanceled):
+            return StoreBusy(
+                f"store {self.name}: the migration was given up: its own statements take longer than a second, for"
+                " which servers would wait; run the command again when the database has less to do; nothing was changed"
+            )
         advice = "wait for it, or end it with SELECT pg_terminate_backend(...), and run the command again"
         found = f"{sessions}; {advice}" if holders else "no session has them now; run the command again"
         return StoreBusy(f"store {self.name}: the migration does not get the locks of its tables: {found}")
