@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from typing import Any
 
 import psycopg
 import pytest
@@ -21,7 +23,18 @@ from chutes_proto.io.stores.sealing import seal_store
 from chutes_proto.store import sql
 from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Read, ReadLiveGenerations, ReadTimes, Vm, VmRow
+from chutes_proto.store.rows import (
+    AuditWanted,
+    FindLastBoot,
+    FindLastBootFrom,
+    Read,
+    ReadAudit,
+    ReadLiveGenerations,
+    ReadTimes,
+    StoreOp,
+    Vm,
+    VmRow,
+)
 from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform, sync
 from tests.conftest import SOAK
 from tests.store.harness import Gate, together
@@ -83,18 +96,38 @@ ANALYZE;
 """
 """The rows of as many VMs, of a hotkey and a name each."""
 
+AUDITED = b"""
+INSERT INTO audit (at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys, peer_address)
+  SELECT created_at, 'vm', 'boot', CASE WHEN created_at % 10 = 0 THEN 'refused' ELSE 'granted' END, '', hotkey, vm,
+  boot_id, boot_id, '', peer_address FROM boot;
+ANALYZE audit;
+"""
+"""An audit row for each of their boots."""
 
-def test_a_boot_finds_its_rows_by_their_keys(migrated_schema: str) -> None:
-    """Not by an index in which VMs of other hotkeys are neighbours because they have like names, and all conflict."""
+
+def test_each_question_finds_its_rows_by_an_index(migrated_schema: str) -> None:
+    """That of a boot not by one in which VMs of other hotkeys with like names are neighbours, so that all conflict."""
     vm = Vm("hotkey", "vm-1")
+    newest = partial(ReadAudit, 1 << 62, 100, backwards=True)
+    expected: list[tuple[StoreOp[Any], str]] = [
+        (Read(VmRow, vm), "vm_pkey"),
+        (ReadLiveGenerations(vm), "generation_pkey"),
+        (FindLastBoot(vm), "boot_vm_newest"),
+        (FindLastBootFrom("hotkey", "192.0.2.1"), "boot_address_newest"),
+        (newest(), "audit_pkey"),
+        (newest(wanted=AuditWanted(hotkey="hotkey", name="vm-1")), "audit_vm"),
+        (newest(wanted=AuditWanted(request_id="request")), "audit_request"),
+        (newest(wanted=AuditWanted(hotkey="hotkey", refused=True)), "audit_refused"),
+    ]
     with psycopg.connect(migrated_schema, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(MANY.format(many=2000).encode())
-        for op, key in ((Read(VmRow, vm), "vm_pkey"), (ReadLiveGenerations(vm), "generation_pkey")):
+        connection.execute(AUDITED)
+        for op, index in expected:
             text, values = sql.statement(op)
             found = connection.execute(f"EXPLAIN {sql.for_driver(text, 'postgresql')}".encode(), values).fetchall()
             scans = [line for (line,) in found if "Scan" in line]
             assert scans
-            assert all(f"using {key}" in line for line in scans), found
+            assert all(re.search(rf"(using|on) {index}\b", line) for line in scans if "Bitmap Heap" not in line), found
 
 
 @pytest.mark.skipif(not SOAK, reason="it runs in make soak: a store is filled before")

@@ -396,6 +396,26 @@ def test_a_long_reading_makes_the_database_remember_nothing_of_others(url: str) 
         assert rows.transact(Ask(ReadTimes())).horizon == before.horizon
 
 
+def test_a_long_reading_may_pause_for_as_long_as_it_likes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store copy` writes elsewhere between two pages; a unit that pauses holds others up, and is ended after 10 s."""
+    with closing(PostgresStore(url)) as store:
+        session = None
+        lift_limits = store._lift_limits
+
+        def lift(connection: Any) -> None:
+            nonlocal session
+            session = connection
+            lift_limits(connection)
+
+        monkeypatch.setattr(store, "_lift_limits", lift)
+        with store.snapshot() as rows:
+            rows.transact(Ask(ReadTimes()))
+            assert session is not None
+            for limit in ("statement_timeout", "idle_in_transaction_session_timeout"):
+                assert session.execute(f"SHOW {limit}".encode()).fetchall() == [("0",)]
+            rows.transact(Ask(ReadTimes()))
+
+
 # --- read ahead ---
 
 
