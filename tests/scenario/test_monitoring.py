@@ -32,6 +32,8 @@ tests:
         values: '0+60x20'
       - series: 'chutes_proto_check{instance="a", check="collateral"}'
         values: '0 1x20'
+      - series: 'chutes_proto_check{instance="b", check="store"}'
+        values: '0 1x20'
     alert_rule_test:
       - {eval_time: 1m, alertname: KeyServerCheck, exp_alerts: []}
       - eval_time: 6m
@@ -41,6 +43,13 @@ tests:
             exp_annotations:
               summary: "a: the check store has a problem"
               runbook: monitor.md#keyservercheck
+      - eval_time: 12m
+        alertname: StoreNote
+        exp_alerts:
+          - exp_labels: {severity: ticket, instance: b, check: store}
+            exp_annotations:
+              summary: "b: the store works, and something about it is to be mended"
+              runbook: monitor.md#storenote
       - eval_time: 12m
         alertname: BootsFail
         exp_alerts:

@@ -250,6 +250,26 @@ def test_a_file_that_cannot_be_looked_for_is_refused(place: StorePlace) -> None:
     refused(evolve(place, mark_file=place.base / ("long" * 99)).open, "mark_file .*: .*File name too long")
 
 
+def test_a_file_that_cannot_be_written_is_noted_until_it_can(tmp_path: Path) -> None:
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    setup = make_setup(ServerConfig.load(tmp_path / "server.toml"))
+    folder, away = tmp_path / "state", tmp_path / "away"
+    folder.mkdir()
+    with keeping(StorePlace("sqlite:marked.db", tmp_path, mark_file=folder / "store.mark")) as running:
+
+        def check() -> tuple[str, str]:
+            return next((each.state, each.detail) for each in read_health(setup, running).findings)
+
+        _ = folder.rename(away)  # as a disk that is full: root may write what is read-only
+        grant(running, "1")
+        _ = wait_until(lambda: check()[0] == "note")
+        assert check()[1].startswith(f"store.mark_file: {folder}/store.mark: cannot be written")
+        assert check()[1] in running.notes
+        _ = away.rename(folder)
+        _ = wait_until(lambda: check()[0] == "ok")
+        assert not [note for note in running.notes if "written" in note]
+
+
 def test_the_mark_of_another_store_is_refused_and_left_alone(place: StorePlace) -> None:
     with keeping(place) as store:
         grant(store, "1")

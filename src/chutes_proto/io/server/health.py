@@ -76,6 +76,8 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
             storing = Finding("note", "store", f"audit rows are not copied: {', '.join(failing)}")
         elif warning := store.replication_warning:
             storing = Finding("note", "store", warning.removeprefix("store: "))
+        elif store.mark_warning:
+            storing = Finding("note", "store", store.mark_warning)
     skew = store.clock_skew
     clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")
     if setup.service.readiness.fault is not None:

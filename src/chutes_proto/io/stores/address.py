@@ -111,6 +111,11 @@ class DurableStore(Store, Protocol):
         ...
 
     @property
+    def mark_warning(self) -> str:
+        """Why the file of the mark cannot be written now; empty while it can, and where there is none."""
+        ...
+
+    @property
     def notes(self) -> list[str]:
         """Findings since it was opened that an operator should know."""
         ...

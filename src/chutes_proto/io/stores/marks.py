@@ -77,6 +77,8 @@ class MarkKeeper:
 
     def __init__(self, name: str, path: Path | None, custody: Custody) -> None:
         self.notes: list[str] = []
+        self.warning: str = ""
+        """Why the file is not as new as the mark; empty if it is, and without a file."""
         self.audited: threading.Event = threading.Event()
         """Set when this process has added audit rows, and committed that."""
         self.copies: Copies = Copies()
@@ -289,9 +291,10 @@ class MarkKeeper:
             return
         try:
             write_file(self._path, mark.to_bytes(), mode=0o600)
-            self._written = mark
         except (ConfigurationError, OSError) as exc:
-            self.add_note(f"store.mark_file: {exc}")
+            self.warning = f"store.mark_file: {exc}"
+        else:
+            self._written, self.warning = mark, ""
 
     def _read(self) -> Mark | None:
         if self._path is None:
@@ -326,6 +329,11 @@ class MarkedStore:
     def keep_mark(self) -> None:
         """Write the file of the mark from now on, as a server does."""
         self._marks.keep()
+
+    @property
+    def mark_warning(self) -> str:
+        """Why the file of the mark cannot be written now; empty while it can."""
+        return self._marks.warning
 
     @property
     def store_id(self) -> int:
