@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from attrs import evolve
 
+from chutes_proto.cli import output
 from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
@@ -104,6 +105,22 @@ def test_what_is_missing_is_listed_and_taken(command: Command, stores: tuple[str
         newer.transact(again)
         unit = sync(again, "body", "storage")
         assert restored.transact(unit).passphrases == newer.transact(unit).passphrases
+
+
+def test_a_comparison_says_how_far_it_is(
+    command: Command, stores: tuple[str, str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int | None]] = []
+
+    @contextmanager
+    def waiting(doing: str, total: int | None = None) -> Generator[output.Advance]:
+        yield lambda done, new_total=None: told.append((doing, done, new_total or total))
+
+    monkeypatch.setattr(output, "waiting", waiting)
+    for options in ((), ("--take", "--config", config)):
+        told.clear()
+        _ = command("store", "compare", *stores, *options)
+        assert told == [("VMs compared", 2, 2)]
 
 
 def test_what_was_proven_since_the_backup_is_not_forgotten(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,6 +179,27 @@ def test_a_log_is_told_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None
         for done in (5, 5, 6, 6):
             tell(done)
     assert capsys.readouterr().err.splitlines() == ["rows: 5 of 10", "rows: 6 of 10"]
+
+
+def test_a_log_is_told_now_and_then_how_long_it_may_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock))
+    with output.waiting("rows", 1000) as tell:
+        for done in (*range(0, 1000, 10), *range(0, 1000, 25)):  # two passes, the second one faster
+            tell(done)
+            clock += 1
+    assert capsys.readouterr().err.splitlines() == [
+        "rows: 300 of 1000, about 1 min left",
+        "rows: 600 of 1000, about 40 s left",
+        "rows: 900 of 1000, about 10 s left",
+        "rows: 500 of 1000, about 20 s left",
+    ]
+    with output.waiting("rows") as tell:
+        clock += 30
+        tell(5)
+    assert capsys.readouterr().err == "rows: 5\n"
 
 
 def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

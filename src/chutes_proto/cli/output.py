@@ -41,6 +41,7 @@ _NARROW = 100
 _DAY = 86_400
 _AGES = ((_DAY * 365, "y"), (_DAY, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _SHOWN_AFTER = 1.0
+_LINE_SECONDS = 30.0
 _WATCH_SECONDS = 2.0
 
 
@@ -201,9 +202,13 @@ def _is_narrow() -> bool:
 def age(at: int) -> str:
     """How long ago a time is, or how far ahead, in the largest unit."""
     seconds = int(time.time()) - at
-    size, unit = next(((size, unit) for size, unit in _AGES if abs(seconds) >= size), (1, "s"))
-    told = f"{abs(seconds) // size} {unit}"
+    told = _span(abs(seconds))
     return f"{told} ago" if seconds >= 0 else f"in {told}"
+
+
+def _span(seconds: float) -> str:
+    size, unit = next(((size, unit) for size, unit in _AGES if seconds >= size), (1, "s"))
+    return f"{int(seconds // size)} {unit}"
 
 
 class Advance(Protocol):
@@ -250,8 +255,30 @@ def progress(doing: str, total: int | None = None) -> Generator[Advance]:
 
 
 def waiting(doing: str, total: int | None = None) -> AbstractContextManager[Advance]:
-    """`progress` for people at a terminal only: a log is told nothing."""
-    return progress(doing, total) if sys.stderr.isatty() else nullcontext(untold)
+    """`progress` for people at a terminal; a log has a line with an estimate each half minute, and so none of most."""
+    return progress(doing, total) if sys.stderr.isatty() else nullcontext(_now_and_then(doing, total))
+
+
+def _now_and_then(doing: str, total: int | None) -> Advance:
+    began = told = time.monotonic()
+    before = 0
+
+    def tell(done: int, new_total: int | None = None, /) -> None:
+        nonlocal began, told, before
+        now = time.monotonic()
+        if done < before:  # a second pass over the same rows
+            began = now
+        before = done
+        if now - told < _LINE_SECONDS:
+            return
+        told = now
+        of = new_total if new_total is not None else total
+        rest = "" if of is None else f" of {of}"
+        if of is not None and 0 < done < of:
+            rest += f", about {_span((now - began) * (of - done) / done)} left"
+        console.tell(f"{doing}: {done}{rest}")
+
+    return tell
 
 
 def untold(done: int, total: int | None = None, /) -> None:

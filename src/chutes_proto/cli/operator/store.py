@@ -28,7 +28,7 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
 from chutes_proto.store._guard import ReadSeal
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
+from chutes_proto.store.rows import CountRows, GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
 from chutes_proto.store.sql import compatible_since
 from chutes_proto.units.compare import Compare, Difference, Newer, Take
 from chutes_proto.units.contents import CountAll, Fill, pages
@@ -371,13 +371,17 @@ def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> 
     wrong: list[Difference] = []
 
     def rows(older: DurableStore, newer: Store) -> Iterator[Difference]:
-        for some in _batches(newer):
-            if vault is None:
-                found = tuple(each for one in some for each in older.transact(Compare(one))[1])
-            else:
-                found = older.transact(Take(operating.now(), some, vault, reason))
-            wrong.extend([each for each in found if each.state != "taken"][:1])
-            yield from found
+        total, compared = newer.transact(Ask(CountRows(VmRow))), 0
+        with output.waiting("VMs compared", total) as tell:
+            for some in _batches(newer):
+                if vault is None:
+                    found = tuple(each for one in some for each in older.transact(Compare(one))[1])
+                else:
+                    found = older.transact(Take(operating.now(), some, vault, reason))
+                wrong.extend([each for each in found if each.state != "taken"][:1])
+                yield from found
+                compared += len(some)
+                tell(compared)
 
     with _readable(places[0], places[1], vault) as (older, newer):
         _ = operating.answer_rows("volumes", rows(older, newer), _difference, _DIFFERENCES, "no key is missing")
