@@ -1,4 +1,4 @@
-"""Time and peak memory of every operator's command, on a store of many VMs: SQLite and PostgreSQL, on this disk.
+"""Time and peak memory of most operator's commands, on a store of many VMs: SQLite and PostgreSQL, on this disk.
 
 ``BENCH_VMS`` is the number of VMs (10,000 by default, which takes a minute or two; 1,000,000 takes an hour). A VM has
 three keys, two disks, a boot with two volumes and its verdict, and three audit rows. Of every tenth, a key was retired,
@@ -11,6 +11,8 @@ store of `FEW` VMs.
 
 ``BENCH_COMMANDS`` are the beginnings of the commands to run, in this order, with commas between them, and
 ``BENCH_STORES`` the stores: all of both by default. The store is sealed first in any case.
+
+It ends with 1 if a command failed, needed more than `MOST_MEMORY`, or, of `MOST_SECONDS`, took longer.
 """
 
 from __future__ import annotations
@@ -63,6 +65,12 @@ BEGINNINGS: Final = tuple(os.environ.get("BENCH_COMMANDS", "").split(","))
 BOOTS: Final = 20
 """VMs of each client that boot."""
 
+MOST_MEMORY: Final = 200
+"""MB that a command may need, however many VMs there are."""
+
+MOST_SECONDS: Final = {"keys rewrap": 600}
+"""How long it may take, of up to a million VMs."""
+
 _ONE: Final = "HOTKEY-0/vm-0"
 _ANSWERS: Final = (0, 1)
 """Exit codes of commands that did their work; 1: `why` found no refusal, or `vm erase` names copies that it left."""
@@ -73,6 +81,8 @@ COMPARE: Final = "store compare"
 
 COMMANDS: Final = (
     SEAL,
+    "serve --check",
+    "doctor",
     "store check",
     "vm list",
     "vm list --json",
@@ -122,23 +132,27 @@ Values = tuple[Any, ...]
 
 
 def run() -> None:
+    failed: list[str] = []
     for kind in STORES:
         installed = postgres.programs()
         if kind == "SQLite":
             with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-", dir=DISK) as folder:
-                _measure(kind, Path(folder), "sqlite:keys.db")
+                failed += _measure(kind, Path(folder), "sqlite:keys.db")
         elif installed is None:
             print("\nPostgreSQL: not installed")
         else:
             cluster = postgres.Cluster(installed, settings={"max_wal_size": "4GB", "shared_buffers": "1GB"}, place=DISK)
             try:
                 with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-", dir=DISK) as folder:
-                    _measure(kind, Path(folder), cluster.url())
+                    failed += _measure(kind, Path(folder), cluster.url())
             finally:
                 cluster.remove()
+    if failed:
+        sys.exit(f"FAILED: {', '.join(failed)}")
 
 
-def _measure(kind: str, folder: Path, address: str) -> None:
+def _measure(kind: str, folder: Path, address: str) -> list[str]:
+    """Print the figures of a store; return the commands that failed, or needed too much."""
     write_server(folder, SimulatedPlatform(bytes(32)), NOW)
     configuration = folder / CONFIGURATION
     text = configuration.read_text().replace('"sqlite:keys.db"', f'"{address}"')
@@ -164,10 +178,13 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     _ = copied.write_text(configuration.read_text().replace(f'"{address}"', '"sqlite:copy.db"'))
     more = {COPY: ("--from", origin), COMPARE: (f"sqlite:{folder}/copy.db", origin)}
     wanted = (words for beginning in BEGINNINGS for words in COMMANDS if words.startswith(beginning))
+    failed: list[str] = []
     for words in dict.fromkeys((SEAL, *wanted)):
         config = () if words == COMPARE else ("--config", str(copied if words == COPY else configuration))
-        _run(words, *more.get(words, ()), *config)
+        if fault := _run(words, *more.get(words, ()), *config):
+            failed.append(f"{words} ({kind}): {fault}")
     _herd(make_store_setup(ServerConfig.load(configuration)).store)  # at last: their keys are under another KEK
+    return failed
 
 
 def _few(kind: str, folder: Path, address: str) -> None:
@@ -229,7 +246,8 @@ sys.exit(code)
 """The command in a process that tells its processor time in seconds, and its largest resident memory in kB."""
 
 
-def _run(words: str, *options: str) -> None:
+def _run(words: str, *options: str) -> str:
+    """Print the figures of a command; return what is wrong with them, or empty."""
     began = time.monotonic()
     with tempfile.NamedTemporaryFile("r") as told:
         spelt = [re.sub(r"HOTKEY-([0-9]+)", lambda found: _hotkey(int(found[1])), word) for word in words.split()]
@@ -237,8 +255,16 @@ def _run(words: str, *options: str) -> None:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         seconds = time.monotonic() - began
         processor, memory = map(float, (told.read() or "0 0").split())
-    failed = f"  FAILED: {done.stderr[-300:]}" if done.returncode not in _ANSWERS else ""
-    print(f"{words[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{failed}", flush=True)
+    fault = ""
+    if done.returncode not in _ANSWERS:
+        fault = done.stderr[-300:]
+    elif memory / 1024 > MOST_MEMORY:
+        fault = f"more than {MOST_MEMORY} MB"
+    elif VMS <= 1_000_000 and seconds > (most := MOST_SECONDS.get(words, seconds)):
+        fault = f"longer than {most} s"
+    said = f"  FAILED: {fault}" if fault else ""
+    print(f"{words[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{said}", flush=True)
+    return fault
 
 
 # --- the store ---
