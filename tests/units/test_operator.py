@@ -52,6 +52,8 @@ from chutes_proto.units.operator import (
     PurgeKeys,
     ReadAuditPage,
     RebindVm,
+    RecordReload,
+    RecordStart,
     RestoreKey,
     RewrapKeys,
     StoreRestored,
@@ -426,3 +428,13 @@ def test_an_erasure_is_done_once_and_may_be_asked_for_again() -> None:
     assert dump(store) == before
     with pytest.raises(Refused, match="has no keys"):
         _ = store.transact(evolve(erase, vm=Vm(VM.hotkey, "another")))
+
+
+@pytest.mark.parametrize("evidence", [None, "", "not JSON", "[]", '{"after": 1}'])
+def test_a_start_after_a_row_without_digests_is_recorded_as_the_first(store: MemoryStore, evidence: str | None) -> None:
+    store.transact(RecordReload(NOW, WHY, evidence, "s"))
+    assert store.transact(RecordStart(NOW, "s", {"policy": "1"}))
+    assert not store.transact(RecordStart(NOW, "s", {"policy": "1"}))
+    assert store.transact(RecordStart(NOW, "s", {"policy": "2", "root": "3"}))
+    reasons = [row.reason for row in audit(store, event="started")]
+    assert reasons == ["s: the first start", "s: changed: policy, root"]
