@@ -1,4 +1,7 @@
-"""Places to wait for a store that does not answer: bounded, and no stranger takes those of VMs."""
+"""Places to wait for a store that does not answer: bounded, and no stranger takes those of VMs.
+
+How long they wait is on the world's clock.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,15 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.effects import Transact
+from chutes_proto.effects import Effect, Transact
+from chutes_proto.errors import FateUnknown
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.server._app import App
 from chutes_proto.server._limits import Admission
+from chutes_proto.server._retry import CLIENT_SECONDS, LAST_START_SECONDS, LATEST_ANSWER_SECONDS
 from chutes_proto.server._tokens import RANDOM_SIZE, TokenMint
 from chutes_proto.store.rows import VmRow
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
-from tests.server import test_provision, test_rotation
+from tests.server import test_provision, test_rotation, test_runtime, test_servers
 from tests.server.world import HOTKEY, World, answer, refusal, service
 
 BOTH = {"volumes": ["storage", "tdx-cache"]}
@@ -118,6 +123,79 @@ def test_one_address_of_strangers_and_one_platform_have_a_share() -> None:
             assert answer(world.sync(token, BOTH))
 
     while_they_wait(world, [partial(ask, "192.0.2.1")], then)
+
+
+# --- how long ---
+
+
+def timed(world: World, takes: list[float], ask: Callable[[], HttpResponse]) -> tuple[HttpResponse, float]:
+    """The answer, and its seconds, of a store that takes so long for one transaction after another; then it hangs."""
+
+    def take(effect: Effect[Any]) -> None:
+        if isinstance(effect, Transact):
+            starts.append(world.uptime - arrived)
+            needed = left.pop(0) if left else 1e9
+            world.uptime += min(needed, effect.seconds)
+            if needed > effect.seconds:
+                raise FateUnknown("no answer in time")
+
+    left, arrived, starts = [*takes], world.uptime, list[float]()
+    world.before = take
+    response = ask()
+    world.before = lambda _: None
+    assert max(starts) < LATEST_ANSWER_SECONDS
+    return response, world.uptime - arrived
+
+
+def refused_boot(world: World) -> Callable[[], HttpResponse]:
+    assert answer(world.boot())
+    world.platform = world.platform.another(1)
+    nonce = world.nonce()
+    return lambda: world.boot(nonce)
+
+
+def refused_sync(world: World) -> Callable[[], HttpResponse]:
+    assert answer(world.boot())
+    return lambda: world.sync("ab" * 32, BOTH)
+
+
+def refused_attestation(world: World) -> Callable[[], HttpResponse]:
+    """It reads the server, redeems the nonce, which is used up, and records that."""
+    test_servers.boot(world)
+    test_servers.registered(test_servers.register(world))
+    nonce = test_runtime.nonce_of(world)
+    assert answer(test_runtime.attest(world, nonce))
+    return lambda: test_runtime.attest(world, nonce)
+
+
+def listing(world: World) -> Callable[[], HttpResponse]:
+    return lambda: world.ask_signed("GET", "/servers/")
+
+
+@pytest.mark.parametrize("first", [20.0, 27.9, 1e9])
+@pytest.mark.parametrize("operation", [refused_boot, refused_sync])
+def test_vms_are_answered_within_28_s_though_refused_late(world: World, operation: Any, first: float) -> None:
+    """The store answers ``first``, and not the transaction that records the refusal."""
+    assert LAST_START_SECONDS + 2 < LATEST_ANSWER_SECONDS < CLIENT_SECONDS == 30
+    response, seconds = timed(world, [first], operation(world))
+    assert min(first, 25) <= seconds <= 28
+    assert response.status == (503 if first > 28 else 403 if operation is refused_boot else 401)
+    assert ("refusal_not_recorded" in [record.event for record in world.log]) == (first < 28)
+
+
+@pytest.mark.parametrize("takes", [[], [1.9], [1.9, 1.9], [4.4]])
+@pytest.mark.parametrize("operation", [refused_attestation, listing])
+def test_other_operations_are_answered_within_5_s(world: World, operation: Any, takes: list[float]) -> None:
+    """However many transactions they have."""
+    response, seconds = timed(world, takes, operation(world))
+    assert seconds < 5
+    assert takes or refusal(response)[:2] == (503, Code.STORE_UNAVAILABLE)
+
+
+def test_a_refusal_is_recorded_late_if_the_store_answers(world: World) -> None:
+    response, seconds = timed(world, [27.0, 0.5], refused_boot(world))
+    assert (response.status, seconds) == (403, 27.5)
+    assert "refusal_not_recorded" not in [record.event for record in world.log]
 
 
 # --- tokens ---

@@ -406,7 +406,6 @@ async def test_a_database_that_hangs_for_a_while_serves_all_that_waited(
         assert counted.most <= REQUESTS
     assert quick.statuses() == [503]
     assert all(response.header("retry-after") for response, _ in quick.answers)
-    assert max(took for _, took in quick.answers) < 5 + SLOW_SECONDS
     assert asked.statuses() == [200]
 
 

@@ -39,6 +39,7 @@ from chutes_proto.server._callers import check_caller
 from chutes_proto.server._mismatch import name_mismatch
 from chutes_proto.server._observing import Answered, Observer, ignore, traceparent_of
 from chutes_proto.server._open_boots import completed_by
+from chutes_proto.server._retry import bound_store
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
 from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
 from chutes_proto.server._service import Service
@@ -61,6 +62,7 @@ _ASKED_ONCE = (
     vms.PROVISION,
     vms.PROVISION_CONFIRMATION,
 )
+_PATIENT = (vms.BOOT_ATTESTATION, *_ASKED_ONCE)
 _GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION, vms.PROVISION)
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
@@ -238,7 +240,8 @@ class App:
         grants = match.endpoint in _GRANTS
         self._granting += grants
         try:
-            return (yield from self._handle(match, request, request_id, seen))
+            handling = self._handle(match, request, request_id, seen)
+            return (yield from bound_store(handling, request, is_patient=match.endpoint in _PATIENT))
         except Refusal as exc:
             if match.endpoint in _ASKED_ONCE and exc.status == 401:
                 _ = yield from self._count(request, seen)

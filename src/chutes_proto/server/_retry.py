@@ -2,19 +2,24 @@
 
 Deployed clients give up `CLIENT_SECONDS` after they asked. The operations of a boot wait for a store that does not
 answer, because a VM powers off after three quick refusals at its boot, and after one of any later request. No
-transaction starts later than `LAST_START_SECONDS` after the request came, and the answer leaves by
-`LATEST_ANSWER_SECONDS`, whatever the store does. How many wait is bounded: those with a verified quote, or a token that
-followed one (`Service.attested`), apart from all others (`Service.strangers`). One more, and every other operation, is
-told to come again within seconds (the limits of `Transact`).
+grant starts later than `LAST_START_SECONDS` after the request came. How many wait is bounded: those with a verified
+quote, or a token that followed one (`Service.attested`), apart from all others (`Service.strangers`). One more, and
+every other operation, is told to come again once it has waited `QUICK_SECONDS` for the store in all.
+
+No transaction keeps an answer from leaving by `LATEST_ANSWER_SECONDS`, whatever the store does: one that records a
+refusal ends by then, too, or is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Final, TypeVar
+from contextlib import AbstractContextManager, closing
+from functools import partial
+from typing import Any, Final, TypeVar
 
-from chutes_proto.effects import Flow, Sleep, Transact, Uptime
+from attrs import evolve
+
+from chutes_proto.effects import Effect, Flow, Sleep, Transact, Uptime
 from chutes_proto.errors import FateUnknown, StoreBusy, StoreError, Unavailable
 from chutes_proto.store._run import Unit
 from chutes_proto.wire.codes import Code
@@ -25,8 +30,43 @@ T = TypeVar("T")
 CLIENT_SECONDS: Final = 30.0
 LAST_START_SECONDS: Final = 25.0
 LATEST_ANSWER_SECONDS: Final = 28.0
+QUICK_SECONDS: Final = 4.5
 COLLATERAL_SECONDS: Final = 20.0
 _STEP: Final = 0.5
+
+
+def bound_store(flow: Flow[T], request: HttpRequest, *, is_patient: bool) -> Flow[T]:
+    """Run ``flow``, which handles ``request``, with transactions that end in time.
+
+    Unless the operation ``is_patient``, all of them together wait `QUICK_SECONDS`. A transaction that has no time left
+    raises `StoreBusy` in the flow. Raises what the flow raises.
+    """
+    left = LATEST_ANSWER_SECONDS if is_patient else QUICK_SECONDS
+    with closing(flow):
+        resume: Callable[[], Effect[Any]] = partial(next, flow)
+        while True:
+            try:
+                effect = resume()
+            except StopIteration as exc:
+                result: T = exc.value
+                return result
+            began = (yield from Uptime()) if isinstance(effect, Transact) else None
+            try:
+                if isinstance(effect, Transact) and began is not None:
+                    effect = _shortened(effect, min(left, LATEST_ANSWER_SECONDS - (began - request.arrived)))
+                reply = yield from effect
+            except Exception as exc:  # noqa: BLE001 - it is the flow's
+                resume = partial(flow.throw, exc)
+            else:
+                resume = partial(flow.send, reply)
+            if began is not None:
+                left -= (yield from Uptime()) - began
+
+
+def _shortened(effect: Transact[T], left: float) -> Transact[T]:
+    if left <= 0:
+        raise StoreBusy("no time is left for a transaction")
+    return evolve(effect, turn_seconds=min(effect.turn_seconds, left), seconds=min(effect.seconds, left))
 
 
 def transact_patiently(
