@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 
 import pytest
 from attrs import evolve
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from chutes_proto.errors import LogError
 from chutes_proto.secret import Secret
@@ -21,11 +25,64 @@ STRIDE = 1 if os.environ.get("CHUTES_PROTO_SOAK") else 13
 KEYS = [OTHER, SIGNER.verifier]
 
 
-def receipt() -> Receipt:
-    tree = Tree(300)
-    checkpoint = Checkpoint(SIGNER.name, 300, tree.root())
-    proof = Proof(7, merkle.inclusion_proof(tree.read, 7, 300), SIGNER.sign(checkpoint.text))
-    return Receipt(entry(7).decode(), proof)
+def receipt(index: int = 7, size: int = 300) -> Receipt:
+    tree = Tree(size)
+    checkpoint = Checkpoint(SIGNER.name, size, tree.root())
+    proof = Proof(index, merkle.inclusion_proof(tree.read, index, size), SIGNER.sign(checkpoint.text))
+    return Receipt(entry(index).decode(), proof)
+
+
+def holds(data: bytes, key: str) -> bool:
+    """Verify a receipt as the reference tells a stranger to, with SHA-256 and Ed25519 alone."""
+    members = json.loads(data)
+    head, text, lines = members["proof"].split("\n\n")
+    form, first, *path = head.split("\n")
+    origin, size, root = text.split("\n")
+    name, identifier, public = key.split("+", 2)
+    raw = base64.b64decode(public)
+    assert (members["receipt"], form, raw[0]) == ("chutes-proto receipt 1", "c2sp.org/tlog-proof@v1", 1)
+    assert hashlib.sha256(name.encode() + b"\n" + raw).hexdigest()[:8] == identifier
+    assert origin == name
+    signatures = [base64.b64decode(line.split(" ")[2]) for line in lines.splitlines() if line.split(" ")[1] == name]
+    (signature,) = [each[4:] for each in signatures if each[:4].hex() == identifier]
+    try:
+        Ed25519PublicKey.from_public_bytes(raw[1:]).verify(signature, f"{text}\n".encode())
+    except InvalidSignature:
+        return False
+
+    def sha256(prefix: int, content: bytes) -> bytes:
+        return hashlib.sha256(bytes([prefix]) + content).digest()
+
+    n, last = int(first.removeprefix("index ")), int(size) - 1
+    found = sha256(0, members["entry"].encode())
+    if n > last:
+        return False
+    for each in map(base64.b64decode, path):
+        if last == 0:
+            return False
+        if n % 2 or n == last:
+            found = sha256(1, each + found)
+            while n % 2 == 0 and n:
+                n, last = n // 2, last // 2
+        else:
+            found = sha256(1, found + each)
+        n, last = n // 2, last // 2
+    return last == 0 and found == base64.b64decode(root)
+
+
+@pytest.mark.parametrize(("index", "size"), [(0, 1), (7, 300), (299, 300), (256, 257), (4, 7)])
+def test_a_stranger_verifies_a_receipt_by_its_description_alone(index: int, size: int) -> None:
+    key, data = str(SIGNER.verifier), receipt(index, size).to_bytes()
+    assert holds(data, key)
+    members = json.loads(data)
+    head, _, note = members["proof"].partition("\n\n")
+    later = json.loads(receipt(index, size + 1).to_bytes())["proof"].partition("\n\n")[2]
+    for changed in (
+        {"entry": members["entry"] + " "},
+        {"proof": f"{head}\n\n" + note.replace(f"\n{size}\n", f"\n{size + 1}\n")},
+        {"proof": f"{head}\n\n{later}"},
+    ):
+        assert not holds(json.dumps(members | changed).encode(), key)
 
 
 def test_a_receipt_is_verified_with_the_key_alone() -> None:
