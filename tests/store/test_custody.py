@@ -36,7 +36,7 @@ from chutes_proto.store._mark import Mark
 from chutes_proto.store._run import Ask, Store, Unit, unit_name
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
-from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal
 from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealVms
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import AllowFormat, RewrapKeys, StoreRestored
@@ -569,6 +569,23 @@ def test_a_deleted_boot_is_not_an_unknown_token(place: StorePlace) -> None:
         run(place, f"DELETE FROM boot WHERE boot_id = '{unused.boot_id}'")
         with pytest.raises(RowNotAuthentic, match="it is missing"):
             store.transact(sync(unused, "body", "storage"))
+
+
+def test_forged_verdicts_use_up_the_limit_of_a_day_and_are_named(place: StorePlace) -> None:
+    """The limit counts rows without reading them: further denials are not recorded."""
+    refused = RecordRefusal(NOW, "r1", A, boot("1").platform, "tcb_rejected", "old", b"digest", "192.0.2.1")
+    with closing(place.open(migrate=True)) as store:
+        assert store.transact(refused)
+        others = ", ".join((*columns(rows.AttestationRow)[1:], "mac"))
+        numbers = ", ".join(f"({number})" for number in range(1, REFUSALS_PER_DAY))
+        run(
+            place,
+            f"INSERT INTO attestation (attestation_id, {others})"
+            f" SELECT 'forged ' || column1, {others} FROM (VALUES {numbers}) AS numbers CROSS JOIN attestation",
+        )
+        assert not store.transact(evolve(refused, request_id="r2"))
+        forged = [fault for fault in find_faults(store) if fault.table == "attestation"]
+        assert len(forged) == REFUSALS_PER_DAY - 1
 
 
 def test_a_boot_that_many_others_followed_is_found_by_its_id_and_opens_nothing() -> None:
