@@ -441,7 +441,7 @@ class Guard:
         if (of_store := self._store) is not None and of_store.is_changed:
             of_store.version += 1
             contents = _encode(of_store.contents)
-            mac = key.mac("store head", of_store.version, contents)
+            mac = key.of_store_head(of_store.version, contents)
             _ = self._run(None, sql.PUT_STORE_HEAD, (of_store.version, contents, mac))
             of_store.is_changed = False
 
@@ -577,7 +577,7 @@ class Guard:
             version, contents, mac = stored
             if version is None:
                 raise RowNotAuthentic("store_head", "store", "it is missing")
-            if not is_same(mac, self._key.mac("store head", version, contents)):
+            if not is_same(mac, self._key.of_store_head(version, contents)):
                 raise RowNotAuthentic("store_head", "store", "its MAC is not that of its columns and place")
             self._store = Head(version, _decode(contents))
         return self._store
