@@ -114,6 +114,13 @@ def test_a_clock_that_differs_and_a_standby_that_lacks_are_noted(setup: ServerSe
     assert found["clock"].remedy.startswith("chronyc")
 
 
+def test_a_late_log_is_noted_while_it_is_late(setup: ServerSetup, store: SqliteStore) -> None:
+    for warning in ("the audit log is late", ""):
+        store.log_warning = warning
+        (found,) = (finding for finding in read_health(setup, store).findings if finding.what == "store")
+        assert (found.state == "note", found.detail == warning) == (bool(warning), bool(warning))
+
+
 def test_collateral_that_cannot_be_used_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
     folder = setup.base / "collateral"
     _ = (folder / "000000000000.json").write_text("{}")

@@ -67,6 +67,7 @@ def test_an_end_that_is_gone_is_no_time(tmp_path: Path) -> None:
 def test_queues_and_conflicts_are_told_while_they_last(store: SqliteStore) -> None:
     metrics, here = Metrics(), service(limits=LimitOptions(verifications=6))
     gauges = ("store_waits", "verifications", "verifications_limit", "host_calls", "connections", "draining")
+    store.audit_waits = 12.5
     counts = {"rollbacks_total": {"unit": "grant boot"}, "rows_not_authentic_total": {"table": "vm"}}
 
     def look(*, draining: bool = False) -> list[float | None]:
@@ -74,6 +75,7 @@ def test_queues_and_conflicts_are_told_while_they_last(store: SqliteStore) -> No
         return [value(metrics, name) for name in gauges]
 
     assert look() == [0, 0, 6, 0, 5, 0]
+    assert value(metrics, "audit_waiting_seconds") == 12.5
     with ExitStack() as held:
         for admission, number in ((here.attested, 1), (here.strangers, 2), (here.verifications, 2), (here.hosts, 3)):
             for party in range(number):

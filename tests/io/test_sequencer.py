@@ -210,7 +210,9 @@ def test_a_changed_log_is_neither_continued_nor_signed(place: StorePlace, store:
     assert sequencer.checkpoint() != newer
     assert held(file).size == 7
     store.transact(Ask(Put(changed)))
-    run(place, "UPDATE audit SET reason = 'forged' WHERE idx = 0")
+    run(
+        place, "UPDATE audit SET vm_version = 9 WHERE idx = 0"
+    )  # which the mark does not have: it would refuse the store
     # An operator's decision of before the key was made explains nothing.
     store.transact(StoreRestored(1, "root"))
     for act in (sequencer.sequence, sequencer.checkpoint):
@@ -244,6 +246,7 @@ def test_rows_are_looked_for_again_after_a_fault_of_the_store(
         with pytest.raises(StoreError):
             sequencer.watch()
         edit(place, "ALTER TABLE away RENAME TO audit")
+        edit(place, "UPDATE audit SET idx = -1")
         sequencer.watch()
         assert len([note for note in store.notes if "was committed" in note]) == 1
 
@@ -272,6 +275,54 @@ def test_a_committed_row_that_does_not_get_into_the_log_is_told(
         assert len(told) == 2
         sequencer.watch()
         assert store.take_acknowledged(0.0) == []
+
+
+STOPS = {
+    "sqlite": ["CREATE TRIGGER stop BEFORE UPDATE OF idx ON audit WHEN NEW.idx >= 0 BEGIN SELECT RAISE(IGNORE); END"],
+    "postgresql": [
+        "CREATE FUNCTION stopped() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        "CREATE TRIGGER stop BEFORE UPDATE OF idx ON audit FOR EACH ROW WHEN (NEW.idx >= 0) EXECUTE FUNCTION stopped()",
+    ],
+}
+"""A sequencer that changes rows then changes none, and finds its store busy for ever."""
+
+
+def test_a_stopped_log_is_told_and_its_rows_are_watched_all_the_same(
+    place: StorePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.sequencer.COVERED_SECONDS", 0.0)
+    with closing(evolve(place, mark_file=tmp_path / "store.mark").open()) as store:
+        store.keep_mark()
+        before = store.notes
+        with sequencing(store, lambda: VAULT, ORIGIN, None):
+            for statement in STOPS["sqlite" if place.path is not None else "postgresql"]:
+                edit(place, statement)
+            for number in range(2):
+                store.transact(Ask(Insert(row(0, number))))
+            wait_until(lambda: store.log_warning and store.audit_waits > 0)
+            assert [*store.notes] == [store.log_warning, *before]
+            edit(place, "UPDATE audit SET idx = -1 WHERE reason = '1'")  # the mark would refuse a store without it
+            wait_until(lambda: any("was committed, and is not in the log" in note for note in store.notes))
+            edit(place, "DROP TRIGGER stop" + ("" if place.path is not None else " ON audit"))
+            wait_until(lambda: not store.log_warning and store.audit_waits == 0)
+        assert [each.reason for each in log(store)] == ["0"]
+        assert len([note for note in store.notes if "was committed" in note]) == 1
+
+
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+def test_rows_of_a_type_that_cannot_be_end_no_sequencer(
+    place: StorePlace, store: DurableStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite takes any value for a column."""
+    monkeypatch.setattr("chutes_proto.io.server.sequencer.COVERED_SECONDS", 0.0)
+    store.transact(Ask(Insert(row(0, 0))))
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, None)
+    sequencer.sequence()
+    with sequencing(store, lambda: VAULT, ORIGIN, None):
+        edit(place, "UPDATE log_state SET size = 'x'")
+        store.transact(Ask(Insert(row(0, 1))))
+        wait_until(lambda: any("a defect, or the database was changed" in note for note in store.notes))
+        wait_until(lambda: store.log_warning)
 
 
 def edit(place: StorePlace, statement: str) -> None:

@@ -243,6 +243,26 @@ class FindNewest(Unit[int]):
 
 
 @frozen
+class Waiting:
+    """The lowest number of the audit rows that are not sequenced, and the highest number of any."""
+
+    first: int
+    newest: int
+
+
+@frozen
+class FindWaiting(Unit[Waiting | None]):
+    """The audit rows that are not sequenced now; None if there are none."""
+
+    READS_COMMITTED: ClassVar[bool] = True
+
+    def script(self) -> Script[Waiting | None]:
+        waiting = yield from store.ReadUnsequenced(1, -(1 << 63))  # who writes the database can draw any number
+        newest = () if not waiting else (yield from store.ReadAudit((1 << 63) - 1, 1, backwards=True))
+        return Waiting(waiting[0][0], newest[0][0]) if newest else None
+
+
+@frozen
 class MendTiles(Unit[tuple[str, ...]]):
     """Make the log's last tiles, the partial ones, again: from rows, and from the full tiles below; returns which.
 

@@ -72,6 +72,8 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
         if store.custody.faults:
             tables = ", ".join(f"{table} {count}" for table, count in sorted(store.custody.faults.items()))
             storing = Finding("note", "store", f"rows are not authentic: {tables}", "chutes-proto store check")
+        elif store.log_warning:
+            storing = Finding("note", "store", store.log_warning, "chutes-proto audit verify")
         elif failing := sorted(store.copies.failing):
             storing = Finding("note", "store", f"audit rows are not copied: {', '.join(failing)}")
         elif warning := store.replication_warning:

@@ -112,6 +112,7 @@ class Metrics:
         self._sealed = self._gauge("sealed_keys", "Passphrases in the store, by the key-encryption key.", "kek")
         self._labels_seen: dict[Gauge, set[str]] = {}
         self._audit = self._gauge("audit_position", "The number of the newest audit row.")
+        self._waits = self._gauge("audit_waiting_seconds", "For how long audit rows have waited for the log.")
         self._scrubbed_at = self._gauge("scrub_timestamp_seconds", "The end of the last whole scrub of the store.")
         self._scrub_rows = self._gauge("scrub_rows", "Rows that it read.")
         self._scrub_findings = self._gauge("scrub_findings", "Faults that it found.")
@@ -176,6 +177,7 @@ class Metrics:
         for sink, count in store.copies.missed.copy().items():
             self._not_copied.labels(sink).inc(count - self._not_copied_seen.get(sink, 0))
             self._not_copied_seen[sink] = count
+        self._waits.set(store.audit_waits)
         self._connections.set(connections)
         self._verifications.set(service.verifications.held.total())
         self._most.set(service.verifications.size)

@@ -8,7 +8,9 @@ Rules kept here:
 * after an operator's decision on a loss, a log that lost entries goes on under another key: the old one has signed
   what is not in it. The old checkpoint is kept beside the new one. All servers sign with the newest key;
 * what this process has committed must be in the log soon: an entry that is not there within 10 s, or is another one, is
-  told. It was deleted or changed before it got its place, or a fail-over lost it;
+  told. It was deleted or changed before it got its place, or a fail-over lost it. This is looked for whatever becomes
+  of the sequencing, which an attacker can stop;
+* while rows wait for longer than that, the log is late, which is told: what it does not have yet convicts nobody;
 * a VM whose versions do not grow from entry to entry has two histories, and is told; so are rows that no unit wrote;
 * a store that fails is asked again later: nothing waits for the log.
 """
@@ -37,6 +39,7 @@ from chutes_proto.units.log import (
     SALT_SIZE,
     SEED_SIZE,
     FindNewest,
+    FindWaiting,
     MendTiles,
     OpenLogKey,
     ReadCheckpoint,
@@ -54,6 +57,13 @@ BATCH: Final = 1000
 """Rows that are sequenced in one transaction."""
 COVERED_SECONDS: Final = 10.0
 """How long a committed audit row may take to get its place in the log."""
+LATE_LOG: Final = (
+    f"the audit log is late: rows wait for more than {COVERED_SECONDS:.0f} s for their place, because it is stopped"
+    " or too slow; find the cause: `chutes-proto audit verify` and `chutes-proto store check`"
+)
+"""The finding about a log that is late."""
+MOST_AWAITED: Final = 100_000
+"""Committed rows that are looked for again, as the log is late; of more, some are not."""
 LATE: Final = 10_000
 """How many rows others may write between the first row of a transaction and its commit, without losing its turn."""
 PAUSE_SECONDS: Final = 0.05
@@ -81,29 +91,45 @@ class Sequencer:
         self._signed = signed
         self._signer: Signer | None = None
         self._awaited: list[tuple[Entry, float]] = []
+        self._watch_at = 0.0
+        self._late: tuple[int, float] | None = None
+        self._told: dict[str, type[Exception]] = {}
         self._ending = threading.Event()
 
     def run(self) -> None:
         """Sequence until `stop`, and then one batch of what is left."""
         audited = self._store.audited
-        told: type[Exception] | None = None
         ends = False
         while not ends:
             _ = audited.wait(LOOK_SECONDS)
             audited.clear()
             ends = self._ending.wait(GATHER_SECONDS)  # before rows are read: what is committed until `stop` is read
-            try:
-                self.sequence()
-                if self._file is not None:
-                    _ = self.checkpoint()
-                self.watch()
-                told = None
-            except (ConfigurationError, KeyUnavailable, LogError, RowNotAuthentic, SealBroken, OSError) as exc:
-                if type(exc) is not told:  # once, not for each size of a log that grows
-                    self._store.add_note(f"audit log: {exc}")
-                told = type(exc)
-            except StoreError:  # `watch_store` tells the operator
-                pass
+            self._attempt("sequence", self._sequence_and_sign)
+            self._attempt("late", self.look)
+            self._attempt("watch", self.watch)
+
+    def _sequence_and_sign(self) -> None:
+        self.sequence()
+        if self._file is not None:
+            _ = self.checkpoint()
+
+    def _attempt(self, what: str, act: Callable[[], None]) -> None:
+        """Do one thing, which may fail, and note why: nothing that is in the database ends the others."""
+        try:
+            act()
+        except (ConfigurationError, KeyUnavailable, LogError, RowNotAuthentic, SealBroken, OSError) as exc:
+            self._tell(what, exc, str(exc))
+        except StoreError:  # `watch_store` tells the operator, and `look`
+            pass
+        except Exception as exc:  # noqa: BLE001 - rows that were changed may be anything
+            self._tell(what, exc, f"{type(exc).__name__}: a defect, or the database was changed")
+        else:
+            _ = self._told.pop(what, None)
+
+    def _tell(self, what: str, exc: Exception, why: str) -> None:
+        if type(exc) is not self._told.get(what):  # once, not for each size of a log that grows
+            self._store.add_note(f"audit log: {why}")
+        self._told[what] = type(exc)
 
     def stop(self) -> None:
         """Let `run` end."""
@@ -147,31 +173,55 @@ class Sequencer:
             self._store.add_note(f"audit log: {', '.join(mended)} was damaged, and was made again from its entries")
         return bool(mended)
 
+    def look(self) -> None:
+        """Look for how long rows have waited for their place, and note that the log is late. Raises `StoreError`.
+
+        By this process' clock, not by the rows' times: an attacker writes these, and the clocks of others may differ.
+        """
+        waiting, now = self._transact(FindWaiting()), time.monotonic()
+        if waiting is None:
+            self._late = None
+        elif self._late is None or waiting.first > self._late[0]:  # all that waited then have their places
+            self._late = waiting.newest, now
+        waits = 0.0 if self._late is None else now - self._late[1]
+        self._store.audit_waits = waits
+        self._store.log_warning = LATE_LOG if self._late is not None and waits >= COVERED_SECONDS else ""
+
     def watch(self) -> None:
         """Look for the entries that this process has committed, and note those that are not in the log in time.
 
-        Raises `StoreError`.
+        Those that wait unchanged are looked for again. Raises `StoreError`.
         """
-        self._awaited = self._awaited or self._store.take_acknowledged(COVERED_SECONDS)
+        now = time.monotonic()
+        if now < self._watch_at:
+            return
+        self._awaited += self._store.take_acknowledged(COVERED_SECONDS)
+        del self._awaited[MOST_AWAITED:]
         if not self._awaited:
             return
         numbers = [each.number for each, _ in self._awaited]
         found = self._read(min(numbers), max(numbers))
         awaited, self._awaited = self._awaited, []  # only now: a store that fails is asked again
-        for entry, _ in awaited:
-            if found.get(entry.number) != entry:
+        for entry, age in awaited:
+            there, is_placed = found.get(entry.number, (None, False))
+            if there == entry and not is_placed:
+                self._awaited.append((entry, age))
+            elif there != entry:
                 self._store.add_note(
                     f"audit log: row {entry.number} of {rfc3339(entry.at)} was committed, and is not in the log, or is"
                     " another one: it was deleted or changed, or a fail-over lost it"
                 )
+        self._watch_at = now + COVERED_SECONDS if self._awaited else 0.0
 
-    def _read(self, first: int, last: int) -> dict[int, Entry]:
-        """The rows with numbers from ``first`` to ``last`` that are in the log."""
-        found: dict[int, Entry] = {}
+    def _read(self, first: int, last: int) -> dict[int, tuple[Entry, bool]]:
+        """The rows with numbers from ``first`` to ``last`` as they are, and whether each has its place in the log."""
+        found: dict[int, tuple[Entry, bool]] = {}
         beyond = first - 1
         while rows := self._transact(Ask(ReadAudit(beyond, BATCH, through=last))):
             found.update(
-                (number, Entry.of(number, row)) for number, row in rows if row.idx is not None and row.idx >= 0
+                (number, (Entry.of(number, row), row.idx is not None))
+                for number, row in rows
+                if row.idx is None or row.idx >= 0
             )
             beyond = rows[-1][0]
         return found

@@ -49,6 +49,10 @@ class DurableStore(Store, Protocol):
     """
     custody: Custody
     """The key of its rows' MACs, and the rows that were not authentic."""
+    audit_waits: float
+    """For how many seconds audit rows have waited for their place in the log, as its sequencer found last."""
+    log_warning: str
+    """Why what the audit log does not have yet matters, as its sequencer found last; empty while the log is in time."""
     rollbacks: Counter[str]
     """The number of repeated transactions of each unit, since it was opened."""
 

@@ -317,6 +317,10 @@ class MarkedStore:
     """The part of a durable store that its mark does for it."""
 
     custody: Custody
+    audit_waits: float = 0.0
+    """See `DurableStore.audit_waits`."""
+    log_warning: str = ""
+    """See `DurableStore.log_warning`."""
     _marks: MarkKeeper
 
     def _committed(self, changes: Iterable[Change], *, sealed_in: int) -> None:

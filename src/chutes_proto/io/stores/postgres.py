@@ -518,7 +518,10 @@ class PostgresStore(MarkedStore):
     @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the replication and the mark."""
-        return [*filter(None, (self.replication_warning, self._company, self.mark_warning)), *self._marks.notes]
+        return [
+            *filter(None, (self.replication_warning, self._company, self.mark_warning, self.log_warning)),
+            *self._marks.notes,
+        ]
 
     @property
     def retries(self) -> int:

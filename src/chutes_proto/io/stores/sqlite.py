@@ -280,7 +280,7 @@ class SqliteStore(MarkedStore):
     @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the mark."""
-        return [*filter(None, (self.mark_warning,)), *self._marks.notes]
+        return [*filter(None, (self.mark_warning, self.log_warning)), *self._marks.notes]
 
     def _check_mark(self, connection: sqlite3.Connection) -> None:
         """Compare the file with the mark: all of it once a second, and else its newest row."""
