@@ -570,7 +570,10 @@ class Insert(StoreOp[None]):
 
 @frozen
 class Put(StoreOp[None]):
-    """Add a row, or replace the one with the same key."""
+    """Add a row, or replace the one with the same key.
+
+    Of a boot, what it is known by (hotkey, VM, token, address, time) stays as it was added.
+    """
 
     row: (
         VmRow
