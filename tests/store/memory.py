@@ -13,6 +13,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store import sql
 from chutes_proto.store._guard import Custody, Guard
 from chutes_proto.store._run import Unit, run_script
+from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import StoreOp
 from chutes_proto.units.custody import ENTROPY_SIZE, SealNew
 
@@ -64,7 +65,9 @@ class SealedStore(MemoryStore):
     def transact(self, unit: Unit[T]) -> T:
         _ = self.connection.execute("BEGIN")
         try:
-            state = self._run(None, sql.READ_VERSION, ())[0][2]
+            found = self._run(None, sql.READ_VERSION, ())
+            _ = Versions("memory", "sqlite", lambda text: self._run(None, text, ())).check(found)
+            state = found[0][2]
             session = self.custody.session(state, lambda text: self._run(None, text, ()))
             guard = Guard(session, self._run)
             result = run_script(unit.script(), guard.perform)

@@ -591,7 +591,7 @@ def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
         members = list(values[:width])
         for at, of in layout.pairs:
             second = members.pop(at + 1)
-            if members[at] is not None:
+            if members[at] is not None or second is not None:  # one alone is an edit, and must show in an entry
                 members[at] = of(members[at], second)
         for at in layout.flags:
             members[at] = bool(members[at])
@@ -1329,3 +1329,5 @@ SET_SEAL: Final = "UPDATE fact SET value = ? WHERE name = 'seal'"
 DELETE_ROWS_KEY: Final = "DELETE FROM keyring WHERE kind = 'rows' AND epoch = ?"
 END_COMPATIBILITY: Final = f"UPDATE fact SET value = {SCHEMA_VERSION} WHERE name = 'compatible_since'"  # noqa: S608
 """The statement after which servers of no older schema version use the database: they know nothing of MACs."""
+SEALS_SINCE: Final = 3
+"""The first schema version whose servers know MACs."""
