@@ -9,7 +9,7 @@ import json
 import os
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -907,6 +907,38 @@ def test_revocations_that_went_back_with_their_head_are_seen_by_the_mark(
         assert server.transact(ReadRevocations()).version == 7
     with closing(marked.open()) as server:
         assert server.notes == []
+
+
+class RaiseAndFail(Unit[None]):
+    """Raise the horizon, look at it, and undo that."""
+
+    def script(self) -> Generator[Any, Any, None]:
+        yield from rows.SetHorizon(NOW - 1)
+        assert (yield from rows.ReadTimes()).horizon == NOW - 1
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        f"UPDATE fact SET value = {NOW - 1} WHERE name = 'nonce_horizon'",
+        "UPDATE fact SET value = value + 1 WHERE name = 'revocations'",
+        "UPDATE store_head SET version = version - 1",
+    ],
+)
+def test_a_server_that_found_the_times_authentic_sees_their_change(place: StorePlace, forged: str) -> None:
+    with closing(place.open(migrate=True)) as server:
+        server.transact(granted("first", A, 0))
+        with pytest.raises(LookupError):
+            server.transact(RaiseAndFail())
+        server.transact(granted("second", A, 1))
+        back = [copied(place, table) for table in ("fact", "store_head")]
+        run(place, forged)
+        with pytest.raises(RowNotAuthentic, match=r"table (fact|store_head)"):
+            server.transact(granted("third", A, 2))
+        for set_back in back:
+            set_back()
+        server.transact(granted("third", A, 2))
 
 
 def test_a_mark_of_before_heads_adopts_the_one_of_its_store(place: StorePlace) -> None:

@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -376,6 +376,7 @@ class Guard:
         self._run = run
         self._heads: dict[tuple[str, str], Head | None] = {}
         self._store: Head | None = None
+        self._stored: Sequence[Any] | None = None  # the row of that head, if it was read with the times
         self._given: dict[str, int | None] = {}
         self.changed_state: bool = False
         """Whether the unit has changed the state of the seal."""
@@ -441,7 +442,7 @@ class Guard:
         if (of_store := self._store) is not None and of_store.is_changed:
             of_store.version += 1
             contents = _encode(of_store.contents)
-            mac = key.of_store_head(of_store.version, contents)
+            mac = key.mac("store head", of_store.version, contents)
             _ = self._run(None, sql.PUT_STORE_HEAD, (of_store.version, contents, mac))
             of_store.is_changed = False
 
@@ -571,13 +572,14 @@ class Guard:
     def store_head(self, stored: Any = None) -> Head | None:
         """The head of the store's own group; None while the store is not sealed. ``stored`` is its row, if known."""
         if self._store is None and self._key is not None and self._is_final:
+            stored = stored or self._stored
             if stored is None:
                 rows = self._run(None, sql.READ_STORE_HEAD, ())
                 stored = rows[0] if rows else (None, None, None)
             version, contents, mac = stored
             if version is None:
                 raise RowNotAuthentic("store_head", "store", "it is missing")
-            if not is_same(mac, self._key.of_store_head(version, contents)):
+            if not is_same(mac, self._key.mac("store head", version, contents)):
                 raise RowNotAuthentic("store_head", "store", "its MAC is not that of its columns and place")
             self._store = Head(version, _decode(contents))
         return self._store
@@ -811,9 +813,13 @@ class Guard:
         return rows
 
     def times(self, rows: Rows) -> None:
-        if rows:
-            horizon, _, version, *stored = rows[0]
-            _ = self.store_head(stored)
+        if not rows or self._key is None or not self._is_final:
+            return
+        horizon, _, version, *stored = rows[0]
+        if self._store is None:
+            _check_times(self._key, horizon, version, tuple(stored))
+            self._stored = stored
+        else:  # the unit may have changed it
             self.expect_fact("nonce_horizon", horizon)
             self.expect_fact("revocations", version)
 
@@ -1095,6 +1101,18 @@ class Guard:
             except RowNotAuthentic as exc:
                 faults.append(exc)
         return tuple(faults)
+
+
+@lru_cache(maxsize=4)
+def _check_times(key: EpochKey, horizon: int, version: int, stored: tuple[Any, ...]) -> None:
+    """Compare the facts that every unit reads with the head of the store, which was read with them.
+
+    They seldom change, so what was found authentic under a key is remembered. Raises `RowNotAuthentic`.
+    """
+    guard = Guard(Session(key, is_final=True, is_locked=False), lambda _op, _text, _values: ())
+    _ = guard.store_head(stored)
+    guard.expect_fact("nonce_horizon", horizon)
+    guard.expect_fact("revocations", version)
 
 
 def statements_ahead(ops: Iterable[StoreOp[Any]], *, with_heads: bool) -> tuple[tuple[str, Values], ...]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import lru_cache, partial
 from hmac import compare_digest
 from typing import Final
 
@@ -44,11 +43,10 @@ class EpochKey:
     """The key of the MACs of one epoch, derived from the ``random`` key of that epoch's row in the keyring.
 
     A MAC begins with a copy of a prepared HMAC, which takes half the time of one that gets the key; a table's has had
-    the beginning of its messages, too. ``of_store_head`` makes the MAC of a version of the store's head and its
-    contents: each unit compares it, and it seldom changes, so the last ones are remembered.
+    the beginning of its messages, too.
     """
 
-    __slots__ = ("_beginning", "_hmac", "_of_tables", "epoch", "of_store_head")
+    __slots__ = ("_beginning", "_hmac", "_of_tables", "epoch")
 
     def __init__(self, epoch: int, random: Secret) -> None:
         self.epoch: int = epoch
@@ -56,7 +54,6 @@ class EpochKey:
         self._hmac = HMAC(key, SHA256())
         self._of_tables: dict[str, tuple[HMAC, int]] = {}
         self._beginning = _HEAD.pack(FORMAT, epoch)
-        self.of_store_head = lru_cache(maxsize=2)(partial(self.mac, "store head"))
 
     def of_row(self, table: str, values: Sequence[object]) -> bytes:
         """The MAC of the row of a table that has these values."""
