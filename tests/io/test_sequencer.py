@@ -15,7 +15,7 @@ import pytest
 from attrs import evolve, frozen
 
 from chutes_proto.errors import LogError, StoreError
-from chutes_proto.io.server.sequencer import BATCH, Sequencer, sequencing
+from chutes_proto.io.server.sequencer import BATCH, GATHER_SECONDS, LOOK_SECONDS, Sequencer, sequencing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
@@ -175,6 +175,11 @@ def test_units_go_on_while_a_sequencer_is_frozen(empty_schema: str, tmp_path: Pa
         assert store.transact(SequenceLog(bytes(SALT_SIZE))) == 1
         assert store.rollbacks.total() == 0
         assert [each.reason for each in log(store)] == ["0", "1"]
+
+
+def test_rows_of_others_wait_for_less_than_a_second() -> None:
+    """Those of a process that died, which wakes nobody; the rest of the second is for the transaction itself."""
+    assert LOOK_SECONDS + GATHER_SECONDS <= 0.9
 
 
 def test_a_checkpoint_is_outside_within_seconds(store: DurableStore, file: Path) -> None:

@@ -49,10 +49,10 @@ from chutes_proto.units.log import (
 
 T = TypeVar("T")
 
-LOOK_SECONDS: Final = 1.0
-"""How long a process waits for audit rows of its own before it looks for those of others."""
+LOOK_SECONDS: Final = 0.7
+"""How long a process waits for audit rows of its own before it looks for those of others, which may have died."""
 GATHER_SECONDS: Final = 0.2
-"""How long it waits for more, so that they share a transaction."""
+"""How long it waits for more, so that they share a transaction. With the wait before, less than a second."""
 BATCH: Final = 1000
 """Rows that are sequenced in one transaction."""
 COVERED_SECONDS: Final = 10.0
