@@ -711,6 +711,30 @@ def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(place: StorePlace) -
         assert not list(find_faults(store))
 
 
+def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace) -> None:
+    """Its boots are served meanwhile; the audit rows that wait for the log say that it was newer."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        back = [copied(place, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
+        run(place, "UPDATE log_state SET mac = " + ("x'00'" if place.path is not None else "'\\x00'"))
+        go_on(store)
+        with pytest.raises(RowNotAuthentic):
+            sequence(store)
+        assert [fault.table for fault in find_faults(store)] == ["log_state"]
+        forged = "UPDATE audit SET vm_version = 99 WHERE id = (SELECT min(id) FROM audit WHERE vm_version = 5)"
+        _ = run(place, forged)  # which says nothing of the VM
+        for set_back in back:
+            set_back()
+        told = sorted(str(fault) for fault in find_faults(store) if fault.table == "head")
+        assert len(told) == 2
+        for text, vm in zip(told, VMS, strict=True):
+            assert f"{vm.name} of table head" in text
+            assert "it has version 4, and audit row" in text
+            assert "has 7" in text
+        store.transact(granted("last", A, 400))
+
+
 def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) -> None:
     with closing(evolve(place, vault=None).open(migrate=True)) as store:
         fill(store)

@@ -77,6 +77,8 @@ _liveness: Final = itemgetter(*map(columns(store.GenerationRow).index, ("state",
 _GENERATION: Final = {name: at for at, name in enumerate(columns(store.GenerationRow))}
 _REVOCATION: Final = {name: at for at, name in enumerate(columns(store.RevocationRow))}
 _VM_VERSION: Final = columns(store.AuditRow).index("vm_version")
+_AUDIT_HOTKEY: Final = columns(store.AuditRow).index("hotkey")
+_AUDIT_VM: Final = columns(store.AuditRow).index("vm")
 _IDX: Final = columns(store.AuditRow).index("idx")
 _SALT: Final = columns(store.AuditRow).index("salt")
 _BOOT: Final = {name: at for at, name in enumerate(columns(store.BootRow))}
@@ -971,11 +973,33 @@ class Guard:
         """The faults of the next audit rows without a place, and the last number."""
         rows = self._run(None, sql.READ_QUEUE, (after, limit))
         faults = [RowNotAuthentic("audit", str(row[0]), why) for row in rows if (why := self._fault_of(row))]
+        faults += self._set_back([row for row in rows if row[-1] is not None and not self._fault_of(row)])
         last = rows[-1][0] if len(rows) == limit else None
         if last is None:
             why = "it has a place that the log has not given yet"
             faults += [RowNotAuthentic("audit", str(row[0]), why) for row in self._run(None, sql.READ_BEYOND, ())]
         return tuple(faults), last
+
+    def _set_back(self, waiting: Rows) -> list[RowNotAuthentic]:
+        """The heads of VMs that are older than authentic audit rows say, which have no place in the log yet.
+
+        No unit looks at these rows: they are what its neighbours add, so all would conflict with each other.
+        """
+        newest: dict[tuple[str, str], tuple[int, int]] = {}
+        for number, *values in waiting:
+            if (version := values[_VM_VERSION]) is not None:
+                vm = values[_AUDIT_HOTKEY], values[_AUDIT_VM]
+                newest[vm] = max((version, number), newest.get(vm, (0, 0)))
+        faults: list[RowNotAuthentic] = []
+        for vm, (version, number) in newest.items():
+            with suppress(RowNotAuthentic):  # one that is not authentic by itself is found with its VM
+                head = self.head(vm)
+                if head is not None and head.version < version:
+                    why = (
+                        f"it has version {head.version}, and audit row {number}, which waits for the log, has {version}"
+                    )
+                    faults.append(RowNotAuthentic("head", _name(vm), why))
+        return faults
 
     def adopt_vms(self, after: store.Vm | None, limit: int) -> tuple[tuple[store.Vm, ...], store.Vm | None]:
         """Give the next VMs heads that have none, from their rows as they are; returns these, and the last VM."""
