@@ -62,6 +62,10 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     wait_until(lambda: "store is not behind it" in command("store", "check", "--config", site, "--json").json["mark"])
     assert "it lacks audit row 4 of" in server.stop(signal.SIGTERM).err  # what is lost stays in the log
     assert "no boot is granted" in command("serve", "--config", site, "--check").out
+    (tmp_path / "store.mark.checkpoint").unlink()
+    found = command("store", "check", "--config", site, "--json")
+    assert "store.mark.checkpoint is missing beside the mark" in found.json["mark"]
+    assert "store.mark.checkpoint is missing beside the mark" in command("doctor", "--config", site).out
     rows = command("audit", "list", "--config", site, "--json").json["rows"]
     events = [row["event"] for row in rows if row["event"] != "log key made"]
     assert events[-1] == {"restored": "store restored", "accept-loss": "loss accepted"}[decision]

@@ -17,10 +17,9 @@ MAP = re.findall(r"\| `(src/[\w/.]+)(?::(\w[\w.]*))?` \|", ARCHITECTURE)
 SECURITY = (ROOT / "docs" / "security.md").read_text("utf-8")
 SHOWN_BY = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)))
 PARTIES = (
-    "Network peer, Host, Miner, Key server, Database reader, Database writer, Operator, Past holder of a KEK".split(
-        ", "
-    )
-)
+    "Network peer, Host, Miner, Key server, Database reader, Database writer, Writer of the server's files, Operator,"
+    " Past holder of a KEK"
+).split(", ")
 
 
 def members(node: ast.stmt, name: str) -> list[ast.stmt] | None:

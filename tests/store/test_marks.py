@@ -24,6 +24,7 @@ from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import MarkKeeper, checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._guard import Custody
 from chutes_proto.store._mark import Entry as Row
@@ -32,7 +33,7 @@ from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
-from chutes_proto.tlog.notes import Checkpoint
+from chutes_proto.tlog.notes import Checkpoint, Signer
 from chutes_proto.units.log import SequenceLog
 from chutes_proto.units.operator import PurgeAudits, StoreRestored
 from tests.postgres import Cluster
@@ -211,6 +212,46 @@ def test_a_log_that_was_rewritten_is_refused_by_the_checkpoint_beside_the_mark(p
     file.write_bytes(b"not a checkpoint")
     with keeping(place):
         pass
+
+
+def test_a_checkpoint_that_is_missing_beside_a_mark_or_not_signed_is_told(place: StorePlace) -> None:
+    """An attacker who writes the files of a server removes the checkpoint, and has a log set back below it."""
+    place = evolve(place, vault=VAULT)
+    file = checkpoint_path(place.mark_file)
+    assert file is not None
+    assert place.mark_file is not None
+    with keeping(place) as running:
+        grant(running, "1")
+        sequencer = Sequencer(running, lambda: VAULT, "o", file)
+        sequencer.sequence()
+        note = sequencer.checkpoint()
+        assert note is not None
+    with keeping(place) as again:
+        assert again.notes == []
+    other = Signer("o", Secret(bytes(32))).sign(note.text)
+    for content in (str(other).encode(), b"not a checkpoint"):
+        file.write_bytes(content)
+        with keeping(place) as again:
+            (told,) = again.notes
+            assert told.startswith(f"audit log: {file}: ")
+            assert told.endswith("; if the log is right, move the file away")
+    whole = backup_of(place.base / "keys.db")
+    for damage in ("wrapped = 5", "wrapped = x'00'", "kek_id = 'unknown'"):
+        with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
+            connection.execute(f"UPDATE keyring SET {damage} WHERE kind = 'audit'")
+        with keeping(place) as again:
+            assert again.notes == [], "the sequencer tells of a key that does not open"
+    put_back(place.base / "keys.db", whole)
+    file.unlink()
+    mark = Mark.from_bytes(place.mark_file.read_bytes())
+    place.mark_file.write_bytes(evolve(mark, entries=(), head=0, head_mac="").to_bytes())
+    with keeping(place) as again:
+        (told,) = again.notes
+        assert told.startswith(f"audit log: {file} is missing beside the mark")
+    place.mark_file.unlink()
+    with keeping(place) as again:
+        (told,) = again.notes
+        assert "did not exist; a mark of the store begins now" in told
 
 
 def test_a_purge_of_rows_that_were_committed_in_another_order_is_no_loss(place: StorePlace) -> None:

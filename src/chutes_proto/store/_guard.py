@@ -177,6 +177,17 @@ class Custody:
             raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", "nobody holds its key-encryption key (KEK)")
         return key
 
+    def opened(self, kind: str, read: Callable[[str], Rows]) -> list[Secret]:
+        """The keys of this kind that can be opened here, the newest first. ``read`` runs a statement."""
+        found: list[Secret] = []
+        unwrap = self._unwrap
+        if unwrap is None:
+            return found
+        for row in decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{kind}' ORDER BY epoch DESC")):
+            with suppress(KeyUnavailable, SealBroken, TypeError):  # SQLite takes a value of another type
+                found.append(unwrap(row))
+        return found
+
     def check_fact(self, name: str, value: int, read: Callable[[str], Rows]) -> None:
         """Compare a fact of the store, which was read without a guard, with the head. Raises `StoreError`.
 

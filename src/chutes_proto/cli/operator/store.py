@@ -216,12 +216,13 @@ def _compared_with_mark(place: StorePlace, mark_file: Path | None) -> dict[str, 
     if not mark_file.exists():
         return {"mark": f"{mark_file}: not made yet; a server begins it"}
     try:
-        evolve(place, mark_file=mark_file).open().close()
+        with closing(evolve(place, mark_file=mark_file).open()) as opened:
+            notes = opened.notes
     except StoreBusy:
         raise
     except StoreError as exc:
         return {"ok": False, "mark": f"servers refuse the store: {exc}"}
-    return {"mark": f"{mark_file}: the store is not behind it"}
+    return {"mark": "; ".join([f"{mark_file}: the store is not behind it", *notes])}
 
 
 @command.command(

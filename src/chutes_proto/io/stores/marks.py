@@ -7,7 +7,8 @@ Rules kept here:
 * only a server writes the file: at most once a second, in a thread of its own, and as a whole or not at all;
 * a file that is not a mark, or another store's, is refused and left as it is;
 * the newest checkpoint of the audit log belongs to the mark: a store whose log is smaller, or has another root at that
-  size, is refused, too. Where a tile is missing, the roots cannot be compared: the sequencer mends it, or tells.
+  size, is refused, too. Where a tile is missing, the roots cannot be compared: the sequencer mends it, or tells;
+* a checkpoint that is missing beside a mark, or that no key of the log has signed, is told when the store is opened.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from chutes_proto.store._guard import Custody, seal_of
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
 from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
 from chutes_proto.tlog.merkle import root_hash
-from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note
+from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
 from chutes_proto.tlog.tiles import reader
 
 LOOK_SECONDS: Final = 1.0
@@ -94,6 +95,7 @@ class MarkKeeper:
         self._mark = self._read()
         self._written: Mark | None = self._mark
         self._checkpoint = _read_checkpoint(path)
+        self._is_checkpoint_told = False
         self._noted: list[tuple[Change, float]] = []  # and when; not yet in the next one, nor in the mark
         self._acknowledged: dict[int, tuple[Entry, float]] = {}
         self._ending = threading.Event()
@@ -220,6 +222,8 @@ class MarkKeeper:
             )
         if loss is not None:
             self._check_decision(ask, view)
+        if not self._is_checkpoint_told:
+            self._tell_of_checkpoint(ask)
         with self._lock:
             if loss is not None:
                 self.notes.append(f"store: {loss.why}; an operator has decided to go on")
@@ -250,6 +254,31 @@ class MarkKeeper:
             f"store {self._name}: {why}; find what was changed with `chutes-proto audit verify`, and say what happened"
             " with `chutes-proto store restored` or `chutes-proto store accept-loss`; nothing was changed"
         )
+
+    def _tell_of_checkpoint(self, ask: Ask) -> None:
+        """Note a checkpoint that is missing beside a mark, or that no key of the log has signed: a finding, once."""
+        self._is_checkpoint_told = True
+        path = checkpoint_path(self._path)
+        if path is None:
+            return
+        if not path.exists():
+            if self._written is not None and ask("SELECT 1 FROM keyring WHERE kind = 'audit' LIMIT 1"):
+                self.add_note(
+                    f"audit log: {path} is missing beside the mark, so the log is not compared with what was signed"
+                    " before; see `chutes-proto audit verify` with a checkpoint that is kept elsewhere"
+                )
+            return
+        state = ask("SELECT origin FROM log_state WHERE log = 'audit'")
+        faults: list[str] = []
+        for seed in self._custody.opened("audit", ask) if state else ():
+            try:
+                _ = open_checkpoint(read_file(path, limit=LARGEST_NOTE), Signer(state[0][0], seed).verifier)
+            except (ConfigurationError, LogError, OSError) as exc:
+                faults.append(str(exc))
+            else:
+                return
+        if faults:  # the words of the sequencer, which signs nothing then
+            self.add_note(f"audit log: {path}: {faults[0]}; if the log is right, move the file away")
 
     def _check_decision(self, ask: Ask, view: View) -> None:
         """Refuse a decision that nobody made who holds the store's keys. Raises `StoreError`."""
