@@ -1,7 +1,8 @@
-"""The cost of authenticated rows: boots and syncs in a sealed store beside one that is not, both in SQLite.
+"""The cost of authenticated rows and of the log: boots and syncs in a sealed store beside one that is not, in SQLite.
 
 The two take turns, in this thread, so that a slow moment affects both; CPU time is this thread's. A boot has three
-volumes. Its two audit rows are sequenced afterwards, in batches.
+volumes. Its two audit rows are sequenced afterwards, in batches: a store that is not sealed has a log, too, so the
+sequencer counts whole, and not only for what it costs more in the sealed store.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BOOTS = 600
 BATCH = 50
 VOLUMES = ("storage", "tdx-cache", "scratch")
 LIMIT_MS = 0.25
-"""The most that a boot may cost more."""
+"""The most that a boot may cost more than without MACs, heads and the log."""
 
 
 def run() -> None:
@@ -48,15 +49,14 @@ def run() -> None:
                     sequenced[name].append(_cpu(partial(store.transact, unit)) / BATCH)
     print(f"Rows of a boot with a sync of {len(VOLUMES)} volumes, in SQLite; ms of CPU, medians of {BOOTS} boots")
     print(f"{'store':>12}{'units':>10}{'sequencer':>12}{'both':>10}")
-    both: dict[str, float] = {}
     for name in stores:
         parts = median(boots[name]), median(sequenced[name])
-        both[name] = sum(parts)
-        print(f"{name:>12}{parts[0]:10.3f}{parts[1]:12.3f}{both[name]:10.3f}")
-    more = both["sealed"] - both["not sealed"]
-    held = "within" if more <= LIMIT_MS else "NOT within"
-    ratio = both["sealed"] / both["not sealed"]
-    print(f"sealed costs {more:.3f} ms a boot more, a ratio of {ratio:.2f}: {held} the limit of {LIMIT_MS} ms")
+        print(f"{name:>12}{parts[0]:10.3f}{parts[1]:12.3f}{sum(parts):10.3f}")
+    base = median(boots["not sealed"])
+    rows, log = median(boots["sealed"]) - base, median(sequenced["sealed"])
+    held = "within" if rows + log <= LIMIT_MS else "NOT within"
+    print(f"MACs and heads cost {rows:.3f} ms a boot, and the log's sequencer, counted whole, {log:.3f} ms")
+    print(f"both {rows + log:.3f} ms, a ratio of {(base + rows + log) / base:.2f}: {held} the limit of {LIMIT_MS} ms")
 
 
 def _boot(store: SqliteStore, number: int) -> None:
