@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from attrs import evolve
 
-from chutes_proto.cli import output
 from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
@@ -23,7 +22,7 @@ from chutes_proto.store.rows import AuditRow, GenerationRow, Insert, Read, ReadA
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VM, attest, boot, confirm, dump, platform, sync
 from chutes_proto.units.operator import PurgeKeys, RebindVm
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Ended, Told
 from tests.postgres import PASSWORD
 
 Command = Callable[..., Ended]
@@ -108,15 +107,8 @@ def test_what_is_missing_is_listed_and_taken(command: Command, stores: tuple[str
 
 
 def test_a_comparison_says_how_far_it_is(
-    command: Command, stores: tuple[str, str], config: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, stores: tuple[str, str], config: Path, told: list[Told]
 ) -> None:
-    told: list[tuple[str, int, int | None]] = []
-
-    @contextmanager
-    def waiting(doing: str, total: int | None = None) -> Generator[output.Advance]:
-        yield lambda done, new_total=None: told.append((doing, done, new_total or total))
-
-    monkeypatch.setattr(output, "waiting", waiting)
     for options in ((), ("--take", "--config", config)):
         told.clear()
         _ = command("store", "compare", *stores, *options)

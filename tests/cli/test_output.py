@@ -8,8 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from chutes_proto.cli.output import Cell
 from chutes_proto.io.server.development import write_server
 from chutes_proto.store.rows import AuditRow, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
-from tests.cli.conftest import HOTKEY, PROGRAM, Ended
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Told
 from tests.waiting import wait_until
 
 Shown = Callable[[], str]
@@ -219,16 +218,7 @@ def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().out == "a result\n"
 
 
-def test_long_operations_say_how_far_they_are(
-    command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[tuple[str, int, int | None]] = []
-
-    @contextmanager
-    def waiting(doing: str, total: int | None = None) -> Generator[output.Advance]:
-        yield lambda done, new_total=None: told.append((doing, done, new_total or total))
-
-    monkeypatch.setattr(output, "waiting", waiting)
+def test_long_operations_say_how_far_they_are(command: Callable[..., Ended], tmp_path: Path, told: list[Told]) -> None:
     write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
     configuration = tmp_path / "server.toml"
     assert command("store", "migrate", "--config", configuration).code == 0
