@@ -88,8 +88,10 @@ def test_a_log_is_signed_verified_and_an_edit_is_found(logged: Site, tmp_path: P
     ended = logged.do("audit", "verify")
     assert (ended.code, ended.out.splitlines()[-1]) == (
         1,
-        "entries 10 to 601: one of them is not as the checkpoint of 602 entries has it",
+        "entries 10 to 601: one of them is not as the store's own state of 602 entries has it",
     )
+    ended = logged.do("audit", "verify", "--checkpoint", str(kept))
+    assert ended.out.endswith("entries 10 to 601: one of them is not as the checkpoint of 602 entries has it\n")
 
 
 COLUMNS = "at, actor, event, decision, keys, peer_address, salt"

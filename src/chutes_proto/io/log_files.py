@@ -122,9 +122,16 @@ def stored_tiles(store: Store) -> Fetch:
 
 
 def check_stored(
-    store: Store, size: int, checkpoints: Iterable[Checkpoint], tell: Callable[[int, int], object]
+    store: Store,
+    size: int,
+    checkpoints: Iterable[Checkpoint],
+    tell: Callable[[int, int], object],
+    stated: Checkpoint | None = None,
 ) -> Report:
-    """Check the log of a store; ``tell`` takes how many entries are checked, and of how many."""
+    """Check the log of a store; ``tell`` takes how many entries are checked, and of how many.
+
+    ``stated`` is the state that the store itself has of its log.
+    """
 
     def told() -> Iterator[tuple[int, bytes]]:
         for index, text in stored_entries(store, 0, 1 << 62):
@@ -136,7 +143,7 @@ def check_stored(
     is_waiting = newest is not None and newest.idx is None
     minimum = announced_minimum(entry_text(newest).encode()) if newest is not None and is_waiting else 0
     follow = VmChains().follow_entry
-    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum, minimum, follow)
+    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum, minimum, follow, stated)
 
 
 # --- in a directory ---

@@ -50,18 +50,20 @@ def check_log(
     announced: Callable[[bytes], int],
     minimum: int = 0,
     follow: Callable[[bytes], str] = lambda _: "",
+    stated: Checkpoint | None = None,
 ) -> Report:
     """Check a log of ``size`` entries, of which a purge may have deleted the first ones.
 
     ``entries`` are those that there are, by index. ``announced`` returns the index below which entries are deleted, if
     an entry says so, otherwise 0; ``minimum`` is the one that a later row has announced, which is not an entry yet.
     ``checkpoints`` are verified already; the result is only as good as the newest. ``follow`` gets each entry, and says
-    what is wrong with it after those before it.
+    what is wrong with it after those before it. ``stated`` is the state that the store itself has of its log: it counts
+    like a checkpoint, and is not called one.
     """
     check = _Check(size, fetch, follow, minimum)
     check.entries(entries, announced)
     check.tiles()
-    check.checkpoints(checkpoints)
+    check.checkpoints(checkpoints, stated)
     return Report(size, check.first, tuple(check.findings))
 
 
@@ -154,11 +156,12 @@ class _Check:
                     self.note(number * span, (number + 1) * span - 1, what)
             level, first = level + 1, 0
 
-    def checkpoints(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Compare the root of each checkpoint with the root that the tiles have."""
+    def checkpoints(self, checkpoints: Iterable[Checkpoint], stated: Checkpoint | None) -> None:
+        """Compare the root of each checkpoint, and of the log's own state, with the root that the tiles have."""
         read = reader(self.fetch)
         good = self.first
-        for checkpoint in sorted(set(checkpoints), key=lambda each: each.size):
+        named = dict.fromkeys([] if stated is None else [stated], _STATED) | dict.fromkeys(checkpoints, _CHECKPOINT)
+        for checkpoint, name in sorted(named.items(), key=lambda each: (each[0].size, each[1])):
             size = checkpoint.size
             if size > self.size:
                 what = f"some are missing: a checkpoint of {size} entries is signed, and the log has {self.size}"
@@ -169,9 +172,14 @@ class _Check:
             try:
                 is_same = root_hash(read, size) == checkpoint.root
             except LogError as exc:
-                self.note(good, max(good, size - 1), f"the root of the checkpoint of {size} entries: {exc}")
+                self.note(good, max(good, size - 1), f"the root of {name} of {size} entries: {exc}")
                 return
             if not is_same:
-                self.note(good, max(good, size - 1), f"one of them is not as the checkpoint of {size} entries has it")
+                self.note(good, max(good, size - 1), f"one of them is not as {name} of {size} entries has it")
                 return
             good = size
+
+
+_CHECKPOINT: Final = "the checkpoint"
+_STATED: Final = "the store's own state"
+"""Of two of one size, the checkpoint comes first: it was outside the store."""

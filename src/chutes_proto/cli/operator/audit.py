@@ -302,8 +302,10 @@ def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) ->
         known = [read_checkpoint(path, keys) for path in paths]
         with store.snapshot() as rows, output.waiting("entries checked") as tell:
             state = rows.transact(Ask(Read(LogStateRow, LOG)))
-            stated = [] if state is None else [Checkpoint(state.origin, state.size, state.root)]  # it has a MAC
-            return check_stored(rows, 0 if state is None else state.size, [*known, *stated], tell), known
+            if state is None:
+                return check_stored(rows, 0, known, tell), known
+            stated = Checkpoint(state.origin, state.size, state.root)  # it has a MAC
+            return check_stored(rows, state.size, known, tell, stated), known
 
 
 def _told(report: Report, known: list[Checkpoint]) -> int:
