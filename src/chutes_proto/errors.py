@@ -292,3 +292,12 @@ def _problem_text(problem: ValidationProblem) -> str:
     loc = problem.get("loc")
     where = ".".join(str(part) for part in cast("list[object]", loc)) if isinstance(loc, list) else str(loc)
     return f"{where}: {problem.get('msg')}"
+
+
+def where_raised(exc: BaseException) -> str:
+    """The type and the source lines of a defect, without its text: it could repeat a secret or a peer's input."""
+    import traceback  # an agent, which starts in an initramfs, does without
+
+    frames = traceback.extract_tb(exc.__traceback__)
+    places = [f"{frame.filename.rpartition('chutes_proto')[2].lstrip('/')}:{frame.lineno}" for frame in frames[-4:]]
+    return f"{type(exc).__name__} at {' < '.join(reversed(places))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 import time
@@ -328,6 +329,8 @@ def test_rows_of_a_type_that_cannot_be_end_no_sequencer(
         store.transact(Ask(Insert(row(0, 1))))
         wait_until(lambda: any("a defect, or the database was changed" in note for note in store.notes))
         wait_until(lambda: store.log_warning)
+    (told,) = [note for note in store.notes if "a defect" in note]
+    assert re.match(r"audit log: TypeError at (units|tlog)/[a-z]+\.py:[0-9]+ < ", told), "where, without the text"
 
 
 def edit(place: StorePlace, statement: str) -> None:

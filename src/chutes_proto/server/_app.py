@@ -19,7 +19,6 @@ Rules kept here:
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from functools import cache, lru_cache
@@ -28,7 +27,16 @@ from typing import Any
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.effects import Entropy, Flow, Log, Now, Uptime
-from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
+from chutes_proto.errors import (
+    BadRequest,
+    KeyUnavailable,
+    Refusal,
+    Refused,
+    SealBroken,
+    StoreError,
+    Unavailable,
+    where_raised,
+)
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.server import _host_profiles as host_profiles
 from chutes_proto.server import _maintenance as maintenance
@@ -211,7 +219,9 @@ class App:
             text = "A key of this server is not available. Retry shortly."
             refusal = Unavailable(Code.KEY_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}", retry_after=30)
         except Exception as exc:  # noqa: BLE001 - a defect of ours must not become a 4xx, nor end the connection silently
-            refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
+            refusal = Unavailable(
+                Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=where_raised(exc)
+            )
         seen.code = str(refusal.code)
         yield from self._log_refusal(request, request_id, refusal, seen)
         return error_response(refusal, request_id)
@@ -314,10 +324,3 @@ def _log(level: Level, event: str, fields: dict[str, Value], held_back: int, *, 
 def _http_date(at: int) -> str:
     """Format unix seconds for a header (RFC 9110, section 5.6.7)."""
     return formatdate(at, usegmt=True)
-
-
-def _where(exc: Exception) -> str:
-    """The type and the source lines of a defect, without its text: it could repeat a secret or a peer's input."""
-    frames = traceback.extract_tb(exc.__traceback__)
-    places = [f"{frame.filename.rpartition('chutes_proto')[2].lstrip('/')}:{frame.lineno}" for frame in frames[-4:]]
-    return f"{type(exc).__name__} at {' < '.join(reversed(places))}"

@@ -25,7 +25,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-from chutes_proto.errors import ConfigurationError, KeyUnavailable, LogError, RowNotAuthentic, SealBroken, StoreError
+from chutes_proto.errors import (
+    ConfigurationError,
+    KeyUnavailable,
+    LogError,
+    RowNotAuthentic,
+    SealBroken,
+    StoreError,
+    where_raised,
+)
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.keys.vault import NONCE_SIZE, Vault
@@ -122,7 +130,8 @@ class Sequencer:
         except StoreError:  # `watch_store` tells the operator, and `look`
             pass
         except Exception as exc:  # noqa: BLE001 - rows that were changed may be anything
-            self._tell(what, exc, f"{type(exc).__name__}: a defect, or the database was changed")
+            why = "a defect, or the database was changed: `chutes-proto audit verify`"
+            self._tell(what, exc, f"{where_raised(exc)}: {why}")
         else:
             _ = self._told.pop(what, None)
 
