@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chutes_proto.errors import KeyUnavailable, LogError, Refusal, RowNotAuthentic, StoreBusy, StoreError
 from chutes_proto.io.log_files import check_stored
+from chutes_proto.io.server.scrub import scrub_heads
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, require_keys, seal_store
@@ -732,6 +733,7 @@ def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace
             assert f"{vm.name} of table head" in text
             assert "it has version 4, and audit row" in text
             assert "has 7" in text
+        assert set(told) <= {finding for _, finding in scrub_heads(store)}
         store.transact(granted("last", A, 400))
 
 

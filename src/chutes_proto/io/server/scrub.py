@@ -6,7 +6,8 @@ Rules kept here:
 * each entry from the lowest that no purge has announced is compared with its tile, each full tile with the hash above
   it. A change that was carried into all tiles is found by the checkpoint beside the mark, with which every look at the
   store compares them;
-* the rows of each VM are compared with its head, and its head with the log;
+* the rows of each VM are compared with its head, and its head with the log, and with the audit rows that wait for their
+  place in it: who sets a VM back may have stopped the log;
 * an entry that cannot be read is a finding, and the pass goes on; what a purge deletes meanwhile is none;
 * a pass begins an hour after the one before began, or at once if that took longer; the end of the last whole pass, and
   what it found, are metrics.
@@ -18,14 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
-from attrs import define
+from attrs import define, frozen
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import purged_below, stored_entries, stored_tiles
-from chutes_proto.store._guard import InspectStore, InspectVms, ReadSeal
-from chutes_proto.store._run import Ask, Store
+from chutes_proto.store._guard import InspectAudit, InspectStore, InspectVms, ReadSeal
+from chutes_proto.store._run import Ask, Script, Store, Unit
 from chutes_proto.store.rows import LogStateRow, Read, Vm
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.tiles import WIDTH, fold
@@ -69,6 +70,11 @@ def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
     if not has_macs:
         return
     yield from _faults(store.transact(Ask(InspectStore())), 1)
+    number: int | None = _FIRST
+    while number is not None:
+        waiting, number = store.transact(InspectWaiting(number))
+        yield 0 if number is None else _WAITING, ""
+        yield from ((0, str(each)) for each in waiting)
     after: Vm | None = None
     while True:
         found, after = store.transact(Ask(InspectVms(after, _VMS)))
@@ -77,12 +83,32 @@ def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
             break
 
 
+@frozen
+class InspectWaiting(Unit[tuple[tuple[RowNotAuthentic, ...], int | None]]):
+    """The faults of the next audit rows without a place in the log, and of VMs whose heads are older than these say.
+
+    Serializable, it would conflict with every unit that adds such a row. It reads the rows first, so the heads that it
+    sees are at least as new.
+    """
+
+    READS_COMMITTED: ClassVar[bool] = True
+
+    after: int
+
+    def script(self) -> Script[tuple[tuple[RowNotAuthentic, ...], int | None]]:
+        return (yield from InspectAudit(self.after, _WAITING))
+
+
 def _faults(faults: Iterable[RowNotAuthentic], groups: int) -> Iterator[tuple[int, str]]:
     yield _ROWS_OF_GROUP * groups, ""
     for each in faults:
         yield 0, str(each)
 
 
+_FIRST: Final = -(1 << 63)
+"""A number before that of any audit row: who writes the database can draw one that is negative."""
+_WAITING: Final = 1000
+"""How many audit rows that wait are looked at in one transaction."""
 _VMS: Final = 20
 """How many VMs are looked at in one transaction, beside those of a server."""
 _ROWS_OF_GROUP: Final = 5
