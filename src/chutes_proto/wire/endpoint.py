@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, Factory, field, frozen
 
 from chutes_proto.wire.codes import Code
 
@@ -82,9 +82,11 @@ def sole_field(kind: type[Any], form: Literal["LIST", "BYTES", "OBJECT"]) -> str
 # --- operations ---
 
 
-@frozen
+@frozen(eq=False)
 class Endpoint:
     """One operation: its method and path (``target``), request, answer, and the codes of its refusals.
+
+    Each operation is one object, so endpoints are compared by identity.
 
     ``purpose`` is the word that a signature covers which covers no more; ``refusal`` is the ``detail`` of refusals 403
     and 409 where it is not a text.
@@ -104,19 +106,12 @@ class Endpoint:
     """So large may a request's body be, whatever the server's usual limit is."""
     purpose: str = "tee"
     refusal: type[Message] | None = None
-
-    @property
-    def method(self) -> str:
-        return self.target.partition(" ")[0]
-
-    @property
-    def path(self) -> str:
-        return self.target.partition(" ")[2]
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names in braces, in order."""
-        return tuple(PARAMETER.findall(self.path))
+    method: str = field(init=False, default=Factory(lambda self: self.target.partition(" ")[0], takes_self=True))
+    path: str = field(init=False, default=Factory(lambda self: self.target.partition(" ")[2], takes_self=True))
+    parameters: tuple[str, ...] = field(
+        init=False, default=Factory(lambda self: tuple(PARAMETER.findall(self.path)), takes_self=True)
+    )
+    """The names in braces in the path, in order."""
 
 
 @frozen

@@ -10,7 +10,9 @@ has too much of a final slash is redirected with 307.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
+from typing import TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from attrs import frozen
@@ -20,6 +22,8 @@ from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import PARAMETER, Endpoint
 
 _SEGMENT = r"((?:[^/%]|%[0-9A-Fa-f]{2})+)"
+
+_ByMethod: TypeAlias = Mapping[str, Endpoint]
 
 COMMON_CODES = (
     Code.BAD_REQUEST,
@@ -91,17 +95,17 @@ class Redirect:
 
 def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
     """Route a request line; ``path`` is still percent-encoded and without its query."""
-    here = _matches(path)
-    for endpoint, values in here:
-        if endpoint.method == ("GET" if method == "HEAD" else method):
-            parameters = _parameters(endpoint, values)
-            return None if parameters is None else Match(endpoint, parameters)
+    here, values = _found(path)
+    endpoint = here.get("GET" if method == "HEAD" else method)
+    if endpoint is not None:
+        parameters = _parameters(endpoint, values)
+        return None if parameters is None else Match(endpoint, parameters)
     if here:
-        return WrongMethod(tuple(dict.fromkeys(verb for endpoint, _ in here for verb in _verbs(endpoint))))
+        return WrongMethod(tuple(dict.fromkeys(verb for endpoint in here.values() for verb in _verbs(endpoint))))
     stem = path.removesuffix("/")
     last = stem.rpartition("/")[2]
     other, reference = (path + "/", f"./{last}/") if path == stem else (stem, f"../{last}")
-    return Redirect(reference) if _matches(other) else None
+    return Redirect(reference) if _found(other)[0] else None
 
 
 def largest_body(method: str, target: str, usual: int) -> int:
@@ -121,13 +125,16 @@ def _verbs(endpoint: Endpoint) -> tuple[str, ...]:
     return ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,)
 
 
-def _matches(path: str) -> list[tuple[Endpoint, tuple[str, ...]]]:
-    """The endpoints of the first template that fits the path, fixed ones first."""
-    for pattern, endpoints in _templates():
+def _found(path: str) -> tuple[_ByMethod, tuple[str, ...]]:
+    """The endpoints of a path, empty for an unknown one, and the values of its parameters."""
+    fixed, templates = _routes()
+    if path in fixed:
+        return fixed[path], ()
+    for pattern, endpoints in templates:
         match = pattern.fullmatch(path)
         if match is not None:
-            return [(endpoint, match.groups()) for endpoint in endpoints]
-    return []
+            return endpoints, match.groups()
+    return {}, ()
 
 
 def _parameters(endpoint: Endpoint, values: tuple[str, ...]) -> dict[str, str] | None:
@@ -144,10 +151,12 @@ def _parameters(endpoint: Endpoint, values: tuple[str, ...]) -> dict[str, str] |
 
 
 @cache
-def _templates() -> tuple[tuple[re.Pattern[str], tuple[Endpoint, ...]], ...]:
-    """Made when a server routes its first request: a client has no use for them."""
-    by_path: dict[str, list[Endpoint]] = {}
+def _routes() -> tuple[Mapping[str, _ByMethod], tuple[tuple[re.Pattern[str], _ByMethod], ...]]:
+    """Fixed paths, and patterns of the others. Made when a server routes its first request: a client needs none."""
+    by_path: dict[str, dict[str, Endpoint]] = {}
     for endpoint in ENDPOINTS:
-        by_path.setdefault(PARAMETER.sub("{}", endpoint.path), []).append(endpoint)
-    paths = sorted(by_path, key=lambda path: path.count("{"))
-    return tuple((re.compile(_SEGMENT.join(map(re.escape, path.split("{}")))), tuple(by_path[path])) for path in paths)
+        by_path.setdefault(PARAMETER.sub("{}", endpoint.path), {})[endpoint.method] = endpoint
+    fixed = {path: endpoints for path, endpoints in by_path.items() if "{}" not in path}
+    templates = sorted((path for path in by_path if path not in fixed), key=lambda path: path.count("{}"))
+    patterns = [re.compile(_SEGMENT.join(map(re.escape, path.split("{}")))) for path in templates]
+    return fixed, tuple(zip(patterns, map(by_path.__getitem__, templates), strict=True))
