@@ -219,6 +219,27 @@ class Log(Effect[None]):
     record: Record
 
 
+def substitute(flow: Flow[T], kind: type[Effect[Any]], by: Callable[[Any], Flow[Any]]) -> Flow[T]:
+    """Run ``flow``, with the flow that ``by`` makes in place of each effect of this very ``kind``.
+
+    All other effects are passed on.
+    """
+    try:
+        effect = next(flow)
+        while True:
+            try:
+                reply = (yield from by(effect)) if type(effect) is kind else (yield effect)
+            except Exception as exc:
+                effect = flow.throw(exc)
+            else:
+                effect = flow.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        flow.close()
+
+
 def run(flow: Flow[T], perform: Callable[[Effect[Any]], Any]) -> T:
     """Drive ``flow`` to its end with a synchronous ``perform``."""
     try:

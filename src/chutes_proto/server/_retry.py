@@ -13,13 +13,10 @@ refusal ends by then, too, or is left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 
-from attrs import evolve
-
-from chutes_proto.effects import Effect, Flow, Sleep, Transact, Uptime
+from chutes_proto.effects import Flow, Sleep, Transact, Uptime, substitute
 from chutes_proto.errors import FateUnknown, StoreBusy, StoreError, Unavailable
 from chutes_proto.store._run import Unit
 from chutes_proto.wire.codes import Code
@@ -42,31 +39,22 @@ def bound_store(flow: Flow[T], request: HttpRequest, *, is_patient: bool) -> Flo
     raises `StoreBusy` in the flow. Raises what the flow raises.
     """
     left = LATEST_ANSWER_SECONDS if is_patient else QUICK_SECONDS
-    with closing(flow):
-        resume: Callable[[], Effect[Any]] = partial(next, flow)
-        while True:
-            try:
-                effect = resume()
-            except StopIteration as exc:
-                result: T = exc.value
-                return result
-            began = (yield from Uptime()) if isinstance(effect, Transact) else None
-            try:
-                if isinstance(effect, Transact) and began is not None:
-                    effect = _shortened(effect, min(left, LATEST_ANSWER_SECONDS - (began - request.arrived)))
-                reply = yield from effect
-            except Exception as exc:  # noqa: BLE001 - it is the flow's
-                resume = partial(flow.throw, exc)
-            else:
-                resume = partial(flow.send, reply)
-            if began is not None:
-                left -= (yield from Uptime()) - began
 
+    def transact(effect: Transact[Any]) -> Flow[Any]:
+        nonlocal left
+        began = yield from Uptime()
+        seconds = min(left, LATEST_ANSWER_SECONDS - (began - request.arrived))
+        if seconds <= 0:
+            raise StoreBusy("no time is left for a transaction")
+        try:
+            reply = yield from Transact(effect.unit, min(effect.turn_seconds, seconds), min(effect.seconds, seconds))
+        except Exception:
+            left -= (yield from Uptime()) - began
+            raise
+        left -= (yield from Uptime()) - began
+        return reply
 
-def _shortened(effect: Transact[T], left: float) -> Transact[T]:
-    if left <= 0:
-        raise StoreBusy("no time is left for a transaction")
-    return evolve(effect, turn_seconds=min(effect.turn_seconds, left), seconds=min(effect.seconds, left))
+    return substitute(flow, Transact, transact)
 
 
 def transact_patiently(
