@@ -24,7 +24,7 @@ from email.utils import formatdate
 from functools import cache, lru_cache
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from chutes_proto.effects import Entropy, Flow, Log, Now, Uptime
 from chutes_proto.errors import (
@@ -61,18 +61,20 @@ from chutes_proto.wire.endpoint import Endpoint, Message
 from chutes_proto.wire.http import TRACEPARENT, HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.public import ApiDescriptionAnswer, PublicRequest
 
-_DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
-_ASKED_ONCE = (
-    vms.CACHE_PASSPHRASE,
-    vms.VOLUME_SYNC,
-    vms.VOLUME_ATTESTATION,
-    vms.VOLUME_CONFIRMATION,
-    vms.PROVISION,
-    vms.PROVISION_CONFIRMATION,
+_DRAINED = frozenset({vms.BOOT_NONCE, vms.BOOT_ATTESTATION})
+_ASKED_ONCE = frozenset(
+    {
+        vms.CACHE_PASSPHRASE,
+        vms.VOLUME_SYNC,
+        vms.VOLUME_ATTESTATION,
+        vms.VOLUME_CONFIRMATION,
+        vms.PROVISION,
+        vms.PROVISION_CONFIRMATION,
+    }
 )
-_PATIENT = (vms.BOOT_ATTESTATION, *_ASKED_ONCE)
-_GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION, vms.PROVISION)
-_ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
+_PATIENT = _ASKED_ONCE | {vms.BOOT_ATTESTATION}
+_GRANTS = frozenset({vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION, vms.PROVISION})
+_ATTESTATIONS = frozenset({vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION})
 
 
 def describe_api(service: Service, call: Call[PublicRequest]) -> Flow[ApiDescriptionAnswer]:
@@ -120,15 +122,18 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
 
 @define
 class _Seen:
-    """One request: the operation and the refusal, for those who measure, and the VM that it names, for the log.
+    """One request: the operation and the refusal, for those who measure, and the VM whose boot it completes.
 
-    ``service`` is the one of the moment at which the request began: a reload replaces none in the middle.
+    ``service`` is the one of the moment at which the request began: a reload replaces none in the middle. Once it is
+    handled, ``parameters`` of its path and then its ``message`` name a VM, for the log.
     """
 
     service: Service
     operation: str = "none"
     code: str = ""
-    vm: Vm = Vm("", "")
+    parameters: Mapping[str, str] | None = None
+    message: Message | None = None
+    completed: Vm | None = None
 
 
 @frozen
@@ -201,7 +206,10 @@ class App:
             )
         closing = (("connection", "close"),) if self.draining else ()
         date = ("date", _http_date((yield from Now())))  # RFC 9110, section 6.6.1
-        return evolve(response, headers=(*response.headers, *closing, date))
+        headers = (*response.headers, *closing, date)
+        if seen.completed is None:
+            return HttpResponse(response.status, headers, response.body)
+        return _LastAnswer(response.status, headers, response.body, vm=seen.completed)
 
     def _respond(self, request: HttpRequest | MalformedRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         """Answer every request, and log a refusal for the operator."""
@@ -229,10 +237,10 @@ class App:
     def _answer(self, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         path, mark, query = request.target.partition("?")
         found = endpoints.route(request.method, path)
-        if isinstance(found, endpoints.Match):
-            seen.operation = found.endpoint.operation
-        is_asked_once = isinstance(found, endpoints.Match) and found.endpoint in _ASKED_ONCE
-        if wait := 0.0 if is_asked_once else (yield from self._count(request, seen)):
+        endpoint = found.endpoint if isinstance(found, endpoints.Match) else None
+        if endpoint is not None:
+            seen.operation = endpoint.operation
+        if endpoint not in _ASKED_ONCE and (wait := (yield from self._count(request, seen))):
             text = "Too many requests. Retry shortly."
             raise Unavailable(Code.RATE_LIMITED, text, retry_after=math.ceil(wait))
         match found:
@@ -269,14 +277,14 @@ class App:
     def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         """Decode and handle a request; the caller of a signed one is checked before anything else in it."""
         now = yield from Now()
-        seen.vm = named(request, match.parameters)
+        seen.parameters = match.parameters
         call: Call[Message]
         if match.endpoint.signed is None:
             call = Call(request, message := decode_request(match, request), request_id, now)
         else:
             caller = check_caller(seen.service, request, match.endpoint.signed, match.endpoint.purpose, now)
             call = SignedCall(request, message := decode_request(match, request), request_id, now, caller)
-        seen.vm = named(request, match.parameters, message)
+        seen.message = message
         try:
             answer = yield from _HANDLERS[match.endpoint](seen.service, call)
         except Refusal as exc:
@@ -285,8 +293,8 @@ class App:
         if match.endpoint in _GRANTS:
             seen.service.boots.note_granted(message, (yield from Uptime()))
         response = encode_answer(match.endpoint, answer)
-        vm = completed_by(message)
-        return response if vm is None else _LastAnswer(response.status, response.headers, response.body, vm=vm)
+        seen.completed = completed_by(message)
+        return response
 
     def _log_refusal(
         self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal, seen: _Seen
@@ -295,7 +303,9 @@ class App:
 
         A known VM has lines of its own; once others who use its name have taken them, it has those of its address.
         """
-        ours, vm, now = refusal.status >= 500, seen.vm, (yield from Uptime())
+        ours, now, vm = refusal.status >= 500, (yield from Uptime()), Vm("", "")
+        if isinstance(request, HttpRequest) and seen.parameters is not None:
+            vm = named(request, seen.parameters, seen.message)
         is_known = vm in seen.service.known
         if refusal.recorded:
             held_back: int | None = 0
