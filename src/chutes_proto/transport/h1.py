@@ -305,7 +305,8 @@ class ServerConnection:
     def _enter(self, phase: _Phase, now: float) -> None:
         self._phase, self.since = phase, now
         self.deadline = now + self._seconds.get(phase, math.inf)
-        self._cap_deadline()
+        if self.deadline > self._heard_until:
+            self._cap_deadline()
 
     def _cap_deadline(self) -> None:
         if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE, _Phase.RECEIVING):

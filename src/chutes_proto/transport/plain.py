@@ -15,6 +15,7 @@ from chutes_proto.wire.http import Headers
 _HEAD: Final = re.compile(  # possessive, so that the time is proportional to the size
     rb"(GET|POST) (/[!-~]*+) HTTP/1\.1\r\n((?:[-!#$%&'*+.^_`|~0-9A-Za-z]++:[ \t]*+[!-~][ \t!-~]*+\r\n)++)\r\n"
 )
+_FIELD: Final = re.compile(r"([^:]++):([^\r]*+)\r\n")
 _LENGTH: Final = re.compile("0|[1-9][0-9]{0,7}")
 _UNUSUAL: Final = frozenset({"connection", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
 """Headers that change how a request, its body or its connection ends."""
@@ -30,23 +31,17 @@ def take_plain(data: bytearray, head_bytes: int, body_bytes: int) -> tuple[str, 
     found = _HEAD.fullmatch(bytes(data[:end])) if end > 4 else None
     if found is None:
         return None
-    headers: list[tuple[str, str]] = []
-    hosts, length = 0, None
-    for line in found[3].decode("ascii").split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        if name == "host":
-            hosts += 1
-        elif name == "content-length":
-            if length is not None or not _LENGTH.fullmatch(value):
-                return None
-            length = int(value)
-        elif name in _UNUSUAL:
-            return None
-        headers.append((name, value))
-    size = length or 0
-    if hosts != 1 or size > body_bytes or len(data) < end + size:
+    fields: list[tuple[str, str]] = _FIELD.findall(found[3].decode("ascii"))
+    headers = tuple([(name.lower(), value.strip(" \t")) for name, value in fields])
+    names = [name for name, _ in headers]
+    if names.count("host") != 1 or names.count("content-length") > 1 or not _UNUSUAL.isdisjoint(names):
+        return None
+    length = dict(headers).get("content-length", "0")
+    if not _LENGTH.fullmatch(length):
+        return None
+    size = int(length)
+    if size > body_bytes or len(data) < end + size:
         return None
     body = bytes(data[end : end + size])
     del data[: end + size]
-    return found[1].decode("ascii"), found[2].decode("ascii"), tuple(headers), body
+    return found[1].decode("ascii"), found[2].decode("ascii"), headers, body

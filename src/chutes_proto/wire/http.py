@@ -41,7 +41,7 @@ class HttpRequest:
 
     def header_values(self, name: str) -> tuple[str, ...]:
         """All values of a header; ``name`` in lower case."""
-        return tuple(value for key, value in self.headers if key == name)
+        return tuple([value for key, value in self.headers if key == name])
 
 
 @frozen
