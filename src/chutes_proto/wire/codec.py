@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
 _JSON_TYPE = re.compile(r"\s*application/(?:json|[!-~]+\+json)\s*(?:;.*)?", re.IGNORECASE)
 JSON_HEADERS = (("content-type", "application/json"),)
 _PLACES = ("path", "query", "header", "body")
@@ -76,20 +77,10 @@ def encode_request(endpoint: Endpoint, message: Message, headers: Headers = ()) 
 def decode_request(match: Match, request: HttpRequest) -> Message:
     """Decode the message of ``request``. Raises `BadRequest` (400, 422)."""
     places = _places(match.endpoint.request)
-    sources: dict[str, dict[str, Any]] = {
-        "path": match.parameters,
-        "query": _query(request, places["query"]),
-        "header": decode_headers(request, places["header"]),
-        "body": _body(request) if places["body"] else {},
-    }
-    if (whole := sole_field(match.endpoint.request, "OBJECT")) is not None:
-        sources["body"] = {whole: sources["body"]}
-    raw = {
-        field: sources[place][name]
-        for place, names in places.items()
-        for name, field in names.items()
-        if name in sources[place]
-    }
+    raw: dict[str, Any] = {}
+    for place, names in places.items():
+        source = _SOURCES[place](match, request, names)
+        raw.update([(field, source[name]) for name, field in names.items() if name in source])
     try:
         return _CONVERTER.structure(raw, match.endpoint.request)
     except ProblemsError as exc:
@@ -221,14 +212,14 @@ def _place(attribute: attrs.Attribute[Any]) -> str:
 
 @cache
 def _places(message_type: type[Message]) -> Mapping[str, Mapping[str, str]]:
-    """The names on the wire in each place of a request, and the fields that they are."""
+    """The names on the wire in each place of a request that the message is in, and the fields that they are."""
     places: dict[str, dict[str, str]] = {place: {} for place in _PLACES}
     for attribute in attrs.fields(message_type):
         places[_place(attribute)][wire_name(attribute)] = attribute.name
-    return places
+    return {place: names for place, names in places.items() if names}
 
 
-def _query(request: HttpRequest, names: Container[str]) -> dict[str, str]:
+def _query(_: Match, request: HttpRequest, names: Container[str]) -> dict[str, str]:
     pairs = parse_qsl(request.target.partition("?")[2], keep_blank_values=True, encoding="utf-8", errors="replace")
     values: dict[str, str] = {}
     for name, value in pairs:
@@ -242,15 +233,17 @@ def _query(request: HttpRequest, names: Container[str]) -> dict[str, str]:
 def decode_headers(request: HttpRequest, names: Iterable[str]) -> dict[str, str]:
     """Read the headers ``names``, as far as they are present. Raises `BadRequest` for one that is present twice."""
     values: dict[str, str] = {}
+    given = [name for name, _ in request.headers]
     for name in names:
-        found = request.header_values(name.lower())
-        if len(found) > 1:
-            raise BadRequest(Code.BAD_REQUEST, f"The header {name} is given twice")
-        values.update((name, value) for value in found)
+        key = name.lower()
+        if key in given:
+            if given.count(key) > 1:
+                raise BadRequest(Code.BAD_REQUEST, f"The header {name} is given twice")
+            values[name] = request.headers[given.index(key)][1]
     return values
 
 
-def _body(request: HttpRequest) -> dict[str, Any]:
+def _body(match: Match, request: HttpRequest, _: object) -> dict[str, Any]:
     content_type = decode_headers(request, ["Content-Type"]).get("Content-Type", "application/json")
     not_an_object = "Input should be a valid dictionary or object to extract fields from"
     if not _JSON_TYPE.fullmatch(content_type):
@@ -263,7 +256,16 @@ def _body(request: HttpRequest) -> dict[str, Any]:
         _invalid_body("json_invalid", f"JSON decode error: {exc}")
     if not isinstance(value, dict):
         _invalid_body("model_attributes_type", not_an_object)
-    return cast("dict[str, Any]", value)
+    whole = sole_field(match.endpoint.request, "OBJECT")
+    return cast("dict[str, Any]", value) if whole is None else {whole: value}
+
+
+_SOURCES: Mapping[str, Callable[[Match, HttpRequest, Any], Mapping[str, Any]]] = {
+    "path": lambda match, _, __: match.parameters,
+    "query": _query,
+    "header": lambda _, request, names: decode_headers(request, names),
+    "body": _body,
+}
 
 
 def _invalid_body(kind: str, msg: str) -> NoReturn:
@@ -275,7 +277,7 @@ def _invalid_body(kind: str, msg: str) -> NoReturn:
 
 def _name(value: object, _: object) -> str:
     text = string(value)
-    if not re.fullmatch(NAME_PATTERN, text, re.ASCII):
+    if not _NAME.fullmatch(text):
         raise MismatchError("string_pattern_mismatch", f"String should match pattern '{NAME_PATTERN}'")
     return text
 
