@@ -33,6 +33,12 @@ RESERVED: Final = 0x3FFF_FFFF_0780_FF00 | (UNDER_TEST & ~int(NAMED_UNDER_TEST))
 ATTRIBUTES_KNOWN: Final = sum(map(int, TdAttributes))
 """The bits that have names. Bits 18 to 22 are neither reserved for ever nor named, so far."""
 
+_DEBUG: Final = int(TdAttributes.DEBUG)  # as numbers: to combine members of an enumeration makes new ones each time
+_PROFILING: Final = int(NAMED_UNDER_TEST & ~TdAttributes.DEBUG)
+_SEPT_VE_DISABLE: Final = int(TdAttributes.SEPT_VE_DISABLE)
+_MIGRATABLE: Final = int(TdAttributes.MIGRATABLE)
+_SERVTD_EXT: Final = int(TdAttributes.SERVTD_EXT)
+
 XFAM_FIXED: Final = 0x3
 """x87 and SSE are always on."""
 XFAM_KNOWN: Final = 0x6DBE7
@@ -94,15 +100,15 @@ class AttributePolicy:
             expected = f"no bit of 0x{unknown:016x}"
             refuse("td_attributes", "TD attributes are set that attributes_allowed does not have", bits, expected)
         if not self.unsafe_allow_debug:
-            if bits & TdAttributes.DEBUG:
+            if bits & _DEBUG:
                 refuse("debug", "the TD can be debugged by its host", bits, "bit 0 clear")
-            if bits & (NAMED_UNDER_TEST & ~TdAttributes.DEBUG):
+            if bits & _PROFILING:
                 refuse("profiling", "the TD can be profiled by its host", bits, "bits 4 to 6 clear")
-        if self.sept_ve_disable == "required" and not bits & TdAttributes.SEPT_VE_DISABLE:
+        if self.sept_ve_disable == "required" and not bits & _SEPT_VE_DISABLE:
             refuse("sept_ve_disable", "SEPT_VE_DISABLE is clear", bits, "bit 28 set")
-        if self.migratable == "refused" and bits & TdAttributes.MIGRATABLE:
+        if self.migratable == "refused" and bits & _MIGRATABLE:
             refuse("migratable", "the TD can be migrated", bits, "bit 29 clear")
-        if self.servtd_ext == "refused" and bits & TdAttributes.SERVTD_EXT:
+        if self.servtd_ext == "refused" and bits & _SERVTD_EXT:
             refuse("servtd_ext", "SERVTD_EXT is set", bits, "bit 17 clear")
         if self.xfam_required & ~body.xfam or body.xfam & ~self.xfam_allowed:
             expected = f"bits of 0x{self.xfam_allowed:x}, those of 0x{self.xfam_required:x} set"
@@ -110,7 +116,7 @@ class AttributePolicy:
         return found + self._service_td(body)
 
     def _service_td(self, body: TdReport10) -> list[Refusal]:
-        migratable = bool(body.td_attributes & TdAttributes.MIGRATABLE)
+        migratable = bool(body.td_attributes & _MIGRATABLE)
         bound = body.mr_service_td if isinstance(body, TdReport15) else None
         acceptable, expected = bound is None or not any(bound), "none"
         if migratable and self.migratable == "allowed":
