@@ -52,7 +52,10 @@ class Record:
     def as_json(self, at: str) -> str:
         """Format as one line of JSON without its line end; ``at`` is the time as it is printed."""
         line = {"at": at, "level": self.level.name.lower(), "event": self.event, **self.shown}
-        return json.dumps(line, separators=(",", ":"))
+        return _compact(line)
+
+
+_compact: Final = json.JSONEncoder(separators=(",", ":")).encode  # dumps makes an encoder each time
 
 
 def _cut(value: Value) -> Value:

@@ -193,7 +193,10 @@ def grounds(verdict: Verdict, documents: Documents, stage: Stage, outcome: str, 
     }
     if hotkey_proven is not None:
         members["hotkey_proven"] = hotkey_proven
-    return json.dumps(members, sort_keys=True, separators=(",", ":"))
+    return _canonical(members)
+
+
+_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # dumps makes an encoder each time
 
 
 # --- judging again ---

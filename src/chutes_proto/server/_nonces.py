@@ -134,7 +134,7 @@ def expires_at(issued_at: int) -> str:
 
 def _tag(key: MacKey, head: bytes, purpose: str, hotkey: str | None, address: str, scope: str) -> bytes:
     parts = (purpose.encode(), (hotkey or "").encode(), address_prefix(address), scope.encode())
-    message = head + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    message = head + b"".join([len(part).to_bytes(4, "big") + part for part in parts])
     return hmac.digest(key.key.reveal(), message, "sha256")[:16]
 
 

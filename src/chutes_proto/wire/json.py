@@ -26,4 +26,7 @@ def decode(data: bytes) -> Any:
 
 def encode(value: object) -> bytes:
     """Encode as compact JSON in ASCII, members in the order of ``value``."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return _compact(value).encode("ascii")
+
+
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # dumps makes an encoder each time
