@@ -31,6 +31,7 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadLiveGenerations,
     ReadTimes,
+    ReadVmVersions,
     StoreOp,
     Vm,
     VmRow,
@@ -128,6 +129,39 @@ def test_each_question_finds_its_rows_by_an_index(migrated_schema: str) -> None:
             scans = [line for (line,) in found if "Scan" in line]
             assert scans
             assert all(re.search(rf"(using|on) {index}\b", line) for line in scans if "Bitmap Heap" not in line), found
+
+
+LOGGED = """
+INSERT INTO audit (at, actor, event, decision, reason, hotkey, vm, keys, peer_address, idx, vm_version)
+  SELECT n, 'vm', 'boot', 'granted', '', 'hotkey', 'vm-' || n, '', '', n, 1 FROM generate_series(1, 2000) AS n;
+ANALYZE audit;
+INSERT INTO audit (at, actor, event, decision, reason, hotkey, vm, keys, peer_address, idx, vm_version)
+  SELECT n, 'vm', 'boot', 'granted', '', 'hotkey', 'vm-1', '', '', 2000 + n, n FROM generate_series(1, 300) AS n;
+"""
+"""The log where one VM has booted often, and the others once: PostgreSQL takes the rows of each VM for few."""
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        (sql.READ_HEAD, ("hotkey", "vm-1") * 2),
+        sql.read_heads([("hotkey", "vm-1")]),
+        sql.statement(ReadVmVersions((Vm("hotkey", "vm-1"),))),
+    ],
+)
+def test_the_version_that_the_log_knows_is_one_row_however_often_a_vm_has_booted(
+    migrated_schema: str, text: str, values: tuple[object, ...]
+) -> None:
+    """Of many rows PostgreSQL notes the whole table, and every boot would conflict with every other one."""
+    with psycopg.connect(migrated_schema, cursor_factory=psycopg.RawCursor) as connection:
+        connection.execute(LOGGED.encode())
+        connection.execute(b"SET LOCAL enable_seqscan = off")
+        explained = f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {sql.for_driver(text, 'postgresql')}".encode()
+        found = [line for (line,) in connection.execute(explained, values)]
+        (row,) = connection.execute(sql.for_driver(text, "postgresql").encode(), values).fetchall()
+    assert 300 in row
+    scans = [line for line in found if " on audit " in line]
+    assert [("audit_version" in line, "rows=1 " in line) for line in scans] == [(True, True)], found
 
 
 @pytest.mark.skipif(not SOAK, reason="it runs in make soak: a store is filled before")

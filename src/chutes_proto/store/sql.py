@@ -889,12 +889,24 @@ def _set_apart(op: store.SetApart) -> tuple[str, Values]:
     return text, _chained((number, at) for at, number in enumerate(op.numbers, 1))
 
 
-def _read_vm_versions(op: store.ReadVmVersions) -> tuple[str, Values]:
-    text = (
-        "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE hotkey = CAST(column1 AS TEXT)"  # noqa: S608
-        " AND vm = CAST(column2 AS TEXT) AND idx >= 0)"
-        f" FROM (VALUES {', '.join(['(?, ?)'] * len(op.vms))}) AS named"
+def _logged_version(hotkey: str, vm: str) -> str:
+    """The newest version of a VM's head that the log knows, or NULL, from one row of the index ``audit_version``.
+
+    ``max`` reads all rows of the VM where PostgreSQL takes them for few: each boot reads more than the one before, and
+    conflicts with all others as soon as PostgreSQL notes a read of the whole table in place of so many rows.
+    """
+    return (
+        f"(SELECT vm_version FROM audit WHERE audit.hotkey = {hotkey} AND audit.vm = {vm}"  # noqa: S608 - no names
+        " AND idx >= 0 AND vm_version IS NOT NULL ORDER BY vm_version DESC LIMIT 1)"
     )
+
+
+_NAMED_VERSION: Final = _logged_version("CAST(column1 AS TEXT)", "CAST(column2 AS TEXT)")
+
+
+def _read_vm_versions(op: store.ReadVmVersions) -> tuple[str, Values]:
+    named = ", ".join(["(?, ?)"] * len(op.vms))
+    text = f"SELECT column1, column2, {_NAMED_VERSION} FROM (VALUES {named}) AS named"  # noqa: S608 - no names
     return text, _chained(map(_values, op.vms))
 
 
@@ -1184,8 +1196,7 @@ def decode(op: store.StoreOp[Any], rows: Rows) -> Any:
 # --- the seal ---
 
 READ_HEAD: Final = (
-    "SELECT known.version, head.version, contents, mac FROM"
-    " (SELECT max(vm_version) AS version FROM audit WHERE hotkey = ? AND vm = ? AND idx >= 0) AS known"
+    f"SELECT known.version, head.version, contents, mac FROM (SELECT {_logged_version('?', '?')} AS version) AS known"  # noqa: S608
     " LEFT JOIN head ON head.hotkey = ? AND head.vm = ?"
 )
 """The statement that reads the newest version of a VM's head that the log knows, and the head; NULLs without one."""
@@ -1202,8 +1213,7 @@ READ_CANDIDATES: Final = _select(
 def read_heads(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
     """The statement that reads what `READ_HEAD` does, after the VM, of each of these VMs."""
     return (
-        "SELECT column1, column2, (SELECT max(vm_version) FROM audit WHERE idx >= 0"  # noqa: S608
-        " AND audit.hotkey = CAST(column1 AS TEXT) AND audit.vm = CAST(column2 AS TEXT)), head.version, contents, mac"
+        f"SELECT column1, column2, {_NAMED_VERSION}, head.version, contents, mac"  # noqa: S608
         f" FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"
         " LEFT JOIN head ON head.hotkey = CAST(column1 AS TEXT) AND head.vm = CAST(column2 AS TEXT)"
     ), _chained(vms)
@@ -1224,8 +1234,7 @@ _NEXT_VMS: Final = (
     + ") AS every_vm ORDER BY hotkey, vm LIMIT ?"
 )
 NEXT_HEADS: Final = (
-    "SELECT page.hotkey, page.vm, (SELECT max(vm_version) FROM audit WHERE audit.hotkey = page.hotkey"  # noqa: S608
-    " AND audit.vm = page.vm AND idx >= 0), head.version, contents, mac"
+    f"SELECT page.hotkey, page.vm, {_logged_version('page.hotkey', 'page.vm')}, head.version, contents, mac"  # noqa: S608
     f" FROM ({_NEXT_VMS}) AS page LEFT JOIN head ON head.hotkey = page.hotkey AND head.vm = page.vm"
     " ORDER BY page.hotkey, page.vm"
 )
