@@ -22,8 +22,9 @@ from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._readiness import watch_store
 from chutes_proto.server._sweeping import LOOK_SECONDS, sweep_nonces
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, ReadTimes, VmRow
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Insert, NonceRow, ReadTimes, VmRow
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import decode_quote
@@ -359,6 +360,19 @@ def test_a_refusal_that_cannot_be_recorded_is_the_same_refusal(world):
     world.before = fail
     assert refusal(attest(world, fault="rtmr0"))[1] == Code.MEASUREMENT_MISMATCH
     assert [record.event for record in world.log] == ["refusal_not_recorded", "refused"]
+
+
+def test_the_log_says_once_that_denials_of_a_platform_are_not_recorded_any_more(world):
+    """An attacker who writes the database can add what counts, and nobody would miss the entries."""
+    attest(world, fault="rtmr0")
+    (verdict,) = world.rows(AttestationRow)
+    for number in range(1, REFUSALS_PER_DAY):
+        world.store.transact(Ask(Insert(evolve(verdict, attestation_id=f"forged {number}"))))
+    for _ in range(2):
+        attest(world, fault="rtmr0")
+    assert [record.event for record in world.log] == ["refused", "refusal_not_recorded", "refused", "refused"]
+    assert "100 denials of this day (UTC)" in world.log[1].fields["error"]
+    assert len([row for row in world.rows(AuditRow) if row.decision == "refused"]) == 1
 
 
 def test_missing_collateral_is_our_fault_and_spends_nothing(world):

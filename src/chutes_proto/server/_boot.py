@@ -23,9 +23,10 @@ from attrs import evolve
 from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.hotkey import SEED_SIZE, Hotkey, HotkeyError, HotkeyPair
 from chutes_proto.auth.signing import check_body_signature
-from chutes_proto.effects import Entropy, Flow
+from chutes_proto.effects import Entropy, Flow, Uptime
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
+from chutes_proto.log import Level
 from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.secret import Secret
 from chutes_proto.server._call import Call, found_json
@@ -36,7 +37,7 @@ from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
 from chutes_proto.server._tokens import RANDOM_SIZE as TOKEN_RANDOM_SIZE
 from chutes_proto.store.rows import Vm
-from chutes_proto.units.boot import GrantBoot, RecordRefusal, RootRotation
+from chutes_proto.units.boot import DAY, GrantBoot, RecordRefusal, RootRotation
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import NonceAnswer
@@ -65,7 +66,7 @@ def attest_boot(service: Service, call: Call[BootAttestationRequest]) -> Flow[Bo
     except Refused as exc:
         proven = service.rules.proves(hotkey, lambda: _proven(call))
         rested_on = evidence.grounds(service, "boot", outcome_of(exc), hotkey_proven=proven)
-        yield from record_refusal(call, Vm(hotkey, message.vm_name), evidence, exc, "boot", rested_on)
+        yield from record_refusal(service, call, Vm(hotkey, message.vm_name), evidence, exc, "boot", rested_on)
         raise
 
 
@@ -227,9 +228,19 @@ def _hotkey(address: str) -> Hotkey:
 
 
 def record_refusal(
-    call: Call[Any], vm: Vm, evidence: Evidence, refusal: Refused, stage: Literal["boot", "runtime"], rested_on: str
+    service: Service,
+    call: Call[Any],
+    vm: Vm,
+    evidence: Evidence,
+    refusal: Refused,
+    stage: Literal["boot", "runtime"],
+    rested_on: str,
 ) -> Flow[None]:
-    """Record the refusal of a genuine TD."""
+    """Record the refusal of a genuine TD.
+
+    At the limit of a day the log says once that further ones of this platform are not recorded: an attacker who can
+    write the database could use it up with rows of his own.
+    """
     unit = RecordRefusal(
         now=call.now,
         request_id=call.request_id,
@@ -244,4 +255,10 @@ def record_refusal(
         kept=evidence.kept if stage == "boot" else None,
         rested_on=rested_on,
     )
-    refusal.recorded = yield from call.record_refusal(unit)
+    done = yield from call.record_refusal(unit)
+    refusal.recorded = done is True
+    pin = evidence.platform.pin
+    if done is False and not service.unrecorded.take(f"{pin} {call.now // DAY}", (yield from Uptime())):
+        told = f"platform {pin} has its {unit.per_day} denials of this day (UTC); further ones are lines of the log"
+        check = "if `chutes-proto audit list` shows fewer, rows were forged: `chutes-proto store check`"
+        yield from call.log("refusal_not_recorded", Level.WARNING, error=f"{told}; {check}")

@@ -63,13 +63,16 @@ class Call(Generic[M]):
         """Log ``event`` with the request's id and these fields, in this order."""
         yield from Log(Record(level, event, {**ids_of(self.request, self.request_id), **fields}))
 
-    def record_refusal(self, unit: Unit[bool]) -> Flow[bool]:
-        """Run ``unit``, which records a refusal; return whether it did. A failure does not change the refusal."""
+    def record_refusal(self, unit: Unit[bool]) -> Flow[bool | None]:
+        """Run ``unit``, which records a refusal; return whether it did, None if the store failed.
+
+        A failure does not change the refusal.
+        """
         try:
             return (yield from Transact(unit))
         except (StoreError, Refused) as exc:
             yield from self.log("refusal_not_recorded", Level.WARNING, error=str(exc))
-            return False
+            return None
 
     def look_up(self, unit: Unit[T]) -> Flow[T | None]:
         """Run ``unit``, which explains a refusal; None if that fails, which does not change the refusal."""

@@ -104,7 +104,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
     except Refused as exc:
         proven = service.rules.proves(vm.hotkey, _prover(service, call))
         rested_on = evidence.grounds(service, "runtime", outcome_of(exc), hotkey_proven=proven)
-        yield from record_refusal(call, vm, evidence, exc, "runtime", rested_on)
+        yield from record_refusal(service, call, vm, evidence, exc, "runtime", rested_on)
         raise
     yield from call.log(
         "volumes_attested",

@@ -137,6 +137,8 @@ class Service:
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)
+    unrecorded: TokenBuckets = field(factory=lambda: TokenBuckets(1, 1 / 86_400, most=1024))
+    """Admits one line for each platform and day that says that its denials are not recorded any more."""
     known: KnownVms = field(factory=KnownVms)
     revoked: Revoked = field(factory=Revoked)
     readiness: Readiness = field(factory=Readiness)
@@ -189,6 +191,6 @@ class Service:
 
 _CARRIED: Final = (
     *("limits", "verifications", "attested", "strangers", "hosts", "boots", "rates", "refusals", "faults", "known"),
-    *("revoked", "readiness", "host_rates", "all_host_rates"),
+    *("unrecorded", "revoked", "readiness", "host_rates", "all_host_rates"),
 )
 """The parts of a service that are no policy: they count what happens, so a reload must not forget them."""
