@@ -504,6 +504,7 @@ def test_a_mac_is_the_hmac_of_its_message(width: int) -> None:
 
 check = Guard.check
 OTHER_KEK = KeyEncryptionKey.from_bytes(bytes(range(1, 33)))
+BOTH = Vault(OTHER_KEK, VAULT.current)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -1051,6 +1052,34 @@ def test_a_forged_candidate_stops_no_restore(place: StorePlace) -> None:
             store.transact(Ask(rows.ReadLiveGenerations(A)))
 
 
+@pytest.mark.parametrize(
+    ("unit", "kek"),
+    [(RewrapKeys(NOW, bytes(12 * 100), BOTH, "test"), OTHER_KEK), (StoreRestored(NOW), VAULT.current)],
+    ids=["rewrap", "restored"],
+)
+def test_a_generation_that_went_back_alone_stays_a_fault_after_a_command_that_writes_it(
+    place: StorePlace, unit: Unit[Any], kek: KeyEncryptionKey
+) -> None:
+    """These read it without the others of its VM, and list what they write in the head."""
+    cache = f"vm = '{A.name}' AND volume = 'cache' AND generation = 2"
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        live = store.transact(Ask(rows.ReadLiveGenerations(A)))
+        (row,) = (each for each in live if (each.volume, each.generation) == ("cache", 2))
+        store.transact(Ask(rows.UpdateGeneration(evolve(row, state="candidate"))))
+        ((mac,),) = run(place, f"SELECT mac FROM generation WHERE {cache}")
+        store.transact(Ask(rows.UpdateGeneration(row)))
+        before = f"x'{mac.hex()}'" if place.path else f"'\\x{mac.hex()}'"
+        run(place, f"UPDATE generation SET state = 'candidate', mac = {before} WHERE {cache}")
+        named = [str(fault) for fault in find_faults(store)]
+        assert len(named) == 1
+        assert "cache/2 of table generation is not authentic: it is not the row that was written last" in named[0]
+    with closing(evolve(place, vault=BOTH).open()) as store:
+        store.transact(unit)
+        assert [str(fault) for fault in find_faults(store)] == named
+        assert {row.kek_id for row in store.transact(Ask(rows.ReadLiveGenerations(B)))} == {kek.kek_id}
+
+
 def test_operators_commands_keep_a_store_authentic(place: StorePlace) -> None:
     with closing(place.open(migrate=True)) as store:
         fill(store)
@@ -1069,8 +1098,6 @@ def test_operators_commands_keep_a_store_authentic(place: StorePlace) -> None:
 
 
 # --- a new epoch, after the KEK was replaced ---
-
-BOTH = Vault(OTHER_KEK, VAULT.current)
 
 
 def kek_rotated(place: StorePlace, reason: str = "test") -> list[RowNotAuthentic]:

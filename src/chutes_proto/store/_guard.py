@@ -484,12 +484,28 @@ class Guard:
                 raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), why)
         return tags
 
+    def _check_generation(self, row: Sequence[Any]) -> None:
+        """Check a generation that is read without the others of its VM, and is about to be written.
+
+        Its head lists it as it is, or, as a settled one, not at all: otherwise the row that is written would be listed
+        in place of the newest one. Raises `RowNotAuthentic`.
+        """
+        (tag,) = self.check(store.GenerationRow, (row,))
+        head = self.head((row[0], row[1]))
+        if head is not None:
+            live = _is_live(row)
+            listed = head.of("generation").get(f"{row[2]}/{row[3]}")
+            if live or listed is not None:
+                self.expect("generation", _key_text(store.GenerationRow, row), tag + bytes((live,)), listed)
+
     def _openable(self, rows: Rows) -> Rows:
         """Generations to be rewrapped: one that is not authentic does not open, and stops no other one."""
         found: list[Sequence[Any]] = []
+        with suppress(RowNotAuthentic):  # the head that is not is read again with its row
+            self.fetch_heads((row[0], row[1]) for row in rows)
         for row in rows:
             try:
-                _ = self.check(store.GenerationRow, (row,))
+                self._check_generation(row)
                 found.append(row)
             except RowNotAuthentic:
                 emptied = list(row)
@@ -695,7 +711,7 @@ class Guard:
                 self.fetch_heads((row[0], row[1]) for row in rows)
             for row in rows:
                 try:
-                    _ = self.check(store.GenerationRow, (row,))
+                    self._check_generation(row)
                     (known,) = decode_rows(store.GenerationRow, (row,))
                     self.perform(store.UpdateGeneration(evolve(known, provisional=True)))
                 except RowNotAuthentic as exc:
