@@ -30,7 +30,7 @@ from chutes_proto.store._guard import Custody
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog
+from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
 from chutes_proto.tlog.notes import Checkpoint, Signer
@@ -511,3 +511,9 @@ def test_of_very_many_findings_the_newest_are_kept() -> None:
     for number in range(1100):
         marks.add_note(f"row {number}")
     assert (marks.notes[0], marks.notes[-1], len(marks.notes)) == ("row 100", "row 1099", 1000)
+
+
+def test_a_row_has_the_digest_that_files_of_marks_have_already() -> None:
+    granted = AuditRow(NOW, "vm", "boot", "granted", "first claim", Vm("5Gé", "vm-1"), "b1", "r1", keys="root/1")
+    assert Row.of(7, granted) == (7, NOW, "cc32236a7f78923a7b07cd191b47e3b2")
+    assert Row.of(8, AuditRow(NOW, "operator", "store sealed", "done")) == (8, NOW, "ef4d844a7876bc43b7240e49e02d1ebe")

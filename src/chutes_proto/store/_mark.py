@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from attrs import evolve, field, frozen
 
@@ -33,15 +33,20 @@ KEPT: Final = 64
 LARGEST: Final = 16 * 1024
 """The most bytes of a mark's file."""
 
+COLUMNS: Final = "id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys"
+"""The columns of an audit row of which its entry is made."""
+
 _MEMBERS: Final = {"form", "store", "timeline", "entries"}
 _SEALED: Final = {"sealed", "epoch", "head", "head_mac", "decided"}
 """The further members of a sealed store."""
 _DAY: Final = 86_400
 
 
-@frozen
-class Entry:
-    """An audit row as a mark has it: its number, its time in unix seconds, and 32 hex digits of its digest."""
+class Entry(NamedTuple):
+    """An audit row as a mark has it: its number, its time in unix seconds, and 32 hex digits of its digest.
+
+    A tuple, because a comparison hashes and compares a hundred of them.
+    """
 
     number: int
     at: int
@@ -50,10 +55,17 @@ class Entry:
     @classmethod
     def of(cls, number: int, row: AuditRow) -> Entry:
         """The entry of an audit row."""
-        vm = ("", "") if row.vm is None else (row.vm.hotkey, row.vm.name)
-        values = (number, row.at, row.actor, row.event, row.decision, row.reason, *vm, row.boot_id, row.request_id)
-        text = json.dumps([*values, row.keys])
-        return cls(number, row.at, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32])
+        vm = (None, None) if row.vm is None else (row.vm.hotkey, row.vm.name)
+        names = (row.actor, row.event, row.decision, row.reason, *vm, row.boot_id, row.request_id, row.keys)
+        return cls.of_columns(number, row.at, *names)
+
+    @classmethod
+    def of_columns(cls, number: int, at: int, *names: str | None) -> Entry:
+        """The entry of a row with these values of `COLUMNS`."""
+        *before, hotkey, vm, boot_id, request_id, keys = names
+        of_vm = ("", "") if hotkey is None else (hotkey, vm)
+        text = json.dumps([number, at, *before, *of_vm, boot_id, request_id, keys])
+        return cls(number, at, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
 
 @frozen
@@ -95,7 +107,7 @@ class Mark:
             "form": FORM,
             "store": self.store_id,
             "timeline": self.timeline,
-            "entries": [[entry.number, entry.at, entry.digest] for entry in self.entries],
+            "entries": self.entries,
         }
         if self.is_sealed:
             body |= {

@@ -25,8 +25,8 @@ from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.store._copies import Copies
 from chutes_proto.store._guard import Custody, seal_of
-from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
-from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
+from chutes_proto.store._mark import COLUMNS, LARGEST, Entry, Mark, View, find_loss
+from chutes_proto.store.rows import AuditRow, PurgeAudit
 from chutes_proto.tlog.merkle import root_hash
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
 from chutes_proto.tlog.tiles import reader
@@ -55,7 +55,7 @@ _FACTS: Final = (
 )
 _WITH_HEAD: Final = f"{_FACTS}, version, contents, mac FROM store_head WHERE name = 'store'"
 """The same of a store with a key of the rows, and its head as it was at that moment."""
-_ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
+_ROWS: Final = f"SELECT {COLUMNS} FROM audit"  # noqa: S608 - names of ours
 _ROW: Final = f"{_ROWS} WHERE id = ?"
 """A row by its number, a parameter: SQLite keeps a statement that has been prepared by its text."""
 
@@ -450,8 +450,9 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
     entries = _entries(ask(f"{_ROWS} ORDER BY id DESC LIMIT {_NEWEST}"))
     has_older = False
     if mark is not None and mark.entries:
-        numbers = ", ".join(str(entry.number) for entry in mark.entries)
-        entries += _entries(ask(f"{_ROWS} WHERE id IN ({numbers})"))
+        read = {entry.number for entry in entries}
+        numbers = ", ".join(str(entry.number) for entry in mark.entries if entry.number not in read)
+        entries += _entries(ask(f"{_ROWS} WHERE id IN ({numbers})")) if numbers else ()
         if missing := mark.missing(entries):
             # A purge goes by the log, and rows of transactions at the same time are there in another order.
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
@@ -461,10 +462,4 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
-    entries: list[Entry] = []
-    for number, at, actor, event, decision, reason, hotkey, name, boot_id, request_id, keys in rows:
-        vm = None if hotkey is None else Vm(hotkey, name)
-        entries.append(
-            Entry.of(number, AuditRow(at, actor, event, decision, reason, vm, boot_id, request_id, keys=keys))
-        )
-    return tuple(entries)
+    return tuple([Entry.of_columns(*row) for row in rows])
