@@ -22,7 +22,7 @@ import re
 import struct
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -43,6 +43,16 @@ _length = struct.Struct(">I").pack
 _HEX_KEY = re.compile(rb"([0-9a-fA-F]{64})\n?")
 
 
+def _joined(*parts: bytes) -> bytes:
+    """Each part after its length."""
+    return b"".join([_length(len(part)) + part for part in parts])
+
+
+def _parts(address: Address) -> bytes:
+    names = (address.vm.hotkey.encode(), address.vm.name.encode(), address.volume.encode())
+    return _joined(*names, address.generation.to_bytes(8, "big"))
+
+
 @frozen
 class Address:
     """The address of a passphrase's row."""
@@ -50,12 +60,14 @@ class Address:
     vm: Vm
     volume: str
     generation: int
+    _parts: bytes = field(init=False, repr=False, eq=False, default=Factory(_parts, takes_self=True))
+
+    def __str__(self) -> str:
+        return f"{self.vm.hotkey}/{self.vm.name}/{self.volume}/{self.generation}"
 
     def associated_data(self, layer: bytes) -> bytes:
         """The associated data that bind a layer of the envelope to this row: each part after its length."""
-        names = (self.vm.hotkey.encode(), self.vm.name.encode(), self.volume.encode())
-        parts = (b"chutes-proto " + layer, _length(SEAL_VERSION), *names, self.generation.to_bytes(8, "big"))
-        return b"".join([_length(len(part)) + part for part in parts])
+        return _joined(b"chutes-proto " + layer, _length(SEAL_VERSION)) + self._parts
 
 
 @frozen
@@ -187,7 +199,7 @@ class Vault:
         kek = self._kek(name, row.kek_id)
         return Secret(_decrypt(name, _keyring_data(row.kind, row.epoch), kek.reveal(), row.wrapped))
 
-    def _kek(self, name: str, kek_id: str) -> Secret:
+    def _kek(self, name: object, kek_id: str) -> Secret:
         key = next((key.key for key in self.live if key.kek_id == kek_id), None)
         if key is None:
             live = ", ".join(key.kek_id for key in self.live)
@@ -197,8 +209,8 @@ class Vault:
     def _data_key(self, address: Address, row: GenerationRow) -> tuple[bytes, bytes]:
         """The DEK of a row, and the passphrase that is sealed under it."""
         if row.sealed is None or row.wrapped_key is None or row.kek_id is None:
-            raise SealBroken(f"the key {_where(address)} was purged")
-        key = self._kek(_where(address), row.kek_id)
+            raise SealBroken(f"the key {address} was purged")
+        key = self._kek(address, row.kek_id)
         return _open(address, b"data key", key.reveal(), row.wrapped_key), row.sealed
 
     def derive(self, label: str, size: int = KEY_SIZE) -> tuple[tuple[str, Secret], ...]:
@@ -212,21 +224,16 @@ class Vault:
         )
 
 
-def _where(address: Address) -> str:
-    return f"{address.vm.hotkey}/{address.vm.name}/{address.volume}/{address.generation}"
-
-
 def _open(address: Address, layer: bytes, key: bytes, box: bytes) -> bytes:
     """Open a layer of an envelope. Raises `SealBroken`."""
-    return _decrypt(_where(address), address.associated_data(layer), key, box)
+    return _decrypt(address, address.associated_data(layer), key, box)
 
 
 def _keyring_data(kind: str, epoch: int) -> bytes:
-    parts = (b"chutes-proto keyring", _length(SEAL_VERSION), kind.encode(), epoch.to_bytes(8, "big"))
-    return b"".join([_length(len(part)) + part for part in parts])
+    return _joined(b"chutes-proto keyring", _length(SEAL_VERSION), kind.encode(), epoch.to_bytes(8, "big"))
 
 
-def _decrypt(name: str, data: bytes, key: bytes, box: bytes) -> bytes:
+def _decrypt(name: object, data: bytes, key: bytes, box: bytes) -> bytes:
     """Open a box with its associated data. Raises `SealBroken`."""
     try:
         return AESGCM(key).decrypt(box[:NONCE_SIZE], box[NONCE_SIZE:], data)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, TypeAlias, Union, cast, get_args, get_origin
@@ -496,6 +496,7 @@ def indexes() -> Iterator[tuple[str, str]]:
 _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)"}
 
 
+@lru_cache(maxsize=256)
 def for_driver(statement: str, dialect: Dialect) -> str:
     """``statement`` with the parameter marks of the dialect's driver, and what its database says in its own way."""
     statement = statement.replace("{lock}", _TYPES[dialect]["lock"]).replace("{clock}", _CLOCK[dialect])
@@ -718,10 +719,18 @@ class _Write:
     reply: Callable[[Any, Rows], Any]
 
 
+def _getter(paths: Sequence[str]) -> Callable[[Any], Values]:
+    """Gets what is at these paths of an operation: a tuple, also of one or none."""
+    if len(paths) > 1:
+        return attrgetter(*paths)
+    one = [attrgetter(path) for path in paths]
+    return lambda op: tuple([value(op) for value in one])
+
+
 def _query(text: str, reply: Callable[[Rows], Any] = _nothing) -> _Query:
     marked = re.sub(_PATH, "?", text)
-    values = [attrgetter(path) for path in re.findall(_PATH, text)]
-    return _Query(lambda op: (marked, tuple([value(op) for value in values])), lambda _, rows: reply(rows))
+    values = _getter(re.findall(_PATH, text))
+    return _Query(lambda op: (marked, values(op)), lambda _, rows: reply(rows))
 
 
 def _either(holds: Callable[[Any], bool], yes: _Query, no: _Query) -> _Query:
@@ -1139,8 +1148,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
 }
 
 
-_READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | None]] = {
-    **dict.fromkeys((store.Read, store.ReadAll, store.Scan, store.ReadPage, store.ReadOld)),
+_READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | Literal["its kind"]]] = {
+    **dict.fromkeys((store.Read, store.ReadAll, store.Scan, store.ReadPage, store.ReadOld), "its kind"),
     store.ReadGpus: store.GpuRow,
     store.ReadHostProfiles: store.HostProfileRow,
     store.ReadRevoked: store.RevocationRow,
@@ -1153,16 +1162,17 @@ _READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | None]] = {
     store.ReadOtherwiseSealed: store.GenerationRow,
     store.LockLog: store.LogStateRow,
 }
-"""The kind of rows that each operation reads with their MACs; None: the operation says."""
+"""The kind of rows that each operation reads with their MACs; ``its kind`` where the operation says it."""
+_CHECKED: Final = frozenset(store.ROWS) - UNSEALED - {store.AuditRow}
 
 
-def kind_read(op: Any) -> type[store.Row] | None:
+def kind_read(op: store.StoreOp[Any]) -> type[store.Row] | None:
     """The kind of the rows that an operation reads with their MACs, which are the last column; otherwise None."""
-    of = cast("type[store.StoreOp[Any]]", type(op))
-    if of not in _READ:
+    found = _READ.get(type(op))
+    if found is None:
         return None
-    kind: type[store.Row] = _READ[of] or op.kind
-    return None if kind in UNSEALED or kind is store.AuditRow else kind
+    kind: type[store.Row] = cast("Any", op).kind if found == "its kind" else found
+    return kind if kind in _CHECKED else None
 
 
 def is_read(text: str) -> bool:

@@ -220,7 +220,6 @@ class GrantBoot(Unit[BootGrant]):
             claim = store.VmRow.of(self.vm, self.platform, self.now)
         elif claim.pin == pin:
             ground = "bound to this platform"
-            claim = evolve(claim, instance_id=self.platform.instance_id, ppid=self.platform.ppid)
         elif self.hotkey_proven and not claim.proven:
             self._check_claims_left((yield from store.CountClaims(self.platform.pin)))
             yield from keys.disown()
@@ -241,8 +240,17 @@ class GrantBoot(Unit[BootGrant]):
                 reason = f"first_boot with a nonce of {self.nonce.issued_at}, and one of {newest} was granted"
                 raise Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason=reason)
             booted, newest = self.boot_id, max(self.nonce.issued_at, newest or 0)
-        claim = evolve(claim, proven=proven, exchange=exchange, booted=booted, nonce_at=newest)
-        return evolve(claim, last_boot_at=self.now), ground
+        claim = evolve(
+            claim,
+            instance_id=self.platform.instance_id,
+            ppid=self.platform.ppid,
+            proven=proven,
+            exchange=exchange,
+            last_boot_at=self.now,
+            booted=booted,
+            nonce_at=newest,
+        )
+        return claim, ground
 
     def _new_claim(self) -> Script[str]:
         held = generations.holds_keys((yield from store.ReadLiveGenerations(self.vm)))

@@ -25,8 +25,8 @@ def by_volume(rows: Iterable[store.GenerationRow]) -> defaultdict[str, list[stor
 
 def disk_of(known: Iterable[store.VolumeRow], vm: store.Vm, volume: str) -> store.VolumeRow:
     """The row of ``volume`` among those ``known`` of ``vm``; a disk that was never reported is not in use."""
-    unknown = store.VolumeRow(vm, volume, in_use=False, format_allowed=False)
-    return next((row for row in known if row.volume == volume), unknown)
+    found = next((row for row in known if row.volume == volume), None)
+    return found or store.VolumeRow(vm, volume, in_use=False, format_allowed=False)
 
 
 @define

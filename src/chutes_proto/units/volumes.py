@@ -140,8 +140,8 @@ class SyncVolumes(Unit[VolumeKeys]):
         changed, in_use = report(known, self.vm, given, formatted)
         for disk in changed:
             yield from store.Put(disk)
-        spent = evolve(boot, spent_at=self.now, body_digest=self.body_digest)
-        yield from store.Put(evolve(spent, given=(boot.given or 0) + len(given)))
+        number = (boot.given or 0) + len(given)
+        yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest, given=number))
         for position, (volume, generation) in enumerate(given.items()):
             yield from store.Insert(
                 store.BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use)

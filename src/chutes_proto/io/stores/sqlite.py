@@ -364,7 +364,7 @@ class SqliteStore(MarkedStore):
         """Check schema and mark, unless nobody else has changed the file since then; return the keys of the rows."""
         changes: tuple[int] = connection.execute("PRAGMA data_version").fetchone()  # by others than this connection
         if changes == self._checked_at and not self._marks.is_due():
-            return self.custody.session(self._seal_state, self._versions(connection).execute)
+            return self.custody.session(self._seal_state, partial(_ask, connection))
         session = self._session(connection)
         self._check_mark(connection)
         self._checked_at = changes
@@ -399,12 +399,13 @@ class SqliteStore(MarkedStore):
         guard = Guard(session, run)
         _ = connection.execute("SAVEPOINT unit")
         try:
-            with self._translated():
-                try:
-                    job.result = run_script(job.unit.script(), guard.perform)
-                    guard.finish()
-                except LostFactError as exc:
-                    raise self._fault(str(exc)) from None
+            try:
+                job.result = run_script(job.unit.script(), guard.perform)
+                guard.finish()
+            except sqlite3.Error as exc:
+                raise self._translation(exc) from exc
+            except LostFactError as exc:
+                raise self._fault(str(exc)) from None
         except BaseException as exc:
             job.fault = exc
             job.changes.clear()
@@ -535,12 +536,15 @@ class SqliteStore(MarkedStore):
         try:
             yield
         except sqlite3.Error as exc:
-            code = _code_of(exc)
-            text = _FAULTS.get(code, "SQLite refused")
-            if self._alone and code in _BUSY:
-                text = "another process has it open; stop all servers and other commands that use it"
-            kind = StoreAway if code in _BUSY else StoreError  # another process has it, and lets nobody in
-            raise kind(f"store {self.name}: {text} ({exc})") from exc
+            raise self._translation(exc) from exc
+
+    def _translation(self, exc: sqlite3.Error) -> StoreError:
+        code = _code_of(exc)
+        text = _FAULTS.get(code, "SQLite refused")
+        if self._alone and code in _BUSY:
+            text = "another process has it open; stop all servers and other commands that use it"
+        kind = StoreAway if code in _BUSY else StoreError  # another process has it, and lets nobody in
+        return kind(f"store {self.name}: {text} ({exc})")
 
 
 def _ask(connection: sqlite3.Connection, text: str, values: Values = ()) -> list[tuple[Any, ...]]:
