@@ -124,6 +124,15 @@ def test_every_proof_of_a_small_tree_is_verified_and_no_altered_one() -> None:
     refused(merkle.consistency_proof, tree.read, 70, 69)
 
 
+def test_an_entry_is_proven_at_its_own_index_alone_and_a_subtree_is_no_entry() -> None:
+    tree, leaves = Tree(4), [leaf_hash(entry(index)) for index in range(4)]
+    path = merkle.inclusion_proof(tree.read, 1, 4)
+    for index in (5, 9, -3):  # the path from there would be the same
+        refused(merkle.verify_inclusion, leaves[1], index, 4, path, tree.root(4))
+    refused(merkle.verify_inclusion, merkle.node_hash(*leaves[:2]), 1, 4, path[1:], tree.root(4))
+    refused(merkle.verify_inclusion, tree.root(4), 0, 4, (), tree.root(4))
+
+
 def test_proofs_are_those_of_go() -> None:
     """The vectors are made by golang.org/x/mod/sumdb/tlog; see vectors.go beside them."""
     vectors = json.loads((Path(__file__).parent / "vectors.json").read_bytes())
