@@ -1,6 +1,7 @@
 """Several statements in one round trip to PostgreSQL: libpq's pipeline mode, on a connection of psycopg.
 
-psycopg's own pipelines send each statement by itself, and take several times the CPU. Values and results are psycopg's.
+psycopg's own pipelines send each statement by itself, and take several times the CPU. Values and results are psycopg's;
+results come in PostgreSQL's binary format, so that no bytes are written out as hex and read again.
 
 Rules kept here:
 
@@ -14,14 +15,14 @@ Rules kept here:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import psycopg
-from attrs import define, field, frozen
+from attrs import define, field
 from psycopg import errors, generators
 from psycopg.adapt import PyFormat, Transformer
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ConnStatus, ExecStatus, Format
 
 if TYPE_CHECKING:
     from psycopg import abc
@@ -66,21 +67,24 @@ def exchange(connection: psycopg.Connection[Any], prepared: Prepared, queries: S
     said last.
     """
     transformer = Transformer.from_context(connection)
-    asked: list[_Asked] = []
-    for at, (text, values) in enumerate(queries):  # before the first is sent: a value may have no form in PostgreSQL
-        try:
-            made = transformer.dump_sequence(values, [PyFormat.AUTO] * len(values))
-        except (psycopg.DataError, UnicodeEncodeError) as exc:
-            raise StatementError(at, exc) from exc
-        asked.append(_Asked(text, made, transformer.types or (), transformer.formats or ()))
+    asked = _dumped(transformer, queries)
     pgconn = connection.pgconn
-    known = set(prepared.names)
+    new: dict[int, _Key] = {}  # by the index of the statement that is prepared before it is carried out
     is_whole = False
     try:
         pgconn.enter_pipeline_mode()
-        begun = [_send(pgconn, prepared, each) for each in asked]
+        for at, (text, values, types, formats) in enumerate(asked):
+            name = prepared.names.get((text, types)) if prepared.is_own else None
+            if name is None and prepared.is_own and len(prepared.names) < _PREPARED:
+                new[at] = text, types
+                name = prepared.names[text, types] = _name(text, types)
+                pgconn.send_prepare(name, text, types)
+            if name is None:
+                pgconn.send_query_params(text, values, types, formats, result_format=Format.BINARY)
+            else:
+                pgconn.send_query_prepared(name, values, formats, result_format=Format.BINARY)
         pgconn.pipeline_sync()
-        results = connection.wait(_receive(pgconn, len(begun) + sum(begun) + 1))
+        results = iter(connection.wait(_receive(pgconn, len(asked) + len(new) + 1)))
         if pgconn.status == ConnStatus.OK:
             pgconn.exit_pipeline_mode()
             is_whole = True
@@ -88,16 +92,15 @@ def exchange(connection: psycopg.Connection[Any], prepared: Prepared, queries: S
         if not is_whole:
             connection.close()
     rows: list[Rows] = []
-    left = iter(results)
     try:
-        for at, (each, is_new) in enumerate(zip(asked, begun, strict=True)):
-            if is_new:
-                _ = _checked(at, next(left, None))
-                known.add(each.key)
-            rows.append(_rows(transformer, _checked(at, next(left, None))))
-        _ = _checked(len(asked), next(left, None))
+        for at in range(len(asked)):
+            if at in new:
+                _ = _checked(at, results)
+                del new[at]
+            rows.append(_rows(transformer, _checked(at, results)))
+        _ = _checked(len(asked), results)
     finally:
-        for key in prepared.names.keys() - known:  # of these nothing was carried out
+        for key in new.values():  # of these nothing was carried out
             del prepared.names[key]
     return rows
 
@@ -106,33 +109,26 @@ _Key: TypeAlias = tuple[bytes, tuple[int, ...]]
 """A statement, and the types of its parameters."""
 
 
-@frozen
-class _Asked:
-    text: bytes
-    values: Sequence[Any]
-    types: tuple[int, ...]
-    formats: Sequence[Any]
+def _dumped(
+    transformer: abc.Transformer, queries: Sequence[Query]
+) -> list[tuple[bytes, Sequence[Any], tuple[int, ...], Sequence[Any]]]:
+    """Each statement with the values, types and formats of its parameters, as PostgreSQL takes them.
 
-    @property
-    def key(self) -> _Key:
-        return self.text, self.types
+    Before the first is sent: a value may have no form in PostgreSQL. Raises `StatementError`.
+    """
+    asked: list[tuple[bytes, Sequence[Any], tuple[int, ...], Sequence[Any]]] = []
+    for text, values in queries:
+        try:
+            dumped = transformer.dump_sequence(values, [PyFormat.AUTO] * len(values)) if values else ()
+        except (psycopg.DataError, UnicodeEncodeError) as exc:
+            raise StatementError(len(asked), exc) from exc
+        types, formats = (transformer.types or (), transformer.formats or ()) if values else ((), ())
+        asked.append((text, dumped, types, formats))
+    return asked
 
-    def new_name(self) -> bytes:
-        return b"chutes_" + hashlib.sha256(repr(self.key).encode()).hexdigest()[:32].encode()
 
-
-def _send(pgconn: PGconn, prepared: Prepared, asked: _Asked) -> bool:
-    """Put a statement into the pipeline; return whether it is prepared before."""
-    name = prepared.names.get(asked.key) if prepared.is_own else None
-    if name is None and (not prepared.is_own or len(prepared.names) >= _PREPARED):
-        pgconn.send_query_params(asked.text, asked.values, asked.types, asked.formats)
-        return False
-    is_new = name is None
-    if name is None:
-        name = prepared.names[asked.key] = asked.new_name()
-        pgconn.send_prepare(name, asked.text, asked.types)
-    pgconn.send_query_prepared(name, asked.values, asked.formats)
-    return is_new
+def _name(text: bytes, types: tuple[int, ...]) -> bytes:
+    return b"chutes_" + hashlib.sha256(repr((text, types)).encode()).hexdigest()[:32].encode()
 
 
 def _receive(pgconn: PGconn, count: int) -> PQGen[list[PGresult]]:
@@ -152,16 +148,20 @@ def _receive(pgconn: PGconn, count: int) -> PQGen[list[PGresult]]:
     return found
 
 
-def _checked(at: int, result: PGresult | None) -> PGresult:
+def _checked(at: int, results: Iterator[PGresult]) -> PGresult:
+    result = next(results, None)
     if result is None:
         raise psycopg.OperationalError("the connection was lost")
-    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.PIPELINE_SYNC):
+    if result.status not in _GOOD:
         raise StatementError(at, errors.error_from_result(result, encoding="utf-8"))
     return result
 
 
+_GOOD: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.PIPELINE_SYNC})
+
+
 def _rows(transformer: abc.Transformer, result: PGresult) -> Rows:
-    if result.status != ExecStatus.TUPLES_OK:
+    if not result.nfields:
         return []
     transformer.set_pgresult(result)
     return transformer.load_rows(0, result.ntuples, tuple)

@@ -301,16 +301,12 @@ class _Asked:
             self.changes.append(self.op)
 
 
-@frozen
+@frozen(eq=False)
 class _Beginning:
-    """The statements that begin a transaction, before and after `_READ_SETTINGS`."""
+    """The statements that begin a transaction: `_READ_SETTINGS` is the one at ``settings``."""
 
-    before: tuple[str, ...]
-    then: tuple[str, ...] = ()
-
-    @property
-    def queries(self) -> list[tuple[bytes, Values]]:
-        return [(text.encode(), ()) for text in (*self.before, _READ_SETTINGS, *self.then)]
+    queries: Sequence[tuple[bytes, Values]]
+    settings: int
 
 
 @frozen
@@ -785,7 +781,8 @@ class PostgresStore(MarkedStore):
 
     def _beginning(self, level: str, *statements: str, then: str = "") -> _Beginning:
         before = (f"BEGIN ISOLATION LEVEL {level}", *self._limits, *statements)
-        return _Beginning(before, (then,) if then else ())
+        texts = (*before, _READ_SETTINGS, *((then,) if then else ()))
+        return _Beginning([(text.encode(), ()) for text in texts], len(before))
 
     @contextlib.contextmanager
     def _transaction(
@@ -804,8 +801,8 @@ class PostgresStore(MarkedStore):
             asked = [(_query(text), values) for text, values in ahead]
             found = self._exchange(connection, (), *begin.queries, *asked)
             begun = True
-            ((first,), *more) = found[len(begin.before) :]
-            connection.ahead.update(zip(ahead, more[len(begin.then) :], strict=True))
+            ((first,), *more) = found[begin.settings :]
+            connection.ahead.update(zip(ahead, more[len(more) - len(ahead) :], strict=True))
             backend, clock, timeline, _, *settings = first[: 4 + len(_MUST_BE)]
             if not timeline:
                 raise self._standby()
