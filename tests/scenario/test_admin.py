@@ -104,6 +104,31 @@ def test_it_tells_what_happened_and_names_no_vm(premises: Premises) -> None:
 
 
 @here_only
+def test_it_tells_of_a_row_that_was_changed_and_of_audit_rows_that_cannot_leave(premises: Premises) -> None:
+    """The request gets 503, as a refusal would power a deployed VM off; only this VM is concerned, or the sink."""
+    listen(premises, 'unix = "admin.sock"\n[audit]\nfile = "copies/audit.jsonl"\nrequired = true')
+    copies = premises.directory / "copies"
+    copies.mkdir()
+    premises.start()
+    assert premises.vm().boot()
+    premises.sql("UPDATE vm SET proven = NOT proven")
+    assert premises.vm().boot(status=503)["code"] == "store_unavailable"
+    premises.wait_for_log("is not authentic", "table vm")
+    assert premises.vm("vm-2").boot()
+    copies.rename(premises.directory / "away")
+    assert premises.vm("vm-2").boot(status=503)["code"] == "store_unavailable"
+    premises.wait_for_log("audit.required is set, so the answer does not leave")
+    with over(premises.directory / "admin.sock") as admin:
+        wait_until(lambda: "rows are not authentic: vm" in checks(admin)["store"]["reason"])
+        assert checks(admin)["store"]["state"] == "note"
+        wait_until(lambda: series(admin).get(("rows_not_authentic_total", "vm"), 0) >= 1)
+        wait_until(lambda: series(admin).get(("audit_not_copied_total", "audit.file"), 0) >= 1)
+    (premises.directory / "away").rename(copies)
+    assert premises.vm("vm-2").boot()
+    assert '"decision":"granted"' in (copies / "audit.jsonl").read_text()
+
+
+@here_only
 def test_keys_and_audit_are_counted(premises: Premises) -> None:
     premises.start()
     vm = premises.vm()
