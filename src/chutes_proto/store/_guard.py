@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from operator import itemgetter
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar, cast
 
 import msgspec
 from attrs import define, evolve, field, frozen
@@ -47,7 +47,18 @@ from chutes_proto.store import rows as store
 from chutes_proto.store import sql
 from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, epoch_of, is_same
 from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import Rows, Values, columns, decode, decode_rows, encode, flags, kind_read, statement
+from chutes_proto.store.sql import (
+    READS_ROWS,
+    Rows,
+    Values,
+    columns,
+    decode,
+    decode_rows,
+    encode,
+    flags,
+    kind_read,
+    statement,
+)
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -82,7 +93,15 @@ _AUDIT_VM: Final = columns(store.AuditRow).index("vm")
 _IDX: Final = columns(store.AuditRow).index("idx")
 _SALT: Final = columns(store.AuditRow).index("salt")
 _BOOT: Final = {name: at for at, name in enumerate(columns(store.BootRow))}
+_VM_OF: Final[dict[type[store.Row], Callable[[Sequence[Any]], tuple[str, str]]]] = {
+    kind: itemgetter(*map(columns(kind).index, ("hotkey", "vm")))
+    for kind in (store.VmRow, store.VolumeRow, store.GenerationRow, store.BootRow)
+}
+"""Gets the VM of a row of a VM's group."""
+_LISTED: Final = frozenset({*_VM_OF, store.RevocationRow, store.KeyringRow})
+"""The rows that a head lists."""
 _FLAGS: Final = {kind: flags(kind) for kind in store.ROWS}
+_WIDTHS: Final = {kind: len(columns(kind)) for kind in store.ROWS}
 
 
 # --- keys and heads ---
@@ -305,10 +324,6 @@ class Boots:
         return {key: int.from_bytes(entry[:8], "big", signed=True) for key, entry in self.entries.items()}
 
 
-def _vm_of(kind: type[store.Row], values: Values) -> tuple[str, str]:
-    return (values[1], values[2]) if kind is store.BootRow else (values[0], values[1])
-
-
 def _name(vm: tuple[str, str]) -> str:
     return f"{vm[0]}/{vm[1]}"
 
@@ -316,6 +331,10 @@ def _name(vm: tuple[str, str]) -> str:
 def _key_text(kind: type[store.Row], values: Sequence[Any]) -> str:
     key = values[: len(kind.KEY)]
     return "/".join(part.hex() if isinstance(part, bytes) else str(part) for part in key)
+
+
+_LIVE: Final = {True: b"\1", False: b"\0"}
+"""The last byte of a generation's tag in a head."""
 
 
 def _is_live(values: Sequence[Any]) -> bool:
@@ -343,7 +362,7 @@ def _last(rows: Rows) -> store.Vm:
 def _grouped(kind: type[store.Row], rows: Rows) -> _OfVms:
     found: dict[tuple[str, str], list[Sequence[Any]]] = {}
     for row in rows:
-        found.setdefault(_vm_of(kind, tuple(row)), []).append(row)
+        found.setdefault(_VM_OF[kind](row), []).append(row)
     return dict(found)
 
 
@@ -371,7 +390,7 @@ def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str,
     for values, tag in rows:
         live = _is_live(values)
         if live or values[3] == newest[values[2]]:
-            found[f"{values[2]}/{values[3]}"] = tag + bytes((live,))
+            found[f"{values[2]}/{values[3]}"] = tag + _LIVE[live]
     return found
 
 
@@ -401,39 +420,55 @@ class Guard:
 
     def perform(self, op: StoreOp[Any]) -> Any:
         """Carry out an operation. Raises `RowNotAuthentic`."""
-        if isinstance(op, _OfSeal):
-            return op.carry_out(self)
         if self._key is None:
+            if isinstance(op, _OfSeal):
+                return op.carry_out(self)
             if self._is_locked and (type(op) in _KEYED or type(op) in _CHANGES):
                 raise self._locked()
             return decode(op, self._run(op, *statement(op, self._seal if self._is_locked else sql.not_sealed)))
         if len(self._heads) > _HEADS_HELD:
             self.finish()
             self._heads.clear()
-        change = _CHANGES.get(type(op))
-        if change is not None:
-            changed: StoreOp[Any] | tuple[RowNotAuthentic, ...] | None = change(self, op)
-            if not isinstance(changed, StoreOp):
-                return changed
-            op = changed
-        if type(op) is store.Insert and type(op.row) is store.AuditRow:
+        way: _Way = _WAYS.get(type(op), Guard.carry_out)
+        return way(self, op)
+
+    def carry_out(self, op: StoreOp[Any]) -> Any:
+        if isinstance(op, _OfSeal):
+            return op.carry_out(self)
+        return self.write(op)
+
+    def write(self, op: StoreOp[Any]) -> Any:
+        return decode(op, self._run(op, *statement(op, self._seal)))
+
+    def insert(self, op: store.Insert) -> None:
+        if type(op.row) is store.AuditRow:
             text, values = statement(op)
-            values = self.audited(op.row, values)
+            _ = self._run(op, text, self.audited(op.row, values))
         else:
-            text, values = statement(op, self._seal)
-        rows = self._run(op, text, values)
-        if type(op) in _AUDIT_READS:
-            return decode(op, [self.judged(row) for row in rows])
-        kind = kind_read(op)
-        if kind is not None and type(op) is store.ReadOtherwiseSealed:
-            rows = self._openable(rows)
-        elif kind is not None:
+            _ = self._run(op, *statement(op, self._seal))
+
+    def change(self, op: StoreOp[Any]) -> Any:
+        changed: StoreOp[Any] | tuple[RowNotAuthentic, ...] | None = _CHANGES[type(op)](self, op)
+        return self.write(changed) if isinstance(changed, StoreOp) else changed
+
+    def read_rows(self, op: StoreOp[Any]) -> Any:
+        rows, kind = self._run(op, *statement(op)), kind_read(op)
+        if kind is not None:
             tags = self.check(kind, rows)
             belongs = _GROUPS.get((type(op), kind))
             if belongs is not None:
                 rows = belongs(self, op, rows, tags)
-        elif (compare := _FACT_READS.get(type(op))) is not None:
-            compare(self, rows)
+        return decode(op, rows)
+
+    def read_otherwise_sealed(self, op: store.ReadOtherwiseSealed) -> Any:
+        return decode(op, self._openable(self._run(op, *statement(op))))
+
+    def read_audit(self, op: StoreOp[Any]) -> Any:
+        return decode(op, [self.judged(row) for row in self._run(op, *statement(op))])
+
+    def read_facts(self, op: StoreOp[Any]) -> Any:
+        rows = self._run(op, *statement(op))
+        _FACT_READS[type(op)](self, rows)
         return decode(op, rows)
 
     def finish(self) -> None:
@@ -463,26 +498,24 @@ class Guard:
 
     def check(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
         """The tags of rows that have authentic MACs; b"" for one without, while these are accepted."""
-        key, flag_columns = self._key, _FLAGS[kind]
-        tags: list[bytes] = []
-        if key is None:
-            return tags
-        for row in rows:
-            *values, mac = row
-            for at in flag_columns:
-                if values[at] in (0, 1):  # as drivers without booleans give them; any other number is a change
-                    values[at] = bool(values[at])
-            if mac is None and not self._is_final:
-                tags.append(b"")
-            elif mac is not None and (
-                is_same(mac, key.of_row(kind.TABLE, values))
-                or ((older := self._older_key(mac)) is not None and is_same(mac, older.of_row(kind.TABLE, values)))
-            ):
-                tags.append(mac[-TAG_SIZE:])
-            else:
-                why = "it has no MAC" if mac is None else "its MAC is not that of its columns and place"
-                raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), why)
-        return tags
+        if self._key is None:
+            return []
+        tags = self._key.of_table(kind.TABLE, _WIDTHS[kind]).tags(rows, _FLAGS[kind])
+        if None in tags:
+            return [tag or self._otherwise_tagged(kind, row) for tag, row in zip(tags, rows, strict=True)]
+        return cast("list[bytes]", tags)
+
+    def _otherwise_tagged(self, kind: type[store.Row], row: Sequence[Any]) -> bytes:
+        """The tag of a row whose MAC is not of the newest epoch, as `check` returns it. Raises `RowNotAuthentic`."""
+        mac = row[-1]
+        if mac is None and not self._is_final:
+            return b""
+        older = self._older_key(mac)
+        tag = None if older is None else older.of_table(kind.TABLE, _WIDTHS[kind]).tags((row,), _FLAGS[kind])[0]
+        if tag is None:
+            why = "it has no MAC" if mac is None else "its MAC is not that of its columns and place"
+            raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), why)
+        return tag
 
     def _check_generation(self, row: Sequence[Any]) -> None:
         """Check a generation that is read without the others of its VM, and is about to be written.
@@ -518,25 +551,22 @@ class Guard:
         """The MAC of a row that is written, and its place in the head of its group."""
         if self._key is None:
             raise self._locked()
-        if kind is store.AuditRow:
-            return self._key.of_row(kind.TABLE, _written(values))
-        mac = self._key.of_row(kind.TABLE, values)
-        self.enter(kind, values, mac[-TAG_SIZE:])
+        mac = self._key.of_row(kind.TABLE, _written(values) if kind is store.AuditRow else values)
+        if kind in _LISTED:
+            self.enter(kind, values, mac[-TAG_SIZE:])
         return mac
 
     def enter(self, kind: type[store.Row], values: Values, tag: bytes) -> None:
-        """Enter a row that is the newest of its key into the head of its group."""
+        """Enter a row that is the newest of its key, and that a head lists, into that head."""
         enter = _ENTRIES.get(kind)
-        if enter is not None:
-            head = self.head(_vm_of(kind, values))
-            if head is not None:
-                enter(head, values, tag)
-                head.is_changed = True
-        elif kind is store.RevocationRow or kind is store.KeyringRow:
-            head = self.store_head()
-            if head is not None:
-                head.of(kind.TABLE)[_key_text(kind, values)] = tag + _is_past(kind, values)
-                head.is_changed = True
+        head = self.store_head() if enter is None else self.head(_VM_OF[kind](values))
+        if head is None:
+            return
+        if enter is None:
+            head.of(kind.TABLE)[_key_text(kind, values)] = tag + _is_past(kind, values)
+        else:
+            enter(head, values, tag)
+        head.is_changed = True
 
     def _locked(self) -> StoreError:
         return StoreError(
@@ -625,10 +655,13 @@ class Guard:
             why = "it is not the row that was written last"
         raise RowNotAuthentic(table, key, why)
 
-    def expect_all(self, table: str, prefix: str, found: dict[str, bytes], expected: dict[str, bytes]) -> None:
-        """Compare all rows of a table with their head. Raises `RowNotAuthentic` for the first that differs."""
+    def expect_all(
+        self, table: str, found: dict[str, bytes], expected: dict[str, bytes], vm: tuple[str, str] | None = None
+    ) -> None:
+        """Compare all rows of a table, or of a VM there, with their head. Raises for the first that differs."""
         if found == expected:
             return
+        prefix = "" if vm is None else f"{_name(vm)}/"
         for key in sorted(found.keys() | expected.keys()):
             self.expect(table, f"{prefix}{key}", found.get(key), expected.get(key))
 
@@ -678,7 +711,7 @@ class Guard:
     def copied(self, op: store.InsertAll) -> store.InsertAll:
         kind = type(op.rows[0])
         if kind in _ENTRIES:
-            self.fetch_heads(_vm_of(kind, encode(row)) for row in op.rows)
+            self.fetch_heads(_VM_OF[kind](encode(row)) for row in op.rows)
         versions: dict[tuple[str, str], int] = {}
         for row in op.rows:
             if isinstance(row, store.AuditRow) and row.vm is not None and row.vm_version is not None:
@@ -757,8 +790,10 @@ class Guard:
     def compare_generations(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
         head = self.head(vm)
         if head is not None:
-            found = _generation_tags(zip(rows, tags, strict=True))
-            self.expect_all("generation", f"{_name(vm)}/", found, head.of("generation"))
+            listed = head.of("generation")
+            found = {f"{row[2]}/{row[3]}": tag + _LIVE[_is_live(row)] for row, tag in zip(rows, tags, strict=True)}
+            if found != listed:  # a settled one may have been read besides
+                self.expect_all("generation", _generation_tags(zip(rows, tags, strict=True)), listed, vm)
 
     def volumes(self, op: store.ReadAll[store.VolumeRow], rows: Rows, tags: list[bytes]) -> Rows:
         if isinstance(op.owner, store.Vm):
@@ -769,7 +804,7 @@ class Guard:
         head = self.head(vm)
         if head is not None:
             found = {values[2]: tag for values, tag in zip(rows, tags, strict=True)}
-            self.expect_all("volume", f"{_name(vm)}/", found, head.of("volume"))
+            self.expect_all("volume", found, head.of("volume"), vm)
 
     def boots(self, op: Any, rows: Rows, tags: list[bytes]) -> Rows:
         """Boots that are as they were written last; the token of one that too many others have followed is not found.
@@ -798,10 +833,10 @@ class Guard:
             for row, tag in zip(rows, tags, strict=True):
                 if row[0] in boots.entries or not boots.is_full:
                     found[row[0]] = _number(row[_BOOT["created_at"]]) + tag
-            self.expect_all("boot", "", found, boots.entries)
+            self.expect_all("boot", found, boots.entries)
 
     def _is_newest(self, row: Sequence[Any], tag: bytes, *, is_by_id: bool) -> bool:
-        head = self.head(_vm_of(store.BootRow, tuple(row)))
+        head = self.head(_VM_OF[store.BootRow](row))
         self._given[row[0]] = row[_BOOT["given"]]
         if head is None:
             return True
@@ -830,7 +865,7 @@ class Guard:
             expected = head.of(kind.TABLE)
             if isinstance(op, store.ReadRevoked):
                 expected = {key: tag for key, tag in expected.items() if not tag[-1]}
-            self.expect_all(kind.TABLE, "", found, expected)
+            self.expect_all(kind.TABLE, found, expected)
         return rows
 
     def revocation(self, op: store.ReadRevocation, rows: Rows, tags: list[bytes]) -> Rows:
@@ -910,13 +945,13 @@ class Guard:
         stale = [row for row in rows if epoch_of(row[-1]) != self._key.epoch]
         if kind in _ENTRIES:
             with suppress(RowNotAuthentic):  # it is read again, and named, with its rows
-                self.fetch_heads(_vm_of(kind, tuple(row)) for row in stale)
+                self.fetch_heads(_VM_OF[kind](row) for row in stale)
         faults: list[RowNotAuthentic] = []
         macs: list[Values] = []
         for row in stale:
             try:
                 (old,) = self.check(kind, (row,))
-                head = self.head(_vm_of(kind, tuple(row))) if kind in _ENTRIES else self._head_of_store(kind)
+                head = self.head(_VM_OF[kind](row)) if kind in _ENTRIES else self._head_of_store(kind)
             except RowNotAuthentic as exc:
                 faults.append(exc)
                 continue
@@ -1221,7 +1256,7 @@ def _enter_volume(head: Head, values: Values, tag: bytes) -> None:
 
 def _enter_generation(head: Head, values: Values, tag: bytes) -> None:
     section, volume, number = head.of("generation"), values[2], values[3]
-    section[f"{volume}/{number}"] = tag + bytes((_is_live(values),))
+    section[f"{volume}/{number}"] = tag + _LIVE[_is_live(values)]
     numbers: dict[int, str] = {}
     for key in section:
         of, _, digits = key.rpartition("/")
@@ -1271,7 +1306,6 @@ _CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
 
 _KEYED: Final = frozenset({store.Insert, store.ReadUnsequenced})
 """Operations that need the key of a sealed store, beside changes: a row that is not checked gets no place."""
-_AUDIT_READS: Final = frozenset({store.ReadAudit, store.ReadUnsequenced})
 
 _GROUPS: Final[dict[tuple[type[StoreOp[Any]], type[store.Row]], Callable[[Guard, Any, Rows, list[bytes]], Rows]]] = {
     (store.Read, store.VmRow): Guard.claim,
@@ -1293,6 +1327,20 @@ _FACT_READS: Final[dict[type[StoreOp[Any]], Callable[[Guard, Rows], None]]] = {
     store.ReadTimes: Guard.times,
     store.ReadLossDecided: Guard.loss,
 }
+
+_Way = Callable[[Guard, Any], Any]
+
+_WAYS: Final[dict[type[StoreOp[Any]], _Way]] = {
+    **dict.fromkeys(READS_ROWS, Guard.read_rows),
+    **dict.fromkeys(_CHANGES, Guard.change),
+    **dict.fromkeys(_FACT_READS, Guard.read_facts),
+    store.ReadOtherwiseSealed: Guard.read_otherwise_sealed,
+    store.ReadAudit: Guard.read_audit,
+    store.ReadUnsequenced: Guard.read_audit,
+    store.Insert: Guard.insert,
+    store.Put: Guard.write,
+}
+"""The ways in which operations are carried out in a store whose key is here."""
 
 
 _PARTS: Final[dict[type[store.Row], Callable[[Guard, tuple[str, str], Rows, list[bytes]], None]]] = {

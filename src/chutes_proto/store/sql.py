@@ -1175,6 +1175,10 @@ def kind_read(op: store.StoreOp[Any]) -> type[store.Row] | None:
     return kind if kind in _CHECKED else None
 
 
+READS_ROWS: Final = frozenset(_READ)
+"""The operations for which `kind_read` may find one."""
+
+
 def is_read(text: str) -> bool:
     """Whether a statement changes nothing."""
     return text.startswith("SELECT ")
