@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from attrs import evolve
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from chutes_proto.errors import LogError, SealBroken, StoreBusy
 from chutes_proto.keys.vault import NONCE_SIZE
@@ -28,6 +30,7 @@ from chutes_proto.store.rows import (
     Scan,
     Sequence,
 )
+from chutes_proto.store.sql import columns, encode
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM
 from chutes_proto.tlog import merkle
 from chutes_proto.tlog.merkle import EMPTY_ROOT
@@ -82,6 +85,41 @@ def test_an_entry_is_the_canonical_text_of_its_row() -> None:
         '"reason":"a \\"reason\\"\\n\N{EURO SIGN}","salt":"ff","vm":"vm-0"}'
     )
     assert leaf_of(row) == merkle.leaf_hash(entry_text(row).encode())
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(
+    row=st.builds(
+        AuditRow,
+        at=st.integers(-(1 << 63), (1 << 63) - 1),
+        actor=st.just("vm"),
+        event=TEXT,
+        decision=st.just("granted"),
+        reason=TEXT,
+        vm=st.none() | st.just(VM),
+        request_id=st.none() | TEXT,
+        pin=st.none() | st.builds(Pin, st.just("ppid"), st.binary()),
+        quote_digest=st.none() | st.binary(),
+        keys=TEXT,
+        evidence=st.none() | TEXT,
+        idx=st.none() | st.integers(0),
+        salt=st.none() | st.binary(),
+        vm_version=st.none() | st.integers(0, (1 << 63) - 1),
+    ),
+    salt=st.binary(),
+)
+@example(AuditRow(0, "vm", '\x00\x1f\x7f\x80\u2028"\\/\b\f\n\r\t', "granted", "\U0001f600"), b"")
+def test_an_entry_is_what_another_encoder_of_json_writes(row: AuditRow, salt: bytes) -> None:
+    members = {
+        name: value.hex() if isinstance(value, bytes) else value
+        for name, value in zip(columns(AuditRow), encode(row), strict=True)
+        if value is not None and name != "idx"
+    }
+    text = json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    assert entry_text(row) == text
+    assert leaf_of(row, salt) == leaf_of(evolve(row, salt=salt))
 
 
 def test_a_text_that_is_too_long_for_an_entry_becomes_its_digest() -> None:

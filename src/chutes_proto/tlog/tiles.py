@@ -119,8 +119,12 @@ def needed(compute: Callable[[Read], object]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+@lru_cache(64)
 def fold(hashes: bytes) -> bytes:
-    """Return the hash of a whole subtree, from those of its leaves, of which there are a power of two."""
+    """Return the hash of a whole subtree, from those of its leaves, of which there are a power of two.
+
+    The results are remembered: a log that grows asks for most subtrees of its last tile again and again.
+    """
     row = [hashes[at : at + HASH_SIZE] for at in range(0, len(hashes), HASH_SIZE)]
     while len(row) > 1:
         row = [node_hash(row[at], row[at + 1]) for at in range(0, len(row), 2)]

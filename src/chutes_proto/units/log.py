@@ -20,8 +20,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
+import msgspec
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import LogError, StoreBusy
@@ -43,33 +45,49 @@ LOG: Final = "audit"
 SALT_SIZE: Final = 16
 SEED_SIZE: Final = 32
 
+_COLUMNS: Final = columns(store.AuditRow)
 _PLACE: Final = "idx"
 """The column that is not a member of an entry: its index is known from the tree."""
+_SALT: Final = _COLUMNS.index("salt")
+_IN_HEX: Final = tuple(map(_COLUMNS.index, ("platform_id", "quote_digest", "salt")))
+_NAMES: Final = sorted({*_COLUMNS} - {_PLACE})
+_in_order: Final = itemgetter(*map(_COLUMNS.index, _NAMES))
+_Members: Final = msgspec.defstruct("_Members", [(name, Any, None) for name in _NAMES], omit_defaults=True)
+"""The members of an entry in their order; those that are None are left out."""
+
+
+# RFC 8785 for what there is here: names in ASCII, texts, whole numbers below 2**53.
+_canonical: Final = msgspec.json.Encoder(order="deterministic").encode
 
 
 def entry_text(row: store.AuditRow) -> str:
     """Return the text of a row's entry, of at most 65,535 bytes: a text member that is too long becomes its SHA-256."""
-    members: dict[str, object] = {}
-    for name, value in zip(columns(store.AuditRow), encode(row), strict=True):
-        if value is not None and name != _PLACE:
-            members[name] = value.hex() if isinstance(value, bytes) else value
-    text = _canonical(members)
-    for name in filter(members.__contains__, ("keys", "reason", "evidence")):
-        if len(text.encode()) <= tiles.LARGEST_ENTRY:
-            break
-        members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
-        text = _canonical(members)
+    return _entry(row).decode()
+
+
+def _entry(row: store.AuditRow, salt: bytes | None = None) -> bytes:
+    """The text of a row's entry; with ``salt``, of a row that has none yet."""
+    values = list(encode(row))
+    if salt is not None:
+        values[_SALT] = salt
+    for at in _IN_HEX:
+        value = values[at]
+        if isinstance(value, bytes):
+            values[at] = value.hex()
+    text = _canonical(_Members(*_in_order(values)))
+    if len(text) > tiles.LARGEST_ENTRY:
+        members: dict[str, Any] = json.loads(text)
+        for name in filter(members.__contains__, ("keys", "reason", "evidence")):
+            members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
+            text = _canonical(members)
+            if len(text) <= tiles.LARGEST_ENTRY:
+                break
     return text
 
 
-def _canonical(members: dict[str, object]) -> str:
-    # RFC 8785 for what there is here: names in ASCII, texts, whole numbers below 2**53.
-    return json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def leaf_of(row: store.AuditRow) -> bytes:
-    """Return the leaf of a row that is sequenced."""
-    return merkle.leaf_hash(entry_text(row).encode())
+def leaf_of(row: store.AuditRow, salt: bytes | None = None) -> bytes:
+    """Return the leaf of a row that is sequenced; with ``salt``, of one that is about to be."""
+    return merkle.leaf_hash(_entry(row, salt))
 
 
 _PURGED: Final = re.compile(r"entries below ([0-9]{1,18}): [0-9]+")
@@ -203,20 +221,18 @@ class SequenceLog(Unit[int]):
             return 0
         for fork in (yield from find_forks(rows)):
             _ = self.tell(fork, 1)
-        placed = [
-            (number, evolve(row, idx=size + at, salt=self.entropy[SALT_SIZE * at : SALT_SIZE * (at + 1)]))
-            for at, (number, row) in enumerate(rows)
-        ]
+        salts = [self.entropy[at : at + SALT_SIZE] for at in range(0, SALT_SIZE * len(rows), SALT_SIZE)]
         edge: dict[tuple[int, int], bytes] = {}
         for place in tiles.edge(size):
             edge[place.level or 0, place.number] = yield from _tile(place.level or 0, place.number)
-        changed = tiles.grow(size, [*edge.values()], [leaf_of(row) for _, row in placed])
+        leaves = [leaf_of(row, salt) for (_, row), salt in zip(rows, salts, strict=True)]
+        changed = tiles.grow(size, [*edge.values()], leaves)
         require_root(state, _root(edge, size))
         if forged:
             yield from self._set_apart(tuple(forged))
         if not rows:
             return len(waiting)
-        given = tuple((number, row.idx or 0, row.salt or b"") for number, row in placed)
+        given = tuple((number, size + at, salts[at]) for at, (number, _) in enumerate(rows))
         if (yield from store.Sequence(given)) != len(given):
             raise StoreBusy("audit rows went while they were sequenced")
         for (level, number), hashes in changed.items():
