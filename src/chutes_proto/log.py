@@ -59,17 +59,15 @@ _compact: Final = json.JSONEncoder(separators=(",", ":")).encode  # dumps makes 
 
 
 def _cut(value: Value) -> Value:
-    match value:
-        case str() if len(value) > LONGEST:
-            return value[:LONGEST] + "…"
-        case list() if sum(map(len, value)) + len(value) > LONGEST:
-            kept: list[str] = []
-            left = LONGEST
-            for text in value:
-                left -= len(text) + 1
-                if left < 0:
-                    break
-                kept.append(text)
-            return [*kept, "…"]
-        case _:
-            return value
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else value[:LONGEST] + "…"
+    if not isinstance(value, list) or sum(map(len, value)) + len(value) <= LONGEST:
+        return value
+    kept: list[str] = []
+    left = LONGEST
+    for text in value:
+        left -= len(text) + 1
+        if left < 0:
+            break
+        kept.append(text)
+    return [*kept, "…"]

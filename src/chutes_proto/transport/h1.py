@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from enum import Enum, auto
+from enum import IntEnum, auto
 from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Protocol
@@ -118,7 +118,7 @@ class Limits:
 DEFAULT_LIMITS: Final = Limits()
 
 
-class _Phase(Enum):
+class _Phase(IntEnum):  # a number's hash is C, a plain member's is Python
     HANDSHAKE = auto()
     IDLE = auto()
     RECEIVING = auto()
