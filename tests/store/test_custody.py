@@ -886,6 +886,8 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
         assert store.custody.faults == {"fact": 1}
     with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
         place.open()
+    with closing(evolve(place, mark_file=None).open()) as store, pytest.raises(RowNotAuthentic, match="table fact"):
+        store.transact(Ask(rows.ReadLossDecided()))  # by which a log that lost entries would go on under another key
     run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
     with closing(evolve(place, mark_file=None).open()) as store:  # as `store accept-loss` does
         store.transact(Ask(rows.DecideLoss(NOW + 1000)))
