@@ -1,4 +1,4 @@
-"""The waits for a connection's peer, on both loops."""
+"""The waits for a connection's peer, and for anything until a deadline, on both loops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import anyio.lowlevel
 import pytest
 from attrs import define, field
 
-from chutes_proto.io.loops import AsyncioPeer, Peer, clock, peer
+from chutes_proto.io.loops import AsyncioPeer, call_at, clock, peer, wait
+from chutes_proto.io.waits import Peer
 from chutes_proto.transport.h1 import READ_SIZE
 from tests.waiting import async_wait_until
 
@@ -135,3 +136,53 @@ async def test_a_peer_that_went_away_is_an_error_of_the_system(ends: Ends) -> No
             await waiting.receive()
         with pytest.raises(BrokenPipeError):
             await waiting.send(b"a")
+
+
+async def test_functions_are_called_at_their_times_in_their_order_unless_they_are_cancelled() -> None:
+    now, at = clock(), call_at()
+    called: list[str] = []
+    start = now()
+    _ = at(math.inf, lambda: called.append("never"))
+    _ = at(start + 0.03, lambda: called.append("last"))
+    _ = at(start + 0.02, lambda: called.append("within"))
+    at(start + 0.01, lambda: called.append("cancelled")).cancel()
+    _ = at(-math.inf, lambda: called.append("at once"))
+    _ = await async_wait_until(lambda: called[-1:] == ["last"])
+    assert called == ["at once", "within", "last"]
+    assert now() >= start + 0.03
+    _ = at(now(), lambda: called.append("anew"))
+    _ = await async_wait_until(lambda: called[-1:] == ["anew"])
+
+
+async def test_a_wait_ends_when_it_is_told_to_or_at_its_deadline() -> None:
+    now, waiting = clock(), wait()()
+    ended: list[float] = []
+
+    async def wait_until(deadline: float) -> None:
+        await waiting.until(deadline)
+        ended.append(deadline)
+
+    waiting.end()  # nobody waits yet
+    for deadline in (-math.inf, now() + 0.01):
+        await wait_until(deadline)
+        assert now() >= deadline
+    soon = now() + 0.1
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait_until, soon)
+        await anyio.lowlevel.checkpoint()
+        waiting.end()
+        waiting.end()  # the second before the task goes on
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait_until, math.inf)
+        _ = await async_wait_until(lambda: now() > soon)  # the deadline of the wait before
+        for _ in range(5):
+            await anyio.lowlevel.checkpoint()
+        assert math.inf not in ended
+        waiting.end()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await wait_until(math.inf)
+    waiting.end()
+    assert scope.cancelled_caught
+    await wait_until(now() + 0.01)  # none of all that ended this one
+    assert now() >= ended[-1]

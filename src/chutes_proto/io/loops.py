@@ -1,23 +1,23 @@
 """The parts of a running event loop, asyncio's or trio's, that a server uses where anyio's own cost too much of a boot.
 
-The loops are named here and nowhere else. On asyncio, anyio registers a socket for each wait and makes a timer for each
-deadline, which costs a tenth of a boot (docs/adr/0035-no-engine-of-our-own.md).
+The loops are named here, in ``trio_loop.py``, and nowhere else. For each wait with a deadline anyio makes a scope of
+cancellation, and on asyncio it registers the socket, too (docs/adr/0035-no-engine-of-our-own.md).
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager
 from contextvars import copy_context
 from functools import partial
 from socket import socket
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import anyio
 import anyio.lowlevel
 
+from chutes_proto.io.waits import CallAt, Group, HasDeadline, Peer, Wait
 from chutes_proto.transport.h1 import READ_SIZE
 
 if TYPE_CHECKING:
@@ -45,78 +45,70 @@ def call_soon() -> Callable[[Callable[[], None]], object]:
     return loop.run_sync_soon
 
 
-class HasDeadline(Protocol):
-    """A connection: the time on the loop's clock until which its peer is waited for, which may move."""
+def call_at() -> CallAt:
+    """Return the function of the running loop that has another one called at a time."""
+    loop = _running()
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return loop.call_at
+    from chutes_proto.io.trio_loop import timers
 
-    deadline: float
+    return timers().call_at
 
 
-class Peer:
-    """The peer of a ``connection`` at the other end of a socket that does not block; one wait at a time.
+class AsyncioWait:
+    """A `Wait` on asyncio."""
 
-    A wait ends at the connection's deadline. Call `look` when that has moved to an earlier time meanwhile, and `close`
-    before the socket is closed. Raises `OSError` if the peer went away.
-    """
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] | None = None
 
-    def __init__(self, accepted: socket, connection: HasDeadline) -> None:
-        self._socket: Final = accepted
-        self._connection: Final = connection
-        self._waiting: anyio.CancelScope | None = None
-
-    async def receive(self) -> bytes | None:
-        """Return the next bytes, ``b""`` at the end; None once the deadline has passed."""
-        with anyio.CancelScope(deadline=self._connection.deadline) as self._waiting:
-            while True:
-                await anyio.wait_readable(self._socket)
-                with suppress(BlockingIOError):
-                    return self._socket.recv(READ_SIZE)
-        return None
-
-    async def send(self, data: bytes) -> bool:
-        """Send all of ``data``; return False if the deadline passed before."""
-        left = self._unsent(memoryview(data))
-        if not left:
-            return True
-        with anyio.CancelScope(deadline=self._connection.deadline) as self._waiting:
-            while left:
-                await anyio.wait_writable(self._socket)
-                left = self._unsent(left)
-        return not left
-
-    def look(self) -> None:
-        """Look at the deadline again."""
-        if self._waiting is not None:
-            self._waiting.deadline = self._connection.deadline
-
-    def close(self) -> None:
-        """Let go of the socket."""
-
-    def _unsent(self, data: memoryview) -> memoryview:
-        """Send without waiting; return the bytes for which the socket has no space now."""
+    async def until(self, deadline: float) -> None:
+        """See `Wait.until`."""
+        self._ended = self._loop.create_future()
+        timer = self._loop.call_at(deadline, self.end)
         try:
-            return data[self._socket.send(data) :]
-        except BlockingIOError:
-            return data
+            await self._ended
+        finally:
+            timer.cancel()
+
+    def end(self) -> None:
+        """See `Wait.end`."""
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+
+def wait() -> Callable[[], Wait]:
+    """Return the kind of waits on the running loop."""
+    if isinstance(_running(), asyncio.AbstractEventLoop):
+        return AsyncioWait
+    from chutes_proto.io.trio_loop import TrioWait
+
+    return TrioWait
+
+
+def open_group() -> AbstractAsyncContextManager[Group]:
+    """Return a group of tasks. On trio it is trio's: anyio's makes a scope and an event for each task."""
+    if isinstance(_running(), asyncio.AbstractEventLoop):
+        return anyio.create_task_group()
+    import trio
+
+    return trio.open_nursery()
 
 
 class AsyncioPeer(Peer):
-    """The same on asyncio, whose socket stays registered from one wait to the next.
-
-    A timer that goes off before the deadline, because that has moved to a later time, is set again.
-    """
+    """A `Peer` on asyncio, whose socket stays registered from one wait to the next."""
 
     def __init__(self, accepted: socket, connection: HasDeadline) -> None:
-        super().__init__(accepted, connection)
         self._loop = asyncio.get_running_loop()
+        super().__init__(accepted, connection, self._loop.call_at, self._loop.time)
         self._received: asyncio.Future[bytes | None] | None = None  # of the wait in `receive`
-        self._timer: asyncio.TimerHandle | None = None
         self._is_registered = False
 
     async def receive(self) -> bytes | None:
         """See `Peer.receive`."""
         self._received = self._loop.create_future()
         if not self._is_registered:
-            self._loop.add_reader(self._socket, self._read)
+            self._loop.add_reader(self._socket.fileno(), self._read)
             self._is_registered = True
         self._set_timer()
         try:
@@ -124,16 +116,14 @@ class AsyncioPeer(Peer):
         finally:
             self._received = None
 
-    def look(self) -> None:
-        """See `Peer.look`."""
-        super().look()
-        self._set_timer()
-
     def close(self) -> None:
         """See `Peer.close`."""
+        super().close()
         self._unregister()
-        if self._timer is not None:
-            self._timer.cancel()
+
+    def _receive_nothing(self) -> None:
+        if self._received is not None and not self._received.done():
+            self._received.set_result(None)
 
     def _read(self) -> None:
         """Read, within the loop's call: if it were left to the task, the loop would call again before."""
@@ -149,30 +139,17 @@ class AsyncioPeer(Peer):
 
     def _unregister(self) -> None:
         if self._is_registered:
-            _ = self._loop.remove_reader(self._socket)
+            _ = self._loop.remove_reader(self._socket.fileno())
             self._is_registered = False
 
-    def _set_timer(self) -> None:
-        deadline = self._connection.deadline
-        if self._timer is not None and self._timer.when() > deadline:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None and deadline < math.inf:
-            self._timer = self._loop.call_at(deadline, self._expire)
 
-    def _expire(self) -> None:
-        self._timer = None
-        if self._received is None or self._received.done():
-            return
-        if self._connection.deadline <= self._loop.time():
-            self._received.set_result(None)
-        else:
-            self._set_timer()
-
-
-def peer() -> type[Peer]:
+def peer() -> Callable[[socket, HasDeadline], Peer]:
     """Return the kind of peers on the running loop."""
-    return AsyncioPeer if isinstance(_running(), asyncio.AbstractEventLoop) else Peer
+    if isinstance(_running(), asyncio.AbstractEventLoop):
+        return AsyncioPeer
+    from chutes_proto.io.trio_loop import TrioPeer
+
+    return TrioPeer
 
 
 def _running() -> asyncio.AbstractEventLoop | trio.lowlevel.TrioToken:

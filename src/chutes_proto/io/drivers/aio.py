@@ -118,6 +118,8 @@ class Performer:
         if work is not None:
             return work(effect)
         match effect:
+            case effects.Transact():
+                return await self._transact(effect)
             case effects.Send(request):
                 return await self._send(request)
             case effects.Get(url):
@@ -139,8 +141,6 @@ class Performer:
                 return await self._fetch_gpus(devices, now)
             case effects.MakeQuote() | effects.CollectGpuEvidence() | effects.FetchGpuCollateral():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect, abandon_on_cancel=True)
-            case effects.Transact():
-                return await self._transact(effect)
             case effects.InspectDisk() | effects.ActOnDisk():
                 return await self._perform_in_thread(effect)
             case _:

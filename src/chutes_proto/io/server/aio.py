@@ -13,11 +13,11 @@ from socket import socket
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import TaskGroup
 
 from chutes_proto.io.drivers.aio import Performer
-from chutes_proto.io.loops import Peer, clock, peer
+from chutes_proto.io.loops import clock, open_group, peer
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
+from chutes_proto.io.waits import Group, HasDeadline, Peer
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
 
@@ -43,12 +43,12 @@ class Server:
         self._app = app
         self._performer = performer
         self._limits = limits
-        self._slots = anyio.Semaphore(connections - 1)
+        self._slots = anyio.Semaphore(connections - 1, fast_acquire=True)
         self._connections = Connections(connections, self._wake)
         self._serving = anyio.CancelScope()
         self._accepting = anyio.CancelScope()
         self._peers: dict[ServerConnection, Peer] = {}
-        self._peer = Peer
+        self._peer: Callable[[socket, HasDeadline], Peer]  # of the loop
         self._handed_over = False
         self._ended = ended
         self._now: Callable[[], float] = anyio.current_time
@@ -57,11 +57,11 @@ class Server:
         """Serve until cancelled, or until the end that `stop` began; close the sockets."""
         self._now, self._peer = clock(), peer()
         with self._serving:
-            async with anyio.create_task_group() as nursery:
+            async with open_group() as group:
                 with self._accepting:
                     async with anyio.create_task_group() as listeners:
                         for listener in listening:
-                            _ = listeners.start_soon(self._accept, listener, nursery)
+                            _ = listeners.start_soon(self._accept, listener, group)
                 if not self._handed_over:
                     self._connections.finish(self._now())
 
@@ -91,7 +91,7 @@ class Server:
     def _update_end(self) -> None:
         self._accepting.deadline = self._app.ends_at(self._now())
 
-    async def _accept(self, listening: Listening, nursery: TaskGroup) -> None:
+    async def _accept(self, listening: Listening, group: Group) -> None:
         with listening.socket as listener:
             listener.setblocking(False)
             self._slots.release()  # for the slot that a listener holds while it waits
@@ -104,7 +104,7 @@ class Server:
                     await self._complain("accept_failed", exc)
                     await anyio.sleep(ACCEPT_PAUSE)
                 else:
-                    _ = nursery.start_soon(self._serve_socket, accepted, listening)
+                    _ = group.start_soon(self._serve_socket, accepted, listening)
 
     async def _serve_socket(self, accepted: socket, listening: Listening) -> None:
         """Serve one connection. Its faults end it and nothing else."""

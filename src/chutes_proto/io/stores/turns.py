@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import anyio
-import anyio.abc
 from attrs import define, field
 
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
+from chutes_proto.io.loops import call_at, clock, wait
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.threads import Threads
+from chutes_proto.io.waits import Wait
 from chutes_proto.store._run import Unit
 from chutes_proto.store._turns import PAUSE_SECONDS, Found, Turn, Turns
 
@@ -31,14 +32,12 @@ async def open_turns(store: DurableStore) -> AsyncGenerator[StoreTurns]:
 
     At the end it waits for the transactions that have begun, whose callers may have left.
     """
-    async with anyio.create_task_group() as pauses:
-        turns = StoreTurns(store, pauses)
-        try:
-            yield turns
-        finally:
-            pauses.cancel_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await turns.close()
+    turns = StoreTurns(store)
+    try:
+        yield turns
+    finally:
+        with anyio.CancelScope(shield=True):
+            await turns.close()
 
 
 @runtime_checkable
@@ -54,18 +53,18 @@ class SharesCommits(Protocol):
 class _Job:
     turn: Turn
     unit: Unit[Any]
-    begun: anyio.Event = field(init=False, factory=anyio.Event)
-    ended: anyio.Event = field(init=False, factory=anyio.Event)
+    caller: Wait
+    has_ended: bool = field(init=False, default=False)
     result: Any = field(init=False, default=None)
     fault: BaseException | None = field(init=False, default=None)
 
 
 class StoreTurns:
-    """The turns of one store. A turn whose transaction found the store away pauses in ``pauses``."""
+    """The turns of one store, on the running event loop."""
 
-    def __init__(self, store: DurableStore, pauses: anyio.abc.TaskGroup) -> None:
+    def __init__(self, store: DurableStore) -> None:
         self._store = store
-        self._pauses = pauses
+        self._now, self._call_at, self._wait = clock(), call_at(), wait()
         self._turns = Turns(store.callers)
         self._threads = Threads(f"store {store.name}")
         self._transact_all: Callable[[Sequence[Unit[Any]]], list[tuple[Any, BaseException | None]]]
@@ -78,18 +77,19 @@ class StoreTurns:
         self._ready: list[_Job] = []  # of these, those that no thread has yet
         self._threads_in_use = 0
         self._closing = False
+        self._all_ended = anyio.Event()
 
     async def transact(self, effect: Transact[Any]) -> object:
         """Perform `Transact`. A caller that is cancelled does not end a transaction that has begun."""
-        until = anyio.current_time() + effect.seconds
+        until = self._now() + effect.seconds
         turn = self._turns.ask()
-        job = self._jobs[turn] = _Job(turn, effect.unit)
+        job = self._jobs[turn] = _Job(turn, effect.unit, self._wait())
         self._begin()
         if not turn.has_begun:
-            await self._wait_for_turn(turn, job, effect.turn_seconds)
-        with anyio.CancelScope(deadline=until):
-            await job.ended.wait()
-        if not job.ended.is_set():
+            await self._wait_for_turn(job, effect.turn_seconds)
+        if not job.has_ended:
+            await job.caller.until(until)
+        if not job.has_ended:
             text = f"store {self._store.name}: no answer within {effect.seconds:.1f} s"
             raise FateUnknown(f"{text}; the change may be committed or not")
         if job.fault is not None:
@@ -100,27 +100,26 @@ class StoreTurns:
         """Begin no turn any more, and wait for the transactions that run."""
         self._closing = True
         try:
-            for job in [*self._running.values()]:
-                await job.ended.wait()
+            if self._running:
+                await self._all_ended.wait()
         finally:
             self._threads.close()
 
-    async def _wait_for_turn(self, turn: Turn, job: _Job, seconds: float) -> None:
+    async def _wait_for_turn(self, job: _Job, seconds: float) -> None:
         try:
-            with anyio.move_on_after(seconds):
-                await job.begun.wait()
+            await job.caller.until(self._now() + seconds)
         finally:
-            if not turn.has_begun:
-                self._turns.leave(turn)
-                del self._jobs[turn]
-        if not turn.has_begun:
+            if not job.turn.has_begun:
+                self._turns.leave(job.turn)
+                del self._jobs[job.turn]
+        if not job.turn.has_begun:
             text = f"store {self._store.name}: no turn within {seconds:.1f} s"
             raise StoreBusy(f"{text}; it does not answer, or other transactions take too long")
 
     def _begin(self) -> None:
         for turn in [] if self._closing else self._turns.begin():
             job = self._running[turn] = self._jobs.pop(turn)
-            job.begun.set()
+            job.caller.end()
             self._ready.append(job)
         while self._ready and self._threads_in_use < self._threads_at_once:
             jobs, self._ready = self._ready[: self._units_of_each], self._ready[self._units_of_each :]
@@ -149,20 +148,20 @@ class StoreTurns:
         self._threads_in_use -= 1
         for job in jobs:
             del self._running[job.turn]
-            job.ended.set()
+            job.has_ended = True
+            job.caller.end()
             found = _found(job.fault)
             if found == "away" and not self._closing:
-                _ = self._pauses.start_soon(self._pause, job.turn)
+                _ = self._call_at(self._now() + PAUSE_SECONDS, partial(self._end_turn, job.turn, found))
             else:
                 self._turns.end(job.turn, found)
         self._begin()
+        if self._closing and not self._running:
+            self._all_ended.set()
 
-    async def _pause(self, turn: Turn) -> None:
-        try:
-            await anyio.sleep(PAUSE_SECONDS)
-        finally:
-            self._turns.end(turn, "away")
-            self._begin()
+    def _end_turn(self, turn: Turn, found: Found) -> None:
+        self._turns.end(turn, found)
+        self._begin()
 
 
 def _found(exc: BaseException | None) -> Found:

@@ -1,0 +1,136 @@
+"""The parts of ``waits.py`` on trio, whose only timers are scopes of cancellation: one costs more than a wait."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from heapq import heappop, heappush
+from itertools import count
+from socket import socket
+from typing import Final
+
+import trio
+import trio.lowlevel
+
+from chutes_proto.io.waits import HasDeadline, Peer
+from chutes_proto.transport.h1 import READ_SIZE
+
+
+class TrioTimer:
+    """See `waits.Timer`."""
+
+    __slots__ = ("_when", "call")
+
+    def __init__(self, when: float, call: Callable[[], object]) -> None:
+        self._when = when
+        self.call: Callable[[], object] | None = call
+        """None once it is cancelled."""
+
+    def when(self) -> float:
+        """See `waits.Timer.when`."""
+        return self._when
+
+    def cancel(self) -> None:
+        """See `waits.Timer.cancel`."""
+        self.call = None
+
+
+class Timers:
+    """The timers of a run of trio: one task and one scope of cancellation for all of them.
+
+    One that is cancelled stays in the heap until its time; most are, and the task is not woken for each.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, TrioTimer]] = []
+        self._number = count()
+        self._sleep = trio.CancelScope()
+        _ = trio.lowlevel.spawn_system_task(self._run)
+
+    def call_at(self, when: float, call: Callable[[], object], /) -> TrioTimer:
+        """See `waits.CallAt`."""
+        timer = TrioTimer(when, call)
+        if when < math.inf:
+            heappush(self._heap, (when, next(self._number), timer))
+        if when < self._sleep.deadline:
+            self._sleep.deadline = when
+        return timer
+
+    async def _run(self) -> None:
+        while True:
+            with self._sleep:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            while self._heap and (self._heap[0][0] <= now or self._heap[0][2].call is None):
+                _, _, timer = heappop(self._heap)
+                if timer.call is not None:
+                    _ = timer.call()
+            self._sleep = trio.CancelScope(deadline=self._heap[0][0] if self._heap else math.inf)
+
+
+_TIMERS: Final = trio.lowlevel.RunVar[Timers]("timers")
+
+
+def timers() -> Timers:
+    """Return the timers of this run."""
+    try:
+        return _TIMERS.get()
+    except LookupError:
+        made = Timers()
+        _ = _TIMERS.set(made)
+        return made
+
+
+class TrioWait:
+    """A `waits.Wait` on trio."""
+
+    def __init__(self) -> None:
+        self._timers = timers()
+        self._waiting: trio.lowlevel.Task | None = None
+
+    async def until(self, deadline: float) -> None:
+        """See `waits.Wait.until`."""
+        self._waiting = trio.lowlevel.current_task()
+        timer = self._timers.call_at(deadline, self.end)
+        try:
+            _ = await trio.lowlevel.wait_task_rescheduled(self._abort)
+        finally:
+            timer.cancel()
+
+    def end(self) -> None:
+        """See `waits.Wait.end`."""
+        if self._waiting is not None:
+            trio.lowlevel.reschedule(self._waiting)
+            self._waiting = None
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._waiting = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+class TrioPeer(Peer):
+    """A `Peer` on trio."""
+
+    def __init__(self, accepted: socket, connection: HasDeadline) -> None:
+        super().__init__(accepted, connection, timers().call_at, trio.current_time)
+        self._descriptor = accepted.fileno()
+        self._is_receiving = False
+
+    async def receive(self) -> bytes | None:
+        """See `Peer.receive`."""
+        self._is_receiving = True
+        try:
+            while True:
+                self._set_timer()  # again where it went off for a wait that found nothing to read
+                await trio.lowlevel.wait_readable(self._descriptor)
+                with suppress(BlockingIOError):
+                    return self._socket.recv(READ_SIZE)
+        except trio.ClosedResourceError:
+            return None
+        finally:
+            self._is_receiving = False
+
+    def _receive_nothing(self) -> None:
+        if self._is_receiving:
+            trio.lowlevel.notify_closing(self._descriptor)
