@@ -713,6 +713,20 @@ def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(place: StorePlace) -
         assert not list(find_faults(store))
 
 
+def test_a_vm_of_which_all_was_deleted_is_not_a_new_one(place: StorePlace) -> None:
+    """Its name would be free for the platform of an attacker; the log knows it."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        for table in ("boot", "vm", "generation", "volume", "head"):
+            run(place, f"DELETE FROM {table} WHERE vm = '{A.name}'")
+        with pytest.raises(
+            RowNotAuthentic, match="table head is not authentic: it is missing, and the log has version 4"
+        ):
+            store.transact(granted("last", A, 400))
+        store.transact(granted("last", B, 400))
+
+
 def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace) -> None:
     """Its boots are served meanwhile; the audit rows that wait for the log say that it was newer."""
     with closing(place.open(migrate=True)) as store:
