@@ -271,6 +271,7 @@ def test_an_entry_that_is_changed_with_its_tile_before_a_checkpoint_is_no_announ
     run(place, "DELETE FROM audit WHERE idx < 256")
     report = check_stored(store, 300, [], lambda *_: None)
     assert [(each.first, each.last) for each in report.findings] == [(299, 299), (0, 255)]
+    assert purged_below(store) == 0, "the scrub begins where nothing has excused it"
     (changed,) = store.transact(Ask(ReadLog(299, 1)))
     tile = store.transact(Ask(ReadTile(0, 1)))
     assert tile is not None
