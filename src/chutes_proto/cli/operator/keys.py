@@ -216,7 +216,9 @@ def rewrap(reason: str, config: str) -> int:
     left = _left(sealed, vault)
     told = sorted(f"{row.vm.hotkey}/{row.vm.name} {row.volume}/{row.generation}" for row in broken)
     for row in told:
-        console.complain(f"{row}: it does not open, because its row was altered or is another's; it is left unchanged")
+        console.complain(
+            f"{row}: it does not open, because its row was altered, set back or is another's; it is left unchanged"
+        )
     for fault in faults:
         console.complain(f"{fault}; it is left unchanged, and the older key of the MACs counts until it is mended")
     lines = [f"{wrapped} keys wrapped; no key is under another KEK than {vault.current.kek_id}"]
