@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 from attrs import frozen
@@ -28,7 +29,7 @@ from chutes_proto.effects import FetchCollateral, Flow, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.log import Value
 from chutes_proto.quote import _steps as steps
-from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._collateral import CollateralDigests, CollateralIssue, VerifiedCollateral
 from chutes_proto.quote._errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._measurements import Profile, Stage
@@ -89,9 +90,7 @@ class Evidence:
     @property
     def kept(self) -> Kept:
         """The parts that are kept, to be appraised again."""
-        verdict = self.verdict
-        digests = {name: value.hex() for name, value in asdict(verdict.verified.digests).items()}
-        return Kept(self.quote, json.encode({**asdict(verdict.collateral), "sha256": digests}).decode())
+        return Kept(self.quote, _kept_collateral(self.verdict.collateral, self.verdict.verified.digests))
 
     def grounds(self, service: Service, stage: Stage, outcome: str, *, hotkey_proven: bool | None) -> str:
         """The grounds of a decision on it, for the audit row."""
@@ -105,6 +104,13 @@ class Evidence:
     def fields(self, service: Service) -> dict[str, Value]:
         """The fields of a log line about a grant for this quote."""
         return {"tcb_status": self.tcb_status, "platform": str(self.platform.pin), "trust": service.trust}
+
+
+@lru_cache(maxsize=64)
+def _kept_collateral(issue: CollateralIssue, digests: CollateralDigests) -> str:
+    """The part that is kept of collateral, as JSON: the same for all quotes that it verifies, so it is made once."""
+    sha256 = {name: value.hex() for name, value in asdict(digests).items()}
+    return json.encode({**asdict(issue), "sha256": sha256}).decode()
 
 
 def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:
