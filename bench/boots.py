@@ -59,6 +59,7 @@ from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.connections import Answer, Connections, Send, Sent
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.transport.tls import ServerContext, TlsSession, server_context
+from chutes_proto.units.revocations import ReadRevocations
 from chutes_proto.wire.codec import JSON_HEADERS, encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
@@ -199,6 +200,7 @@ def _serve(folder: Path, which: str, how: str) -> None:
     if which == "bare":
         with closing(setup.store.open()) as store:
             performer = Performer(store=store, collateral=setup.collateral, log=LogWriter())  # type: ignore[arg-type]
+            setup.service.revoked.now = store.transact(ReadRevocations())  # as a server does beside its boots
             bare = _Bare(App(setup.service), performer, folder)
             _report(layers, bare.cpu)
             print("bare", flush=True)

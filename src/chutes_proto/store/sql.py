@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, TypeAlias, Union, cast, get_args, get_origin
@@ -496,7 +496,6 @@ def indexes() -> Iterator[tuple[str, str]]:
 _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)"}
 
 
-@lru_cache(maxsize=256)
 def for_driver(statement: str, dialect: Dialect) -> str:
     """``statement`` with the parameter marks of the dialect's driver, and what its database says in its own way."""
     statement = statement.replace("{lock}", _TYPES[dialect]["lock"]).replace("{clock}", _CLOCK[dialect])

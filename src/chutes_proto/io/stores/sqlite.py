@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -386,7 +386,7 @@ class SqliteStore(MarkedStore):
 
         def run(op: StoreOp[Any] | None, text: str, values: Values) -> list[tuple[Any, ...]]:
             try:
-                cursor = connection.execute(for_driver(text, "sqlite"), values)
+                cursor = connection.execute(_query(text), values)
                 rows: list[tuple[Any, ...]] = cursor.fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
@@ -549,6 +549,11 @@ class SqliteStore(MarkedStore):
 
 def _ask(connection: sqlite3.Connection, text: str, values: Values = ()) -> list[tuple[Any, ...]]:
     return connection.execute(text, values).fetchall()
+
+
+@lru_cache(128)
+def _query(text: str) -> str:
+    return for_driver(text, "sqlite")
 
 
 def _code_of(exc: sqlite3.Error) -> int:
