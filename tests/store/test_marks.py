@@ -517,3 +517,5 @@ def test_a_row_has_the_digest_that_files_of_marks_have_already() -> None:
     granted = AuditRow(NOW, "vm", "boot", "granted", "first claim", Vm("5Gé", "vm-1"), "b1", "r1", keys="root/1")
     assert Row.of(7, granted) == (7, NOW, "cc32236a7f78923a7b07cd191b47e3b2")
     assert Row.of(8, AuditRow(NOW, "operator", "store sealed", "done")) == (8, NOW, "ef4d844a7876bc43b7240e49e02d1ebe")
+    changed = Row.of(8, AuditRow(float(NOW), "operator", "store sealed", "done"))  # type: ignore[arg-type]
+    assert changed.digest != "ef4d844a7876bc43b7240e49e02d1ebe"

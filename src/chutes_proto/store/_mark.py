@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from attrs import evolve, field, frozen
@@ -60,8 +61,9 @@ class Entry(NamedTuple):
         return cls.of_columns(number, row.at, *names)
 
     @classmethod
+    @lru_cache(4 * KEPT, typed=True)
     def of_columns(cls, number: int, at: int, *names: str | None) -> Entry:
-        """The entry of a row with these values of `COLUMNS`."""
+        """The entry of a row with these values of `COLUMNS`: most rows are read again at the next comparison."""
         *before, hotkey, vm, boot_id, request_id, keys = names
         of_vm = ("", "") if hotkey is None else (hotkey, vm)
         text = json.dumps([number, at, *before, *of_vm, boot_id, request_id, keys])
