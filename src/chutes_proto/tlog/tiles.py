@@ -22,6 +22,7 @@ LARGEST_ENTRY: Final = 65_535
 """The most bytes of an entry."""
 
 _FULL: Final = WIDTH * HASH_SIZE
+_SMALL: Final = 16 * HASH_SIZE
 _LEVELS: Final = 8
 """Levels of the tree in a tile: 256 is 2**8."""
 
@@ -119,16 +120,21 @@ def needed(compute: Callable[[Read], object]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-@lru_cache(64)
 def fold(hashes: bytes) -> bytes:
-    """Return the hash of a whole subtree, from those of its leaves, of which there are a power of two.
-
-    The results are remembered: a log that grows asks for most subtrees of its last tile again and again.
-    """
+    """Return the hash of a whole subtree, from those of its leaves, of which there are a power of two."""
+    if len(hashes) > _SMALL:
+        return _fold_large(hashes)
     row = [hashes[at : at + HASH_SIZE] for at in range(0, len(hashes), HASH_SIZE)]
     while len(row) > 1:
         row = [node_hash(row[at], row[at + 1]) for at in range(0, len(row), 2)]
     return row[0]
+
+
+@lru_cache(64)
+def _fold_large(hashes: bytes) -> bytes:
+    """The same, remembered: a log that grows asks for the subtrees of its last tile again and again."""
+    middle = len(hashes) // 2
+    return node_hash(fold(hashes[:middle]), fold(hashes[middle:]))
 
 
 def edge(size: int) -> tuple[Place, ...]:

@@ -153,19 +153,20 @@ class VmChains:
 def find_forks(rows: Iterable[tuple[int, store.AuditRow]]) -> Script[tuple[str, ...]]:
     """The VMs whose next rows, which are not sequenced yet, do not follow those that are, in words."""
     of_vms = [
-        (number, row.vm, row.vm_version, (row.at, row.request_id))
+        ((row.vm.hotkey, row.vm.name), number, row)
         for number, row in rows
         if row.vm is not None and type(row.vm_version) is int  # one that was forged may be anything
     ]
     if not of_vms:
         return ()
-    known = dict((yield from store.ReadVmVersions(tuple(dict.fromkeys(vm for _, vm, _, _ in of_vms)))))
+    vms = {name: row.vm for name, _, row in of_vms if row.vm is not None}
+    known = {(vm.hotkey, vm.name): last for vm, last in (yield from store.ReadVmVersions(tuple(vms.values())))}
     chains, found = VmChains(), list[str]()
-    for number, vm, version, of in of_vms:
-        name = (vm.hotkey, vm.name)
-        before = known.pop(vm, None)
+    for name, number, row in of_vms:
+        version, of = row.vm_version or 0, (row.at, row.request_id)
+        before = known.pop(name, None)
         if before is not None and before >= version:  # the same transaction, of which a batch had the first rows?
-            wanted = store.AuditWanted(hotkey=vm.hotkey, name=vm.name)
+            wanted = store.AuditWanted(hotkey=name[0], name=name[1])
             last = yield from store.ReadAudit(number, 1, backwards=True, wanted=wanted)
             is_same = bool(last) and (last[0][1].vm_version, last[0][1].at, last[0][1].request_id) == (version, *of)
             _ = chains.follow(name, before, of if is_same and before == version else ())
