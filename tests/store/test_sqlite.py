@@ -17,11 +17,12 @@ import pytest
 from attrs import frozen
 
 from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
 from chutes_proto.store.sql import SCHEMA_VERSION
-from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, Interrupted, Interruption, boot, dump, sync
 
 
 @pytest.fixture
@@ -87,6 +88,39 @@ def test_a_boot_takes_few_statements_and_changes_few_pages(path: Path, monkeypat
         pages = (path.parent / f"{path.name}-wal").stat().st_size // (4096 + 24)
     assert len(statements) <= 32, statements
     assert pages <= 36, pages
+
+
+def test_a_head_is_read_once_until_another_process_or_an_error_changes_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is not the stored one any more would refuse a VM, or accept rows that were set back."""
+    units = [boot(str(number), now=NOW + number) for number in range(7)]
+
+    def broken() -> None:
+        raise StoreError("it was moved")
+
+    with closing(SqliteStore(path, vault=VAULT)) as store, closing(SqliteStore(path, vault=VAULT)) as other:
+
+        def heads_read(unit: Unit[object]) -> int:
+            statements: list[str] = []
+            assert store._connection is not None
+            store._connection.set_trace_callback(statements.append)
+            store.transact(unit)
+            return len([text for text in statements if text.startswith("SELECT known.version")])
+
+        assert heads_read(units[0]) == 1
+        assert heads_read(sync(units[0], "body", "storage")) == 0
+        other.transact(units[1])
+        assert heads_read(sync(units[1], "body", "storage")) == 1
+        with pytest.raises(Interruption):
+            store.transact(Interrupted(units[2], 6))
+        assert heads_read(units[3]) == 1
+        with monkeypatch.context() as patched, pytest.raises(StoreError, match="moved"):
+            patched.setattr(store, "_check_file", broken)
+            store.transact(units[4])
+        assert heads_read(units[5]) == 1
+        assert heads_read(units[6]) == 0
+        assert not list(find_faults(store))
 
 
 def test_commits_reach_the_disk(store: SqliteStore, path: Path) -> None:

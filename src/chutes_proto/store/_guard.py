@@ -72,6 +72,8 @@ RECENT_BOOTS: Final = 32
 
 _HEADS_HELD: Final = 2000
 """How many heads one transaction has in memory before it writes them."""
+_REMEMBERED: Final = 1000
+"""How many heads are remembered from one transaction to the next."""
 _WRITTEN: Final = 100
 """How many heads or MACs a statement writes."""
 _PAGE: Final = 1000
@@ -300,11 +302,13 @@ class Boots:
         if len(entries) == 1:
             return
         times = self._times()
-        others = sorted((key for key in entries if key != boot_id), key=times.__getitem__)
-        newest = max(times.values())
-        kept = {boot_id, *others[1 - RECENT_BOOTS :]}
+        since = max(times.values()) - RECENT_SECONDS
         for key, at in times.items():
-            if key not in kept or at < newest - RECENT_SECONDS:
+            if at < since:
+                del entries[key]
+        if len(entries) > RECENT_BOOTS:
+            others = sorted((key for key in entries if key != boot_id), key=times.__getitem__)
+            for key in others[: 1 - RECENT_BOOTS]:
                 del entries[key]
 
     @property
@@ -398,15 +402,20 @@ def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str,
 
 
 class Guard:
-    """The guard of one run of one unit; `finish` writes the heads, after the script has ended."""
+    """The guard of one run of one unit; `finish` writes the heads, after the script has ended.
 
-    def __init__(self, session: Session, run: Run) -> None:
+    ``remembered`` are heads as they are stored: a store knows them that nobody else has changed since. One that is
+    used is taken out, and is remembered again only if the unit ends well.
+    """
+
+    def __init__(self, session: Session, run: Run, remembered: dict[tuple[str, str], Head] | None = None) -> None:
         self._key = session.key
         self._is_final = session.is_final
         self._is_locked = session.is_locked
         self._older = session.older
         self._run = run
         self._heads: dict[tuple[str, str], Head | None] = {}
+        self._remembered = {} if remembered is None else remembered
         self._store: Head | None = None
         self._stored: Sequence[Any] | None = None  # the row of that head, if it was read with the times
         self._given: dict[str, int | None] = {}
@@ -493,6 +502,14 @@ class Guard:
             mac = key.mac("store head", of_store.version, contents)
             _ = self._run(None, sql.PUT_STORE_HEAD, (of_store.version, contents, mac))
             of_store.is_changed = False
+
+    def remember(self) -> None:
+        """Remember the heads that were written, or only read, after `finish`: the unit is not undone by itself."""
+        for vm, head in self._heads.items():
+            if head is not None and head.version:
+                self._remembered[vm] = head
+        while len(self._remembered) > _REMEMBERED:  # the one that was used the longest ago
+            del self._remembered[next(iter(self._remembered))]
 
     # --- rows ---
 
@@ -610,9 +627,17 @@ class Guard:
         """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
         if vm in self._heads or self._key is None:
             return self._heads.get(vm)
+        remembered = self._remembered.pop(vm, None)
+        if remembered is not None:
+            self._heads[vm] = remembered
+            return remembered
         (stored,) = self._run(None, sql.READ_HEAD, (*vm, *vm))
-        found = self._heads[vm] = self._made(vm, self._opened(vm, stored))
-        return found
+        return self._hold(vm, self._made(vm, self._opened(vm, stored)))
+
+    def _hold(self, vm: tuple[str, str], head: Head | None) -> Head | None:
+        _ = self._remembered.pop(vm, None)
+        self._heads[vm] = head
+        return head
 
     def fetch_heads(self, vms: Iterable[tuple[str, str]]) -> None:
         """Read the heads of VMs at once that are about to be asked for one by one."""
@@ -620,7 +645,7 @@ class Guard:
         if self._key is not None and unread:
             for hotkey, name, *stored in self._run(None, *sql.read_heads(unread)):
                 vm = (hotkey, name)
-                self._heads[vm] = self._made(vm, self._opened(vm, stored))
+                _ = self._hold(vm, self._made(vm, self._opened(vm, stored)))
 
     def _made(self, vm: tuple[str, str], found: Head | None) -> Head | None:
         """The head, a new one for a VM without rows, and for every VM once all are sealed."""
@@ -791,8 +816,8 @@ class Guard:
         head = self.head(vm)
         if head is not None:
             listed = head.of("generation")
-            found = {f"{row[2]}/{row[3]}": tag + _LIVE[_is_live(row)] for row, tag in zip(rows, tags, strict=True)}
-            if found != listed:  # a settled one may have been read besides
+            found = {f"{row[2]}/{row[3]}": tag for row, tag in zip(rows, tags, strict=True)}
+            if found != {key: entry[:TAG_SIZE] for key, entry in listed.items()}:  # a settled one may be read besides
                 self.expect_all("generation", _generation_tags(zip(rows, tags, strict=True)), listed, vm)
 
     def volumes(self, op: store.ReadAll[store.VolumeRow], rows: Rows, tags: list[bytes]) -> Rows:
@@ -988,7 +1013,7 @@ class Guard:
                 continue
             if head is not None:
                 head.is_changed = True
-                self._heads[vm] = head
+                _ = self._hold(vm, head)
         return tuple(faults), _last(stored) if len(stored) == limit else None
 
     def end_epoch(self) -> int:
@@ -1075,7 +1100,8 @@ class Guard:
             newest = {(row[0], row[1]): row[2] for row in self._run(None, *sql.newest_boots(bare))}
             found[store.BootRow] = self._boots_of({vm: at - RECENT_SECONDS for vm, at in newest.items()})
         for vm in bare:
-            head = self._heads[vm] = Head(0, {}, is_changed=True)
+            head = Head(0, {}, is_changed=True)
+            _ = self._hold(vm, head)
             for kind in (store.VmRow, store.VolumeRow, store.BootRow):
                 rows = found[kind].get(vm, ())
                 for values, tag in zip(rows, self._adopted(kind, rows), strict=True):
@@ -1136,7 +1162,8 @@ class Guard:
         for hotkey, name, *head_stored in stored:
             vm = (hotkey, name)
             try:
-                head = self._heads[vm] = self._opened(vm, head_stored) or (Head(0, {}) if self._is_final else None)
+                opened = self._opened(vm, head_stored)
+                head = self._hold(vm, opened or (Head(0, {}) if self._is_final else None))
             except RowNotAuthentic as exc:
                 faults.append(exc)
             else:

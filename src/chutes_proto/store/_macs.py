@@ -63,7 +63,8 @@ class EpochKey:
 
     def of_row(self, table: str, values: Sequence[object]) -> bytes:
         """The MAC of the row of a table that has these values."""
-        return self.of_table(table, len(values)).make(values)
+        macs = self._of_tables.get(table) or self._prepared(table, len(values))
+        return macs.make(values)
 
     def mac(self, label: str, *values: object) -> bytes:
         """The MAC of a message that begins with ``label`` and the format."""

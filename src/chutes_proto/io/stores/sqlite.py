@@ -34,7 +34,7 @@ from attrs import define, field
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
-from chutes_proto.store._guard import Custody, Guard, Session
+from chutes_proto.store._guard import Custody, Guard, Head, Session
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -152,6 +152,7 @@ class SqliteStore(MarkedStore):
         self._connection: sqlite3.Connection | None = None
         self._checked_at: tuple[int] | None = None  # the changes that others had made to the file
         self._seal_state: object = None  # as it was then
+        self._heads: dict[tuple[str, str], Head] = {}  # of VMs, as stored: nobody else has changed them since then
         self._closed = False
         self._inode: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
@@ -236,7 +237,7 @@ class SqliteStore(MarkedStore):
 
             def run(unit: Unit[T]) -> T:
                 job = _Job(unit)
-                _ = self._run(connection, job, session)
+                _ = self._run(connection, job, session, {})
                 if job.fault is not None:
                     raise job.fault
                 result: T = job.result
@@ -341,7 +342,7 @@ class SqliteStore(MarkedStore):
                 session = self._checked(connection)
                 jobs = self._take(job)
                 for each in jobs:
-                    if self._run(connection, each, session):
+                    if self._run(connection, each, session, self._heads):
                         session = self._session(connection)
             self._committed((change for each in jobs for change in each.changes), sealed_in=session.sealed_in)
         except BaseException as exc:
@@ -365,6 +366,8 @@ class SqliteStore(MarkedStore):
         changes: tuple[int] = connection.execute("PRAGMA data_version").fetchone()  # by others than this connection
         if changes == self._checked_at and not self._marks.is_due():
             return self.custody.session(self._seal_state, partial(_ask, connection))
+        if changes != self._checked_at:
+            self._heads.clear()
         session = self._session(connection)
         self._check_mark(connection)
         self._checked_at = changes
@@ -378,10 +381,12 @@ class SqliteStore(MarkedStore):
         self._seal_state = found[0][2]
         return self.custody.session(self._seal_state, versions.execute)
 
-    def _run(self, connection: sqlite3.Connection, job: _Job, session: Session) -> bool:
+    def _run(
+        self, connection: sqlite3.Connection, job: _Job, session: Session, heads: dict[tuple[str, str], Head]
+    ) -> bool:
         """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit.
 
-        Returns whether the next unit needs a new session.
+        ``heads`` are those that are known. Returns whether the next unit needs a new session.
         """
 
         def run(op: StoreOp[Any] | None, text: str, values: Values) -> list[tuple[Any, ...]]:
@@ -396,7 +401,7 @@ class SqliteStore(MarkedStore):
                 job.changes.append(op)
             return rows
 
-        guard = Guard(session, run)
+        guard = Guard(session, run, heads)
         _ = connection.execute("SAVEPOINT unit")
         try:
             try:
@@ -413,6 +418,8 @@ class SqliteStore(MarkedStore):
                 raise
             _ = connection.execute("ROLLBACK TO unit")
         _ = connection.execute("RELEASE unit")
+        if job.fault is None:
+            guard.remember()
         return guard.changed_state and job.fault is None
 
     # --- the file ---
