@@ -176,6 +176,8 @@ def _server(folder: Path, which: str, how: str = "plain") -> Generator[tuple[str
 
         def parts() -> dict[str, float]:
             process.send_signal(signal.SIGUSR1)
+            _ = wanted.write("\n")  # wakes a read that began just before the signal, which would wait on
+            wanted.flush()
             found: dict[str, float] = json.loads(output.readline())
             return found
 
@@ -205,8 +207,9 @@ def _serve(folder: Path, which: str, how: str) -> None:
             _report(layers, bare.cpu)
             print("bare", flush=True)
             for line in sys.stdin:
-                bare.boot(line.strip())
-                print("booted", flush=True)
+                if vm := line.strip():
+                    bare.boot(vm)
+                    print("booted", flush=True)
         return
     _report(layers, lambda: {"whole": time.process_time(), "system": getrusage(RUSAGE_SELF).ru_stime})
     announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
