@@ -94,6 +94,8 @@ _AUDIT_HOTKEY: Final = columns(store.AuditRow).index("hotkey")
 _AUDIT_VM: Final = columns(store.AuditRow).index("vm")
 _IDX: Final = columns(store.AuditRow).index("idx")
 _SALT: Final = columns(store.AuditRow).index("salt")
+_WRITTEN_WIDTH: Final = len(columns(store.AuditRow)) - 2
+"""The number of the columns of an audit row that its unit wrote."""
 _BOOT: Final = {name: at for at, name in enumerate(columns(store.BootRow))}
 _VM_OF: Final[dict[type[store.Row], Callable[[Sequence[Any]], tuple[str, str]]]] = {
     kind: itemgetter(*map(columns(kind).index, ("hotkey", "vm")))
@@ -473,7 +475,13 @@ class Guard:
         return decode(op, self._openable(self._run(op, *statement(op))))
 
     def read_audit(self, op: StoreOp[Any]) -> Any:
-        return decode(op, [self.judged(row) for row in self._run(op, *statement(op))])
+        rows = self._run(op, *statement(op))
+        if self._key is not None:
+            macs = self._key.of_table("audit", _WRITTEN_WIDTH)
+            waiting = [(*row[1 : 1 + _IDX], *row[2 + _SALT :]) for row in rows if row[1 + _IDX] is None]
+            if None in macs.tags(waiting, ()):
+                rows = [self.judged(row) for row in rows]
+        return decode(op, rows)
 
     def read_facts(self, op: StoreOp[Any]) -> Any:
         rows = self._run(op, *statement(op))
