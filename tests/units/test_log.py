@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,8 +31,9 @@ from chutes_proto.store.rows import (
     ReadUnsequenced,
     Scan,
     Sequence,
+    Vm,
 )
-from chutes_proto.store.sql import columns, encode
+from chutes_proto.store.sql import columns, decode_rows, encode
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM
 from chutes_proto.tlog import merkle
 from chutes_proto.tlog.merkle import EMPTY_ROOT
@@ -120,6 +123,20 @@ def test_an_entry_is_what_another_encoder_of_json_writes(row: AuditRow, salt: by
     text = json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     assert entry_text(row) == text
     assert leaf_of(row, salt) == leaf_of(evolve(row, salt=salt))
+
+
+@pytest.mark.parametrize("name", ["hotkey", "vm", "request_id", "platform_id", "quote_digest", "salt"])
+@pytest.mark.parametrize("other", [base64.b64decode, bytes.fromhex], ids=["base64", "hex"])
+def test_a_value_of_another_type_is_another_entry(name: str, other: Callable[[str], bytes]) -> None:
+    """SQLite takes one in any column, and looks for a name no longer find it."""
+    cafe, vm = bytes.fromhex("cafe"), Vm("cafe", "cafe")
+    row = evolve(ROW, request_id="cafe", vm=vm, pin=Pin("ppid", cafe), quote_digest=cafe, salt=cafe)
+    changed: list[Any] = [*encode(row)]
+    at = columns(AuditRow).index(name)
+    changed[at] = changed[at].hex() if isinstance(changed[at], bytes) else other(changed[at])
+    (forged,) = decode_rows(AuditRow, [changed])
+    assert encode(forged) == tuple(changed)
+    assert entry_text(forged) != entry_text(row)
 
 
 def test_a_text_that_is_too_long_for_an_entry_becomes_its_digest() -> None:

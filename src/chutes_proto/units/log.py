@@ -70,10 +70,13 @@ def _entry(row: store.AuditRow, salt: bytes | None = None) -> bytes:
     values = list(encode(row))
     if salt is not None:
         values[_SALT] = salt
+    # SQLite takes a value of another type in any column: such a one is in a list, as it is in no entry that we wrote.
     for at in _IN_HEX:
         value = values[at]
-        if isinstance(value, bytes):
-            values[at] = value.hex()
+        if value is not None:
+            values[at] = value.hex() if isinstance(value, bytes) else [value]
+    if bytes in map(type, values):
+        values = [[value.hex()] if isinstance(value, bytes) else value for value in values]
     text = _canonical(_Members(*_in_order(values)))
     if len(text) > tiles.LARGEST_ENTRY:
         members: dict[str, Any] = json.loads(text)
