@@ -713,6 +713,27 @@ def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(place: StorePlace) -
         assert not list(find_faults(store))
 
 
+@pytest.mark.parametrize("look", ["nobody", "a unit", "the scrub"])
+def test_a_vm_that_went_back_before_the_log_knew_its_rows_contradicts_it_afterwards(
+    place: StorePlace, look: str
+) -> None:
+    """Who looks meanwhile finds nothing wrong with its head, and a store may remember that."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        back = [copied(place, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
+        go_on(store)
+        for set_back in back:
+            set_back()
+        if look == "a unit":
+            assert store.transact(Ask(rows.Read(rows.VmRow, A)))
+        elif look == "the scrub":
+            assert [finding for _, finding in scrub_heads(store) if finding]
+        sequence(store)
+        with pytest.raises(RowNotAuthentic, match=r"it has version 4, and the log has version 7"):
+            store.transact(granted("last", A, 400))
+
+
 def test_a_vm_of_which_all_was_deleted_is_not_a_new_one(place: StorePlace) -> None:
     """Its name would be free for the platform of an attacker; the log knows it."""
     with closing(place.open(migrate=True)) as store:

@@ -483,6 +483,21 @@ class Guard:
                 rows = [self.judged(row) for row in rows]
         return decode(op, rows)
 
+    def read_unsequenced(self, op: store.ReadUnsequenced) -> Any:
+        """Read the rows that the log is about to know.
+
+        A remembered head that is older than one of its VM's was set back before it was read; the next unit reads it
+        again, and compares it with the log.
+        """
+        found: tuple[tuple[int, store.AuditRow], ...] = self.read_audit(op)
+        for _, row in found:
+            if self._remembered and row.vm is not None and row.vm_version is not None:
+                vm = row.vm.hotkey, row.vm.name
+                head = self._remembered.get(vm)
+                if head is not None and (type(row.vm_version) is not int or row.vm_version > head.version):
+                    del self._remembered[vm]
+        return found
+
     def read_facts(self, op: StoreOp[Any]) -> Any:
         rows = self._run(op, *statement(op))
         _FACT_READS[type(op)](self, rows)
@@ -1371,7 +1386,7 @@ _WAYS: Final[dict[type[StoreOp[Any]], _Way]] = {
     **dict.fromkeys(_FACT_READS, Guard.read_facts),
     store.ReadOtherwiseSealed: Guard.read_otherwise_sealed,
     store.ReadAudit: Guard.read_audit,
-    store.ReadUnsequenced: Guard.read_audit,
+    store.ReadUnsequenced: Guard.read_unsequenced,
     store.Insert: Guard.insert,
     store.Put: Guard.write,
 }
