@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 from attrs import define, field
 
-from chutes_proto.io.loops import AsyncioPeer, call_at, clock, peer, wait
+from chutes_proto.io.loops import AsyncioPeer, call_at, clock, open_group, peer, wait
 from chutes_proto.io.waits import Peer
 from chutes_proto.transport.h1 import READ_SIZE
 from tests.waiting import async_wait_until
@@ -186,3 +186,24 @@ async def test_a_wait_ends_when_it_is_told_to_or_at_its_deadline() -> None:
     assert scope.cancelled_caught
     await wait_until(now() + 0.01)  # none of all that ended this one
     assert now() >= ended[-1]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+async def test_a_group_that_is_cancelled_raises_one_cancellation(tasks: int) -> None:
+    raised: list[type[BaseException]] = []
+
+    async def serve() -> None:
+        try:
+            async with open_group() as group:
+                for _ in range(tasks):
+                    _ = group.start_soon(anyio.sleep_forever)
+                await anyio.sleep_forever()
+        except BaseException as exc:
+            raised.append(type(exc))
+            raise
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(serve)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert raised == [anyio.get_cancelled_exc_class()]

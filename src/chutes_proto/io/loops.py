@@ -90,9 +90,9 @@ def open_group() -> AbstractAsyncContextManager[Group]:
     """Return a group of tasks. On trio it is trio's: anyio's makes a scope and an event for each task."""
     if isinstance(_running(), asyncio.AbstractEventLoop):
         return anyio.create_task_group()
-    import trio
+    from chutes_proto.io.trio_loop import open_nursery
 
-    return trio.open_nursery()
+    return open_nursery()
 
 
 class AsyncioPeer(Peer):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 from heapq import heappop, heappush
 from itertools import count
 from socket import socket
 from typing import Final
 
+import anyio
 import trio
 import trio.lowlevel
 
@@ -107,6 +108,17 @@ class TrioWait:
     def _abort(self, _: object) -> trio.lowlevel.Abort:
         self._waiting = None
         return trio.lowlevel.Abort.SUCCEEDED
+
+
+@asynccontextmanager
+async def open_nursery() -> AsyncGenerator[trio.Nursery]:
+    """Open a nursery of trio's that ends as a group of anyio's does.
+
+    When several tasks of a nursery are cancelled, it raises a group of as many `trio.Cancelled`. A caller that expects
+    one, as asyncio has it, would not recognise its cancellation; the group around the nursery raises one.
+    """
+    async with anyio.create_task_group(), trio.open_nursery() as nursery:
+        yield nursery
 
 
 class TrioPeer(Peer):
