@@ -6,13 +6,17 @@ import math
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
 import pytest
+import trio
 from attrs import define, field
 
+from chutes_proto.io import trio_loop
 from chutes_proto.io.loops import AsyncioPeer, call_at, clock, open_group, peer, wait
+from chutes_proto.io.trio_loop import MAX_CANCELLED
 from chutes_proto.io.waits import Peer
 from chutes_proto.transport.h1 import READ_SIZE
 from tests.waiting import async_wait_until
@@ -152,6 +156,35 @@ async def test_functions_are_called_at_their_times_in_their_order_unless_they_ar
     assert now() >= start + 0.03
     _ = at(now(), lambda: called.append("anew"))
     _ = await async_wait_until(lambda: called[-1:] == ["anew"])
+
+
+@pytest.mark.parametrize("loop", ["trio"])
+async def test_the_timers_of_trio_let_go_of_those_that_are_cancelled() -> None:
+    timers = trio_loop.timers()
+    called: list[int] = []
+    start = trio.current_time()
+    for _ in range(2000):  # these are not in the heap, whether they were called or have no time
+        timers.call_at(math.inf, called.clear).cancel()
+    over = [timers.call_at(start, called.clear) for _ in range(2000)]
+    _ = await async_wait_until(lambda: not timers._heap)
+    for timer in over:
+        timer.cancel()
+    left = [timers.call_at(start + 3600 - i, partial(called.append, i)) for i in range(100)]
+    most = 0
+    for i in range(20_000):
+        timers.call_at(start + 3600 + i, called.clear).cancel()
+        most = max(most, len(timers._heap))
+    assert most == len(left) + MAX_CANCELLED
+
+    soon = trio.current_time() + 0.01
+    for i in range(1500):  # some of them within the time of others
+        timers.call_at(soon, called.clear).cancel()
+        _ = timers.call_at(soon + i * 1e-6, partial(called.append, i))
+    _ = await async_wait_until(lambda: called[-1:] == [1499])
+    assert called == list(range(1500))
+    for timer in left:
+        timer.cancel()
+    assert timers._cancelled == len(timers._heap) == sum(entry[2].call is None for entry in timers._heap)
 
 
 async def test_a_wait_ends_when_it_is_told_to_or_at_its_deadline() -> None:

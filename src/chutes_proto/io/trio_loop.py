@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from socket import socket
 from typing import Final
@@ -21,12 +21,13 @@ from chutes_proto.transport.h1 import READ_SIZE
 class TrioTimer:
     """See `waits.Timer`."""
 
-    __slots__ = ("_when", "call")
+    __slots__ = ("_timers", "_when", "call")
 
-    def __init__(self, when: float, call: Callable[[], object]) -> None:
+    def __init__(self, when: float, call: Callable[[], object], timers: Timers) -> None:
         self._when = when
+        self._timers = timers
         self.call: Callable[[], object] | None = call
-        """None once it is cancelled."""
+        """None once it is cancelled or called."""
 
     def when(self) -> float:
         """See `waits.Timer.when`."""
@@ -34,29 +35,47 @@ class TrioTimer:
 
     def cancel(self) -> None:
         """See `waits.Timer.cancel`."""
-        self.call = None
+        if self.call is not None:
+            self.call = None
+            if self._when < math.inf:
+                self._timers.note_cancelled()
+
+
+MAX_CANCELLED: Final = 1000
+"""So many cancelled timers are kept, however few others there are."""
 
 
 class Timers:
     """The timers of a run of trio: one task and one scope of cancellation for all of them.
 
-    One that is cancelled stays in the heap until its time; most are, and the task is not woken for each.
+    One that is cancelled stays in the heap, as most are, and the task is not woken for each. It leaves at its time, or
+    once more than `MAX_CANCELLED` and more than half of all are cancelled: peers that come and go must not fill the
+    heap.
     """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TrioTimer]] = []
         self._number = count()
+        self._cancelled = 0  # of those in the heap
         self._sleep = trio.CancelScope()
         _ = trio.lowlevel.spawn_system_task(self._run)
 
     def call_at(self, when: float, call: Callable[[], object], /) -> TrioTimer:
         """See `waits.CallAt`."""
-        timer = TrioTimer(when, call)
+        timer = TrioTimer(when, call, self)
         if when < math.inf:
             heappush(self._heap, (when, next(self._number), timer))
         if when < self._sleep.deadline:
             self._sleep.deadline = when
         return timer
+
+    def note_cancelled(self) -> None:
+        """Note that a timer in the heap was cancelled."""
+        self._cancelled += 1
+        if self._cancelled > MAX_CANCELLED and 2 * self._cancelled > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].call is not None]
+            heapify(self._heap)
+            self._cancelled = 0
 
     async def _run(self) -> None:
         while True:
@@ -65,8 +84,11 @@ class Timers:
             now = trio.current_time()
             while self._heap and (self._heap[0][0] <= now or self._heap[0][2].call is None):
                 _, _, timer = heappop(self._heap)
-                if timer.call is not None:
-                    _ = timer.call()
+                call, timer.call = timer.call, None
+                if call is None:
+                    self._cancelled -= 1
+                else:
+                    _ = call()
             self._sleep = trio.CancelScope(deadline=self._heap[0][0] if self._heap else math.inf)
 
 
