@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_every_dependency_is_pinned_with_hashes() -> None:
     lists = [PROJECT["project"]["dependencies"], PROJECT["build-system"]["requires"], *extras]
     names = {re.split(r"[^A-Za-z0-9-]", dependency)[0].lower() for listed in lists for dependency in listed}
     assert names - {"chutes-proto"} <= set(pins)
+
+
+def test_trio_is_as_new_as_anyio_needs_it() -> None:
+    """anyio names trio only in an extra of its own, so pip would install an older one beside it."""
+    assert oldest_trio(PROJECT["project"]["optional-dependencies"]["trio"]) >= oldest_trio(requires("anyio") or [])
+
+
+def oldest_trio(requirements: list[str]) -> tuple[int, ...]:
+    (bound,) = [found for each in requirements if (found := re.match(r"trio>=(\d+)\.(\d+)", each))]
+    return tuple(int(part) for part in bound.groups())
 
 
 def test_every_extra_is_known_to_the_program() -> None:
