@@ -3,7 +3,7 @@
 The two take turns, in this thread, so that a slow moment affects both; CPU time is this thread's. A boot has three
 volumes. Its two audit rows are sequenced afterwards, in batches: a store that is not sealed has a log, too, so the
 sequencer counts whole, and not only for what it costs more in the sealed store. A store remembers heads of VMs: of the
-larger fleet here it does not know that of the next boot any more.
+largest fleet here it does not know that of the next boot any more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from chutes_proto.units.revocations import Revocations
 
 _NONE = Revocations.of(0, ())
 BOOTS = 600
-FLEETS = (50, 1200)
+FLEETS = (50, 1200, 12_000)
 BATCH = 50
 VOLUMES = ("storage", "tdx-cache", "scratch")
 LIMIT_MS = 0.25

@@ -72,8 +72,8 @@ RECENT_BOOTS: Final = 32
 
 _HEADS_HELD: Final = 2000
 """How many heads one transaction has in memory before it writes them."""
-_REMEMBERED: Final = 1000
-"""How many heads are remembered from one transaction to the next."""
+_REMEMBERED: Final = 10_000
+"""How many heads are remembered from one transaction to the next; one takes some 2 kB."""
 _WRITTEN: Final = 100
 """How many heads or MACs a statement writes."""
 _PAGE: Final = 1000
