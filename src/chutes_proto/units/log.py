@@ -80,11 +80,10 @@ def _entry(row: store.AuditRow, salt: bytes | None = None) -> bytes:
     text = _canonical(_Members(*_in_order(values)))
     if len(text) > tiles.LARGEST_ENTRY:
         members: dict[str, Any] = json.loads(text)
-        for name in filter(members.__contains__, ("keys", "reason", "evidence")):
-            members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
-            text = _canonical(members)
-            if len(text) <= tiles.LARGEST_ENTRY:
-                break
+        for name in ("keys", "reason", "evidence"):
+            if name in members and len(text) > tiles.LARGEST_ENTRY:
+                members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
+                text = _canonical(members)
     return text
 
 
