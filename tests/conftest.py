@@ -30,6 +30,9 @@ SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     _ = signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Debian keeps nginx and cryptsetup where only root's PATH looks; what tests start looks there, too.
+os.environ["PATH"] = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+
 # A shared or slow machine must not turn into a failure, so no profile has a deadline. Another profile is chosen with
 # `--hypothesis-profile NAME`.
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -106,8 +109,7 @@ def require_program() -> Callable[[str], str]:
     """
 
     def require(name: str) -> str:
-        # Debian keeps some programs where only root's PATH looks.
-        path = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+        path = shutil.which(name)
         if path is None:
             refuse = pytest.fail if CI else pytest.skip
             refuse(f"the program {name} is not installed")
