@@ -246,9 +246,10 @@ def operating(premises: Premises, do: Callable[..., Ended], *options: str) -> No
 
 def faults(premises: Premises, do: Callable[..., Ended]) -> None:
     """Faults of the server, in its log."""
+    vm = premises.vm("canary-1")
+    nonce = vm.nonce()  # the server may look at its store meanwhile, and gives none while it refuses it
     premises.sql("ALTER TABLE audit RENAME TO audit_away")
-    answer = premises.vm("canary-1").boot(status=503)
-    assert answer["code"] == "store_unavailable"
+    assert vm.boot(nonce, status=503)["code"] == "store_unavailable"
     premises.sql("ALTER TABLE audit_away RENAME TO audit")
     # keys that do not open
     premises.turn("UPDATE generation SET wrapped_key = sealed WHERE vm = 'canary-2' AND volume = 'storage'")
