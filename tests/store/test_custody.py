@@ -542,6 +542,15 @@ def test_a_new_store_is_sealed_and_a_changed_row_stops_its_vm_alone(place: Store
         assert [fault.table for fault in find_faults(store)] == ["vm", "vm"]
 
 
+def test_a_unit_in_a_snapshot_writes_nothing(place: StorePlace) -> None:
+    """It would write heads that are newer than those that are remembered."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        with pytest.raises(StoreError, match=r"read-?only"), store.snapshot() as snapshot:
+            snapshot.transact(granted("third", A, 200))
+        store.transact(granted("third", A, 200))
+
+
 @pytest.mark.parametrize("vms", [1, 2, 200])
 def test_faults_are_found_in_every_page_of_vms(place: StorePlace, vms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "_VMS", vms)

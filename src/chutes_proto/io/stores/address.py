@@ -64,7 +64,10 @@ class DurableStore(Store, Protocol):
         ...
 
     def snapshot(self) -> AbstractContextManager[Store]:
-        """One transaction, without a time limit, that reads the store as it is when the block begins."""
+        """One transaction, without a time limit, that reads the store as it is when the block begins.
+
+        A unit that writes raises `StoreError`: what is remembered of the store would be wrong.
+        """
         ...
 
     def check_writing(self) -> None:

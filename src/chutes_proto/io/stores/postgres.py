@@ -488,7 +488,7 @@ class PostgresStore(MarkedStore):
 
     @contextlib.contextmanager
     def snapshot(self) -> Generator[Store]:
-        """Run several units in one transaction that reads the database as it is when the block begins."""
+        """See `DurableStore.snapshot`."""
         try:
             with self._looked_at() as connection, self._transaction(connection, self._begin_reading):
                 self._lift_limits(connection)

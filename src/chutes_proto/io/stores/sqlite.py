@@ -230,8 +230,8 @@ class SqliteStore(MarkedStore):
 
     @contextlib.contextmanager
     def snapshot(self) -> Generator[Store]:
-        """Run several units in one transaction that reads the file as it is when the block begins."""
-        with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
+        """See `DurableStore.snapshot`."""
+        with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection, _only_reading(connection):
             _ = self._versions(connection).require()
             session = self._session(connection)
 
@@ -556,6 +556,16 @@ class SqliteStore(MarkedStore):
 
 def _ask(connection: sqlite3.Connection, text: str, values: Values = ()) -> list[tuple[Any, ...]]:
     return connection.execute(text, values).fetchall()
+
+
+@contextlib.contextmanager
+def _only_reading(connection: sqlite3.Connection) -> Generator[None]:
+    """Let SQLite refuse to write in the block."""
+    _ = connection.execute("PRAGMA query_only = 1")
+    try:
+        yield
+    finally:
+        _ = connection.execute("PRAGMA query_only = 0")
 
 
 @lru_cache(128)
