@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chutes_proto.errors import KeyUnavailable, LogError, Refusal, RowNotAuthentic, StoreBusy, StoreError
 from chutes_proto.io.log_files import check_stored
+from chutes_proto.io.server import scrub
 from chutes_proto.io.server.scrub import scrub_heads
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
@@ -41,8 +42,9 @@ from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal
 from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealVms
+from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.log import SALT_SIZE, ReadCheckpoint, SequenceLog
-from chutes_proto.units.operator import AllowFormat, RewrapKeys, StoreRestored
+from chutes_proto.units.operator import AllowFormat, PurgeBoots, RewrapKeys, StoreRestored
 from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
 from tests.conftest import SOAK
 from tests.store.memory import SealedStore
@@ -755,6 +757,30 @@ def test_a_vm_of_which_all_was_deleted_is_not_a_new_one(place: StorePlace) -> No
         ):
             store.transact(granted("last", A, 400))
         store.transact(granted("last", B, 400))
+
+
+@pytest.mark.parametrize("page", [1, 2, 1000])
+def test_a_vm_of_which_all_was_deleted_is_named_and_one_that_was_erased_is_not(
+    place: StorePlace, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "_PAGE", page)
+    monkeypatch.setattr(scrub, "_WAITING", page)
+    gone = rows.Vm(A.hotkey, "vm-c")
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        store.transact(granted("first", gone, 0))
+        _ = store.transact(EraseVm(NOW + 1, "x2", 9, B, "decommissioned", carry_out=True))
+        _ = store.transact(PurgeBoots(NOW + 500, rows.BootRow, NOW + 450, "old", carry_out=True))
+        sequence(store)
+        assert [*find_faults(store)] == []
+        for vm in (A, gone):
+            for table in ("boot", "vm", "generation", "volume", "head"):
+                run(place, f"DELETE FROM {table} WHERE vm = '{vm.name}'")
+        found = [str(fault) for fault in find_faults(store)]
+        assert len(found) == 2
+        for text, vm in zip(found, (A, gone), strict=True):
+            assert f"{vm.name} of table head is not authentic: it is missing, and the log has version" in text
+        assert found == [finding for _, finding in scrub_heads(store) if finding]
 
 
 def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace) -> None:

@@ -634,7 +634,7 @@ class Guard:
         known, version, contents, mac = stored
         if version is None:
             if known is not None:
-                raise RowNotAuthentic("head", _name(vm), f"it is missing, and the log has version {known}")
+                raise RowNotAuthentic("head", _name(vm), _told_missing(known))
             return None
         key = self._key
         is_right = key is not None and is_same(mac, key.mac("head", *vm, version, contents))
@@ -1210,6 +1210,19 @@ class Guard:
                     faults.append(RowNotAuthentic("generation", key, "it is missing: no generation is ever deleted"))
         return tuple(faults), _last(stored) if len(stored) == limit else None
 
+    def inspect_logged(self, after: store.Vm | None, limit: int) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
+        """The next VMs of the log of which nothing is left, not even a head, as faults; and the last VM of the page.
+
+        No unit deletes a head: that of a VM that was erased, or whose boots were purged, stays.
+        """
+        stored = self._run(None, sql.NEXT_LOGGED, (*_pair(after), limit))
+        faults = [
+            RowNotAuthentic("head", _name((hotkey, name)), _told_missing(known))
+            for hotkey, name, known, is_gone in stored
+            if is_gone
+        ]
+        return tuple(faults), _last(stored) if len(stored) == limit else None
+
     def inspect_store(self) -> tuple[RowNotAuthentic, ...]:
         """The faults of the store's own group, likewise."""
         faults: list[RowNotAuthentic] = []
@@ -1283,6 +1296,10 @@ def _written(values: Sequence[Any]) -> Sequence[Any]:
 def _is_past(kind: type[store.Row], values: Sequence[Any]) -> bytes:
     """One byte more for a row of the store's group: 1 for a revocation that was undone."""
     return bytes((kind is store.RevocationRow and values[_REVOCATION["allowed_at"]] is not None,))
+
+
+def _told_missing(known: object) -> str:
+    return f"it is missing, and the log has version {known}"
 
 
 def _told_given(given: int, there: int) -> str:
@@ -1564,6 +1581,17 @@ class InspectVms(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
 
     def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
         return guard.inspect_vms(self.after, self.limit)
+
+
+@frozen
+class InspectLogged(_OfSeal[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
+    """The next VMs of the log of which neither a row nor a head is left; and the VM to go on after."""
+
+    after: store.Vm | None
+    limit: int
+
+    def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
+        return guard.inspect_logged(self.after, self.limit)
 
 
 @frozen

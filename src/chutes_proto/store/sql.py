@@ -1233,8 +1233,16 @@ def read_heads(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
 
 
 _OF_VM: Final = ("vm", "generation", "volume", "boot")
-_HAS_ROW: Final = " OR ".join(f"EXISTS (SELECT 1 FROM {of} WHERE hotkey = ? AND vm = ?)" for of in _OF_VM)  # noqa: S608
-IS_KNOWN: Final = f"SELECT {_HAS_ROW}"
+
+
+def _has_row(hotkey: str, vm: str) -> str:
+    return " OR ".join(
+        f"EXISTS (SELECT 1 FROM {of} WHERE {of}.hotkey = {hotkey} AND {of}.vm = {vm})"  # noqa: S608 - names of ours
+        for of in _OF_VM
+    )
+
+
+IS_KNOWN: Final = f"SELECT {_has_row('?', '?')}"
 """The statement that tells whether a VM has any row."""
 _NEXT_VMS: Final = (
     "SELECT hotkey, vm FROM ("  # noqa: S608
@@ -1272,6 +1280,19 @@ def put_heads(count: int) -> str:
 def next_heads(after: tuple[str, str], limit: int) -> tuple[str, Values]:
     """The statement that reads what `READ_HEAD` does, after the VM, of the next VMs with any row or a head."""
     return NEXT_HEADS, (*after, limit) * (len(_OF_VM) + 1) + (limit,)
+
+
+NEXT_LOGGED: Final = (
+    f"SELECT page.hotkey, page.vm, {_logged_version('page.hotkey', 'page.vm')},"  # noqa: S608
+    f" head.vm IS NULL AND NOT ({_has_row('page.hotkey', 'page.vm')})"
+    " FROM (SELECT DISTINCT hotkey, vm FROM audit WHERE (hotkey, vm) > (?, ?) AND idx >= 0 AND vm_version IS NOT NULL"
+    " ORDER BY hotkey, vm LIMIT ?) AS page"
+    " LEFT JOIN head ON head.hotkey = page.hotkey AND head.vm = page.vm ORDER BY page.hotkey, page.vm"
+)
+"""The statement that reads the next VMs of the log, the newest version of each, and whether it has no row and no head.
+
+It takes the VM after which to begin, and the most VMs to read.
+"""
 
 
 def boots_since(since: Mapping[tuple[str, str], int]) -> tuple[str, Values]:

@@ -9,6 +9,8 @@ Rules kept here:
 
 A new epoch of the MACs is made likewise, after a key-encryption key (KEK) was replaced: who has the old one may have
 the key of the rows from its time, and that must count no more. That key is never wrapped under the new KEK.
+
+Two units find faults beside servers at work: they read what every other unit adds to.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
+from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
@@ -30,6 +33,8 @@ from chutes_proto.store._guard import (
     BeginSeal,
     EndEpoch,
     EndSeal,
+    InspectAudit,
+    InspectLogged,
     ReadEpochs,
     ReadSeal,
 )
@@ -213,3 +218,42 @@ def _drawn(now: int, vault: Vault, entropy: Secret, epoch: int) -> tuple[store.K
 
 def _audit(now: int, event: str, reason: str, keys: str = "") -> store.Insert:
     return store.Insert(store.AuditRow(now, "operator", event, "done", reason, keys=keys))
+
+
+# --- finding faults while servers go on ---
+
+
+@frozen
+class FindWaitingFaults(Unit[tuple[tuple[RowNotAuthentic, ...], int | None]]):
+    """The faults of the next audit rows without a place in the log, and of VMs whose heads are older than these say.
+
+    Serializable, it would conflict with every unit that adds such a row. It reads the rows first, so the heads that it
+    sees are at least as new.
+    """
+
+    READS_COMMITTED: ClassVar[bool] = True
+
+    after: int
+    limit: int
+
+    def script(self) -> Script[tuple[tuple[RowNotAuthentic, ...], int | None]]:
+        """Read a page."""
+        return (yield from InspectAudit(self.after, self.limit))
+
+
+@frozen
+class FindGone(Unit[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
+    """The next VMs of the log of which neither a row nor a head is left, as faults, and the VM to go on after.
+
+    Serializable, it would conflict with every unit that adds an audit row. One statement reads all of it, so what it
+    sees of a VM belongs together.
+    """
+
+    READS_COMMITTED: ClassVar[bool] = True
+
+    after: store.Vm | None
+    limit: int
+
+    def script(self) -> Script[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]:
+        """Read a page."""
+        return (yield from InspectLogged(self.after, self.limit))

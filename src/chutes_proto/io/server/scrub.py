@@ -7,7 +7,7 @@ Rules kept here:
   it. A change that was carried into all tiles is found by the checkpoint beside the mark, with which every look at the
   store compares them;
 * the rows of each VM are compared with its head, and its head with the log, and with the audit rows that wait for their
-  place in it: who sets a VM back may have stopped the log;
+  place in it: who sets a VM back may have stopped the log. A VM of the log of which nothing is left is a finding, too;
 * an entry that cannot be read is a finding, and the pass goes on; what a purge deletes meanwhile is none;
 * a pass begins an hour after the one before began, or at once if that took longer; the end of the last whole pass, and
   what it found, are metrics.
@@ -19,17 +19,18 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import ClassVar, Final, TypeAlias
+from typing import Final, TypeAlias
 
-from attrs import define, frozen
+from attrs import define
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import purged_below, stored_entries, stored_tiles
-from chutes_proto.store._guard import InspectAudit, InspectStore, InspectVms, ReadSeal
-from chutes_proto.store._run import Ask, Script, Store, Unit
+from chutes_proto.store._guard import InspectStore, InspectVms, ReadSeal
+from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import LogStateRow, Read, Vm
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.tiles import WIDTH, fold
+from chutes_proto.units.custody import FindGone, FindWaitingFaults
 from chutes_proto.units.log import LOG
 
 ROWS_PER_SECOND: Final = 1000
@@ -72,7 +73,7 @@ def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
     yield from _faults(store.transact(Ask(InspectStore())), 1)
     number: int | None = _FIRST
     while number is not None:
-        waiting, number = store.transact(InspectWaiting(number))
+        waiting, number = store.transact(FindWaitingFaults(number, _WAITING))
         yield 0 if number is None else _WAITING, ""
         yield from ((0, str(each)) for each in waiting)
     after: Vm | None = None
@@ -81,22 +82,12 @@ def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
         yield from _faults(found, _VMS)
         if after is None:
             break
-
-
-@frozen
-class InspectWaiting(Unit[tuple[tuple[RowNotAuthentic, ...], int | None]]):
-    """The faults of the next audit rows without a place in the log, and of VMs whose heads are older than these say.
-
-    Serializable, it would conflict with every unit that adds such a row. It reads the rows first, so the heads that it
-    sees are at least as new.
-    """
-
-    READS_COMMITTED: ClassVar[bool] = True
-
-    after: int
-
-    def script(self) -> Script[tuple[tuple[RowNotAuthentic, ...], int | None]]:
-        return (yield from InspectAudit(self.after, _WAITING))
+    while True:
+        gone, after = store.transact(FindGone(after, _WAITING))
+        yield _WAITING if after is not None else 0, ""
+        yield from ((0, str(each)) for each in gone)
+        if after is None:
+            break
 
 
 def _faults(faults: Iterable[RowNotAuthentic], groups: int) -> Iterator[tuple[int, str]]:
@@ -108,7 +99,7 @@ def _faults(faults: Iterable[RowNotAuthentic], groups: int) -> Iterator[tuple[in
 _FIRST: Final = -(1 << 63)
 """A number before that of any audit row: who writes the database can draw one that is negative."""
 _WAITING: Final = 1000
-"""How many audit rows that wait are looked at in one transaction."""
+"""How many audit rows that wait, or VMs of the log, are looked at in one transaction."""
 _VMS: Final = 20
 """How many VMs are looked at in one transaction, beside those of a server."""
 _ROWS_OF_GROUP: Final = 5

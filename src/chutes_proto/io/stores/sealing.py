@@ -20,7 +20,6 @@ from chutes_proto.store._guard import (
     SEALED,
     AdoptAudit,
     Custody,
-    InspectAudit,
     InspectRows,
     InspectStore,
     InspectVms,
@@ -36,6 +35,8 @@ from chutes_proto.units.custody import (
     BeginSealing,
     EndOldEpochs,
     EndSealing,
+    FindGone,
+    FindWaitingFaults,
     SealNew,
     SealRows,
     SealVms,
@@ -126,9 +127,11 @@ def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> It
     yield from store.transact(Ask(InspectStore()))
     for faults in _pages(store, SEALED, lambda kind, last: Ask(InspectRows(kind, last, _PAGE)), tell):
         yield from faults
-    for faults in _pages_of_waiting(store, lambda after: Ask(InspectAudit(after, _PAGE))):
+    for faults in _pages_of_waiting(store, lambda after: FindWaitingFaults(after, _PAGE)):
         yield from faults
     for faults in _pages_of_vms(store, lambda after: Ask(InspectVms(after, _VMS))):
+        yield from faults
+    for faults in _pages_of_vms(store, lambda after: FindGone(after, _PAGE)):
         yield from faults
 
 
