@@ -24,6 +24,7 @@ from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import MarkKeeper, checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.keys.vault import NONCE_SIZE
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._guard import Custody
@@ -34,7 +35,7 @@ from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
 from chutes_proto.tlog.notes import Checkpoint, Signer
-from chutes_proto.units.log import SequenceLog
+from chutes_proto.units.log import SEED_SIZE, OpenLogKey, SequenceLog
 from chutes_proto.units.operator import PurgeAudits, StoreRestored
 from tests.postgres import Cluster
 from tests.store.test_postgres import ask
@@ -214,7 +215,23 @@ def test_a_log_that_was_rewritten_is_refused_by_the_checkpoint_beside_the_mark(p
         pass
 
 
-def test_a_checkpoint_that_is_missing_beside_a_mark_or_not_signed_is_told(place: StorePlace) -> None:
+def test_a_worker_that_starts_while_another_signs_the_first_checkpoint_misses_none(place: StorePlace) -> None:
+    place = evolve(place, vault=VAULT)
+    with keeping(place) as first:
+        grant(first, "1")
+        first.transact(SequenceLog(bytes(16), "o"))
+        assert first.transact(OpenLogKey(int(time.time()), VAULT, Secret(bytes(SEED_SIZE + NONCE_SIZE))))
+        with keeping(place) as second:
+            assert second.notes == []
+    with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
+        connection.execute("UPDATE keyring SET created_at = 'never' WHERE kind = 'audit'")
+    with keeping(place) as again:
+        assert "is missing beside the mark" in again.notes[0]
+
+
+def test_a_checkpoint_that_is_missing_beside_a_mark_or_not_signed_is_told(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An attacker who writes the files of a server removes the checkpoint, and has a log set back below it."""
     place = evolve(place, vault=VAULT)
     file = checkpoint_path(place.mark_file)
@@ -243,6 +260,7 @@ def test_a_checkpoint_that_is_missing_beside_a_mark_or_not_signed_is_told(place:
             assert again.notes == [], "the sequencer tells of a key that does not open"
     put_back(place.base / "keys.db", whole)
     file.unlink()
+    monkeypatch.setattr(marks, "SIGNED_SECONDS", 0)  # the key of the log is not as old yet
     mark = Mark.from_bytes(place.mark_file.read_bytes())
     place.mark_file.write_bytes(evolve(mark, entries=(), head=0, head_mac="").to_bytes())
     with keeping(place) as again:

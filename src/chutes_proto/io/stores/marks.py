@@ -34,6 +34,8 @@ from chutes_proto.tlog.tiles import reader
 LOOK_SECONDS: Final = 1.0
 """The longest time between two comparisons of a store in use, and the shortest between two writes of the file."""
 
+SIGNED_SECONDS: Final = 60
+"""How long after the log got its key its first checkpoint may be missing: another worker is about to write it."""
 _SAME_SECONDS: Final = 3600
 """How far apart in time rows may be whose order in the log is not that of their numbers. Generous."""
 _WATCHED: Final = 100_000
@@ -262,7 +264,9 @@ class MarkKeeper:
         if path is None:
             return
         if not path.exists():
-            if self._written is not None and ask("SELECT 1 FROM keyring WHERE kind = 'audit' LIMIT 1"):
+            made = ask("SELECT min(created_at) FROM keyring WHERE kind = 'audit'")[0][0]
+            is_new = type(made) is int and abs(time.time() - made) < SIGNED_SECONDS
+            if self._written is not None and made is not None and not is_new:
                 self.add_note(
                     f"audit log: {path} is missing beside the mark, so the log is not compared with what was signed"
                     " before; see `chutes-proto audit verify` with a checkpoint that is kept elsewhere"
