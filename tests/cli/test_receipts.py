@@ -297,20 +297,28 @@ def test_a_server_keeps_the_collateral_that_it_fetched_for_receipts(site: Site) 
     assert site.verify(site.show(0, "--evidence").out, "--json").json["verdict"] == "accepted"
 
 
-def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
-    """Who has the log's key can sign any text as an entry: it is judged as well, and nothing in it stops the tool."""
-    signer = Signer("keys.example/audit", Secret(bytes(32)))
-    shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
+@define
+class Liar:
+    """One who has the log's key, and so can sign any text as an entry, in place of the one in ``receipt``."""
 
-    def verified(members: dict[str, Any]) -> Ended:
+    site: Site
+    receipt: Receipt
+
+    def verified(self, members: dict[str, Any]) -> Ended:
+        signer = Signer("keys.example/audit", Secret(bytes(32)))
         entry = json.dumps(members)
         note = signer.sign(Checkpoint(signer.name, 1, merkle.leaf_hash(entry.encode())).text)
-        made = evolve(shown, entry=entry, proof=Proof(0, (), note))
-        path = site.directory / "lie.json"
+        made = evolve(self.receipt, entry=entry, proof=Proof(0, (), note))
+        path = self.site.directory / "lie.json"
         path.write_bytes(made.to_bytes())
-        given = ("--key", signer.verifier, "--root", site.directory / "simulated-root.der", "--json")
-        return site.command("receipt", "verify", path, *given)
+        given = ("--key", signer.verifier, "--root", self.site.directory / "simulated-root.der", "--json")
+        return self.site.command("receipt", "verify", path, *given)
 
+
+def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
+    """Each is judged as well, and nothing in it stops the tool."""
+    shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
+    verified = Liar(site, shown).verified
     members = json.loads(shown.entry)
     grounds = json.loads(members["evidence"])
     assert verified(members).code == 0
@@ -320,6 +328,24 @@ def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
             assert ended.code in (14, 15) or name == "verifier", (name, value)
         for name, code in {"evidence": 14, "quote_digest": 14, "profile": 15, "hotkey": 0}.items():
             assert verified(members | {name: value}).code == code, (name, value)
+
+
+@pytest.mark.parametrize(
+    ("index", "lie"),
+    [
+        (0, {"platform_id": "00" * 16}),
+        (0, {"platform_id": None}),
+        (0, {"platform_kind": "ppid"}),
+        (1, {"decision": "granted"}),
+    ],
+)
+def test_an_entry_that_contradicts_its_evidence_is_refused(site: Site, index: int, lie: dict[str, Any]) -> None:
+    """Another platform than the one that was shown, or a grant to one that was rejected."""
+    shown = Receipt.from_bytes(site.show(index, "--evidence").out.encode())
+    verified = Liar(site, shown).verified
+    members = json.loads(shown.entry)
+    assert verified(members).code == 0
+    assert verified(members | lie).code == 15
 
 
 def test_a_forged_row_hides_no_change_of_the_files(site: Site) -> None:

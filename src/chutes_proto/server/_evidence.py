@@ -36,7 +36,7 @@ from chutes_proto.quote._measurements import Profile, Stage
 from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
-from chutes_proto.server._grounds import grounds, refusal_code
+from chutes_proto.server._grounds import grounds, platform_of, refusal_code
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
 from chutes_proto.units.records import AcceptedQuote, Kept
@@ -73,8 +73,7 @@ class Evidence:
     @property
     def platform(self) -> Platform:
         """The platform that the quote comes from."""
-        pck = self.verdict.pck
-        return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
+        return platform_of(self.verdict)
 
     @property
     def tcb_status(self) -> str:

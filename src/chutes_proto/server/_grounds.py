@@ -36,6 +36,7 @@ from chutes_proto.quote._published import parse_profile_file
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_collateral, verify_quote
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile
+from chutes_proto.store.rows import Platform
 from chutes_proto.wire.codes import Code
 
 ACCEPTED: Final = "accepted"
@@ -159,6 +160,11 @@ def _proven(proven: Callable[[], Hotkey] | None) -> str | None:
         return None if proven is None else proven().address
     except Refused:
         return None
+
+
+def platform_of(verdict: Verdict) -> Platform:
+    """The platform that a quote comes from."""
+    return Platform(instance_id=verdict.pck.platform_instance_id, ppid=verdict.pck.ppid)
 
 
 def outcome_of(refusal: Refused) -> str:
@@ -312,6 +318,8 @@ def judge_again(
     for name, value in found.items():
         if told.get(name) != value:
             raise VerdictError(f"{name} is {_words(value)}, and the entry says {_words(told.get(name))}")
+    if entry.get("decision") != "refused" and found["verdict"] != ACCEPTED:
+        raise VerdictError(f"verdict is {found['verdict']}, and the entry says {entry.get('decision')}")
     return str(found["verdict"])
 
 
@@ -342,6 +350,9 @@ def _judged(
             raise Refused(Code.SIGNATURE_INVALID, "", reason="the hotkey was not proven")
         return Hotkey.parse(claimed)
 
+    pin, of_entry = platform_of(verdict).pin, (entry.get("platform_kind"), entry.get("platform_id"))
+    if of_entry != (pin.kind, pin.value.hex()):
+        raise VerdictError(f"it is of platform {pin}, and the entry says {of_entry[0]}:{of_entry[1]}")
     found: dict[str, object] = {
         "advisories": list(verdict.advisory_ids),
         "tcb_date": verdict.tcb_date,
