@@ -28,7 +28,8 @@ __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountS
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
 __all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
 __all__ += ["DecideLoss", "ReadVmVersions"]
-__all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
+__all__ += ["Insert", "InsertAll", "InsertGiven", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
+__all__ += ["Put", "Read"]
 __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadGpus", "ReadHostProfiles"]
 __all__ += ["ReadLiveGenerations", "ReadNames", "ReadOld"]
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
@@ -807,6 +808,13 @@ class VoidTokens(StoreOp[None]):
 
     vm: Vm
     at: int
+
+
+@frozen
+class InsertGiven(StoreOp[None]):
+    """Add the volumes that a boot was given, at least one, as `Insert` does."""
+
+    rows: tuple[BootVolumeRow, ...]
 
 
 @frozen

@@ -647,9 +647,10 @@ def _put(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
-def _insert_all(rows: Sequence[store.Row]) -> str:
-    kind = type(rows[0])
-    return _insert(kind) + f", ({', '.join('?' * len(_stored(kind)))})" * (len(rows) - 1)
+def _insert_all(op: store.InsertAll | store.InsertGiven, seal: Seal) -> tuple[str, Values]:
+    kind: type[store.Row] = type(op.rows[0])
+    text = _insert(kind) + f", ({', '.join('?' * len(_stored(kind)))})" * (len(op.rows) - 1)
+    return text, _chained(_sealed(row, seal) for row in op.rows)
 
 
 def _claim(kind: type[store.Row]) -> str:
@@ -1003,10 +1004,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         lambda op: (f"SELECT count(*) FROM {op.kind.TABLE}", ()),  # noqa: S608
         lambda _, rows: rows[0][0],
     ),
-    store.InsertAll: _Write(
-        lambda op, seal: (_insert_all(op.rows), _chained(_sealed(row, seal) for row in op.rows)),
-        lambda _, rows: _nothing(rows),
-    ),
+    store.InsertAll: _Write(_insert_all, lambda _, rows: _nothing(rows)),
+    store.InsertGiven: _Write(_insert_all, lambda _, rows: _nothing(rows)),
     store.Delete: _Query(
         lambda op: (
             f"DELETE FROM {op.kind.TABLE} WHERE {op.kind.KEY[0]} IN ({', '.join('?' * len(op.keys))})",  # noqa: S608

@@ -153,6 +153,7 @@ class AttestVolumes(Unit[HandedKeys]):
         k3s = yield from keys.supply(generations.fetch(stored[K3S_VOLUME], seal))
         pace = Pace(self.now, self.rotate_after)
         pairs: list[tuple[str, Pair]] = []
+        given: list[store.BootVolumeRow] = []
         for position, volume in enumerate(self.volumes):
             before = disk_of(disks, self.vm, volume)
             seal = keys.sealer(volume, self.fresh[volume])
@@ -162,8 +163,10 @@ class AttestVolumes(Unit[HandedKeys]):
             # Until a boot confirms, the next attestation needs this to offer the provisional key and the key that it
             # superseded alternately: without it, a disk that has only one of the two would never be offered that one.
             yield from store.Put(evolve(before, handed=current))
-            given = store.BootVolumeRow(boot.boot_id, volume, position, current, out.next.generation, volume in in_use)
-            yield from store.Insert(given)
+            row = store.BootVolumeRow(boot.boot_id, volume, position, current, out.next.generation, volume in in_use)
+            given.append(row)
+        if given:
+            yield from store.InsertGiven(tuple(given))
         confirm = self.confirm_nonces[0]
         yield from store.Put(
             evolve(

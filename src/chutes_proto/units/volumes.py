@@ -142,10 +142,12 @@ class SyncVolumes(Unit[VolumeKeys]):
             yield from store.Put(disk)
         number = (boot.given or 0) + len(given)
         yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest, given=number))
-        for position, (volume, generation) in enumerate(given.items()):
-            yield from store.Insert(
-                store.BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use)
-            )
+        answered = tuple(
+            store.BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use)
+            for position, (volume, generation) in enumerate(given.items())
+        )
+        if answered:
+            yield from store.InsertGiven(answered)
         records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
         yield from records.audit("sync", "granted", keys=keys.changes)
         return VolumeKeys(tuple(passphrases), in_use)
