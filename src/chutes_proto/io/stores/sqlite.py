@@ -6,8 +6,8 @@ Rules kept here:
   that was moved away or replaced under us;
 * one writer at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
 * units that wait while another is written share the next commit: one of their threads runs all of them, one after the
-  other, each within a savepoint. An error of a script undoes that unit alone; if the commit fails, all of them fail,
-  and a refusal that another of these units caused is replaced by that failure;
+  other, each within a savepoint if there are several. An error of a script undoes that unit alone; if the commit fails,
+  all of them fail, and a refusal that another of these units caused is replaced by that failure;
 * the file is private (0600) from its first byte, and what a unit writes goes to no temporary one; an existing file of
   another kind or schema version is refused, and neither changed nor, unless an operator asks for it, migrated; so is
   one that was migrated while it was open;
@@ -237,7 +237,7 @@ class SqliteStore(MarkedStore):
 
             def run(unit: Unit[T]) -> T:
                 job = _Job(unit)
-                _ = self._run(connection, job, session, {})
+                _ = self._run(connection, job, session, {}, is_alone=False)
                 if job.fault is not None:
                     raise job.fault
                 result: T = job.result
@@ -342,7 +342,7 @@ class SqliteStore(MarkedStore):
                 session = self._checked(connection)
                 jobs = self._take(job)
                 for each in jobs:
-                    if self._run(connection, each, session, self._heads):
+                    if self._run(connection, each, session, self._heads, is_alone=len(jobs) == 1):
                         session = self._session(connection)
             self._committed((change for each in jobs for change in each.changes), sealed_in=session.sealed_in)
         except BaseException as exc:
@@ -382,11 +382,18 @@ class SqliteStore(MarkedStore):
         return self.custody.session(self._seal_state, versions.execute)
 
     def _run(
-        self, connection: sqlite3.Connection, job: _Job, session: Session, heads: dict[tuple[str, str], Head]
+        self,
+        connection: sqlite3.Connection,
+        job: _Job,
+        session: Session,
+        heads: dict[tuple[str, str], Head],
+        *,
+        is_alone: bool,
     ) -> bool:
         """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit.
 
-        ``heads`` are those that are known. Returns whether the next unit needs a new session.
+        ``heads`` are those that are known. One that ``is_alone`` in its transaction needs no savepoint: to undo it ends
+        the transaction. Returns whether the next unit needs a new session.
         """
 
         def run(op: StoreOp[Any] | None, text: str, values: Values) -> list[tuple[Any, ...]]:
@@ -402,7 +409,8 @@ class SqliteStore(MarkedStore):
             return rows
 
         guard = Guard(session, run, heads)
-        _ = connection.execute("SAVEPOINT unit")
+        if not is_alone:
+            _ = connection.execute("SAVEPOINT unit")
         try:
             try:
                 job.result = run_script(job.unit.script(), guard.perform)
@@ -416,8 +424,9 @@ class SqliteStore(MarkedStore):
             job.changes.clear()
             if not connection.in_transaction:  # SQLite itself rolls everything back after some faults
                 raise
-            _ = connection.execute("ROLLBACK TO unit")
-        _ = connection.execute("RELEASE unit")
+            _ = connection.execute("ROLLBACK" if is_alone else "ROLLBACK TO unit")
+        if not is_alone:
+            _ = connection.execute("RELEASE unit")
         if job.fault is None:
             guard.remember()
         return guard.changed_state and job.fault is None
@@ -427,21 +436,23 @@ class SqliteStore(MarkedStore):
     @contextlib.contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
         """Begin, and commit the work of the block; roll back if it raises."""
-        with self._translated():
-            if self._closed:
-                raise self._fault("it was closed")
-            if self._connection is None:
-                self._connection = self._open()
-            connection = self._connection
+        if self._closed:
+            raise self._fault("it was closed")
+        if self._connection is None:
+            self._connection = self._open()
+        connection = self._connection
+        try:
             _ = connection.execute(begin)
-            try:
-                yield connection
-                self._check_file()
+            yield connection
+            self._check_file()
+            if connection.in_transaction:  # or the block has undone all of it
                 _ = connection.execute("COMMIT")
                 self.commits += 1
-            except BaseException:
-                self._roll_back(connection)
-                raise
+        except BaseException as exc:
+            self._roll_back(connection)
+            if isinstance(exc, sqlite3.Error):
+                raise self._translation(exc) from exc
+            raise
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
