@@ -48,6 +48,12 @@ def _joined(*parts: bytes) -> bytes:
     return b"".join([_length(len(part)) + part for part in parts])
 
 
+_LAYERS: Final = {
+    layer: _joined(b"chutes-proto " + layer, _length(SEAL_VERSION)) for layer in (b"passphrase", b"data key")
+}
+"""The beginning of the associated data of each layer."""
+
+
 def _parts(address: Address) -> bytes:
     names = (address.vm.hotkey.encode(), address.vm.name.encode(), address.volume.encode())
     return _joined(*names, address.generation.to_bytes(8, "big"))
@@ -67,7 +73,7 @@ class Address:
 
     def associated_data(self, layer: bytes) -> bytes:
         """The associated data that bind a layer of the envelope to this row: each part after its length."""
-        return _joined(b"chutes-proto " + layer, _length(SEAL_VERSION)) + self._parts
+        return _LAYERS[layer] + self._parts
 
 
 @frozen
