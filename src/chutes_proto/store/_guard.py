@@ -76,6 +76,8 @@ _REMEMBERED: Final = 10_000
 """How many heads are remembered from one transaction to the next; one takes some 2 kB."""
 _WRITTEN: Final = 100
 """How many heads or MACs a statement writes."""
+_HEAD_WIDTH: Final = 5
+"""How many values a head has as a row."""
 _PAGE: Final = 1000
 
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -300,8 +302,9 @@ class Boots:
     def enter(self, boot_id: str, created_at: int, tag: bytes) -> None:
         """Enter a boot, or the present state of one, and let those go that no longer count."""
         entries = self.entries
+        is_there = boot_id in entries
         entries[boot_id] = _number(created_at) + tag
-        if len(entries) == 1:
+        if is_there or len(entries) == 1:  # no boot's time is new, so none has become too old, or too many
             return
         times = self._times()
         since = max(times.values()) - RECENT_SECONDS
@@ -508,17 +511,16 @@ class Guard:
         key = self._key
         if key is None:
             return
-        changed = [(vm, head) for vm, head in self._heads.items() if head is not None and head.is_changed]
-        for first in range(0, len(changed), _WRITTEN):
-            values: list[Any] = []
-            some = changed[first : first + _WRITTEN]
-            for vm, head in some:
+        values: list[Any] = []
+        for vm, head in self._heads.items():
+            if head is not None and head.is_changed:
                 head.version += 1
+                head.is_changed = False
                 contents = _encode(head.contents)
                 values += (*vm, head.version, contents, key.mac("head", *vm, head.version, contents))
-            _ = self._run(None, sql.put_heads(len(some)), tuple(values))
-            for _, written in some:
-                written.is_changed = False
+        for first in range(0, len(values), _WRITTEN * _HEAD_WIDTH):
+            some = values[first : first + _WRITTEN * _HEAD_WIDTH]
+            _ = self._run(None, sql.put_heads(len(some) // _HEAD_WIDTH), tuple(some))
         if (of_store := self._store) is not None and of_store.is_changed:
             of_store.version += 1
             contents = _encode(of_store.contents)
@@ -648,14 +650,17 @@ class Guard:
 
     def head(self, vm: tuple[str, str]) -> Head | None:
         """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
-        if vm in self._heads or self._key is None:
-            return self._heads.get(vm)
-        remembered = self._remembered.pop(vm, None)
-        if remembered is not None:
-            self._heads[vm] = remembered
-            return remembered
-        (stored,) = self._run(None, sql.READ_HEAD, (*vm, *vm))
-        return self._hold(vm, self._made(vm, self._opened(vm, stored)))
+        heads = self._heads
+        if vm in heads:
+            return heads[vm]
+        if self._key is None:
+            return None
+        found = self._remembered.pop(vm, None)
+        if found is None:
+            (stored,) = self._run(None, sql.READ_HEAD, (*vm, *vm))
+            found = self._made(vm, self._opened(vm, stored))
+        heads[vm] = found
+        return found
 
     def _hold(self, vm: tuple[str, str], head: Head | None) -> Head | None:
         _ = self._remembered.pop(vm, None)
