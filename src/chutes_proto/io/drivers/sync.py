@@ -46,7 +46,7 @@ class DiskWorker(Protocol):
 
 
 class CollateralSource(Protocol):
-    """Performs `FetchCollateral`; it may be called from several threads at once."""
+    """Performs `FetchCollateral`: what is `available` is not fetched. It may be called from several threads at once."""
 
     def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
         """Return the result of `fetch` if it is in memory, without blocking."""
@@ -201,7 +201,8 @@ class Performer:
             case effects.Post(url, headers, body):
                 return self._get(url, headers, body)
             case effects.FetchCollateral(identity, now):
-                return self._collateral.fetch(identity, now)
+                available = self._collateral.available(identity, now)
+                return self._collateral.fetch(identity, now) if available is None else available
             case effects.FetchGpuCollateral():
                 return self._gpus()
             case effects.Resolve(name):
