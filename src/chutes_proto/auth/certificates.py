@@ -12,6 +12,7 @@ Rules kept here:
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -51,15 +52,17 @@ def client_key(certificate: x509.Certificate | None) -> ClientKey:
             pass
         case _:
             raise _refused(f"the client key is {_kind(key)}; RSA 2048 to 4096, P-256, P-384 and Ed25519 are accepted")
-    return ClientKey(_digest(key), proof=PROOF)
+    return ClientKey(spki_sha256(certificate), proof=PROOF)
 
 
+@lru_cache(maxsize=256)  # each operation of a boot asks for it, and encoding a key is slow
 def spki_sha256(certificate: x509.Certificate) -> bytes:
     """Return the SHA-256 of a certificate's SubjectPublicKeyInfo (32 bytes), for a key of any kind.
 
     Raises `Refused` if the key cannot be read at all.
     """
-    return _digest(_public_key(certificate))
+    encoded = _public_key(certificate).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(encoded).digest()
 
 
 def _public_key(certificate: x509.Certificate) -> CertificatePublicKeyTypes:
@@ -67,10 +70,6 @@ def _public_key(certificate: x509.Certificate) -> CertificatePublicKeyTypes:
         return certificate.public_key()
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise _refused(f"the client certificate's key cannot be read: {exc}") from None
-
-
-def _digest(key: CertificatePublicKeyTypes) -> bytes:
-    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 
 
 def _kind(key: CertificatePublicKeyTypes) -> str:
