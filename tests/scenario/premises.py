@@ -249,6 +249,14 @@ class Vm:
     def nonce(self) -> str:
         return str(self.ask("GET", "/servers/nonce", params={"miner_hotkey": HOTKEY})["nonce"])
 
+    def is_served(self) -> bool:
+        """Whether the server gives nonces: it looks at its store once a second, and gives none while it refuses it."""
+        try:
+            _ = self.nonce()
+        except AssertionError:
+            return False
+        return True
+
     def quote(self, nonce: str, stage: Any) -> str:
         return encode_quote(
             self.premises.platform.quote(report_data(bytes.fromhex(nonce), self.identity.spki_sha256), stage=stage)

@@ -254,7 +254,7 @@ def faults(premises: Premises, do: Callable[..., Ended]) -> None:
     # keys that do not open
     premises.turn("UPDATE generation SET wrapped_key = sealed WHERE vm = 'canary-2' AND volume = 'storage'")
     vm = premises.vm("canary-2")
-    _ = wait_until(lambda: _is_served(vm))  # the server may have looked at its store meanwhile, and looks again
+    _ = wait_until(vm.is_served)  # the server may have looked at its store meanwhile, and looks again
     assert vm.attest(vm.boot()["luks_quote_nonce"], status=503)["code"] == "key_unavailable"
     assert do("store", "check").code == 0
     # keys that are wrapped under what the running server does not have
@@ -270,14 +270,6 @@ def faults(premises: Premises, do: Callable[..., Ended]) -> None:
         _ = key.write_bytes(wrong)
         assert do("serve").code == 1
     _ = key.write_bytes(kept)
-
-
-def _is_served(vm: Vm) -> bool:
-    try:
-        _ = vm.nonce()
-    except AssertionError:
-        return False
-    return True
 
 
 def agent(premises: Premises, name: str, **more: Any) -> BootAgent:
