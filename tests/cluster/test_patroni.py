@@ -64,6 +64,10 @@ def _missing() -> str:
     if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
         packages = "iproute2 procps patroni python3-etcd etcd-server haproxy pgbouncer"
         return f"not installed: {', '.join(missing)} (Debian: {packages})"
+    patroni = Path(str(shutil.which("patroni", path=path)))
+    python = patroni.read_text().partition("\n")[0].removeprefix("#!").split()
+    if subprocess.run([*python, "-c", "import patroni.dcs.etcd3"], capture_output=True, check=False).returncode:
+        return "patroni cannot use etcd (Debian: python3-etcd)"
     if programs() is None:
         return "no PostgreSQL is installed"
     probe = f"chutes-{os.getpid()}-probe"
