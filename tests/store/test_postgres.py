@@ -26,6 +26,7 @@ from chutes_proto.errors import (
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
+from chutes_proto.store._guard import RECENT_BOOTS
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
@@ -382,6 +383,18 @@ def test_vms_that_have_nothing_in_common_do_not_get_in_each_others_way(url: str)
         together([partial(store.transact, unit) for unit in units])
         assert [len(unit.runs) for unit in units] == [1] * 4
         assert store.retries == 0
+
+
+def test_the_head_of_a_vm_that_boots_often_stays_in_its_row(url: str) -> None:
+    """Out of the row it is written in parts, each with an entry of an index, by each of the VM's transactions."""
+    with closing(PostgresStore(url, vault=VAULT)) as store:
+        for number in range(RECENT_BOOTS):
+            granted = boot(f"{number}")
+            store.transact(granted)
+            store.transact(sync(granted, "body", "storage", "tdx-cache"))
+    assert ask(url, "SELECT length(contents) > 2000 FROM head") == [(True,)]
+    parts = "SELECT pg_relation_size(reltoastrelid) FROM pg_class WHERE oid = 'head'::regclass"
+    assert ask(url, parts) == [(0,)]
 
 
 def test_a_long_reading_makes_the_database_remember_nothing_of_others(url: str) -> None:
