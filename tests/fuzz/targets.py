@@ -65,7 +65,15 @@ from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import check_signed, open_quote, verify_collateral, verify_quote
 from chutes_proto.secret import Secret
 from chutes_proto.server import _host_profiles as host_profiles
-from chutes_proto.server._grounds import ACCEPTED, Bundle, Documents, grounds, judge_again, reference_values_document
+from chutes_proto.server._grounds import (
+    ACCEPTED,
+    Bundle,
+    Documents,
+    grounds,
+    judge_again,
+    platform_of,
+    reference_values_document,
+)
 from chutes_proto.server._observing import trace_of
 from chutes_proto.store._mark import Entry, Mark
 from chutes_proto.testing._gpus import SimulatedGpus
@@ -721,7 +729,9 @@ def _entry() -> dict[str, str]:
     signed = check_signed(open_quote(BUNDLE.quote, now=NOW, root=ROOT))
     verdict = verify_quote(signed, verify_collateral(BUNDLE.collateral, now=NOW, root=ROOT), now=NOW)
     rested_on = grounds(verdict, BUNDLE.documents, "boot", ACCEPTED, hotkey_proven=None)
-    return {"evidence": rested_on, "hotkey": _HOTKEY, "quote_digest": BUNDLE.digests["quote"]}
+    pin = platform_of(verdict).pin
+    of = {"hotkey": _HOTKEY, "platform_kind": pin.kind, "platform_id": pin.value.hex()}
+    return of | {"evidence": rested_on, "quote_digest": BUNDLE.digests["quote"]}
 
 
 ENTRY = _entry()
