@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Generator, Hashable
 from contextlib import contextmanager
 
@@ -21,19 +21,26 @@ class Admission:
     share: int
     code: Code = Code.BUSY
     text: str = "Too many verifications at once. Retry shortly."
-    held: Counter[Hashable] = field(init=False, factory=Counter[Hashable])
+    held: dict[Hashable, int] = field(init=False, factory=dict[Hashable, int])
+
+    @property
+    def admitted(self) -> int:
+        """How many are admitted now."""
+        return sum(self.held.values())
 
     @contextmanager
     def of(self, party: Hashable) -> Generator[None]:
         """Admit one of ``party`` while the context lasts. Raises `Unavailable` beyond a limit."""
-        if self.held.total() >= self.size or self.held[party] >= self.share:
+        held = self.held.get(party, 0)
+        if held >= self.share or self.admitted >= self.size:
             raise Unavailable(self.code, self.text)
-        self.held[party] += 1
+        self.held[party] = held + 1
         try:
             yield
         finally:
-            self.held[party] -= 1
-            if not self.held[party]:
+            if self.held[party] > 1:
+                self.held[party] -= 1
+            else:
                 del self.held[party]
 
 

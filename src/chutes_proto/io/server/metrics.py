@@ -167,7 +167,7 @@ class Metrics:
 
     def look(self, service: Service, store: DurableStore, connections: int, *, draining: bool) -> None:
         """Set the gauges of this process."""
-        self._store_waits.set(service.attested.held.total() + service.strangers.held.total())
+        self._store_waits.set(service.attested.admitted + service.strangers.admitted)
         for unit, count in store.rollbacks.copy().items():
             self._rollbacks.labels(unit).inc(count - self._rollbacks_seen.get(unit, 0))
             self._rollbacks_seen[unit] = count
@@ -179,9 +179,9 @@ class Metrics:
             self._not_copied_seen[sink] = count
         self._waits.set(store.audit_waits)
         self._connections.set(connections)
-        self._verifications.set(service.verifications.held.total())
+        self._verifications.set(service.verifications.admitted)
         self._most.set(service.verifications.size)
-        self._hosts.set(service.hosts.held.total())
+        self._hosts.set(service.hosts.admitted)
         self._open_boots.set(len(service.boots))
         self._draining.set(draining)
         for stage, cached in remembered().items():
