@@ -215,7 +215,10 @@ def test_a_log_that_was_rewritten_is_refused_by_the_checkpoint_beside_the_mark(p
         pass
 
 
-def test_a_worker_that_starts_while_another_signs_the_first_checkpoint_misses_none(place: StorePlace) -> None:
+def test_a_worker_that_starts_while_another_signs_the_first_checkpoint_misses_none(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "SIGNED_SECONDS", 86_400)  # however slow this machine is
     place = evolve(place, vault=VAULT)
     with keeping(place) as first:
         grant(first, "1")
