@@ -191,6 +191,13 @@ def test_the_answer_keeps_the_order_and_names_each_volume_once(store: MemoryStor
     ]
 
 
+def test_a_boot_without_volumes_is_given_none(store: MemoryStore) -> None:
+    first, second = granted(store), granted(store, "second", exchange="two-phase")
+    assert store.transact(sync(first, "body")) == VolumeKeys((), ())
+    assert store.transact(attest(second, "body")).volumes == ()
+    assert {(row.spent_at, row.given) for row in store.transact(Ask(Scan(BootRow)))} == {(NOW + 1, 0)}
+
+
 def test_keys_of_the_vm_itself_are_not_pruned(store: MemoryStore) -> None:
     unit = granted(store)
     k3s = VmKeys(VM, VAULT, NOW, "boot").sealer("k3s", fresh("k3s"))(1)

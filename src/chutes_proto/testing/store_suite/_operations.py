@@ -43,6 +43,7 @@ from chutes_proto.store.rows import (
     HostProfileRow,
     Insert,
     InsertAll,
+    InsertGiven,
     KeyringRow,
     KeyServer,
     LockLog,
@@ -642,8 +643,9 @@ def of_many_keys_few_are_live(harness: Harness) -> None:
         evolve(old, volume="tdx-cache", generation=5),
     ]
     ask(Insert(_BOOT))
-    ask(Insert(BootVolumeRow("b0", "storage", 0, 4, 7, in_use=False)))
-    ask(Insert(BootVolumeRow("b0", "tdx-cache", 1, None, 5, in_use=False)))
+    given_volumes = BootVolumeRow("b0", "storage", 0, 4, 7, False), BootVolumeRow("b0", "tdx-cache", 1, None, 5, False)
+    ask(InsertGiven(given_volumes))
+    expect([*ask(ReadBootVolumes("b0"))], [*given_volumes], "the volumes of a boot")
     for row in (*rows, *(evolve(row, vm=Vm(VM.hotkey, "vm-1")) for row in rows)):
         ask(Insert(row))
     live = [rows[index] for index in (1, 2, 4, 7, 9, 11)]
