@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from operator import itemgetter
-from typing import Any, ClassVar, Final, TypeVar, cast
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar, cast
 
 import msgspec
 from attrs import define, evolve, field, frozen
@@ -72,8 +72,8 @@ RECENT_BOOTS: Final = 32
 
 _HEADS_HELD: Final = 2000
 """How many heads one transaction has in memory before it writes them."""
-_REMEMBERED: Final = 10_000
-"""How many heads are remembered from one transaction to the next; one takes some 2 kB."""
+_REMEMBERED: Final = 25_000
+"""How many heads are remembered from one transaction to the next; one takes less than 1 kB."""
 _WRITTEN: Final = 100
 """How many heads or MACs a statement writes."""
 _HEAD_WIDTH: Final = 5
@@ -282,10 +282,21 @@ class Head:
     version: int
     contents: dict[str, dict[str, bytes]]
     is_changed: bool = False
+    stored: bytes = b""
+    """The contents as they are stored, unless ``is_changed``."""
+
+    @classmethod
+    def of_stored(cls, version: int, stored: bytes) -> Head:
+        """A head as it is stored."""
+        return cls(version, _decode(stored), stored=stored)
 
     def of(self, table: str) -> dict[str, bytes]:
         """The tags of a table's rows, to read or to change."""
         return self.contents.setdefault(table, {})
+
+
+Remembered: TypeAlias = dict[tuple[str, str], tuple[int, bytes]]
+"""The heads of VMs as they are stored: version and contents, which take less memory than a `Head`."""
 
 
 @frozen
@@ -409,18 +420,18 @@ def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str,
 class Guard:
     """The guard of one run of one unit; `finish` writes the heads, after the script has ended.
 
-    ``remembered`` are heads as they are stored: a store knows them that nobody else has changed since. One that is
-    used is taken out, and is remembered again only if the unit ends well.
+    ``remembered`` are heads that nobody else has changed since, as a store knows them. One that is used is taken out,
+    and is remembered again only if the unit ends well.
     """
 
-    def __init__(self, session: Session, run: Run, remembered: dict[tuple[str, str], Head] | None = None) -> None:
+    def __init__(self, session: Session, run: Run, remembered: Remembered | None = None) -> None:
         self._key = session.key
         self._is_final = session.is_final
         self._is_locked = session.is_locked
         self._older = session.older
         self._run = run
         self._heads: dict[tuple[str, str], Head | None] = {}
-        self._remembered = {} if remembered is None else remembered
+        self._remembered: Remembered = {} if remembered is None else remembered
         self._store: Head | None = None
         self._stored: Sequence[Any] | None = None  # the row of that head, if it was read with the times
         self._given: dict[str, int | None] = {}
@@ -497,7 +508,7 @@ class Guard:
             if self._remembered and row.vm is not None and row.vm_version is not None:
                 vm = row.vm.hotkey, row.vm.name
                 head = self._remembered.get(vm)
-                if head is not None and (type(row.vm_version) is not int or row.vm_version > head.version):
+                if head is not None and (type(row.vm_version) is not int or row.vm_version > head[0]):
                     del self._remembered[vm]
         return found
 
@@ -516,8 +527,8 @@ class Guard:
             if head is not None and head.is_changed:
                 head.version += 1
                 head.is_changed = False
-                contents = _encode(head.contents)
-                values += (*vm, head.version, contents, key.mac("head", *vm, head.version, contents))
+                head.stored = _encode(head.contents)
+                values += (*vm, head.version, head.stored, key.mac("head", *vm, head.version, head.stored))
         for first in range(0, len(values), _WRITTEN * _HEAD_WIDTH):
             some = values[first : first + _WRITTEN * _HEAD_WIDTH]
             _ = self._run(None, sql.put_heads(len(some) // _HEAD_WIDTH), tuple(some))
@@ -532,7 +543,7 @@ class Guard:
         """Remember the heads that were written, or only read, after `finish`: the unit is not undone by itself."""
         for vm, head in self._heads.items():
             if head is not None and head.version:
-                self._remembered[vm] = head
+                self._remembered[vm] = head.version, head.stored
         while len(self._remembered) > _REMEMBERED:  # the one that was used the longest ago
             del self._remembered[next(iter(self._remembered))]
 
@@ -646,7 +657,7 @@ class Guard:
             raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
         if known is not None and version < known:
             raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
-        return Head(version, _decode(contents))
+        return Head.of_stored(version, contents)
 
     def head(self, vm: tuple[str, str]) -> Head | None:
         """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
@@ -655,10 +666,12 @@ class Guard:
             return heads[vm]
         if self._key is None:
             return None
-        found = self._remembered.pop(vm, None)
-        if found is None:
+        known = self._remembered.pop(vm, None)
+        if known is None:
             (stored,) = self._run(None, sql.READ_HEAD, (*vm, *vm))
             found = self._made(vm, self._opened(vm, stored))
+        else:
+            found = Head.of_stored(*known)
         heads[vm] = found
         return found
 

@@ -34,7 +34,7 @@ from attrs import define, field
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
-from chutes_proto.store._guard import Custody, Guard, Head, Session
+from chutes_proto.store._guard import Custody, Guard, Remembered, Session
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -152,7 +152,7 @@ class SqliteStore(MarkedStore):
         self._connection: sqlite3.Connection | None = None
         self._checked_at: tuple[int] | None = None  # the changes that others had made to the file
         self._seal_state: object = None  # as it was then
-        self._heads: dict[tuple[str, str], Head] = {}  # of VMs, as stored: nobody else has changed them since then
+        self._heads: Remembered = {}  # of VMs, as stored: nobody else has changed them since then
         self._closed = False
         self._inode: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
@@ -386,7 +386,7 @@ class SqliteStore(MarkedStore):
         connection: sqlite3.Connection,
         job: _Job,
         session: Session,
-        heads: dict[tuple[str, str], Head],
+        heads: Remembered,
         *,
         is_alone: bool,
     ) -> bool:
