@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import msgspec
 import psycopg
@@ -41,7 +42,7 @@ from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal
-from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, SealVms
+from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, FindGone, SealVms
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.log import SALT_SIZE, ReadCheckpoint, SequenceLog
 from chutes_proto.units.operator import AllowFormat, PurgeBoots, RewrapKeys, StoreRestored
@@ -763,8 +764,8 @@ def test_a_vm_of_which_all_was_deleted_is_not_a_new_one(place: StorePlace) -> No
 def test_a_vm_of_which_all_was_deleted_is_named_and_one_that_was_erased_is_not(
     place: StorePlace, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "_PAGE", page)
-    monkeypatch.setattr(scrub, "_WAITING", page)
+    monkeypatch.setattr(sealing, "_LOGGED", page)
+    monkeypatch.setattr(scrub, "_VMS", page)
     gone = rows.Vm(A.hotkey, "vm-c")
     with closing(place.open(migrate=True)) as store:
         fill(store)
@@ -781,6 +782,20 @@ def test_a_vm_of_which_all_was_deleted_is_named_and_one_that_was_erased_is_not(
         for text, vm in zip(found, (A, gone), strict=True):
             assert f"{vm.name} of table head is not authentic: it is missing, and the log has version" in text
         assert found == [finding for _, finding in scrub_heads(store) if finding]
+
+
+def test_few_vms_of_the_log_are_looked_at_in_one_transaction(place: StorePlace) -> None:
+    """All entries of each are visited, and in a store of SQLite a boot waits meanwhile."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        spy = create_autospec(store, instance=True)
+        spy.transact.side_effect = store.transact
+        assert [*find_faults(spy)] == []
+        read = sum(count for count, _ in scrub_heads(spy))
+    looks = [call.args[0] for call in spy.transact.call_args_list if isinstance(call.args[0], FindGone)]
+    assert [each.limit for each in looks] == [20, 20]
+    assert read == 5 * (1 + 20 + 20), "the store's own group, and a page of VMs and of those of the log"
 
 
 def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace) -> None:

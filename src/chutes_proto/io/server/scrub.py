@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* at most 1,000 rows a second, in pages of a tile or of a VM, each a transaction of its own: nothing waits for it;
+* at most 1,000 rows a second, a VM as five, in pages of a tile, of 20 VMs or of 1,000 waiting rows; each is a
+  transaction of its own, so a boot waits for one page at most;
 * each entry from the lowest that no purge has announced is compared with its tile, each full tile with the hash above
   it. A change that was carried into all tiles is found by the checkpoint beside the mark, with which every look at the
   store compares them;
@@ -83,9 +84,8 @@ def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
         if after is None:
             break
     while True:
-        gone, after = store.transact(FindGone(after, _WAITING))
-        yield _WAITING if after is not None else 0, ""
-        yield from ((0, str(each)) for each in gone)
+        gone, after = store.transact(FindGone(after, _VMS))
+        yield from _faults(gone, _VMS)
         if after is None:
             break
 
@@ -99,9 +99,9 @@ def _faults(faults: Iterable[RowNotAuthentic], groups: int) -> Iterator[tuple[in
 _FIRST: Final = -(1 << 63)
 """A number before that of any audit row: who writes the database can draw one that is negative."""
 _WAITING: Final = 1000
-"""How many audit rows that wait, or VMs of the log, are looked at in one transaction."""
+"""How many audit rows that wait are looked at in one transaction."""
 _VMS: Final = 20
-"""How many VMs are looked at in one transaction, beside those of a server."""
+"""How many VMs, or VMs of the log, are looked at in one transaction, beside those of a server."""
 _ROWS_OF_GROUP: Final = 5
 """How many rows the look at a VM counts for: a claim, volumes, generations, boots and the head."""
 

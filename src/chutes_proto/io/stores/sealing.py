@@ -50,6 +50,8 @@ _FIRST = -(1 << 63)
 """A number before that of any audit row: who writes the database can draw one that is negative."""
 _VMS = 200
 """VMs of which all rows are in memory at a time."""
+_LOGGED = 20
+"""VMs of which all entries of the log are visited in one transaction: each may have thousands, and boots wait."""
 
 
 class Opened(Store, Protocol):
@@ -131,7 +133,7 @@ def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> It
         yield from faults
     for faults in _pages_of_vms(store, lambda after: Ask(InspectVms(after, _VMS))):
         yield from faults
-    for faults in _pages_of_vms(store, lambda after: FindGone(after, _PAGE)):
+    for faults in _pages_of_vms(store, lambda after: FindGone(after, _LOGGED)):
         yield from faults
 
 
