@@ -107,7 +107,8 @@ def _unix_seconds(text: str) -> int:
 def _check_depth(data: bytes) -> None:
     """Take away the innermost pairs of brackets, again and again: each time is a level.
 
-    Not of data with fewer brackets than levels, like those of a request: there the decoder finds what does not match.
+    Data that opens no more brackets than there may be levels, as a request does, is not searched: the decoder finds
+    what does not match.
     """
     if data.count(b"{") + data.count(b"[") <= MAX_DEPTH:
         return

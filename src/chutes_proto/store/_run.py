@@ -26,11 +26,13 @@ Script: TypeAlias = Generator[StoreOp[Any], Any, T]
 class Unit(Generic[T_co]):
     """One transaction as a frozen value; subclasses define it in `script`.
 
-    ``READS_COMMITTED`` is the one exception from serializable transactions, for a unit that takes a lock of its own
-    first and then moves what others have committed: it sees what they commit meanwhile, and conflicts with none of
-    them. A unit that runs ``ALONE`` begins when no other one runs, and none begins before it has ended: so a unit that
-    began before it was committed before it, too, and every later one sees its changes. A store that runs one
-    transaction at a time need not look at either.
+    ``READS_COMMITTED`` is the one exception from serializable transactions: such a unit sees what others commit
+    meanwhile, and conflicts with none of them. It is for a unit that takes a lock of its own first and then moves what
+    others have committed, or that only looks for faults, in an order in which a commit meanwhile makes none.
+
+    A unit that runs ``ALONE`` begins when no other one runs, and none begins before it has ended: so a unit that began
+    before it was committed before it, too, and every later one sees its changes. A store that runs one transaction at a
+    time need not look at either.
     """
 
     __slots__ = ()

@@ -1,4 +1,4 @@
-"""The rows of a store, as frozen values, and the closed list of operations on them.
+"""The rows of a store, as values that nobody changes, and the closed list of operations on them.
 
 A unit's script asks for one operation at a time (``row = yield from ReadVm(vm)``) and never sees a connection.
 
@@ -27,8 +27,8 @@ from chutes_proto.errors import RowNotAuthentic
 if TYPE_CHECKING:
     from attrs import frozen
 else:
-    # The type checkers see to it that nobody changes one: to make an instance of a class that attrs freezes takes five
-    # times as long, and a boot makes some eighty.
+    # The type checkers see to it that nobody changes one, so its hash stays: to make an instance of a class that attrs
+    # freezes takes five times as long, and a boot makes some eighty.
     from attrs import define
 
     frozen = partial(define, unsafe_hash=True)
@@ -38,7 +38,7 @@ __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountS
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
 __all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
 __all__ += ["DecideLoss", "ReadVmVersions"]
-__all__ += ["Insert", "InsertAll", "InsertGiven", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
+__all__ += ["Insert", "InsertAll", "InsertBootVolumes", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
 __all__ += ["Put", "Read"]
 __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadGpus", "ReadHostProfiles"]
 __all__ += ["ReadLiveGenerations", "ReadNames", "ReadOld"]
@@ -821,8 +821,8 @@ class VoidTokens(StoreOp[None]):
 
 
 @frozen
-class InsertGiven(StoreOp[None]):
-    """Add the volumes that a boot was given, at least one, as `Insert` does."""
+class InsertBootVolumes(StoreOp[None]):
+    """Add the volumes that a boot was given, at least one, as `Insert` does (`InsertAll` is for copies)."""
 
     rows: tuple[BootVolumeRow, ...]
 

@@ -462,7 +462,7 @@ CREATE INDEX gpu_server ON gpu (server_id)""",
         "lock": " FOR UPDATE SKIP LOCKED",
         # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
-        # Half a page has room for a head of many boots, too. One of 2 kB PostgreSQL would move out of its row, in parts
+        # Half a page has room for a head of many boots, too. PostgreSQL would move one of 2 kB out of its row, in parts
         # with an index of their own.
         "head_room": "ALTER TABLE head SET (fillfactor = 50, toast_tuple_target = 4000);",
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
@@ -649,7 +649,7 @@ def _put(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
-def _insert_all(op: store.InsertAll | store.InsertGiven, seal: Seal) -> tuple[str, Values]:
+def _insert_all(op: store.InsertAll | store.InsertBootVolumes, seal: Seal) -> tuple[str, Values]:
     kind: type[store.Row] = type(op.rows[0])
     text = _insert(kind) + f", ({', '.join('?' * len(_stored(kind)))})" * (len(op.rows) - 1)
     return text, _chained(_sealed(row, seal) for row in op.rows)
@@ -1007,7 +1007,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         lambda _, rows: rows[0][0],
     ),
     store.InsertAll: _Write(_insert_all, lambda _, rows: _nothing(rows)),
-    store.InsertGiven: _Write(_insert_all, lambda _, rows: _nothing(rows)),
+    store.InsertBootVolumes: _Write(_insert_all, lambda _, rows: _nothing(rows)),
     store.Delete: _Query(
         lambda op: (
             f"DELETE FROM {op.kind.TABLE} WHERE {op.kind.KEY[0]} IN ({', '.join('?' * len(op.keys))})",  # noqa: S608

@@ -166,7 +166,7 @@ class AttestVolumes(Unit[HandedKeys]):
             row = store.BootVolumeRow(boot.boot_id, volume, position, current, out.next.generation, volume in in_use)
             given.append(row)
         if given:
-            yield from store.InsertGiven(tuple(given))
+            yield from store.InsertBootVolumes(tuple(given))
         confirm = self.confirm_nonces[0]
         yield from store.Put(
             evolve(

@@ -147,7 +147,7 @@ class SyncVolumes(Unit[VolumeKeys]):
             for position, (volume, generation) in enumerate(given.items())
         )
         if answered:
-            yield from store.InsertGiven(answered)
+            yield from store.InsertBootVolumes(answered)
         records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
         yield from records.audit("sync", "granted", keys=keys.changes)
         return VolumeKeys(tuple(passphrases), in_use)

@@ -31,8 +31,8 @@ class _Read:
 class CollateralDirectory:
     """Collateral in the ``*.json`` files of a directory, of one or many platform families (`Collateral.from_json`).
 
-    Files may come, go and change at any time. Drivers ask `available` before `fetch`, so a change counts for them from
-    the next second on. Each file is read and verified once; one that does not verify is read again
+    Files may come, go and change at any time. Drivers ask `available` before `fetch`, so a change counts for them at
+    the latest from the next second on. Each file is read and verified once; one that does not verify is read again
     after a minute, because its validity may begin later. Expired collateral is used for ``grace`` seconds, as long as
     there is none that is valid. A file of many families counts once for each, and as far as it verifies. May be used
     from several threads.

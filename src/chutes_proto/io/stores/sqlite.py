@@ -529,9 +529,9 @@ class SqliteStore(MarkedStore):
         except BaseException:
             self._roll_back(connection)
             raise
-        # A savepoint keeps the pages that a unit changes, and of more than 16 it makes a file in a directory for
-        # temporary ones: that costs a boot a tenth of its work in the store, and the file has the rows. Only now,
-        # because a migration may sort more than fits into memory.
+        # A savepoint, of units that share a transaction, keeps the pages that they change, and of more than 16 it makes
+        # a file in a directory for temporary ones, although the store has the rows. Only now, because a migration may
+        # sort more than fits into memory.
         _ = connection.execute("PRAGMA temp_store = memory")
 
     def _versions(self, connection: sqlite3.Connection) -> Versions:

@@ -43,7 +43,7 @@ from chutes_proto.store.rows import (
     HostProfileRow,
     Insert,
     InsertAll,
-    InsertGiven,
+    InsertBootVolumes,
     KeyringRow,
     KeyServer,
     LockLog,
@@ -643,8 +643,11 @@ def of_many_keys_few_are_live(harness: Harness) -> None:
         evolve(old, volume="tdx-cache", generation=5),
     ]
     ask(Insert(_BOOT))
-    given_volumes = BootVolumeRow("b0", "storage", 0, 4, 7, False), BootVolumeRow("b0", "tdx-cache", 1, None, 5, False)
-    ask(InsertGiven(given_volumes))
+    given_volumes = (
+        BootVolumeRow("b0", "storage", 0, 4, 7, in_use=False),
+        BootVolumeRow("b0", "tdx-cache", 1, None, 5, in_use=False),
+    )
+    ask(InsertBootVolumes(given_volumes))
     expect([*ask(ReadBootVolumes("b0"))], [*given_volumes], "the volumes of a boot")
     for row in (*rows, *(evolve(row, vm=Vm(VM.hotkey, "vm-1")) for row in rows)):
         ask(Insert(row))
