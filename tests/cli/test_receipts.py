@@ -33,8 +33,9 @@ from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
-from chutes_proto.server._grounds import Bundle, judge_again
+from chutes_proto.server._grounds import JUDGED_WITHIN_SECONDS, Bundle, judge_again
 from chutes_proto.testing import SimulatedPlatform
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.tlog import merkle
 from chutes_proto.tlog.notes import Checkpoint, Signer, Verifier
 from chutes_proto.tlog.proofs import Proof
@@ -336,16 +337,44 @@ def test_entries_of_a_log_that_lies_are_refused(site: Site) -> None:
         (0, {"platform_id": "00" * 16}),
         (0, {"platform_id": None}),
         (0, {"platform_kind": "ppid"}),
+        (0, {"at": 4_000_000_000}),
+        (0, {"at": NOW + 601}),
+        (0, {"at": NOW - 601}),
+        (0, {"at": float(NOW)}),
+        (0, {"profile": None}),
+        (0, {"event": "keys purged"}),
+        (0, {"event": "attest volumes"}),
+        (0, {"event": ["boot"]}),
+        (0, {"decision": None}),
+        (0, {"decision": "done"}),
         (1, {"decision": "granted"}),
+        (1, {"decision": "replayed"}),
+        (1, {"profile": f"{PROFILE}"}),
     ],
 )
 def test_an_entry_that_contradicts_its_evidence_is_refused(site: Site, index: int, lie: dict[str, Any]) -> None:
-    """Another platform than the one that was shown, or a grant to one that was rejected."""
+    """Another platform or profile than that of the quote, another time or decision, or a grant for a rejected one."""
     shown = Receipt.from_bytes(site.show(index, "--evidence").out.encode())
     verified = Liar(site, shown).verified
     members = json.loads(shown.entry)
     assert verified(members).code == 0
     assert verified(members | lie).code == 15
+
+
+def test_the_time_of_an_entry_is_about_that_of_its_verdict(site: Site) -> None:
+    shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
+    verified = Liar(site, shown).verified
+    members = json.loads(shown.entry)
+    for at in (NOW - JUDGED_WITHIN_SECONDS, NOW + JUDGED_WITHIN_SECONDS):
+        assert verified(members | {"at": at}).code == 0
+
+
+def test_the_last_step_has_one_text_everywhere(command: Callable[..., Ended]) -> None:
+    step = "the same verdict, platform and profile, of that time, and no grant for a quote that is rejected"
+    reference = (DOCS / "reference" / "stores.md").read_text()
+    said = command("receipt", "verify", "--help").out
+    counts = [" ".join(text.split()).count(step) for text in (reference, said, str(judge_again.__doc__))]
+    assert counts == [2, 1, 1]
 
 
 def test_a_forged_row_hides_no_change_of_the_files(site: Site) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from struct import pack
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from attrs import evolve, frozen
@@ -724,13 +724,14 @@ BUNDLE = Bundle(
 )
 
 
-def _entry() -> dict[str, str]:
+def _entry() -> dict[str, Any]:
     """The entry of a grant that rests on the bundle."""
     signed = check_signed(open_quote(BUNDLE.quote, now=NOW, root=ROOT))
     verdict = verify_quote(signed, verify_collateral(BUNDLE.collateral, now=NOW, root=ROOT), now=NOW)
     rested_on = grounds(verdict, BUNDLE.documents, "boot", ACCEPTED, hotkey_proven=None)
     pin = platform_of(verdict).pin
-    of = {"hotkey": _HOTKEY, "platform_kind": pin.kind, "platform_id": pin.value.hex()}
+    of = {"at": NOW, "event": "boot", "decision": "granted", "profile": str(PROFILE)}
+    of |= {"hotkey": _HOTKEY, "platform_kind": pin.kind, "platform_id": pin.value.hex()}
     return of | {"evidence": rested_on, "quote_digest": BUNDLE.digests["quote"]}
 
 

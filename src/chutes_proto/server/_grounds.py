@@ -207,6 +207,19 @@ _canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).enco
 
 # --- judging again ---
 
+JUDGED_WITHIN_SECONDS: Final = 600
+"""How far the time of an entry may be from that of its verdict: an entry has the time at which its request began, and
+the verdict that at which there was collateral. A request takes far less, and a nonce is valid for as long."""
+_STAGES: Final = {
+    "boot": "boot",
+    "attest volumes": "runtime",
+    "attest server": "runtime",
+    "register server": "runtime",
+}
+"""The events of all entries that rest on a quote, and the stage that each judges."""
+_DECISIONS: Final = ("granted", "replayed", "refused")
+"""The decisions of such entries."""
+
 
 @frozen
 class Bundle:
@@ -303,8 +316,11 @@ def judge_again(
 ) -> str:
     """Judge the evidence of an entry again, and return the verdict, which is the entry's.
 
+    It is checked that the entry has the same verdict, platform and profile, of that time, and no grant for a quote that
+    is rejected. The names of VM and hotkey are in no quote.
+
     ``entry`` has the members of an audit row, ``read_yaml`` is that of `parse_profile_file`. Raises `DigestError` for a
-    document that the entry does not name, and `VerdictError` for another verdict.
+    document that the entry does not name, and `VerdictError` for an entry that says something else.
     """
     if wrong := missing_digests(entry, bundle.digests):
         raise DigestError(f"not what the entry names: {', '.join(wrong)}")
@@ -333,6 +349,7 @@ def _judged(
     at, stage, claimed = told["judged_at"], told["stage"], str(entry.get("hotkey"))
     if type(at) is not int or not 0 <= at <= _LAST or stage not in get_args(Stage):
         raise VerdictError("the entry has another judged_at or stage than any that is written")
+    _check_written(entry, at, stage)
     policies = parse_policy_set(bundle.documents.policy)
     profiles = _profiles(bundle.documents.reference_values, read_yaml)
     rules = Rules(
@@ -358,14 +375,26 @@ def _judged(
         "tcb_date": verdict.tcb_date,
         "tcb_status": str(verdict.tcb_status),
     }
+    named: object = entry.get("profile")
+    profile: str | None = None
     try:
-        accepted = rules.accept(verdict, stage, claimed, proven)
+        profile, outcome = str(rules.accept(verdict, stage, claimed, proven).profile), ACCEPTED
     except AppraisalError as exc:
-        return found | {"verdict": str(refusal_code(exc))}
-    profile = entry.get("profile")
-    if profile is not None and profile != str(accepted.profile):
-        raise VerdictError(f"it matches {accepted.profile}, and the entry says {profile}")
-    return found | {"verdict": ACCEPTED}
+        outcome = str(refusal_code(exc))
+    if named != profile and not (named is None and entry["decision"] == "refused"):  # which names none
+        raise VerdictError(f"it matches {profile}, and the entry says {named}")
+    return found | {"verdict": outcome}
+
+
+def _check_written(entry: Mapping[str, Any], judged_at: int, stage: str) -> None:
+    """Raise `VerdictError` for an entry as no server writes it beside a verdict of this time and stage."""
+    at, event, decision = entry["at"], entry["event"], entry["decision"]
+    if type(at) is not int or abs(at - judged_at) > JUDGED_WITHIN_SECONDS:
+        raise VerdictError(f"it was judged at {judged_at}, and the entry is of {str(at)[:64]}")
+    if _STAGES.get(event) != stage:
+        raise VerdictError(f"it was judged for stage {stage}, and the entry says {event}")
+    if decision not in _DECISIONS:
+        raise VerdictError(f"it is a decision on a quote, and the entry says {decision}")
 
 
 def _grounds_of(entry: Mapping[str, Any]) -> Mapping[str, Any]:

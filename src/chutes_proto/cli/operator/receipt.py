@@ -212,9 +212,9 @@ def verify(file: str, keys: tuple[Verifier, ...], witnesses: tuple[Verifier, ...
 
     The steps are: 1. it is a receipt; 2. its checkpoint is signed with --key and by each --witness; 3. the log of that
     checkpoint has the entry; 4. the evidence, if it is in the receipt, is what the entry names; 5. judged again, with
-    the collateral, policy and reference values of that time, it has the same verdict, and is of the platform that the
-    entry names. The exit code says which step failed first. The names of VM and hotkey are the server's word. Without
-    the evidence, the entry is proven, and its verdict taken as it stands.
+    the collateral, policy and reference values that it names, it has the same verdict, platform and profile, of that
+    time, and no grant for a quote that is rejected. The exit code says which step failed first. The names of VM and
+    hotkey are the server's word. Without the evidence, the entry is proven, and its verdict taken as it stands.
 
     The key is the one that `audit key` prints: get it in another way than the receipt.
 
