@@ -68,7 +68,7 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     assert "it lacks audit row 4 of" in server.stop(signal.SIGTERM).err  # what is lost stays in the log
     assert "no boot is granted" in command("serve", "--config", site, "--check").out
     (tmp_path / "store.mark.checkpoint").unlink()
-    monkeypatch.setattr(marks, "SIGNED_SECONDS", 0)  # the key of the log is not as old yet
+    monkeypatch.setattr(marks, "FIRST_CHECKPOINT_SECONDS", 0)  # the key of the log is not as old yet
     found = command("store", "check", "--config", site, "--json")
     assert "store.mark.checkpoint is missing beside the mark" in found.json["mark"]
     assert "store.mark.checkpoint is missing beside the mark" in command("doctor", "--config", site).out

@@ -215,10 +215,10 @@ def test_a_log_that_was_rewritten_is_refused_by_the_checkpoint_beside_the_mark(p
         pass
 
 
-def test_a_worker_that_starts_while_another_signs_the_first_checkpoint_misses_none(
+def test_a_worker_that_starts_while_another_signs_the_first_checkpoint_misses_it_later_alone(
     place: StorePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marks, "SIGNED_SECONDS", 86_400)  # however slow this machine is
+    monkeypatch.setattr(marks, "FIRST_CHECKPOINT_SECONDS", 86_400)  # however slow this machine is
     place = evolve(place, vault=VAULT)
     with keeping(place) as first:
         grant(first, "1")
@@ -226,6 +226,13 @@ def test_a_worker_that_starts_while_another_signs_the_first_checkpoint_misses_no
         assert first.transact(OpenLogKey(int(time.time()), VAULT, Secret(bytes(SEED_SIZE + NONCE_SIZE))))
         with keeping(place) as second:
             assert second.notes == []
+            monkeypatch.setattr(MarkKeeper, "is_due", lambda _: True)
+            grant(second, "2")
+            assert second.notes == []
+            monkeypatch.setattr(marks, "FIRST_CHECKPOINT_SECONDS", 0)
+            grant(second, "3", "4")
+            (told,) = second.notes
+            assert "is missing beside the mark" in told
     with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
         connection.execute("UPDATE keyring SET created_at = 'never' WHERE kind = 'audit'")
     with keeping(place) as again:
@@ -263,7 +270,7 @@ def test_a_checkpoint_that_is_missing_beside_a_mark_or_not_signed_is_told(
             assert again.notes == [], "the sequencer tells of a key that does not open"
     put_back(place.base / "keys.db", whole)
     file.unlink()
-    monkeypatch.setattr(marks, "SIGNED_SECONDS", 0)  # the key of the log is not as old yet
+    monkeypatch.setattr(marks, "FIRST_CHECKPOINT_SECONDS", 0)  # the key of the log is not as old yet
     mark = Mark.from_bytes(place.mark_file.read_bytes())
     place.mark_file.write_bytes(evolve(mark, entries=(), head=0, head_mac="").to_bytes())
     with keeping(place) as again:

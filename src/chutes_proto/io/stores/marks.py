@@ -34,7 +34,7 @@ from chutes_proto.tlog.tiles import reader
 LOOK_SECONDS: Final = 1.0
 """The longest time between two comparisons of a store in use, and the shortest between two writes of the file."""
 
-SIGNED_SECONDS: Final = 60
+FIRST_CHECKPOINT_SECONDS: Final = 60
 """How long after the log got its key its first checkpoint may be missing: another worker is about to write it."""
 _SAME_SECONDS: Final = 3600
 """How far apart in time rows may be whose order in the log is not that of their numbers. Generous."""
@@ -97,7 +97,7 @@ class MarkKeeper:
         self._mark = self._read()
         self._written: Mark | None = self._mark
         self._checkpoint = _read_checkpoint(path)
-        self._is_checkpoint_told = False
+        self._is_checkpoint_looked_at = False
         self._noted: list[tuple[Change, float]] = []  # and when; not yet in the next one, nor in the mark
         self._acknowledged: dict[int, tuple[Entry, float]] = {}
         self._ending = threading.Event()
@@ -224,7 +224,7 @@ class MarkKeeper:
             )
         if loss is not None:
             self._check_decision(ask, view)
-        if not self._is_checkpoint_told:
+        if not self._is_checkpoint_looked_at:
             self._tell_of_checkpoint(ask)
         with self._lock:
             if loss is not None:
@@ -258,15 +258,21 @@ class MarkKeeper:
         )
 
     def _tell_of_checkpoint(self, ask: Ask) -> None:
-        """Note a checkpoint that is missing beside a mark, or that no key of the log has signed: a finding, once."""
-        self._is_checkpoint_told = True
+        """Note a checkpoint that is missing beside a mark, or that no key of the log has signed: a finding, once.
+
+        While the first one may be missing, this is asked again.
+        """
+        self._is_checkpoint_looked_at = True
         path = checkpoint_path(self._path)
         if path is None:
             return
         if not path.exists():
             made = ask("SELECT min(created_at) FROM keyring WHERE kind = 'audit'")[0][0]
-            is_new = type(made) is int and abs(time.time() - made) < SIGNED_SECONDS
-            if self._written is not None and made is not None and not is_new:
+            is_new = type(made) is int and abs(time.time() - made) < FIRST_CHECKPOINT_SECONDS
+            if self._written is None or made is None:
+                return
+            self._is_checkpoint_looked_at = not is_new
+            if not is_new:
                 self.add_note(
                     f"audit log: {path} is missing beside the mark, so the log is not compared with what was signed"
                     " before; see `chutes-proto audit verify` with a checkpoint that is kept elsewhere"
