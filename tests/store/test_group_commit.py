@@ -160,6 +160,23 @@ def test_a_commit_that_fails_fails_all(store: SqliteStore, gathered: str) -> Non
     assert not store.transact(good).replayed
 
 
+def test_a_transaction_that_sqlite_ended_is_not_taken_for_a_commit(store: SqliteStore) -> None:
+    def end() -> None:
+        assert store._connection is not None
+        _ = store._connection.execute("ROLLBACK")
+
+    check = store._check_file
+    store._check_file = end  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="no transaction is active"):
+        store.transact(Ask(SetHorizon(3)))
+    store._check_file = check  # type: ignore[method-assign]
+    assert store.transact(Ask(ReadTimes())).horizon == 0
+    with pytest.raises(Refused):
+        store.transact(Raising(Refused(Code.NONCE_INVALID, "no")))
+    store.transact(Ask(SetHorizon(4)))
+    assert store.transact(Ask(ReadTimes())).horizon == 4
+
+
 def test_an_interrupted_writer_leaves_nobody_waiting(store: SqliteStore) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt

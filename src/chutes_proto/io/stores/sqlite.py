@@ -393,7 +393,7 @@ class SqliteStore(MarkedStore):
         """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit.
 
         ``heads`` are those that are known. One that ``is_alone`` in its transaction needs no savepoint: to undo it ends
-        the transaction. Returns whether the next unit needs a new session.
+        the transaction, and an empty one is begun for the commit. Returns whether the next unit needs a new session.
         """
 
         def run(op: StoreOp[Any] | None, text: str, values: Values) -> list[tuple[Any, ...]]:
@@ -425,6 +425,8 @@ class SqliteStore(MarkedStore):
             if not connection.in_transaction:  # SQLite itself rolls everything back after some faults
                 raise
             _ = connection.execute("ROLLBACK" if is_alone else "ROLLBACK TO unit")
+            if is_alone:
+                _ = connection.execute("BEGIN")
         if not is_alone:
             _ = connection.execute("RELEASE unit")
         if job.fault is None:
@@ -445,9 +447,8 @@ class SqliteStore(MarkedStore):
             _ = connection.execute(begin)
             yield connection
             self._check_file()
-            if connection.in_transaction:  # or the block has undone all of it
-                _ = connection.execute("COMMIT")
-                self.commits += 1
+            _ = connection.execute("COMMIT")  # which fails if SQLite itself has ended the transaction
+            self.commits += 1
         except BaseException as exc:
             self._roll_back(connection)
             if isinstance(exc, sqlite3.Error):
