@@ -349,7 +349,7 @@ def _judged(
     at, stage, claimed = told["judged_at"], told["stage"], str(entry.get("hotkey"))
     if type(at) is not int or not 0 <= at <= _LAST or stage not in get_args(Stage):
         raise VerdictError("the entry has another judged_at or stage than any that is written")
-    _check_written(entry, at, stage)
+    check_written(entry, at, stage)
     policies = parse_policy_set(bundle.documents.policy)
     profiles = _profiles(bundle.documents.reference_values, read_yaml)
     rules = Rules(
@@ -386,7 +386,7 @@ def _judged(
     return found | {"verdict": outcome}
 
 
-def _check_written(entry: Mapping[str, Any], judged_at: int, stage: str) -> None:
+def check_written(entry: Mapping[str, Any], judged_at: int, stage: str) -> None:
     """Raise `VerdictError` for an entry as no server writes it beside a verdict of this time and stage."""
     at, event, decision = entry["at"], entry["event"], entry["decision"]
     if type(at) is not int or abs(at - judged_at) > JUDGED_WITHIN_SECONDS:
