@@ -2,9 +2,9 @@
 
 The two take turns, in this thread, so that a slow moment affects both; CPU time is this thread's. A boot has three
 volumes. Its two audit rows are sequenced afterwards, in batches: a store that is not sealed has a log, too, so the
-sequencer counts whole, and not only for what it costs more in the sealed store. SQLite remembers heads of VMs: of the
-largest fleet here it does not know that of the next boot any more. In PostgreSQL each unit reads the head; the CPU of
-the database's session is told beside ours, with its part of the sequencer, and does not count for the limit.
+sequencer counts whole, and not only for what it costs more in the sealed store. SQLite remembers the heads of more VMs
+than the largest fleet here has. In PostgreSQL each unit reads the head, as it does in SQLite for a still larger fleet.
+The CPU of the database's session is told beside ours, with its part of the sequencer, and does not count for the limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.postgres import Cluster, programs, schema
 
 _NONE = Revocations.of(0, ())
 BOOTS = 600
-FLEETS = (50, 1200, 30_000)
+FLEETS = (50, 1200, 12_000)
 BATCH = 50
 VOLUMES = ("storage", "tdx-cache", "scratch")
 LIMIT_MS = 0.25
