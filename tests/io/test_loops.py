@@ -15,7 +15,7 @@ import trio
 from attrs import define, field
 
 from chutes_proto.io import trio_loop
-from chutes_proto.io.loops import AsyncioPeer, call_at, clock, open_group, peer, wait
+from chutes_proto.io.loops import AsyncioPeer, call_at, call_next, clock, open_group, peer, wait
 from chutes_proto.io.trio_loop import MAX_CANCELLED
 from chutes_proto.io.waits import Peer
 from chutes_proto.transport.h1 import READ_SIZE
@@ -240,3 +240,20 @@ async def test_a_group_that_is_cancelled_raises_one_cancellation(tasks: int) -> 
         await anyio.wait_all_tasks_blocked()
         group.cancel_scope.cancel()
     assert raised == [anyio.get_cancelled_exc_class()]
+
+
+async def test_a_call_comes_in_the_next_round_of_the_loop() -> None:
+    called: list[int] = []
+    call = call_next()
+
+    def first() -> None:
+        called.append(1)
+        call(lambda: called.append(3))
+
+    for _ in range(2):
+        call(first)
+        call(lambda: called.append(2))
+        assert called == []
+        await async_wait_until(lambda: len(called) == 3)
+        assert called == [1, 2, 3]
+        called.clear()

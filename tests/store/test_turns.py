@@ -239,15 +239,22 @@ class Gathering(Scripted):
 
     callers: int = 4
     handed: list[int] = field(factory=list[int])
+    may_commit: threading.Event = field(factory=threading.Event)
 
-    def transact_all(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
+    def transact_all(
+        self, units: Sequence[Unit[Any]], have_run: Callable[[], object]
+    ) -> list[tuple[Any, BaseException | None]]:
         self.handed.append(len(units))
-        return [(self.transact(unit), None) for unit in units]
+        outcomes: list[tuple[Any, BaseException | None]] = [(self.transact(unit), None) for unit in units]
+        have_run()
+        self.may_commit.wait()
+        return outcomes
 
 
 @pytest.mark.anyio
 async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile() -> None:
     store = Gathering()
+    store.may_commit.set()
     durable: Any = store
     answers: list[object] = []
 
@@ -263,6 +270,44 @@ async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile
         store.goes_on.set()
     assert answers == [42] * 9
     assert store.handed == [1, 4, 4]
+
+
+@pytest.mark.anyio
+async def test_transactions_of_one_round_of_the_loop_share_a_commit() -> None:
+    store: Any = Gathering()
+    store.goes_on.set()
+    store.may_commit.set()
+    async with open_turns(store) as turns, anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
+    assert store.handed == [3]
+
+
+@pytest.mark.anyio
+async def test_the_loop_gives_way_to_units_of_a_shared_commit_until_they_have_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chutes_proto.io.stores.turns.sys.getswitchinterval", lambda: 60.0)
+    store: Any = Gathering()
+    async with open_turns(store) as turns, anyio.create_task_group() as group:
+        group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
+        await async_wait_until(lambda: store.began)
+        threading.Timer(0.05, store.goes_on.set).start()
+        turns.give_way()
+        assert store.goes_on.is_set()
+        store.may_commit.set()
+
+
+@pytest.mark.anyio
+async def test_the_loop_gives_way_to_a_store_that_hangs_for_a_moment_only() -> None:
+    store: Any = Gathering()
+    store.may_commit.set()
+    async with open_turns(store) as turns, anyio.create_task_group() as group:
+        group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
+        await async_wait_until(lambda: store.began)
+        turns.give_way()
+        assert not store.goes_on.is_set()
+        store.goes_on.set()
 
 
 # --- a database that hangs, and many requests ---

@@ -55,6 +55,16 @@ def call_at() -> CallAt:
     return timers().call_at
 
 
+def call_next() -> Callable[[Callable[[], object]], object]:
+    """Return the function of the running loop that has another one called, in the loop's next round."""
+    loop = _running()
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return lambda call: loop.call_at(loop.time(), call)  # after what was found ready, unlike `call_soon`
+    from chutes_proto.io.trio_loop import NextRound
+
+    return NextRound()
+
+
 class AsyncioWait:
     """A `Wait` on asyncio."""
 

@@ -105,6 +105,37 @@ def timers() -> Timers:
         return made
 
 
+class NextRound:
+    """Calls functions in the next round of the run, in a task of its own: trio has no such call for its own thread."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], object]] = []
+        self._waiting: trio.lowlevel.Task | None = None
+        _ = trio.lowlevel.spawn_system_task(self._run)
+
+    def __call__(self, call: Callable[[], object], /) -> None:
+        """Have ``call``, which raises nothing, called."""
+        self._calls.append(call)
+        if self._waiting is not None:
+            trio.lowlevel.reschedule(self._waiting)
+            self._waiting = None
+
+    async def _run(self) -> None:
+        while True:
+            if self._calls:  # made in this round
+                await trio.lowlevel.checkpoint()
+            else:
+                self._waiting = trio.lowlevel.current_task()
+                _ = await trio.lowlevel.wait_task_rescheduled(self._abort)
+            calls, self._calls = self._calls, []
+            for call in calls:
+                _ = call()
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._waiting = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
 class TrioWait:
     """A `waits.Wait` on trio."""
 

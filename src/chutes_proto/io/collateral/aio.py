@@ -86,7 +86,8 @@ async def open_performer(
 ) -> AsyncGenerator[Performer]:
     """Open the performer of a key server's effects, with collateral from files or from the network."""
     async with AsyncExitStack() as opened:
-        parts: dict[str, Any] = {"transact": (await opened.enter_async_context(open_turns(store))).transact}
+        turns = await opened.enter_async_context(open_turns(store))
+        parts: dict[str, Any] = {"transact": turns.transact, "give_way": turns.give_way}
         if isinstance(source, UpstreamCollateral):
             parts["fetch"] = (await opened.enter_async_context(open_collateral(source, log=log))).fetch
         else:

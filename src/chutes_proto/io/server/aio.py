@@ -146,6 +146,7 @@ class Server:
                         self._app.sent(response)
                     case Receive():
                         received = await peer.receive()
+                        self._performer.give_way()
                         if received is None:
                             connection.expire(self._now())
                         else:

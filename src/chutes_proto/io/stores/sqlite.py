@@ -84,6 +84,10 @@ _ALONE: Final = Unit[Any]()
 """The unit of a caller that wants to be the writer for other work than a unit."""
 
 
+def _told_nobody() -> None:
+    pass
+
+
 def _locked() -> threading.Lock:
     lock = threading.Lock()
     _ = lock.acquire()
@@ -98,6 +102,8 @@ class _Job:
     """
 
     unit: Unit[Any]
+    has_run: Callable[[], object] = _told_nobody
+    """Called when it and all that share its commit have run."""
     turn: threading.Lock = field(factory=_locked)
     others: list[_Job] = field(factory=list["_Job"])
     """Those that came with it, for the same commit."""
@@ -181,9 +187,15 @@ class SqliteStore(MarkedStore):
         result: T = job.result
         return result
 
-    def transact_all(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
-        """Run ``units`` as `transact` does, in their order and one commit; return each one's result and exception."""
+    def transact_all(
+        self, units: Sequence[Unit[Any]], have_run: Callable[[], object] = _told_nobody
+    ) -> list[tuple[Any, BaseException | None]]:
+        """Run ``units`` as `transact` does, in their order and one commit; return each one's result and exception.
+
+        ``have_run`` is called when all of them have run, and only the commit is left; not if that cannot be begun.
+        """
         first, *others = jobs = [_Job(unit) for unit in units]
+        first.has_run = have_run
         first.others = others
         try:
             self._carry_out(first)
@@ -344,6 +356,8 @@ class SqliteStore(MarkedStore):
                 for each in jobs:
                     if self._run(connection, each, session, self._heads, is_alone=len(jobs) == 1):
                         session = self._session(connection)
+                for each in jobs:
+                    _ = each.has_run()
             self._committed((change for each in jobs for change in each.changes), sealed_in=session.sealed_in)
         except BaseException as exc:
             self._checked_at = None

@@ -1,16 +1,23 @@
 """A store on an event loop: its transactions run in threads, and a caller that waits for its turn holds none.
 
-A store that shares commits is handed all transactions at once that have their turn, while others gather for the next
-commit: so a commit takes one thread, and one call of it into the loop. Any other one is handed each for itself.
+A store that shares commits is handed all transactions at once that have their turn at the end of a round of the loop,
+while others gather for the next commit: so a commit takes one thread, and one call of it into the loop. Any other one
+is handed each for itself.
+
+While the units of a commit run, the loop gives way. Two threads that compute take turns, and change over whenever one
+calls SQLite or the system: that takes longer than most of these calls. The loop goes on when only the commit is left,
+which waits for the disk, and in any case after the time that the interpreter leaves to a thread.
 
 No rule is decided here: `Turns` says whose turn it is.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
 import anyio
@@ -18,7 +25,7 @@ from attrs import define, field
 
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
-from chutes_proto.io.loops import call_at, clock, wait
+from chutes_proto.io.loops import call_at, call_next, clock, wait
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.waits import Wait
@@ -28,7 +35,7 @@ from chutes_proto.store._turns import PAUSE_SECONDS, Found, Turn, Turns
 
 @asynccontextmanager
 async def open_turns(store: DurableStore) -> AsyncGenerator[StoreTurns]:
-    """Open the turns of ``store``; its `transact` is the ``transact`` of a `Performer`.
+    """Open the turns of ``store``; its `transact` and `give_way` are those of a `Performer`.
 
     At the end it waits for the transactions that have begun, whose callers may have left.
     """
@@ -44,8 +51,13 @@ async def open_turns(store: DurableStore) -> AsyncGenerator[StoreTurns]:
 class SharesCommits(Protocol):
     """A store that runs several units in one commit."""
 
-    def transact_all(self, units: Sequence[Unit[Any]], /) -> list[tuple[Any, BaseException | None]]:
-        """Run units, each as a transaction of its own; return the result of each, and what it raised."""
+    def transact_all(
+        self, units: Sequence[Unit[Any]], have_run: Callable[[], object], /
+    ) -> list[tuple[Any, BaseException | None]]:
+        """Run units, each as a transaction of its own; return the result of each, and what it raised.
+
+        ``have_run`` is called when all of them have run, and only their commit is left. It need not be if they fail.
+        """
         ...
 
 
@@ -64,14 +76,14 @@ class StoreTurns:
 
     def __init__(self, store: DurableStore) -> None:
         self._store = store
-        self._now, self._call_at, self._wait = clock(), call_at(), wait()
+        self._now, self._call_at, self._call_next, self._wait = clock(), call_at(), call_next(), wait()
         self._turns = Turns(store.callers)
         self._threads = Threads(f"store {store.name}")
-        self._transact_all: Callable[[Sequence[Unit[Any]]], list[tuple[Any, BaseException | None]]]
-        if isinstance(store, SharesCommits):
-            self._transact_all, self._threads_at_once, self._units_of_each = store.transact_all, 1, store.callers
-        else:
-            self._transact_all, self._threads_at_once, self._units_of_each = self._transact_one, store.callers, 1
+        self._sharing = store if isinstance(store, SharesCommits) else None
+        self._threads_at_once = store.callers if self._sharing is None else 1
+        self._units_of_each = 1 if self._sharing is None else store.callers
+        self._is_gathering = False
+        self._units_run: Lock | None = None  # locked until the units of the commit that comes next have run
         self._jobs: dict[Turn, _Job] = {}  # of the turns that have not begun
         self._running: dict[Turn, _Job] = {}
         self._ready: list[_Job] = []  # of these, those that no thread has yet
@@ -89,12 +101,22 @@ class StoreTurns:
             await self._wait_for_turn(job, effect.turn_seconds)
         if not job.has_ended:
             await job.caller.until(until)
+        self.give_way()
         if not job.has_ended:
             text = f"store {self._store.name}: no answer within {effect.seconds:.1f} s"
             raise FateUnknown(f"{text}; the change may be committed or not")
         if job.fault is not None:
             raise job.fault
         return job.result
+
+    def give_way(self) -> None:
+        """Wait while units of a shared commit run, for as long as the interpreter would let them; then go on.
+
+        Call it where the loop begins to compute for someone. It waits once for a commit.
+        """
+        units_run, self._units_run = self._units_run, None
+        if units_run is not None:
+            _ = units_run.acquire(timeout=sys.getswitchinterval())
 
     async def close(self) -> None:
         """Begin no turn any more, and wait for the transactions that run."""
@@ -121,28 +143,56 @@ class StoreTurns:
             job = self._running[turn] = self._jobs.pop(turn)
             job.caller.end()
             self._ready.append(job)
+        if self._sharing is None:
+            self._hand_over()
+        elif self._ready and not self._threads_in_use and not self._is_gathering:
+            self._is_gathering = True
+            _ = self._call_next(self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._is_gathering = False
         while self._ready and self._threads_in_use < self._threads_at_once:
             jobs, self._ready = self._ready[: self._units_of_each], self._ready[self._units_of_each :]
             self._threads_in_use += 1
+            carry_out = partial(self._transact, jobs)
+            if self._sharing is not None:
+                self._units_run = Lock()
+                _ = self._units_run.acquire()
+                carry_out = partial(self._transact_all, self._sharing, jobs, self._units_run)
             try:
-                self._threads.run(partial(self._carry_out, jobs), self._end)
+                self._threads.run(carry_out, self._end)
             except RuntimeError as exc:  # the system allows no thread
+                self._units_run = None
                 for job in jobs:
                     job.fault = StoreAway(f"store {self._store.name}: {exc}")
                 self._end(jobs)
 
-    def _carry_out(self, jobs: list[_Job]) -> list[_Job]:
-        """Run transactions, in a thread; return them."""
+    def _transact(self, jobs: list[_Job]) -> list[_Job]:
+        """Run a transaction, in a thread; return it."""
+        for job in jobs:
+            try:
+                job.result = self._store.transact(job.unit)
+            except BaseException as exc:  # noqa: BLE001 - it is the caller's
+                job.fault = exc
+        return jobs
+
+    def _transact_all(self, sharing: SharesCommits, jobs: list[_Job], units_run: Lock) -> list[_Job]:
+        """Run transactions in one commit, in a thread; return them."""
+
+        def have_run() -> None:
+            if units_run.locked():
+                units_run.release()
+
         try:
-            for job, outcome in zip(jobs, self._transact_all([job.unit for job in jobs]), strict=True):
+            outcomes = sharing.transact_all([job.unit for job in jobs], have_run)
+            for job, outcome in zip(jobs, outcomes, strict=True):
                 job.result, job.fault = outcome
         except BaseException as exc:  # noqa: BLE001 - it is the callers'
             for job in jobs:
                 job.fault = exc
+        finally:
+            have_run()
         return jobs
-
-    def _transact_one(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
-        return [(self._store.transact(unit), None) for unit in units]
 
     def _end(self, jobs: list[_Job]) -> None:
         self._threads_in_use -= 1
