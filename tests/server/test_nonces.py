@@ -10,12 +10,13 @@ from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.secret import Secret
 from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint, expires_at
+from chutes_proto.server._tags import TagKey
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code
 
 NOW = 1_800_000_000
-KEY = MacKey(5, Secret(b"k" * 32))
-OLD = MacKey(9, Secret(b"o" * 32))
+KEY = MacKey(5, TagKey(Secret(b"k" * 32)))
+OLD = MacKey(9, TagKey(Secret(b"o" * 32)))
 MINT = NonceMint((KEY,))
 RANDOM = bytes(range(RANDOM_SIZE))
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from chutes_proto.errors import Refusal
 from chutes_proto.secret import Secret
 from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
+from chutes_proto.server._tags import TagKey
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite._parts import DAY, NOW
@@ -23,7 +24,7 @@ from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
 
-MINT = NonceMint((MacKey(5, Secret(b"k" * 32)),))
+MINT = NonceMint((MacKey(5, TagKey(Secret(b"k" * 32))),))
 SERVERS = range(3)
 STEPS = 60
 

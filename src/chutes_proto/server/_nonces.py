@@ -23,7 +23,7 @@ The store sees to it that a nonce is redeemed once (``units/nonces.py``).
 
 from __future__ import annotations
 
-import hmac
+from hmac import compare_digest
 from typing import Literal
 
 from attrs import frozen
@@ -31,6 +31,7 @@ from attrs import frozen
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
+from chutes_proto.server._tags import TagKey
 from chutes_proto.units.nonces import SKEW, Nonce, from_future
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import address_prefix
@@ -52,7 +53,7 @@ class MacKey:
     """One MAC key and the id (0 to 63) that stands in the nonces it made."""
 
     key_id: int
-    key: Secret
+    key: TagKey
 
 
 @frozen
@@ -69,7 +70,7 @@ class NonceMint:
     ) -> NonceMint:
         """The mint whose MAC keys come from the live key-encryption keys of ``vault``."""
         derived = [key.reveal() for _, key in vault.derive(_LABEL, 33)]
-        keys = tuple(MacKey(material[32] & _KEY_ID, Secret(material[:32])) for material in derived)
+        keys = tuple(MacKey(material[32] & _KEY_ID, TagKey(Secret(material[:32]))) for material in derived)
         return cls(keys, bind_address=bind_address, expected_key_ids=expected_key_ids)
 
     def issue(
@@ -117,7 +118,7 @@ class NonceMint:
         bound_hotkey = hotkey if head[0] & _HOTKEY_BOUND else None
         bound_address = address if head[0] & _ADDRESS_BOUND else ""
         tags = [_tag(key, head, purpose, bound_hotkey, bound_address, scope) for key in candidates]
-        if not any(hmac.compare_digest(tag, expected) for expected in tags):
+        if not any(compare_digest(tag, expected) for expected in tags):
             raise _invalid("tag does not hold: forged, or bound to another purpose, hotkey, address or server")
         issued_at = int.from_bytes(head[1:6], "big")
         if issued_at > now + SKEW:
@@ -135,7 +136,7 @@ def expires_at(issued_at: int) -> str:
 def _tag(key: MacKey, head: bytes, purpose: str, hotkey: str | None, address: str, scope: str) -> bytes:
     parts = (purpose.encode(), (hotkey or "").encode(), address_prefix(address), scope.encode())
     message = head + b"".join([len(part).to_bytes(4, "big") + part for part in parts])
-    return hmac.digest(key.key.reveal(), message, "sha256")[:16]
+    return key.key.tag(message)
 
 
 def _invalid(reason: str) -> Refused:

@@ -13,27 +13,28 @@ before these, is valid too, and waits among strangers.
 
 from __future__ import annotations
 
-import hmac
+from hmac import compare_digest
 from typing import Final
 
 from attrs import frozen
 
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
+from chutes_proto.server._tags import TAG_SIZE, TagKey
 
 RANDOM_SIZE: Final = 16
 
 _LABEL: Final = "chutes-proto token v1"
 _SIZE: Final = 32
-_TEXT: Final = 2 * (RANDOM_SIZE + 16)
+_TEXT: Final = 2 * (RANDOM_SIZE + TAG_SIZE)
 
 
 @frozen
 class _Keys:
     """The keys of one KEK: of tags, and of confirm nonces."""
 
-    tag: Secret
-    confirm: Secret
+    tag: TagKey
+    confirm: TagKey
 
 
 @frozen
@@ -46,7 +47,7 @@ class TokenMint:
     def of(cls, vault: Vault) -> TokenMint:
         """The mint whose MAC keys come from the live key-encryption keys of ``vault``."""
         derived = [key.reveal() for _, key in vault.derive(_LABEL, 2 * _SIZE)]
-        return cls(tuple(_Keys(Secret(each[:_SIZE]), Secret(each[_SIZE:])) for each in derived))
+        return cls(tuple(_Keys(TagKey(Secret(each[:_SIZE])), TagKey(Secret(each[_SIZE:]))) for each in derived))
 
     def issue(self, random: bytes) -> Secret:
         """Make a token, as text, from `RANDOM_SIZE` fresh bytes."""
@@ -57,17 +58,15 @@ class TokenMint:
 
         So a lost answer can be given again although no secret is kept.
         """
-        digests = (hmac.digest(keys.confirm.reveal(), quote_nonce, "sha256") for keys in self.keys)
-        return tuple(_token(keys, digest[:RANDOM_SIZE]) for keys, digest in zip(self.keys, digests, strict=True))
+        return tuple(_token(keys, keys.confirm.tag(quote_nonce)) for keys in self.keys)
 
     def recognises(self, token: bytes) -> bool:
         """Whether ``token``, as text, was issued by a server with one of these KEKs; it may have expired long ago."""
         if len(token) != _TEXT:
             return False
         random = bytes.fromhex(token[: 2 * RANDOM_SIZE].decode("ascii"))
-        return any(hmac.compare_digest(_token(keys, random).reveal(), token) for keys in self.keys)
+        return any(compare_digest(_token(keys, random).reveal(), token) for keys in self.keys)
 
 
 def _token(keys: _Keys, random: bytes) -> Secret:
-    tag = hmac.digest(keys.tag.reveal(), random, "sha256")[: _TEXT // 2 - RANDOM_SIZE]
-    return Secret((random + tag).hex().encode("ascii"))
+    return Secret((random + keys.tag.tag(random)).hex().encode("ascii"))
