@@ -46,9 +46,9 @@ def client_key(certificate: x509.Certificate | None) -> ClientKey:
         raise _refused("no client certificate was presented")
     key = _public_key(certificate)
     match key:
-        case rsa.RSAPublicKey() if 2048 <= key.key_size <= 4096:
-            pass
         case ec.EllipticCurvePublicKey(curve=ec.SECP256R1() | ec.SECP384R1()) | ed25519.Ed25519PublicKey():
+            pass
+        case rsa.RSAPublicKey() if 2048 <= key.key_size <= 4096:
             pass
         case _:
             raise _refused(f"the client key is {_kind(key)}; RSA 2048 to 4096, P-256, P-384 and Ed25519 are accepted")
