@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
-from attrs import evolve, field, frozen
+from attrs import Factory, evolve, field, frozen
 
 from chutes_proto.quote._errors import AppraisalError, PolicyError
 from chutes_proto.quote._files import CONVERTER, read_toml, within
@@ -123,11 +123,10 @@ class BoundPolicies:
     profiles: tuple[Profile, ...]
     _groups: Mapping[str | None, tuple[AnyPolicy, ...]]
     """By hotkey, the policies of all profiles; profiles that have the same policy are together in it."""
-
-    @property
-    def hotkeys(self) -> frozenset[str | None]:
-        """The hotkeys that have an exception."""
-        return frozenset(self._groups) - {None}
+    hotkeys: frozenset[str | None] = field(
+        init=False, eq=False, default=Factory(lambda self: frozenset(self._groups) - {None}, takes_self=True)
+    )
+    """The hotkeys that have an exception."""
 
     @property
     def policies(self) -> tuple[AnyPolicy, ...]:
