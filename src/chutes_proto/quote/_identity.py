@@ -32,9 +32,10 @@ _OF_TDS: Final = {
 }
 _OF_PLATFORMS: Final = {"ppid": "the PPID", "platform_instance_id": "the platform instance id"}
 _OF_ENCLAVES: Final = {"mr_enclave": "MRENCLAVE", "mr_signer": "MRSIGNER"}
+_REGISTERS: Final = {**_OF_TDS, **_OF_ENCLAVES}
 _SIZES: Final = {
-    **dict.fromkeys(_OF_TDS, 48),
     **dict.fromkeys(_OF_PLATFORMS, 16),
+    **dict.fromkeys(_OF_TDS, 48),
     **dict.fromkeys(_OF_ENCLAVES, 32),
 }
 _ISV_MOST: Final = 0xFFFF
@@ -88,10 +89,17 @@ class IdentityPolicy:
     def refusals(self, pck: PckIdentity, body: TdReport10 | SgxReport) -> list[Refusal]:
         """List the refusals: one for each value that is not on its list."""
         found: list[Refusal] = []
-        for name, called in _OF_PLATFORMS.items():
-            found += self._refusal(name, called, getattr(pck, name), None)
-        for name, register in {**_OF_TDS, **_OF_ENCLAVES}.items():
-            found += self._refusal(name, register, getattr(body, name, None), register)
+        for name in _SIZES:
+            accepted: Accepted = getattr(self, name)
+            if accepted is None:
+                continue
+            register = _REGISTERS.get(name)
+            got: bytes | None = getattr(pck if register is None else body, name, None)
+            if got not in accepted:
+                said = "none" if got is None else got.hex()
+                expected = " or ".join(value.hex() for value in accepted)
+                values = (f"{register or _OF_PLATFORMS[name]} is not accepted", said, expected, register)
+                found.append(mismatch("tcb" if register is None else "measurement", name, *values))
         if isinstance(body, SgxReport):
             product, svn = body.isv_prod_id, body.isv_svn
             if self.isv_prod_id is not None and product not in self.isv_prod_id:
@@ -103,15 +111,6 @@ class IdentityPolicy:
                 floor = f"at least {self.min_isv_svn}"
                 found.append(mismatch("measurement", "isv_svn", "ISVSVN is too low", str(svn), floor))
         return found
-
-    def _refusal(self, name: str, called: str, got: bytes | None, register: str | None) -> list[Refusal]:
-        accepted: Accepted = getattr(self, name)
-        if accepted is None or got in accepted:
-            return []
-        said = "none" if got is None else got.hex()
-        expected = " or ".join(value.hex() for value in accepted)
-        values = (f"{called} is not accepted", said, expected, register)
-        return [mismatch("tcb" if register is None else "measurement", name, *values)]
 
 
 def _is_isv(value: object) -> bool:

@@ -310,14 +310,14 @@ class Policy:
             matched = None
         else:
             events = _events(self.profiles, body, stage, event_log)
-            candidates = [
-                (
-                    profile.refusals(body, stage, events),
-                    (profile.attributes or self.attributes).refusals(body) + profile.untimely(verdict.verified_at),
-                    profile,
-                )
-                for profile in self.profiles
-            ]
+            candidates: list[tuple[list[Refusal], list[Refusal], Profile]] = []
+            for profile in self.profiles:
+                measured = profile.refusals(body, stage, events)
+                refused = (profile.attributes or self.attributes).refusals(body)
+                refused += profile.untimely(verdict.verified_at)
+                candidates.append((measured, refused, profile))
+                if not measured and not refused:
+                    break
             if not candidates:
                 measured = [] if self.measurements == "unchecked" else [_NO_PROFILES]
                 refused, matched = self.attributes.refusals(body) + measured, None
@@ -436,8 +436,11 @@ _resolve_init(_Combined)
 def _check_appraised(verdict: object, stage: Stage) -> None:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
-    if stage not in get_args(Stage):
-        raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
+    if stage not in _STAGES:
+        raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
+
+
+_STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
 def verify(
