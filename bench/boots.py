@@ -2,7 +2,8 @@
 
 A boot has its own connection, with nonce, attestation and sync, each sent as the agent sends it: head and body at once.
 Its platform was seen before, so that the caches have it. CPU time is that of the whole server process. The servers take
-turns, so that a slow moment affects all of them: the floor (``floor.py``), and this one on both loops. The same server
+turns, so that a slow moment affects all of them: the floor (``floor.py``), the same with the rows of a boot, and this
+one on both loops. The same server
 without sockets, loop and threads (bare) runs here, its bytes are handed to it, and its thread's CPU time is the least
 disturbed by other work of the machine: the place to measure a small change.
 
@@ -17,8 +18,11 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import platform as machine
+import re
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -37,6 +41,7 @@ from typing import Any
 
 from attrs import evolve
 
+from bench.floor import Recording, Statement
 from bench.layers import NAMES, Layers
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
@@ -103,7 +108,6 @@ def _whole_boots(folder: Path) -> None:
         ratio = cpu["whole"] / median(turn["whole"] for turn in whole["floor"])
         print(f"{server:>12}{cpu['whole']:12.2f}{cpu['system']:12.2f}{ratio:12.2f}")
     timed = _measured(folder, "timed")
-    del timed["floor"]
     print("\nBy layer, with timing on: ms a boot, and the share of the whole")
     print(f"{'layer':>28}{'calls':>8}" + "".join(f"{server:>18}" for server in timed))
     means = {
@@ -122,11 +126,9 @@ def _measured(folder: Path, how: str) -> dict[str, list[dict[str, float]]]:
     """Return, by server, what each turn of boots took: ms a boot."""
     found: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
+        floors = ("floor", "with rows") if how == "plain" else ()
         servers = {
-            "floor": stack.enter_context(_server(folder, "floor")),
-            "bare": stack.enter_context(_server(folder, "bare", how)),
-            "trio": stack.enter_context(_server(folder, "trio", how)),
-            "asyncio": stack.enter_context(_server(folder, "asyncio", how)),
+            which: stack.enter_context(_server(folder, which, how)) for which in (*floors, "bare", "trio", "asyncio")
         }
         for turn in range(-1, TURNS):  # the first one fills the caches
             for server, (_, boot_one, parts) in servers.items():
@@ -166,7 +168,11 @@ Parts = Callable[[], dict[str, float]]
 @contextmanager
 def _server(folder: Path, which: str, how: str = "plain") -> Generator[tuple[str, Callable[[str], None], Parts]]:
     """Start a server; yields its URL, and a function that boots a VM there. ``how``: plain, or timed by layer."""
-    arguments = ["bench.floor", folder] if which == "floor" else ["bench.boots", folder, which, how]
+    arguments: list[str | Path] = ["bench.floor", folder]
+    if which == "with rows":
+        arguments.append(_recorded(folder))
+    elif which != "floor":
+        arguments = ["bench.boots", folder, which, how]
     command = [sys.executable, "-m", *map(str, arguments)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
@@ -214,6 +220,39 @@ def _serve(folder: Path, which: str, how: str) -> None:
     _report(layers, lambda: {"whole": time.process_time(), "system": getrusage(RUSAGE_SELF).ru_stime})
     announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
     serving.serve_until_stopped(which, setup, setup.collateral, announce, (signal.SIGTERM,))  # type: ignore[arg-type]
+
+
+def _recorded(folder: Path) -> Path:
+    """Record what two boots of one VM ask an SQLite store; returns the file of a `Recording`."""
+    own = folder / "recorded"
+    own.mkdir(exist_ok=True)
+    write_server(own, PLATFORM, int(time.time()))
+    setup = make_setup(ServerConfig.load(own / "server.toml"))
+    asked: list[Statement] = []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            asked.append((sql, values[0] if values else ()))
+            return super().execute(sql, *values)
+
+    boots: list[list[Statement]] = []
+    connect = sqlite3.connect
+    try:
+        setattr(sqlite3, "connect", functools.partial(connect, factory=Connection))  # noqa: B010
+        with closing(setup.store.open()) as store:
+            performer = Performer(store=store, collateral=setup.collateral, log=lambda _: None)  # type: ignore[arg-type]
+            setup.service.revoked.now = store.transact(ReadRevocations())
+            bare = _Bare(App(setup.service), performer, own)
+            settings = tuple(sql.removeprefix("PRAGMA ") for sql, _ in asked if re.fullmatch(r"PRAGMA \w+ = \w+", sql))
+            while len(boots) < 2 or [sql for sql, _ in boots[-2]] != [sql for sql, _ in boots[-1]]:
+                asked.clear()  # once a second a boot does more
+                bare.boot("vm-0")
+                boots.append([*asked])
+    finally:
+        sqlite3.connect = connect
+    path = own / "recording"
+    _ = path.write_bytes(pickle.dumps(Recording(own / "keys.db", settings, (boots[-2], boots[-1]))))
+    return path
 
 
 def _report(layers: Layers, cpu: Callable[[], dict[str, float]]) -> None:

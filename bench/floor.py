@@ -4,7 +4,9 @@ For each connection: a TLS handshake in which the client proves the key of a cer
 same for everyone, two ECDSA P-256 signatures (the quote's, and the quoting enclave's, which a server remembers), and
 two SQLite transactions that are durable when the answer leaves.
 
-``python -m bench.floor FOLDER`` prints its URL, and at SIGUSR1 its CPU time.
+``python -m bench.floor FOLDER`` prints its URL, and at SIGUSR1 its CPU time. With a `Recording` as second argument,
+its transactions are those of a real boot: the same statements with the same values, but for those that are new in each
+boot. So the difference is what SQLite needs for the rows of a boot, and what is left to a server is everything else.
 """
 
 from __future__ import annotations
@@ -12,15 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import signal
 import socket
 import sqlite3
 import sys
 import time
+from collections.abc import Generator, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from typing import Any
 
+from attrs import frozen
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from OpenSSL import SSL
@@ -28,21 +35,65 @@ from OpenSSL import SSL
 from chutes_proto.secret import Secret
 from chutes_proto.transport.tls import server_context
 
+Statement = tuple[str, tuple[Any, ...]]
 ANSWERS = 3
 _TOKEN = "0" * 64
 _BODY = json.dumps(dict.fromkeys(("nonce", "key", "boot_token", "storage", "tdx-cache"), _TOKEN)).encode()
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
 
 
-def serve(folder: Path) -> None:
+@frozen
+class Recording:
+    """What two boots of one VM asked an SQLite store, whose file before them is at ``store``."""
+
+    store: Path
+    settings: tuple[str, ...]
+    boots: tuple[Sequence[Statement], Sequence[Statement]]
+
+    def transactions(self) -> Generator[tuple[Statement, ...]]:
+        """Yield the transactions of one boot after another, each with new values where those of the two boots differ.
+
+        A value that is the same in several places of a boot stays the same there.
+        """
+        pairs = [
+            (text, values, [values[index] != other[index] for index in range(len(values))])
+            for (text, values), (_, other) in zip(*self.boots, strict=True)
+        ]
+        for boot in count(1):
+            known: dict[Any, Any] = {}
+            statements: list[Statement] = []
+            for text, values, differ in pairs:
+                made = (
+                    known.setdefault(value, _other(value, boot)) if is_new else value
+                    for value, is_new in zip(values, differ, strict=True)
+                )
+                statements.append((text, tuple(made)))
+                if text == "COMMIT":
+                    yield tuple(statements)
+                    statements.clear()
+
+
+def _other(value: Any, boot: int) -> Any:
+    """Return another value of the same type and size."""
+    match value:
+        case str():
+            return os.urandom(len(value)).hex()[: len(value)]
+        case bytes():
+            return os.urandom(len(value))
+        case _:
+            return value + boot
+
+
+def serve(folder: Path, recording: Recording | None) -> None:
     """Serve one connection after the other."""
     context = server_context((folder / "server.pem").read_bytes(), Secret((folder / "server.key").read_bytes()))
     message = os.urandom(632)
     keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
     signed = [(key.public_key(), key.sign(message, ec.ECDSA(SHA256()))) for key in keys]
-    database = sqlite3.connect(folder / "floor.db", isolation_level=None)
-    for setting in ("journal_mode = wal", "synchronous = 2"):
+    database = sqlite3.connect(folder / "floor.db" if recording is None else recording.store, isolation_level=None)
+    for setting in ("journal_mode = wal", "synchronous = 2", *(() if recording is None else recording.settings)):
         _ = database.execute(f"PRAGMA {setting}").fetchone()
+    transactions = None if recording is None else recording.transactions()
     _ = database.execute(
         "CREATE TABLE IF NOT EXISTS event (id INTEGER PRIMARY KEY, what TEXT NOT NULL, digest BLOB NOT NULL)"
     )
@@ -54,6 +105,10 @@ def serve(folder: Path) -> None:
         if b" /servers/boot/attestation " in got:
             for public, signature in signed:
                 public.verify(signature, message, ec.ECDSA(SHA256()))
+        if transactions is not None:
+            for text, values in next(transactions):
+                _ = database.execute(text, values).fetchall()
+            return
         _ = database.execute("BEGIN IMMEDIATE")
         digest = hashlib.sha256(got).digest()
         _ = database.execute("INSERT INTO event (what, digest) VALUES (?, ?)", ("boot", digest))
@@ -79,4 +134,4 @@ def _report(*_: object) -> None:
 
 if __name__ == "__main__":
     _ = signal.signal(signal.SIGUSR1, _report)
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), pickle.loads(Path(sys.argv[2]).read_bytes()) if sys.argv[2:] else None)  # noqa: S301
