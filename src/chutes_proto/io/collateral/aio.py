@@ -21,6 +21,7 @@ from chutes_proto.collateral.pcs import INTEL_PCS, Update, Upstream
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.gpu import GenuineDevice, GpuCollateral, Revocation, Rims
+from chutes_proto.io import loops
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
 from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS, UpstreamCollateral
@@ -96,7 +97,7 @@ async def open_performer(
             parts["fetch_gpus"] = (await opened.enter_async_context(open_gpu_collateral(gpus, log=log))).fetch
         elif gpus is not None:
             parts["gpus"] = gpus.fetch
-        yield Performer(**parts, log=log)
+        yield Performer(**parts, uptime=loops.clock(), log=log)
 
 
 class Fetcher(Generic[K, S, V, R_co]):

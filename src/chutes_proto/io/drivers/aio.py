@@ -77,7 +77,8 @@ class Performer:
     in threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source
     of collateral, in place of ``collateral``, and ``fetch_gpus`` one in place of ``gpus``. ``transact`` performs
     `Transact` in place of ``store``, which is called at once and waited for as long as it takes; ``give_way`` waits,
-    for milliseconds at most, while its threads compute.
+    for milliseconds at most, while its threads compute. ``uptime`` is the clock of the loop, by default looked for at
+    each `Uptime`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Performer:
         disks: DiskWorker | None = None,
         gpus: Callable[[], GpuCollateral] | None = None,
         fetch_gpus: Callable[[Sequence[GenuineDevice], int], Awaitable[GpuCollateral]] | None = None,
+        uptime: Callable[[], float] = anyio.current_time,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
@@ -105,7 +107,7 @@ class Performer:
         self._transact = transact or self._perform_in_thread
         self._give_way = give_way
         self._blocking = sync.Performer(quoter=quoter, gpu_tool=gpu_tool, store=store, disks=disks, gpus=gpus)
-        self._at_once = sync.at_once(log, anyio.current_time)
+        self._at_once = sync.at_once(log, uptime)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
