@@ -68,7 +68,7 @@ def transact_patiently(
     """
     with place:
         fault: StoreError | None = None
-        while (waited := (yield from _waited(request))) <= LAST_START_SECONDS:
+        while (waited := (yield from Uptime()) - request.arrived) <= LAST_START_SECONDS:
             left = LAST_START_SECONDS - waited
             try:
                 return (yield from Transact(unit, turn_seconds=left, seconds=LATEST_ANSWER_SECONDS - waited))
@@ -78,14 +78,10 @@ def transact_patiently(
                 if not is_repeatable:
                     raise
                 fault = exc
-            if (yield from _waited(request)) + _STEP > LAST_START_SECONDS:
+            if (yield from Uptime()) - request.arrived + _STEP > LAST_START_SECONDS:
                 break
             yield from Sleep(_STEP)
     raise _too_late(fault)
-
-
-def _waited(request: HttpRequest) -> Flow[float]:
-    return (yield from Uptime()) - request.arrived
 
 
 def _too_late(fault: StoreError | None) -> Unavailable:
