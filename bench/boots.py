@@ -61,7 +61,7 @@ from chutes_proto.store.rows import Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from chutes_proto.transport.client import ClientConnection
-from chutes_proto.transport.connections import Answer, Connections, Send, Sent
+from chutes_proto.transport.connections import Answer, Connections, Send
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.transport.tls import ServerContext, TlsSession, server_context
 from chutes_proto.units.revocations import ReadRevocations
@@ -285,7 +285,7 @@ class _Bare:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = client_context(identity, self._authorities)
         tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
-        connections = Connections(1024, lambda _: None)
+        connections = Connections(1024, lambda _: None, self._app.sent)
         connection: list[ServerConnection] = []
 
         def served(data: bytes) -> None:
@@ -330,8 +330,6 @@ class _Bare:
                     connection.send_response(perform(self._app.handle(request), self._perform), time.monotonic())
                 case Send(data):
                     sent += data
-                case Sent(response):
-                    self._app.sent(response)
                 case _:
                     break
         else:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
+from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import FIRST_CALL_SECONDS, LAST_CALL_SECONDS, ServerConnection
 from chutes_proto.wire.http import HttpResponse
 
@@ -131,29 +131,35 @@ def test_nobody_at_work_ends_and_there_is_room_where_there_can_be(size: int, tho
 
 
 def test_a_request_is_answered_then_sent_before_anything_is_received() -> None:
-    connections = Connections(2, list[ServerConnection]().append)
+    sent: list[HttpResponse] = []
+    connections = Connections(2, list[ServerConnection]().append, sent.append)
     one = connection("1.1.1.1")
     assert connections.next_step(one, 0.0) == Receive()
     one.receive_data(GET + GET, 0.0)
-    for sent_ahead in (False, True):
+    answers = [HttpResponse(200), HttpResponse(201)]
+    for answered, answer in enumerate(answers):
         step = connections.next_step(one, 1.0)
         assert isinstance(step, Answer)
-        assert step.sent_ahead is sent_ahead
-        one.send_response(HttpResponse(200), 1.0)
+        assert step.sent_ahead is bool(answered)
+        assert sent == answers[:answered]
+        one.send_response(answer, 1.0)
         step = connections.next_step(one, 1.0)
         assert isinstance(step, Send)
-        assert step.data.startswith(b"HTTP/1.1 200")
-        assert connections.next_step(one, 1.0) == Sent(HttpResponse(200))
+        assert step.data.startswith(b"HTTP/1.1 20%d" % answered)
+        assert sent == answers[:answered]
     assert connections.next_step(one, 1.0) == Receive()
+    assert sent == answers
     one.receive_data(b"", 2.0)
     assert connections.next_step(one, 2.0) is None
 
 
 def test_an_answer_that_the_peer_does_not_take_is_not_sent() -> None:
-    connections = Connections(2, list[ServerConnection]().append)
+    sent: list[HttpResponse] = []
+    connections = Connections(2, list[ServerConnection]().append, sent.append)
     one = connection("1.1.1.1", "deaf")
     one.expire(one.deadline)
     assert connections.next_step(one, one.deadline) is None
+    assert sent == []
 
 
 def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
@@ -170,7 +176,7 @@ def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
     made["working"].send_response(HttpResponse(200), 50.0)
     assert isinstance(connections.next_step(made["working"], 50.0), Send)
     assert made["working"].deadline == 50.0 + LAST_CALL_SECONDS
-    assert connections.next_step(made["working"], 50.0) == Sent(HttpResponse(200))
+    assert connections.next_step(made["working"], 50.0) == Receive()
     made["halfway"].receive_data(GET[5:], 1.5)
     assert isinstance(connections.next_step(made["halfway"], 1.5), Answer)
     newcomer = connection("2.2.2.2", now=2.0)

@@ -45,13 +45,6 @@ class Send:
 
 
 @frozen
-class Sent:
-    """All of this answer was sent: tell the application."""
-
-    response: HttpResponse
-
-
-@frozen
 class Receive:
     """Give what the peer sends next to `receive_data`, by the connection's deadline."""
 
@@ -62,12 +55,19 @@ _RECEIVE: Final = Receive()
 class Connections:
     """The connections of one server, at most ``size``: one ends before another one comes.
 
-    ``wake`` is called with each connection whose deadline another connection or the server's end has brought forward.
+    ``wake`` is called with each connection whose deadline another connection or the server's end has brought forward,
+    ``sent`` with each answer of which all was sent.
     """
 
-    def __init__(self, size: int, wake: Callable[[ServerConnection], None]) -> None:
+    def __init__(
+        self,
+        size: int,
+        wake: Callable[[ServerConnection], None],
+        sent: Callable[[HttpResponse], None] = lambda _: None,
+    ) -> None:
         self._size = size
         self._wake = wake
+        self._sent = sent
         self._share = max(1, size // SHARE)
         self._open: dict[ServerConnection, bytes] = {}  # and its address's prefix; in the order of arrival
         self._finishing = False
@@ -76,11 +76,11 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Sent | Receive | None:
+    def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Receive | None:
         """The next step of a connection; None: close it. After its deadline, call `expire` first."""
         sent = connection.sent_response(now)
         if sent is not None:
-            return Sent(sent)
+            self._sent(sent)
         if self._finishing:
             connection.finish(now)
         elif self._heard_until is not None:

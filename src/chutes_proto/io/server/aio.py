@@ -18,7 +18,7 @@ from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.loops import clock, open_group, peer
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.io.waits import Group, HasDeadline, Peer
-from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
+from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
 
 
@@ -44,7 +44,7 @@ class Server:
         self._performer = performer
         self._limits = limits
         self._slots = anyio.Semaphore(connections - 1, fast_acquire=True)
-        self._connections = Connections(connections, self._wake)
+        self._connections = Connections(connections, self._wake, app.sent)
         self._serving = anyio.CancelScope()
         self._accepting = anyio.CancelScope()
         self._peers: dict[ServerConnection, Peer] = {}
@@ -142,8 +142,6 @@ class Server:
                     case Send(data):
                         if not await peer.send(data):
                             connection.expire(self._now())
-                    case Sent(response):
-                        self._app.sent(response)
                     case Receive():
                         received = await peer.receive()
                         self._performer.give_way()
