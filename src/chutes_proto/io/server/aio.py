@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import suppress
 from signal import Signals
 from socket import socket
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -98,21 +99,20 @@ class Server:
             while True:
                 await self._slots.acquire()
                 try:
-                    accepted = await _accepted(listener)
+                    accepted, address = await _accepted(listener)
                 except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
                     self._slots.release()
                     await self._complain("accept_failed", exc)
                     await anyio.sleep(ACCEPT_PAUSE)
                 else:
-                    _ = group.start_soon(self._serve_socket, accepted, listening)
+                    _ = group.start_soon(self._serve_socket, accepted, address, listening)
 
-    async def _serve_socket(self, accepted: socket, listening: Listening) -> None:
+    async def _serve_socket(self, accepted: socket, address: Any, listening: Listening) -> None:
         """Serve one connection. Its faults end it and nothing else."""
         try:
             with accepted:
-                peer = peer_address(accepted.getpeername())
                 connection = ServerConnection(
-                    self._now(), tls=listening.session(), limits=self._limits, peer_address=peer
+                    self._now(), tls=listening.session(), limits=self._limits, peer_address=peer_address(address)
                 )
                 try:
                     await self._serve_connection(accepted, connection)
@@ -188,10 +188,10 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
         signals[Signals(number)]()
 
 
-async def _accepted(listener: socket) -> socket:
+async def _accepted(listener: socket) -> tuple[socket, Any]:
     while True:
         await anyio.wait_readable(listener)
         with suppress(BlockingIOError):
-            accepted, _ = listener.accept()
+            accepted, address = listener.accept()
             accepted.setblocking(False)
-            return accepted
+            return accepted, address
