@@ -220,11 +220,11 @@ class Vault:
         return Secret(_decrypt(name, _keyring_data(row.kind, row.epoch), kek.reveal(), row.wrapped))
 
     def _kek(self, name: object, kek_id: str) -> Secret:
-        key = next((key.key for key in self.live if key.kek_id == kek_id), None)
-        if key is None:
-            live = ", ".join(key.kek_id for key in self.live)
-            raise KeyUnavailable(f"the key {name} is sealed under key-encryption key (KEK) {kek_id}; available: {live}")
-        return key
+        for key in self.live:
+            if key.kek_id == kek_id:
+                return key.key
+        live = ", ".join(key.kek_id for key in self.live)
+        raise KeyUnavailable(f"the key {name} is sealed under key-encryption key (KEK) {kek_id}; available: {live}")
 
     def _data_key(self, address: Address, row: GenerationRow) -> tuple[bytes, bytes]:
         """The DEK of a row, and the passphrase that is sealed under it."""

@@ -17,7 +17,7 @@ from chutes_proto.store._run import Script
 
 def by_volume(rows: Iterable[store.GenerationRow]) -> defaultdict[str, list[store.GenerationRow]]:
     """The generations of each volume; none for a volume that never had a key."""
-    volumes = defaultdict[str, list[store.GenerationRow]](list)
+    volumes: defaultdict[str, list[store.GenerationRow]] = defaultdict(list)
     for row in rows:
         volumes[row.volume].append(row)
     return volumes
