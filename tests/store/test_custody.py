@@ -872,7 +872,7 @@ def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
                 older.transact(granted("last", A, 400))
 
 
-def test_without_its_kek_a_sealed_store_is_read_and_not_written(place: StorePlace) -> None:
+def test_until_its_kek_is_named_a_sealed_store_is_read_and_not_written(place: StorePlace) -> None:
     with closing(place.open(migrate=True)) as store:
         fill(store)
     with closing(evolve(place, vault=None).open()) as store:
@@ -882,6 +882,8 @@ def test_without_its_kek_a_sealed_store_is_read_and_not_written(place: StorePlac
                 store.transact(unit)
         with pytest.raises(StoreError, match="--config"):
             require_keys(store)
+        store.custody.hold(VAULT.unwrap)
+        store.transact(granted("last", A, 400))
 
 
 @pytest.mark.parametrize("state", [0, 1, 2, -1])

@@ -157,7 +157,7 @@ class SqliteStore(MarkedStore):
         self._waiting: list[_Job] = []
         self._connection: sqlite3.Connection | None = None
         self._checked_at: tuple[int] | None = None  # the changes that others had made to the file
-        self._seal_state: object = None  # as it was then
+        self._keys: Session | None = None  # as they were then
         self._heads: Remembered = {}  # of VMs, as stored: nobody else has changed them since then
         self._closed = False
         self._inode: tuple[int, int] | None = None
@@ -378,8 +378,8 @@ class SqliteStore(MarkedStore):
     def _checked(self, connection: sqlite3.Connection) -> Session:
         """Check schema and mark, unless nobody else has changed the file since then; return the keys of the rows."""
         changes: tuple[int] = connection.execute("PRAGMA data_version").fetchone()  # by others than this connection
-        if changes == self._checked_at and not self._marks.is_due():
-            return self.custody.session(self._seal_state, partial(_ask, connection))
+        if self._keys is not None and changes == self._checked_at and not self._marks.is_due():
+            return self._keys
         if changes != self._checked_at:
             self._heads.clear()
         session = self._session(connection)
@@ -392,8 +392,9 @@ class SqliteStore(MarkedStore):
         versions = self._versions(connection)
         found = versions.execute(READ_VERSION)
         _ = versions.check(found)
-        self._seal_state = found[0][2]
-        return self.custody.session(self._seal_state, versions.execute)
+        session = self.custody.session(found[0][2], versions.execute)
+        self._keys = None if session.is_locked else session  # its KEK may be named later
+        return session
 
     def _run(
         self,
