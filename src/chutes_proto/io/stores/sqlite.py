@@ -410,11 +410,11 @@ class SqliteStore(MarkedStore):
         ``heads`` are those that are known. One that ``is_alone`` in its transaction needs no savepoint: to undo it ends
         the transaction, and an empty one is begun for the commit. Returns whether the next unit needs a new session.
         """
+        cursor = connection.cursor()
 
         def run(op: StoreOp[Any] | None, text: str, values: Values) -> list[tuple[Any, ...]]:
             try:
-                cursor = connection.execute(_query(text), values)
-                rows: list[tuple[Any, ...]] = cursor.fetchall()
+                rows: list[tuple[Any, ...]] = cursor.execute(_query(text), values).fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
