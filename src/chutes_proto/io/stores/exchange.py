@@ -23,6 +23,7 @@ from attrs import define, field
 from psycopg import errors, generators
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import ConnStatus, ExecStatus, Format
+from psycopg.waiting import Wait
 
 if TYPE_CHECKING:
     from psycopg import abc
@@ -132,19 +133,28 @@ def _name(text: bytes, types: tuple[int, ...]) -> bytes:
 
 
 def _receive(pgconn: PGconn, count: int) -> PQGen[list[PGresult]]:
-    """Send what is in the pipeline, and receive so many results; fewer if the connection is lost."""
+    """Send what is in the pipeline, and receive so many results; fewer if the connection is lost.
+
+    psycopg's `fetch_many` would release the GIL four times for each statement, and `is_busy` does it once: each time
+    a thread that waits for it is woken, mostly for nothing.
+    """
     yield from generators.send(pgconn)
     found: list[PGresult] = []
     while len(found) < count:
-        try:
-            more = yield from generators.fetch_many(pgconn)
-        except psycopg.OperationalError:
-            if not found:
-                raise
-            break  # the last result says why
-        if not more:
+        while pgconn.is_busy():
+            while not (yield Wait.R):
+                pass
+            try:
+                pgconn.consume_input()
+            except psycopg.OperationalError:
+                if not found:
+                    raise
+                return found  # the last result says why
+        if (result := pgconn.get_result()) is None:
             break
-        found += more
+        found.append(result)
+        if result.status != ExecStatus.PIPELINE_SYNC:
+            _ = pgconn.get_result()  # a statement has one result, and None, which libpq has already
     return found
 
 
