@@ -215,6 +215,30 @@ def test_work_may_end_after_its_loop(backend: str) -> None:
 
 
 @pytest.mark.anyio
+async def test_the_thread_that_was_free_last_does_the_next_work() -> None:
+    threads = Threads("free")
+    both = threading.Barrier(2)
+    done: list[int] = []
+
+    def meet() -> int:
+        _ = both.wait(60)
+        return threading.get_ident()
+
+    async def do(*works: Callable[[], int]) -> None:
+        so_many = len(done) + len(works)
+        for work in works:
+            threads.run(work, done.append)
+        await async_wait_until(lambda: len(done) == so_many)
+
+    await do(meet, meet)
+    for _ in range(4):
+        await do(threading.get_ident)
+    threads.close()
+    assert len({*done[:2]}) == 2
+    assert done[1:] == [done[1]] * 5
+
+
+@pytest.mark.anyio
 async def test_one_caller_asks_a_store_that_is_away_and_the_others_follow_its_answer() -> None:
     store: Any = Scripted(outcomes=[StoreAway("away")] * 4)
     store.goes_on.set()
