@@ -128,9 +128,6 @@ class _Phase(IntEnum):  # a number's hash is C, a plain member's is Python
     CLOSED = auto()
 
 
-_HANDSHAKE, _IDLE, _RECEIVING, _HANDLING, _ANSWERING, _LINGERING, _CLOSED = _Phase  # Python 3.11 finds these faster
-
-
 class ServerConnection:
     """The server's end of one connection.
 
@@ -155,11 +152,11 @@ class ServerConnection:
         self._tls = tls
         self._limits = limits
         self._seconds: Mapping[_Phase, float] = {
-            _HANDSHAKE: limits.handshake_seconds,
-            _IDLE: limits.idle_seconds,
-            _RECEIVING: limits.request_seconds,
-            _ANSWERING: limits.write_seconds,
-            _LINGERING: limits.linger_seconds,
+            _Phase.HANDSHAKE: limits.handshake_seconds,
+            _Phase.IDLE: limits.idle_seconds,
+            _Phase.RECEIVING: limits.request_seconds,
+            _Phase.ANSWERING: limits.write_seconds,
+            _Phase.LINGERING: limits.linger_seconds,
         }
         self._reading: h11.Connection | None = None  # reads the current request, which is not a plain one
         self._inbox = bytearray()  # plaintext that nobody has read
@@ -179,12 +176,12 @@ class ServerConnection:
         self._has_answered = False
         self._last = False  # nothing is answered any more
         self._swallowed = 0
-        self._enter(_IDLE if tls is None else _HANDSHAKE, now)
+        self._enter(_Phase.IDLE if tls is None else _Phase.HANDSHAKE, now)
 
     @property
     def closed(self) -> bool:
         """Whether nothing is left to do but to close the socket."""
-        return self._phase is _CLOSED
+        return self._phase is _Phase.CLOSED
 
     @property
     def has_shaken_hands(self) -> bool:
@@ -194,24 +191,24 @@ class ServerConnection:
     @property
     def waits_for_peer(self) -> bool:
         """Whether the next step is the peer's, to send or to take bytes: no request is being handled."""
-        return self._phase not in (_HANDLING, _CLOSED)
+        return self._phase not in (_Phase.HANDLING, _Phase.CLOSED)
 
     def receive_data(self, data: bytes, now: float) -> None:
         """Take bytes that the peer sent; ``b""`` when there will be no more.
 
         Raises `LocalProtocolError` while a request waits for its answer: leave further bytes in the socket.
         """
-        if self._phase is _HANDLING:
+        if self._phase is _Phase.HANDLING:
             raise LocalProtocolError("a request waits for its answer; call send_response first")
         self._in_flight = False
         self._peer_ended = self._peer_ended or not data
         if self._last:
             self._swallowed += len(data)
-            if self._phase is _LINGERING and (not data or self._swallowed >= self._limits.linger_bytes):
-                self._enter(_CLOSED, now)
+            if self._phase is _Phase.LINGERING and (not data or self._swallowed >= self._limits.linger_bytes):
+                self._enter(_Phase.CLOSED, now)
             return
         self._inbox += self._decrypted(data, now)
-        if self._inbox and self._phase is _IDLE:
+        if self._inbox and self._phase is _Phase.IDLE:
             self._arrive(now)
 
     def sent_response(self, now: float) -> HttpResponse | None:
@@ -226,7 +223,7 @@ class ServerConnection:
         Bytes that can never become a request come as a `MalformedRequest`; its answer is the last one.
         """
         self._note_sent(now)
-        if self._phase in (_IDLE, _RECEIVING) and (self._inbox or self._peer_ended):
+        if self._phase in (_Phase.IDLE, _Phase.RECEIVING) and (self._inbox or self._peer_ended):
             try:
                 self._parse(now)
             except BadRequest as exc:
@@ -243,7 +240,7 @@ class ServerConnection:
 
         Raises `LocalProtocolError`, and changes nothing, if no request waits or HTTP cannot carry the answer.
         """
-        if self._phase is not _HANDLING or self._ready is not None:
+        if self._phase is not _Phase.HANDLING or self._ready is not None:
             raise LocalProtocolError("no request waits for an answer; call next_request first")
         try:
             self._answer(response, now, last=self._draining)
@@ -260,7 +257,7 @@ class ServerConnection:
     def drain(self, now: float) -> None:
         """Make the next answer the last one; wait for a next request no longer than `LAST_CALL_SECONDS`."""
         self._draining = True
-        if self._phase is _IDLE:
+        if self._phase is _Phase.IDLE:
             self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
 
     def hand_over(self, now: float, until: float) -> None:
@@ -270,16 +267,16 @@ class ServerConnection:
         """
         self._draining = True
         self._heard_until = until
-        if self._phase is _IDLE and self._has_answered:
+        if self._phase is _Phase.IDLE and self._has_answered:
             self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
         self._cap_deadline()
 
     def finish(self, now: float) -> None:
         """End the connection with the server: now, or within `LAST_CALL_SECONDS` if a request or answer is pending."""
         self._draining = True
-        if self._phase in (_HANDSHAKE, _IDLE):
+        if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE):
             self.abandon("the server ends")
-        elif self._phase is not _HANDLING:
+        elif self._phase is not _Phase.HANDLING:
             self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
 
     def abandon(self, reason: str) -> None:
@@ -288,20 +285,20 @@ class ServerConnection:
         self._inbox.clear()
         self.close_reason = reason
         self._last = True
-        self._phase, self.deadline = _CLOSED, -math.inf
+        self._phase, self.deadline = _Phase.CLOSED, -math.inf
 
     def expire(self, now: float) -> None:
         """Act on a deadline that has passed: answer 408, or end the connection."""
-        if self._phase is _RECEIVING and not self._in_flight:
+        if self._phase is _Phase.RECEIVING and not self._in_flight:
             self._refuse(BadRequest(Code.REQUEST_TIMEOUT, "Request timeout"), now)
-        elif self._phase in (_HANDSHAKE, _IDLE) and not self._in_flight:
-            waited_for = "TLS handshake" if self._phase is _HANDSHAKE else "request"
+        elif self._phase in (_Phase.HANDSHAKE, _Phase.IDLE) and not self._in_flight:
+            waited_for = "TLS handshake" if self._phase is _Phase.HANDSHAKE else "request"
             self._finish(f"no {waited_for} in time", now)
-        elif self._phase is not _HANDLING:
+        elif self._phase is not _Phase.HANDLING:
             # The peer did not take the bytes to send, or the time after the last answer is over.
             self._outbox.clear()
             self.close_reason = self.close_reason or ("the peer does not read" if self._in_flight else "")
-            self._enter(_CLOSED, now)
+            self._enter(_Phase.CLOSED, now)
 
     # --- the work of the phases ---
 
@@ -312,12 +309,12 @@ class ServerConnection:
             self._cap_deadline()
 
     def _cap_deadline(self) -> None:
-        if self._phase in (_HANDSHAKE, _IDLE, _RECEIVING):
+        if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE, _Phase.RECEIVING):
             self.deadline = min(self.deadline, self._heard_until)
 
     def _arrive(self, now: float) -> None:
         self._arrived = now
-        self._enter(_RECEIVING, now)
+        self._enter(_Phase.RECEIVING, now)
 
     def _decrypted(self, data: bytes, now: float) -> bytes:
         if self._tls is None:
@@ -329,8 +326,8 @@ class ServerConnection:
             return b""
         self._outbox += self._tls.data_to_send()
         self._peer_ended = self._peer_ended or self._tls.peer_closed
-        if self._phase is _HANDSHAKE and self._tls.established:
-            self._enter(_IDLE, now)
+        if self._phase is _Phase.HANDSHAKE and self._tls.established:
+            self._enter(_Phase.IDLE, now)
         return plaintext
 
     def _parse(self, now: float) -> None:
@@ -341,7 +338,7 @@ class ServerConnection:
             plain = take_plain(self._inbox, self._limits.head_bytes, self._limits.body_bytes)
             if plain is not None:
                 self._ready = self._request(*plain)
-                self._enter(_HANDLING, now)
+                self._enter(_Phase.HANDLING, now)
                 return
             self._reading = _reader(self._limits)
         reader = self._reading
@@ -361,7 +358,7 @@ class ServerConnection:
                     if reader.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits to hear that nobody switches
                         _ = reader.send(h11.Response(status_code=400, headers=[]))
                     self._ready = self._request(*_parts(self._head), bytes(self._body))
-                    self._enter(_HANDLING, now)
+                    self._enter(_Phase.HANDLING, now)
                     return
                 case h11.ConnectionClosed():
                     self._finish("", now)
@@ -436,7 +433,7 @@ class ServerConnection:
         self._draining = True
         self.close_reason = refusal.reason
         self._ready = MalformedRequest(refusal, self.peer_address)
-        self._enter(_HANDLING, now)
+        self._enter(_Phase.HANDLING, now)
 
     def _answer(self, response: HttpResponse, now: float, *, last: bool) -> None:
         headers = (*response.headers, ("content-length", str(len(response.body))))
@@ -455,7 +452,7 @@ class ServerConnection:
             if reader is not None:
                 self._inbox[:0] = reader.trailing_data[0]
             self._reading, self._end_given = None, False
-            self._enter(_ANSWERING, now)
+            self._enter(_Phase.ANSWERING, now)
 
     def _write(self, data: bytes) -> None:
         if self._tls is None:
@@ -472,26 +469,26 @@ class ServerConnection:
         if self._tls is not None:
             self._tls.close()
             self._outbox += self._tls.data_to_send()
-        self._enter(_ANSWERING if self._outbox else _CLOSED, now)
+        self._enter(_Phase.ANSWERING if self._outbox else _Phase.CLOSED, now)
 
     def _note_sent(self, now: float) -> None:
         """Note that the caller has sent the bytes it was given: it calls again only then."""
         self._in_flight = False
-        if self._phase is _ANSWERING and not self._outbox:
+        if self._phase is _Phase.ANSWERING and not self._outbox:
             self._answered(now)
 
     def _answered(self, now: float) -> None:
         """Go on after the whole answer was sent."""
         self._sent, self._sending = self._sending, None
         if not self._last:
-            self._enter(_IDLE, now)
+            self._enter(_Phase.IDLE, now)
             self.sent_ahead = bool(self._inbox)
             if self.sent_ahead:  # its time begins now
                 self._arrive(now)
         elif self._peer_ended:
-            self._enter(_CLOSED, now)
+            self._enter(_Phase.CLOSED, now)
         else:
-            self._enter(_LINGERING, now)
+            self._enter(_Phase.LINGERING, now)
 
 
 def _reader(limits: Limits) -> h11.Connection:
