@@ -115,15 +115,18 @@ def _dumped(
 ) -> list[tuple[bytes, Sequence[Any], tuple[int, ...], Sequence[Any]]]:
     """Each statement with the values, types and formats of its parameters, as PostgreSQL takes them.
 
-    Before the first is sent: a value may have no form in PostgreSQL. Raises `StatementError`.
+    Before the first is sent: a value may have no form in PostgreSQL. psycopg 3.2 takes no values and formats but in
+    lists. Raises `StatementError`.
     """
     asked: list[tuple[bytes, Sequence[Any], tuple[int, ...], Sequence[Any]]] = []
     for text, values in queries:
+        dumped: Sequence[Any] = []
         try:
-            dumped = transformer.dump_sequence(values, [PyFormat.AUTO] * len(values)) if values else ()
+            if values:
+                dumped = transformer.dump_sequence(values, [PyFormat.AUTO] * len(values))
         except (psycopg.DataError, UnicodeEncodeError) as exc:
             raise StatementError(len(asked), exc) from exc
-        types, formats = (transformer.types or (), transformer.formats or ()) if values else ((), ())
+        types, formats = (transformer.types or (), transformer.formats or []) if values else ((), [])
         asked.append((text, dumped, types, formats))
     return asked
 
