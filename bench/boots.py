@@ -42,7 +42,7 @@ from typing import Any
 from attrs import evolve
 
 from bench.floor import Recording, Statement
-from bench.layers import NAMES, Layers
+from bench.layers import NAMES, Execute, Layers, watched
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
@@ -230,15 +230,17 @@ def _recorded(folder: Path) -> Path:
     setup = make_setup(ServerConfig.load(own / "server.toml"))
     asked: list[Statement] = []
 
-    class Connection(sqlite3.Connection):
-        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-            asked.append((sql, values[0] if values else ()))
-            return super().execute(sql, *values)
+    def around(sql: str, execute: Execute) -> Execute:
+        def recorded(sql: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+            asked.append((sql, values))
+            return execute(sql, values)
+
+        return recorded
 
     boots: list[list[Statement]] = []
     connect = sqlite3.connect
     try:
-        setattr(sqlite3, "connect", functools.partial(connect, factory=Connection))  # noqa: B010
+        setattr(sqlite3, "connect", functools.partial(connect, factory=watched(around)))  # noqa: B010
         with closing(setup.store.open()) as store:
             performer = Performer(store=store, collateral=setup.collateral, log=lambda _: None)  # type: ignore[arg-type]
             setup.service.revoked.now = store.transact(ReadRevocations())

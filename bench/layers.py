@@ -55,6 +55,26 @@ FLOWS = "flows of the operations"
 NAMES = (*(name for name, _ in LAYERS), STATEMENTS, COMMITS, FLOWS)
 
 
+Execute = Callable[..., sqlite3.Cursor]
+
+
+def watched(around: Callable[[str, Execute], Execute]) -> type[sqlite3.Connection]:
+    """Return a kind of connections that execute statements by ``around(sql, execute)`` in place of ``execute``."""
+
+    class Cursor(sqlite3.Cursor):
+        def execute(self, sql: str, *values: Any) -> Any:
+            return around(sql, super().execute)(sql, *values)
+
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            return around(sql, super().execute)(sql, *values)
+
+        def cursor(self, factory: Any = Cursor) -> Any:
+            return super().cursor(factory)
+
+    return Connection
+
+
 class Layers:
     """Times the layers of all threads, from `install` on: ``spent`` in seconds, ``calls`` in number."""
 
@@ -71,13 +91,10 @@ class Layers:
                     setattr(owner, name, self.timed(layer, getattr(owner, name)))
         layers = self
 
-        class Connection(sqlite3.Connection):
-            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-                run = layers.timed(COMMITS if sql == "COMMIT" else STATEMENTS, super().execute)
-                made: sqlite3.Cursor = run(sql, *values)
-                return made
+        def around(sql: str, execute: Execute) -> Execute:
+            return layers.timed(COMMITS if sql == "COMMIT" else STATEMENTS, execute)
 
-        setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Connection))  # noqa: B010
+        setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=watched(around)))  # noqa: B010
         handle = App.handle
 
         def stepped(*arguments: Any) -> Generator[Effect[Any], Any, Any]:
