@@ -297,14 +297,16 @@ async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile
 
 
 @pytest.mark.anyio
-async def test_transactions_of_one_round_of_the_loop_share_a_commit() -> None:
+async def test_transactions_of_one_round_of_the_loop_share_a_commit_once_several_callers_come() -> None:
     store: Any = Gathering()
     store.goes_on.set()
     store.may_commit.set()
-    async with open_turns(store) as turns, anyio.create_task_group() as group:
-        for _ in range(3):
-            group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
-    assert store.handed == [3]
+    async with open_turns(store) as turns:
+        for at_once in (1, 3, 3, 1, 1):
+            async with anyio.create_task_group() as group:
+                for _ in range(at_once):
+                    group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
+    assert store.handed == [1, 1, 2, 3, 1, 1]
 
 
 @pytest.mark.anyio

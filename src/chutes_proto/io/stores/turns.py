@@ -1,8 +1,8 @@
 """A store on an event loop: its transactions run in threads, and a caller that waits for its turn holds none.
 
 A store that shares commits is handed all transactions at once that have their turn at the end of a round of the loop,
-while others gather for the next commit: so a commit takes one thread, and one call of it into the loop. Any other one
-is handed each for itself.
+while others gather for the next commit: so a commit takes one thread, and one call of it into the loop. Where callers
+come one by one, the round is not waited for. Any other store is handed each for itself.
 
 While the units of a commit run, the loop gives way. Two threads that compute take turns, and change over whenever one
 calls SQLite or the system: that takes longer than most of these calls. The loop goes on when only the commit is left,
@@ -83,6 +83,7 @@ class StoreTurns:
         self._threads_at_once = store.callers if self._sharing is None else 1
         self._units_of_each = 1 if self._sharing is None else store.callers
         self._is_gathering = False
+        self._is_crowded = False  # the last commit was shared, or others came meanwhile
         self._units_run: Lock | None = None  # locked until the units of the commit that comes next have run
         self._jobs: dict[Turn, _Job] = {}  # of the turns that have not begun
         self._running: dict[Turn, _Job] = {}
@@ -143,7 +144,7 @@ class StoreTurns:
             job = self._running[turn] = self._jobs.pop(turn)
             job.caller.end()
             self._ready.append(job)
-        if self._sharing is None:
+        if self._sharing is None or not self._is_crowded:
             self._hand_over()
         elif self._ready and not self._threads_in_use and not self._is_gathering:
             self._is_gathering = True
@@ -196,6 +197,7 @@ class StoreTurns:
 
     def _end(self, jobs: list[_Job]) -> None:
         self._threads_in_use -= 1
+        self._is_crowded = len(jobs) > 1 or bool(self._ready)
         for job in jobs:
             del self._running[job.turn]
             job.has_ended = True
