@@ -20,7 +20,6 @@ import hashlib
 import hmac
 import re
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from attrs import Factory, field, frozen
@@ -102,51 +101,38 @@ class KeyEncryptionKey:
 
 @frozen
 class FreshKey:
-    """The entropy for one row that a unit may make: drawn before, so that the unit may run again.
-
-    Few boots need a new key, so what is in the row is made only then.
-    """
+    """The entropy for one row that a unit may make: drawn before, so that the unit may run again."""
 
     SIZE: ClassVar[int] = 64 + KEY_SIZE + 2 * NONCE_SIZE
 
-    _entropy: Secret
-    _to_passphrase: Callable[[bytes], bytes]
+    passphrase: Secret
+    data_key: Secret
+    nonce_seeds: Secret
 
     @classmethod
     def from_entropy(cls, entropy: bytes) -> FreshKey:
         """Make a passphrase of 128 lowercase hex digits from `SIZE` random bytes, which must serve nothing else."""
-        return cls._of(lambda entropy: entropy[:64].hex().encode("ascii"), entropy)
+        return cls._of(entropy[:64].hex().encode("ascii"), entropy)
 
     @classmethod
     def encryption_key(cls, entropy: bytes) -> FreshKey:
         """Make a key of 32 bytes instead of a passphrase: it is sealed and handed out in base64."""
-        return cls._of(lambda entropy: base64.b64encode(entropy[:KEY_SIZE]), entropy)
+        return cls._of(base64.b64encode(entropy[:KEY_SIZE]), entropy)
 
     @classmethod
     def of_passphrase(cls, passphrase: Secret, entropy: bytes) -> FreshKey:
         """Take an existing passphrase; of ``entropy`` only the envelope's part is used."""
-        return cls._of(lambda _: passphrase.reveal(), entropy)
+        return cls._of(passphrase.reveal(), entropy)
 
     @classmethod
-    def _of(cls, to_passphrase: Callable[[bytes], bytes], entropy: bytes) -> FreshKey:
+    def _of(cls, passphrase: bytes, entropy: bytes) -> FreshKey:
         if len(entropy) != cls.SIZE:
             raise LocalProtocolError(f"a fresh key takes {cls.SIZE} bytes of entropy, not {len(entropy)}")
-        return cls(Secret(entropy), to_passphrase)
-
-    @property
-    def passphrase(self) -> Secret:
-        """The passphrase, or the key in its place."""
-        return Secret(self._to_passphrase(self._entropy.reveal()))
-
-    @property
-    def data_key(self) -> Secret:
-        """The DEK."""
-        return Secret(self._entropy.reveal()[64 : 64 + KEY_SIZE])
-
-    @property
-    def nonce_seeds(self) -> Secret:
-        """The seeds of the nonces of both layers."""
-        return Secret(self._entropy.reveal()[64 + KEY_SIZE :])
+        return cls(
+            passphrase=Secret(passphrase),
+            data_key=Secret(entropy[64 : 64 + KEY_SIZE]),
+            nonce_seeds=Secret(entropy[64 + KEY_SIZE :]),
+        )
 
 
 @frozen
