@@ -132,13 +132,6 @@ def plan_of(op: StoreOp[object]) -> list[str]:
     return [row[3] for row in store.connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
 
 
-def test_of_a_row_that_was_read_only_what_differs_is_written() -> None:
-    """SQLite writes the index of a column again that is set to the value that it has."""
-    text, values = statement(rows.Put(evolve(A_BOOT, spent_at=5, body_digest=b"5"), before=A_BOOT), lambda *_: b"mac")
-    assert text == "UPDATE boot SET spent_at = ?, body_digest = ?, mac = ? WHERE boot_id = ?"
-    assert values == (5, b"5", b"mac", A_BOOT.boot_id)
-
-
 def test_a_stranger_is_no_operation() -> None:
     @frozen
     class Stranger(StoreOp[None]):

@@ -798,7 +798,7 @@ class Guard:
         rows = self._run(None, sql.READ_UNVOIDED, (op.vm.hotkey, op.vm.name))
         _ = self.check(store.BootRow, rows)
         for row in decode_rows(store.BootRow, rows):
-            self.perform(store.Put(evolve(row, voided_at=op.at), before=row))
+            self.perform(store.Put(evolve(row, voided_at=op.at)))
 
     def doubted(self, _op: store.DoubtCandidates) -> tuple[RowNotAuthentic, ...]:
         """A candidate that is not authentic stops its own VM, and no other one."""

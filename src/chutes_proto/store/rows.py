@@ -584,8 +584,7 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key.
 
-    ``before`` is that one, if this unit has read it, and not changed it since: then only columns that differ are
-    written, and no index of others.
+    Of a boot, what it is known by (hotkey, VM, token, address, time) stays as it was added.
     """
 
     row: (
@@ -601,7 +600,6 @@ class Put(StoreOp[None]):
         | KeyringRow
         | HostProfileRow
     )
-    before: VmRow | BootRow | VolumeRow | None = None
 
 
 @frozen

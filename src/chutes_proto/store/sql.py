@@ -637,28 +637,16 @@ def _insert(kind: type[store.Row]) -> str:
     return f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
 
 
-@cache
+_FIXED: Final[Mapping[type[store.Row], tuple[str, ...]]] = {
+    store.BootRow: ("hotkey", "vm", "token_digest", "peer_address", "created_at")
+}
+"""Columns that never change after the row is inserted: SQLite would write their indexes with each change again."""
+
+
 def _put(kind: type[store.Row]) -> str:
-    changes = ", ".join(f"{name} = excluded.{name}" for name in _stored(kind) if name not in kind.KEY)
+    fixed = (*kind.KEY, *_FIXED.get(kind, ()))
+    changes = ", ".join(f"{name} = excluded.{name}" for name in _stored(kind) if name not in fixed)
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
-
-
-@cache
-def _update(kind: type[store.Row], changed: tuple[int, ...]) -> str:
-    """The statement that writes columns, by their indexes, of a row that is there."""
-    names = _stored(kind)
-    changes = ", ".join(f"{names[at]} = ?" for at in changed)
-    return f"UPDATE {kind.TABLE} SET {changes} WHERE {' AND '.join(f'{name} = ?' for name in kind.KEY)}"  # noqa: S608
-
-
-def _put_row(op: store.Put, seal: Seal) -> tuple[str, Values]:
-    kind: Any = type(op.row)
-    values = _sealed(op.row, seal)
-    if op.before is None:
-        return _put(kind), values
-    before = encode(op.before)
-    changed = (*[at for at, value in enumerate(before) if values[at] != value], len(before))  # and the MAC
-    return _update(kind, changed), (*[values[at] for at in changed], *values[: len(kind.KEY)])
 
 
 def _insert_all(op: store.InsertAll | store.InsertBootVolumes, seal: Seal) -> tuple[str, Values]:
@@ -969,7 +957,15 @@ def _empty_generation(
 
 _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     store.Insert: _write(_insert, store.ROWS, _nothing),
-    store.Put: _Write(_put_row, lambda _, rows: _nothing(rows)),
+    store.Put: _write(
+        _put,
+        (
+            *(store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow),
+            *(store.RevocationRow, store.EvidenceRow, store.LogStateRow, store.LogTileRow, store.KeyringRow),
+            store.HostProfileRow,
+        ),
+        _nothing,
+    ),
     store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow, store.GpuDeviceRow), bool),
     store.Read: _Query(
         lambda op: (_read(op.kind, (op.by,) if op.by else op.kind.KEY), _values(op.key)),

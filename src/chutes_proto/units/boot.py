@@ -135,13 +135,13 @@ class GrantBoot(Unit[BootGrant]):
     def script(self) -> Script[BootGrant]:
         """Claim, nonce, root passphrase, boot, records."""
         keys = VmKeys(self.vm, self.vault, self.now, self.boot_id)
-        put_claim, ground = yield from self._claim(keys)
+        claim, ground = yield from self._claim(keys)
         times = yield from redeem_nonce(self.nonce, self.now)
         yield from check_allowed(self.revocations, times, self.now, (self.vm,), pins_of(self.platform))
         has_keys = self.rotation is not None or self.root is not None
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm)) if has_keys else ())
         known = () if self.rotation is None else (yield from store.ReadAll(store.VolumeRow, self.vm))
-        yield from put_claim  # before a key is opened: a store that may not be written says so first
+        yield from store.Put(claim)  # before a key is opened: a store that may not be written says so first
         root = following = second = given = None
         if self.rotation is not None:
             root, following, second, given = yield from self._rotate(keys, self.rotation, stored, known)
@@ -212,10 +212,9 @@ class GrantBoot(Unit[BootGrant]):
         given = store.BootVolumeRow(self.boot_id, root, 0, number, out.next.generation, False)
         return current, following, second, given
 
-    def _claim(self, keys: VmKeys) -> Script[tuple[store.Put, str]]:
-        """Check the claim; reply with how to write it, and in words on what ground the boot has the name."""
-        claim = before = yield from store.Read(store.VmRow, self.vm)
-        pin = self.platform.pin
+    def _claim(self, keys: VmKeys) -> Script[tuple[store.VmRow, str]]:
+        """Check the claim; reply with the one to write, and in words on what ground the boot has the name."""
+        claim, pin = (yield from store.Read(store.VmRow, self.vm)), self.platform.pin
         if claim is None:
             ground = yield from self._new_claim()
             claim = store.VmRow.of(self.vm, self.platform, self.now)
@@ -251,7 +250,7 @@ class GrantBoot(Unit[BootGrant]):
             booted=booted,
             nonce_at=newest,
         )
-        return store.Put(claim, before=before), ground
+        return claim, ground
 
     def _new_claim(self) -> Script[str]:
         held = generations.holds_keys((yield from store.ReadLiveGenerations(self.vm)))

@@ -177,10 +177,9 @@ class AttestVolumes(Unit[HandedKeys]):
                 confirm_expires_at=self.now + CONFIRM_SECONDS,
                 root_ca=self.root_ca,
                 given=(boot.given or 0) + len(self.volumes),
-            ),
-            before=boot,
+            )
         )
-        yield from store.Put(evolve(claim, attested=boot.boot_id), before=claim)
+        yield from store.Put(evolve(claim, attested=boot.boot_id))
         records = self._records(boot)
         yield from records.verdict("runtime", f"volumes of boot {boot.boot_id}")
         yield from records.audit("attest volumes", "granted", keys=keys.changes)
@@ -257,7 +256,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
                 _check_still_active(stored[volume], item)
             results.append((volume, _result(item, rotated)))
         if not again:
-            yield from store.Put(evolve(boot, confirm_body_digest=self.body_digest), before=boot)
+            yield from store.Put(evolve(boot, confirm_body_digest=self.body_digest))
         changes = keys.changes or ", ".join(f"{volume} {result}" for volume, result in results)
         records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
         yield from records.audit("confirm volumes", "replayed" if again else "granted", keys=changes)
@@ -311,7 +310,7 @@ class ConfirmRoot(Unit[Result]):
             known = yield from store.ReadAll(store.VolumeRow, self.vm)
             yield from _decide(keys, stored, item, self.rotated)
             yield from store.Put(evolve(disk_of(known, self.vm, ROOT_VOLUME), in_use=True, handed=None))
-            yield from store.Put(evolve(boot, root_confirm_body_digest=self.body_digest), before=boot)
+            yield from store.Put(evolve(boot, root_confirm_body_digest=self.body_digest))
         elif self.rotated:
             _check_still_active(stored, item)
         result = _result(item, self.rotated)

@@ -141,8 +141,7 @@ class SyncVolumes(Unit[VolumeKeys]):
         for disk in changed:
             yield from store.Put(disk)
         number = (boot.given or 0) + len(given)
-        spent = evolve(boot, spent_at=self.now, body_digest=self.body_digest, given=number)
-        yield from store.Put(spent, before=boot)
+        yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest, given=number))
         answered = tuple(
             store.BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use)
             for position, (volume, generation) in enumerate(given.items())
