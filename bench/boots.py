@@ -3,9 +3,8 @@
 A boot has its own connection, with nonce, attestation and sync, each sent as the agent sends it: head and body at once.
 Its platform was seen before, so that the caches have it. CPU time is that of the whole server process. The servers take
 turns, so that a slow moment affects all of them: the floor (``floor.py``), the same with the rows of a boot, and this
-one on both loops. The same server
-without sockets, loop and threads (bare) runs here, its bytes are handed to it, and its thread's CPU time is the least
-disturbed by other work of the machine: the place to measure a small change.
+one on both loops. The same server without sockets, loop and threads (bare) runs here, its bytes are handed to it, and
+its thread's CPU time is the least disturbed by other work of the machine: the place to measure a small change.
 
 The layers (``layers.py``) are timed in other runs of the same servers, because timing costs some.
 
@@ -126,7 +125,7 @@ def _measured(folder: Path, how: str) -> dict[str, list[dict[str, float]]]:
     """Return, by server, what each turn of boots took: ms a boot."""
     found: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
-        floors = ("floor", "with rows") if how == "plain" else ()
+        floors = ("floor", "floor, rows") if how == "plain" else ()
         servers = {
             which: stack.enter_context(_server(folder, which, how)) for which in (*floors, "bare", "trio", "asyncio")
         }
@@ -169,7 +168,7 @@ Parts = Callable[[], dict[str, float]]
 def _server(folder: Path, which: str, how: str = "plain") -> Generator[tuple[str, Callable[[str], None], Parts]]:
     """Start a server; yields its URL, and a function that boots a VM there. ``how``: plain, or timed by layer."""
     arguments: list[str | Path] = ["bench.floor", folder]
-    if which == "with rows":
+    if which == "floor, rows":
         arguments.append(_recorded(folder))
     elif which != "floor":
         arguments = ["bench.boots", folder, which, how]
@@ -231,7 +230,7 @@ def _recorded(folder: Path) -> Path:
     asked: list[Statement] = []
 
     def around(sql: str, execute: Execute) -> Execute:
-        def recorded(sql: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        def recorded(_: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
             asked.append((sql, values))
             return execute(sql, values)
 
@@ -251,7 +250,8 @@ def _recorded(folder: Path) -> Path:
                 bare.boot("vm-0")
                 boots.append([*asked])
     finally:
-        sqlite3.connect = connect
+        setattr(sqlite3, "connect", connect)  # noqa: B010
+    assert any(sql.startswith("INSERT") for sql, _ in boots[-1])
     path = own / "recording"
     _ = path.write_bytes(pickle.dumps(Recording(own / "keys.db", settings, (boots[-2], boots[-1]))))
     return path

@@ -32,7 +32,7 @@ def connection(address: str, state: str = "silent", now: float = 0.0) -> ServerC
 
 
 def opened(size: int, *those: ServerConnection) -> Connections:
-    connections = Connections(size, list[ServerConnection]().append)
+    connections = Connections(size, list[ServerConnection]().append, list[HttpResponse]().append)
     for one in those:
         assert connections.make_room(one) == ()
     return connections
@@ -164,7 +164,7 @@ def test_an_answer_that_the_peer_does_not_take_is_not_sent() -> None:
 
 def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
     woken: list[ServerConnection] = []
-    connections = Connections(10, woken.append)
+    connections = Connections(10, woken.append, list[HttpResponse]().append)
     made = {state: connection("1.1.1.1", state) for state in STATES}
     waiting = [made[state] for state in STATES if state != "working"]
     for one in made.values():
@@ -185,7 +185,7 @@ def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
 
 def test_who_was_accepted_before_another_process_serves_is_served_here() -> None:
     woken: list[ServerConnection] = []
-    connections = Connections(10, woken.append)
+    connections = Connections(10, woken.append, list[HttpResponse]().append)
     made = {state: connection("1.1.1.1", state) for state in STATES}
     for one in made.values():
         assert connections.make_room(one) == ()
@@ -202,7 +202,7 @@ def test_who_was_accepted_before_another_process_serves_is_served_here() -> None
 
 def test_others_are_woken_when_they_end_or_are_to_end_soon() -> None:
     woken: list[ServerConnection] = []
-    connections = Connections(2, woken.append)
+    connections = Connections(2, woken.append, list[HttpResponse]().append)
     first, second = connection("1.1.1.1"), connection("2.2.2.2", now=1.0)
     for one in (first, second):
         assert connections.next_step(one, 1.0) == Receive()

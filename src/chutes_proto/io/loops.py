@@ -59,7 +59,7 @@ def call_next() -> Callable[[Callable[[], object]], object]:
     """Return the function of the running loop that has another one called, in the loop's next round."""
     loop = _running()
     if isinstance(loop, asyncio.AbstractEventLoop):
-        return lambda call: loop.call_at(loop.time(), call)  # after what was found ready, unlike `call_soon`
+        return lambda call: loop.call_at(loop.time(), call)  # `call_soon` comes before what is ready then
     from chutes_proto.io.trio_loop import NextRound
 
     return NextRound()

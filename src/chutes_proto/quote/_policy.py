@@ -433,14 +433,14 @@ AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
 _resolve_init(_Combined)
 
 
+_STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+
+
 def _check_appraised(verdict: object, stage: Stage) -> None:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
     if stage not in _STAGES:
         raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
-
-
-_STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
 def verify(

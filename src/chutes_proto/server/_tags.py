@@ -13,7 +13,7 @@ TAG_SIZE: Final = 16
 
 
 class TagKey:
-    """A key of tags, which is not shown: a tag begins with a copy of a prepared HMAC, and so need not get the key."""
+    """A MAC key, kept as a prepared HMAC that each tag copies. It is not shown, and cannot be wiped."""
 
     __slots__ = ("_copy",)
 

@@ -58,7 +58,7 @@ class TokenMint:
 
         So a lost answer can be given again although no secret is kept.
         """
-        return tuple(_token(keys, keys.confirm.tag(quote_nonce)) for keys in self.keys)
+        return tuple(_token(keys, keys.confirm.tag(quote_nonce)[:RANDOM_SIZE]) for keys in self.keys)
 
     def recognises(self, token: bytes) -> bool:
         """Whether ``token``, 64 hex digits, was issued by a server with one of these KEKs, perhaps long ago."""

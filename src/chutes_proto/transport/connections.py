@@ -56,14 +56,14 @@ class Connections:
     """The connections of one server, at most ``size``: one ends before another one comes.
 
     ``wake`` is called with each connection whose deadline another connection or the server's end has brought forward,
-    ``sent`` with each answer of which all was sent.
+    ``sent`` with each answer once its last byte was sent.
     """
 
     def __init__(
         self,
         size: int,
         wake: Callable[[ServerConnection], None],
-        sent: Callable[[HttpResponse], None] = lambda _: None,
+        sent: Callable[[HttpResponse], object],
     ) -> None:
         self._size = size
         self._wake = wake
@@ -80,7 +80,7 @@ class Connections:
         """The next step of a connection; None: close it. After its deadline, call `expire` first."""
         sent = connection.sent_response(now)
         if sent is not None:
-            self._sent(sent)
+            _ = self._sent(sent)
         if self._finishing:
             connection.finish(now)
         elif self._heard_until is not None:

@@ -76,9 +76,9 @@ class Performer:
     Parts are as for `chutes_proto.sync.Performer`; quoter, tool, store, collateral source and disks may block, they run
     in threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source
     of collateral, in place of ``collateral``, and ``fetch_gpus`` one in place of ``gpus``. ``transact`` performs
-    `Transact` in place of ``store``, which is called at once and waited for as long as it takes; ``give_way`` waits,
-    for milliseconds at most, while its threads compute. ``uptime`` is the clock of the loop, by default looked for at
-    each `Uptime`.
+    `Transact` in place of ``store``, which is called at once and waited for as long as it takes; ``give_way`` blocks
+    the loop while threads of ``transact`` compute, for milliseconds at most. ``uptime`` is the clock of the loop, by
+    default looked for at each `Uptime`.
     """
 
     def __init__(

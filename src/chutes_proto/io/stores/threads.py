@@ -82,3 +82,4 @@ class Threads:
 def _serve(works: _Works) -> None:
     while work := works.get():
         work()
+        del work  # which has secrets: the next one may never come

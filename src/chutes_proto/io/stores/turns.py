@@ -122,6 +122,7 @@ class StoreTurns:
     async def close(self) -> None:
         """Begin no turn any more, and wait for the transactions that run."""
         self._closing = True
+        self._hand_over()  # what was gathered for the next round, which may not come
         try:
             if self._running:
                 await self._all_ended.wait()
@@ -180,7 +181,7 @@ class StoreTurns:
     def _transact_all(self, sharing: SharesCommits, jobs: list[_Job], units_run: Lock) -> list[_Job]:
         """Run transactions in one commit, in a thread; return them."""
 
-        def have_run() -> None:
+        def have_run() -> None:  # is called in one thread at a time
             if units_run.locked():
                 units_run.release()
 
