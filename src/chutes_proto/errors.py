@@ -248,8 +248,13 @@ class RowNotAuthentic(StoreError):
         self.key = key
         self.why = why
 
+    @property
+    def finding(self) -> str:
+        """The row and the fault, without advice."""
+        return f"the row {self.key} of table {self.table} is not authentic: {self.why}"
+
     def __str__(self) -> str:
-        return f"the row {self.key} of table {self.table} is not authentic: {self.why}; run `chutes-proto store check`"
+        return f"{self.finding}; run `chutes-proto store check`"
 
 
 class FateUnknown(StoreError):

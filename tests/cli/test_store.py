@@ -233,6 +233,23 @@ def test_a_sealed_store_is_not_copied_with_a_forged_row(
     quiet(refused)
 
 
+def test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check(command: Command, site: Path) -> None:
+    text = (site / "server.toml").read_text()
+    (line,) = (each for each in text.splitlines() if each.startswith("store = "))
+    (site / "sqlite.toml").write_text(text.replace(line, 'store = { url = "sqlite:keys.db" }'))
+    setup = make_store_setup(ServerConfig.load(site / "sqlite.toml"))
+    with closing(setup.store.open(migrate=True)) as store:
+        store.transact(evolve(boot("1"), vault=setup.vault))
+    with closing(sqlite3.connect(site / "keys.db")) as file, file:
+        file.execute("UPDATE vm SET proven = 1 - proven")
+    found = command("store", "check", "--config", site / "sqlite.toml")
+    assert found.code == 1
+    assert "table vm is not authentic: its MAC" in found.out
+    assert "restore a backup" in found.out
+    assert "chutes-proto store check" not in found.out
+    quiet(found)
+
+
 def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(command: Command, site: Path) -> None:
     """Its mark knows that the store was sealed; without one, it is believed that it is not."""
     config, old = ("--config", site / "server.toml"), site / "old.toml"

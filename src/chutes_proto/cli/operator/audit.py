@@ -241,14 +241,13 @@ def _key(read: Callable[[str], Verifier], text: str) -> Verifier:
 _config_or_none: Decorator = click.option(
     "--config", metavar="FILE", type=click.Path(), help="the server's configuration file (TOML)"
 )
-keys_option: Decorator = click.option(
-    "--key",
-    "keys",
-    metavar="KEY",
-    multiple=True,
-    callback=parsed(verifier_key),
-    help="a verifier key of the log (default: the keys in the store); may be repeated",
-)
+
+
+def keys_option(about: str) -> Decorator:
+    """Return the option ``--key``; ``about`` is its help."""
+    return click.option("--key", "keys", metavar="KEY", multiple=True, callback=parsed(verifier_key), help=about)
+
+
 _files_option: Decorator = click.option(
     "--checkpoint", "files", metavar="FILE", multiple=True, help="a checkpoint that was kept elsewhere; may be repeated"
 )
@@ -257,7 +256,7 @@ _files_option: Decorator = click.option(
 @command.command(exits=exits("the log is whole", "something in it was changed, or it cannot be checked"))
 @click.argument("directory", cls=Argument, metavar="[DIR]", required=False, help="an exported log, in place of a store")
 @_files_option
-@keys_option
+@keys_option("a verifier key of the log (default: the keys in the store); may be repeated")
 @_config_or_none
 @json_option
 def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, ...], config: str | None) -> int:

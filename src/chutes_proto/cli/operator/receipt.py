@@ -196,7 +196,7 @@ def _kept_collateral(setup: StoreSetup) -> Sequence[Collateral]:
 
 @command.command(exits={0: "all of it holds", 2: EXITS[2], **_STEPS})
 @click.argument("file", cls=Argument, metavar="FILE", help="a receipt")
-@keys_option
+@keys_option("a verifier key of the log, as `audit key` prints it; may be repeated")
 @click.option(
     "--witness",
     "witnesses",

@@ -203,7 +203,9 @@ def check(config: str | None, store: str | None) -> int:
         found["seal"] = "sealed" if is_sealed else "begun" if has_macs else "not sealed"
         found |= marked
         if has_macs and vault is not None:
-            found["not_authentic"] = [str(fault) for fault in find_faults(opened, tell)]
+            found["not_authentic"] = [fault.finding for fault in find_faults(opened, tell)]
+            if found["not_authentic"]:
+                found["next"] = "find out who writes the database beside the servers, and restore a backup"
     if "ok" in found or found.get("not_authentic"):
         return _told({**found, "ok": False}) or console.REFUSED
     return _told(found)
