@@ -250,8 +250,15 @@ def schema(url: str) -> Iterator[str]:
     try:
         yield url + ("&" if "?" in url else "?") + f"options=-csearch_path%3D{name}"
     finally:
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
+        wait_until(lambda: _drop(url, name))
+
+
+def _drop(url: str, name: str) -> bool:
+    """Drop a schema; return False if a session of a process that was killed still works in it, and came in the way."""
+    with psycopg.connect(url, autocommit=True) as connection, suppress(psycopg.errors.DeadlockDetected):
+        connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
+        return True
+    return False
 
 
 class Schemas:

@@ -66,7 +66,7 @@ class Threads:
             works.put(None)
 
     def _start(self) -> bool:
-        """Start a thread; return whether the system allows it. Raises `RuntimeError` if there is no other one."""
+        """Start a thread; return whether the system allows it. Raises `RuntimeError` if there is none yet."""
         works: _Works = SimpleQueue()
         try:
             Thread(target=_serve, args=(works,), name=self._name, daemon=True).start()
