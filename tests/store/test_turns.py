@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from typing import Any
@@ -238,6 +239,23 @@ async def test_the_thread_that_was_free_last_does_the_next_work() -> None:
     threads.close()
     assert len({*done[:2]}) == 2
     assert done[1:] == [done[1]] * 5
+
+
+@pytest.mark.anyio
+async def test_a_thread_that_waits_for_work_keeps_nothing_of_the_last_one() -> None:
+    class HasSecrets:
+        pass
+
+    async def do() -> weakref.ref[HasSecrets]:
+        unit, done = HasSecrets(), list[object]()
+        threads.run(lambda: hash(unit), done.append)
+        await async_wait_until(lambda: done)
+        return weakref.ref(unit)
+
+    threads = Threads("idle")
+    kept = await do()
+    await async_wait_until(lambda: kept() is None)
+    threads.close()
 
 
 @pytest.mark.anyio
