@@ -98,16 +98,21 @@ def test_units_that_wait_are_committed_together_in_their_order(store: SqliteStor
 
 
 def test_a_caller_is_told_when_its_units_have_run_and_only_the_commit_is_left(store: SqliteStore) -> None:
-    seen: list[int] = []
-    units = [Ask(Insert(AuditRow(NOW, "vm", "event", "granted"))) for _ in range(3)]
+    order: list[object] = []
+
+    class Noted(Unit[None]):
+        def script(self) -> Script[None]:
+            yield from Insert(AuditRow(NOW, "vm", "event", "granted"))
+            order.append("has run")
+
     with closing(sqlite3.connect(store.path)) as other:
 
         def look() -> None:
-            seen.extend(other.execute("SELECT count(*) FROM audit").fetchone())
+            order.extend(other.execute("SELECT count(*) FROM audit").fetchone())
 
-        assert store.transact_all(units, look) == [(None, None)] * 3
+        assert store.transact_all([Noted() for _ in range(3)], look) == [(None, None)] * 3
         look()
-    assert seen == [0, 3]
+    assert order == ["has run", "has run", "has run", 0, 3]
 
 
 def test_what_raises_is_undone_alone(store: SqliteStore, gathered: str) -> None:

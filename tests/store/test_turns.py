@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from attrs import define, evolve, field
 from hypothesis import settings
@@ -327,6 +328,29 @@ async def test_transactions_of_one_round_of_the_loop_share_a_commit_once_several
                 for _ in range(at_once):
                     group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
     assert store.handed == [1, 1, 2, 3, 1, 1]
+
+
+@pytest.mark.anyio
+async def test_what_was_gathered_is_handed_over_at_the_end_if_no_other_round_comes() -> None:
+    store: Any = Gathering()
+    store.goes_on.set()
+    store.may_commit.set()
+    effect = Transact(ASK, turn_seconds=60, seconds=60)
+    async with open_turns(store) as turns:
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(turns.transact, effect)
+        turns._call_next = lambda _: None
+        async with anyio.create_task_group() as group:
+            group.start_soon(turns.transact, effect)
+            await async_wait_until(lambda: turns._ready)
+            group.start_soon(turns.close)
+            await anyio.lowlevel.checkpoint()
+            await anyio.lowlevel.checkpoint()
+            is_left = bool(turns._ready)
+            turns._hand_over()
+    assert not is_left
+    assert store.handed == [1, 2, 1]
 
 
 @pytest.mark.anyio

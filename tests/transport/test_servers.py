@@ -259,9 +259,8 @@ async def test_the_loop_gives_way_to_other_threads_before_it_works_on_what_came(
         running(app=Noted(), give_way=lambda: order.append("way")) as server,
         await server.connect() as stream,
     ):
-        order.clear()
         await ask(stream)
-        assert order == ["way", "request"]
+        assert order[-2:] == ["way", "request"]
 
 
 async def test_a_unix_socket_speaks_plain_http(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _OF_TDS: Final = {
 _OF_PLATFORMS: Final = {"ppid": "the PPID", "platform_instance_id": "the platform instance id"}
 _OF_ENCLAVES: Final = {"mr_enclave": "MRENCLAVE", "mr_signer": "MRSIGNER"}
 _REGISTERS: Final = {**_OF_TDS, **_OF_ENCLAVES}
-_SIZES: Final = {
+_SIZES: Final = {  # in the order of refusals
     **dict.fromkeys(_OF_PLATFORMS, 16),
     **dict.fromkeys(_OF_TDS, 48),
     **dict.fromkeys(_OF_ENCLAVES, 32),
