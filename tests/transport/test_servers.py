@@ -8,7 +8,8 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.effects import Flow, Log, Sleep
 from chutes_proto.io.drivers.aio import Performer
-from chutes_proto.io.server.aio import Server
+from chutes_proto.io.server.aio import IN_A_ROW, Server
 from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
@@ -340,6 +341,19 @@ async def test_others_have_their_turn_between_requests_that_are_sent_ahead() -> 
                 answers += await stream.receive()
         nursery.cancel_scope.cancel()
     assert len(set(app.seen)) > requests // 4  # trio shuffles whose turn is first
+
+
+async def test_those_who_wait_are_accepted_together_and_others_have_their_turn_meanwhile() -> None:
+    count, opened = 100, list[int]()
+    async with running(connections=200) as server:
+        with ExitStack() as stack:
+            for _ in range(count):  # the system takes them, while the server has no turn
+                _ = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            while not opened or opened[-1] < count:
+                await anyio.lowlevel.checkpoint()
+                opened.append(server.server.open_connections)
+    most = max(after - before for before, after in pairwise(opened))
+    assert 2 < most <= 2 * IN_A_ROW  # those of two rounds, where trio shuffles whose turn is first
 
 
 async def test_a_connection_waits_for_its_slot() -> None:

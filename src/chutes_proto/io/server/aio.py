@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from signal import Signals
 from socket import socket
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -21,6 +22,12 @@ from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.io.waits import Group, HasDeadline, Peer
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
+
+IN_A_ROW: Final = 16
+"""How many connections a listener accepts in one round of the loop, where so many wait.
+
+One for each round takes more of the loop's time; with all that wait, those that were accepted before would wait longer.
+"""
 
 
 class Server:
@@ -96,10 +103,10 @@ class Server:
         with listening.socket as listener:
             listener.setblocking(False)
             self._slots.release()  # for the slot that a listener holds while it waits
-            while True:
+            for number in count():
                 await self._slots.acquire()
                 try:
-                    accepted, address = await _accepted(listener)
+                    accepted, address = await _accepted(listener, after_others=number % IN_A_ROW == 0)
                 except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
                     self._slots.release()
                     await self._complain("accept_failed", exc)
@@ -188,10 +195,13 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
         signals[Signals(number)]()
 
 
-async def _accepted(listener: socket) -> tuple[socket, Any]:
-    while True:
+async def _accepted(listener: socket, *, after_others: bool) -> tuple[socket, Any]:
+    """Accept a connection, one that waits at once if others of the loop need not come before."""
+    if after_others:
         await anyio.wait_readable(listener)
+    while True:
         with suppress(BlockingIOError):
             accepted, address = listener.accept()
             accepted.setblocking(False)
             return accepted, address
+        await anyio.wait_readable(listener)
