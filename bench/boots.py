@@ -77,8 +77,6 @@ SYNCING = 64
 CALLERS = (1, 16, 64)
 NONCES = 1_000_000
 VOLUMES = ("storage", "tdx-cache")
-_LOOPS = ("trio", "asyncio")
-_ONE_CORE = ", one core"
 PLATFORM = SimulatedPlatform(b"a world to measure in")
 
 Sender = Callable[[HttpRequest], HttpResponse]
@@ -103,11 +101,11 @@ def _whole_boots(folder: Path) -> None:
     build = f"{version} of {sys.base_prefix}, --enable-optimizations: {optimized}"  # Debian's optimizes without it
     whole = _measured(folder, "plain")
     print(f"CPU of the server for a whole boot, in ms; medians of {TURNS} turns of {BOOTS} boots; {build}")
-    print(f"{'server':>18}{'whole':>12}{'in kernel':>12}{'over floor':>12}")
+    print(f"{'server':>12}{'whole':>12}{'in kernel':>12}{'over floor':>12}")
     for server, turns in whole.items():
         cpu = {part: median(turn[part] for turn in turns) for part in ("whole", "system")}
         ratio = cpu["whole"] / median(turn["whole"] for turn in whole["floor"])
-        print(f"{server:>18}{cpu['whole']:12.2f}{cpu['system']:12.2f}{ratio:12.2f}")
+        print(f"{server:>12}{cpu['whole']:12.2f}{cpu['system']:12.2f}{ratio:12.2f}")
     timed = _measured(folder, "timed")
     print("\nBy layer, with timing on: ms a boot, and the share of the whole")
     print(f"{'layer':>28}{'calls':>8}" + "".join(f"{server:>18}" for server in timed))
@@ -128,9 +126,8 @@ def _measured(folder: Path, how: str) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
         floors = ("floor", "floor, rows") if how == "plain" else ()
-        pinned = tuple(f"{loop}{_ONE_CORE}" for loop in _LOOPS) if how == "plain" else ()
         servers = {
-            which: stack.enter_context(_server(folder, which, how)) for which in (*floors, "bare", *_LOOPS, *pinned)
+            which: stack.enter_context(_server(folder, which, how)) for which in (*floors, "bare", "trio", "asyncio")
         }
         for turn in range(-1, TURNS):  # the first one fills the caches
             for server, (_, boot_one, parts) in servers.items():
@@ -219,12 +216,9 @@ def _serve(folder: Path, which: str, how: str) -> None:
                     bare.boot(vm)
                     print("booted", flush=True)
         return
-    loop = which.removesuffix(_ONE_CORE)
-    if loop != which:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     _report(layers, lambda: {"whole": time.process_time(), "system": getrusage(RUSAGE_SELF).ru_stime})
     announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
-    serving.serve_until_stopped(loop, setup, setup.collateral, announce, (signal.SIGTERM,))  # type: ignore[arg-type]
+    serving.serve_until_stopped(which, setup, setup.collateral, announce, (signal.SIGTERM,))  # type: ignore[arg-type]
 
 
 def _recorded(folder: Path) -> Path:
