@@ -24,8 +24,8 @@ from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.effects import Flow, Log, Sleep
 from chutes_proto.io.drivers.aio import Performer
-from chutes_proto.io.server.aio import IN_A_ROW, Server
-from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix
+from chutes_proto.io.server.aio import Server
+from chutes_proto.io.server.sockets import ACCEPT_IN_A_ROW, Listening, listen_tls, listen_unix
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.transport.tls import server_context
@@ -353,7 +353,7 @@ async def test_those_who_wait_are_accepted_together_and_others_have_their_turn_m
                 await anyio.lowlevel.checkpoint()
                 opened.append(server.server.open_connections)
     most = max(after - before for before, after in pairwise(opened))
-    assert 2 < most <= 2 * IN_A_ROW  # those of two rounds, where trio shuffles whose turn is first
+    assert 2 < most <= 2 * ACCEPT_IN_A_ROW  # those of two rounds, where trio shuffles whose turn is first
 
 
 async def test_a_connection_waits_for_its_slot() -> None:

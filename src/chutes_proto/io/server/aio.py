@@ -11,23 +11,17 @@ from contextlib import suppress
 from itertools import count
 from signal import Signals
 from socket import socket
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.loops import clock, open_group, peer
-from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
+from chutes_proto.io.server.sockets import ACCEPT_IN_A_ROW, ACCEPT_PAUSE, Listening
 from chutes_proto.io.waits import Group, HasDeadline, Peer
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
-
-IN_A_ROW: Final = 16
-"""How many connections a listener accepts in one round of the loop, where so many wait.
-
-One for each round takes more of the loop's time; with all that wait, those that were accepted before would wait longer.
-"""
 
 
 class Server:
@@ -106,7 +100,7 @@ class Server:
             for number in count():
                 await self._slots.acquire()
                 try:
-                    accepted, address = await _accepted(listener, after_others=number % IN_A_ROW == 0)
+                    accepted, address = await _accepted(listener, after_others=number % ACCEPT_IN_A_ROW == 0)
                 except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
                     self._slots.release()
                     await self._complain("accept_failed", exc)

@@ -31,6 +31,12 @@ from chutes_proto.transport.tls import ServerContext, TlsSession
 ACCEPT_PAUSE: Final = 0.2
 """Seconds to wait after a connection could not be accepted."""
 
+ACCEPT_IN_A_ROW: Final = 16
+"""How many connections a listener accepts in one round of the loop, where so many wait.
+
+One for each round takes more of the loop's time. If all were accepted, those that came before would wait longer.
+"""
+
 SPARE_FILES: Final = 128
 """How many files a server opens besides connections: listeners, store, collateral, hosts and services it asks."""
 
