@@ -280,7 +280,7 @@ def _beginning(url: str) -> None:
         with store._connection() as connection:
 
             def begun(queries: Sequence[tuple[bytes, tuple[Any, ...]]]) -> None:
-                _ = store._exchange(connection, (), *queries)
+                _ = connection.wait(store._exchanged(connection, (), *queries))
                 _ = connection.execute("ROLLBACK")
 
             bare = partial(begun, [(b"BEGIN ISOLATION LEVEL SERIALIZABLE", ())])

@@ -1,4 +1,4 @@
-"""A store behind a binding's performer, for the contract suite."""
+"""A store behind a binding's performer, with turns as a server has them, for the contract suite."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from anyio.from_thread import start_blocking_portal
 
 from chutes_proto.effects import Transact
 from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.store._run import Store, Unit
-from tests.store.harness import MemoryHarness, SharedPostgresHarness, SharedSqliteHarness, together
+from tests.store.harness import together
 
 T = TypeVar("T")
 
@@ -21,11 +22,12 @@ class BindingHarness:
 
     together = staticmethod(together)
 
-    def __init__(self, loop: str, harness: MemoryHarness | SharedSqliteHarness | SharedPostgresHarness) -> None:
+    def __init__(self, loop: str, harness: Any) -> None:
         self._stack = ExitStack()
         _ = self._stack.callback(harness.close)
         self._loop = self._stack.enter_context(start_blocking_portal(backend=loop))
-        self._perform: Any = Performer(store=harness.open()).perform
+        turns = self._stack.enter_context(self._loop.wrap_async_context_manager(open_turns(harness.open())))
+        self._perform: Any = Performer(transact=turns.transact).perform
 
     def open(self) -> Store:
         return self

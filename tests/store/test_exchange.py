@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psycopg
 import pytest
 
-from chutes_proto.io.stores.exchange import Prepared, StatementError, exchange
+from chutes_proto.io.stores.exchange import Prepared, Query, Rows, StatementError, exchange
+from chutes_proto.io.stores.postgres import PostgresStore
 from tests.store.test_postgres import ask
 from tests.waiting import wait_until
 
@@ -33,6 +33,10 @@ def connect(database: str) -> Iterator[Callable[[], psycopg.Connection[Any]]]:
         connection.close()
 
 
+def carry_out(connection: psycopg.Connection[Any], prepared: Prepared, queries: Sequence[Query]) -> list[Rows]:
+    return connection.wait(exchange(connection, prepared, queries))
+
+
 @pytest.fixture
 def connection(connect: Callable[[], psycopg.Connection[Any]]) -> psycopg.Connection[Any]:
     return connect()
@@ -51,18 +55,18 @@ def test_values_come_back_as_they_went(connection: psycopg.Connection[Any], is_o
     prepared = Prepared(is_own)
     for _ in range(2):  # prepared by now
         queries = [(b"SELECT $1::" + types[type(value)], (value,)) for value in VALUES]
-        assert exchange(connection, prepared, queries) == [[(value,)] for value in VALUES]
+        assert carry_out(connection, prepared, queries) == [[(value,)] for value in VALUES]
     rows = [(value,) for value in VALUES if type(value) is int]
     marks = b", ".join(b"($%d::bigint)" % (at + 1) for at in range(len(rows)))
     many = [(b"SELECT * FROM (VALUES " + marks + b") AS found", [value for (value,) in rows])]
-    assert exchange(connection, prepared, many) == [rows]
+    assert carry_out(connection, prepared, many) == [rows]
 
 
 def test_both_sides_may_have_more_to_say_than_fits_between_them(connection: psycopg.Connection[Any]) -> None:
     """Neither waits for the other to listen first: 16 MiB each way, in statements that all are sent before an answer is
     awaited."""
     values = [bytes([number]) * 2**20 for number in range(16)]
-    found = exchange(connection, Prepared(), [(b"SELECT $1::bytea", (value,)) for value in values])
+    found = carry_out(connection, Prepared(), [(b"SELECT $1::bytea", (value,)) for value in values])
     assert found == [[(value,)] for value in values]
 
 
@@ -74,23 +78,23 @@ def test_after_a_fault_nothing_more_is_carried_out_and_the_connection_works(
     prepared = Prepared(is_own)
     add = b"INSERT INTO seen VALUES ($1::int)"
     fail = f"DO $$ BEGIN RAISE EXCEPTION 'so it is' USING ERRCODE = '{state}'; END $$".encode()
-    _ = exchange(connection, prepared, [(b"CREATE TEMPORARY TABLE seen (number int)", ())])
+    _ = carry_out(connection, prepared, [(b"CREATE TEMPORARY TABLE seen (number int)", ())])
     for number in range(3):
         after = f"SELECT {number}, number FROM seen".encode()  # is never prepared, and not taken for it
         with pytest.raises(StatementError) as caught:
-            _ = exchange(connection, prepared, [BEGIN, (add, (1,)), (fail, ()), (after, ()), (add, (2,)), COMMIT])
+            _ = carry_out(connection, prepared, [BEGIN, (add, (1,)), (fail, ()), (after, ()), (add, (2,)), COMMIT])
         assert caught.value.at == 2
         assert isinstance(caught.value.error, psycopg.Error)
         assert caught.value.error.sqlstate == state
         assert connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR
-        assert exchange(connection, prepared, [(b"ROLLBACK", ()), (after, ())]) == [[], []]
-    assert exchange(connection, prepared, [BEGIN, (add, (3,)), (b"SELECT * FROM seen", ()), COMMIT])[2] == [(3,)]
+        assert carry_out(connection, prepared, [(b"ROLLBACK", ()), (after, ())]) == [[], []]
+    assert carry_out(connection, prepared, [BEGIN, (add, (3,)), (b"SELECT * FROM seen", ()), COMMIT])[2] == [(3,)]
 
 
 def test_a_value_that_has_no_form_is_said_before_anything_is_sent(connection: psycopg.Connection[Any]) -> None:
     for value in ("\0", "\ud800"):
         with pytest.raises(StatementError) as caught:
-            _ = exchange(connection, Prepared(), [BEGIN, (b"SELECT $1::text", (value,))])
+            _ = carry_out(connection, Prepared(), [BEGIN, (b"SELECT $1::text", (value,))])
         assert caught.value.at == 1
         assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
@@ -99,11 +103,11 @@ def test_another_session_never_takes_a_statement_for_another(connect: Callable[[
     """As behind a pooler that passes on a session's number: it has that statement, or none of that name."""
     one, other = connect(), connect()
     of_one, of_other = Prepared(is_own=True), Prepared(is_own=True)
-    _ = exchange(one, of_one, [(b"SELECT 'one'", ()), (b"SELECT 'both'", ())])
-    _ = exchange(other, of_other, [(b"SELECT 'other'", ()), (b"SELECT 'both'", ())])
-    assert exchange(other, of_one, [(b"SELECT 'both'", ())]) == [[("both",)]]
+    _ = carry_out(one, of_one, [(b"SELECT 'one'", ()), (b"SELECT 'both'", ())])
+    _ = carry_out(other, of_other, [(b"SELECT 'other'", ()), (b"SELECT 'both'", ())])
+    assert carry_out(other, of_one, [(b"SELECT 'both'", ())]) == [[("both",)]]
     with pytest.raises(StatementError) as caught:
-        _ = exchange(other, of_one, [(b"SELECT 'one'", ())])
+        _ = carry_out(other, of_one, [(b"SELECT 'one'", ())])
     assert isinstance(caught.value.error, psycopg.errors.InvalidSqlStatementName)
 
 
@@ -112,33 +116,33 @@ def test_a_session_that_ends_in_the_middle_is_an_error_and_closed(connection: ps
     queries = [(b"SELECT 1", ()), (b"SELECT 2", ())]
     queries.insert(at, (b"SELECT pg_terminate_backend(pg_backend_pid())", ()))
     with pytest.raises((StatementError, psycopg.OperationalError)):
-        _ = exchange(connection, Prepared(), queries)
+        _ = carry_out(connection, Prepared(), queries)
     assert connection.closed
     with pytest.raises(psycopg.OperationalError):
-        _ = exchange(connection, Prepared(), queries)
+        _ = carry_out(connection, Prepared(), queries)
 
 
 def test_a_session_that_was_idle_for_too_long_is_an_error_and_closed(
     connection: psycopg.Connection[Any], database: str
 ) -> None:
     limit = b"SET LOCAL idle_in_transaction_session_timeout = 1"
-    _ = exchange(connection, Prepared(), [BEGIN, (limit, ())])
+    _ = carry_out(connection, Prepared(), [BEGIN, (limit, ())])
     session = f"SELECT 1 FROM pg_stat_activity WHERE pid = {connection.info.backend_pid}"
     _ = wait_until(lambda: not ask(database, session))
     with pytest.raises((StatementError, psycopg.OperationalError)):
-        _ = exchange(connection, Prepared(), [(b"SELECT 1", ()), COMMIT])
+        _ = carry_out(connection, Prepared(), [(b"SELECT 1", ()), COMMIT])
     assert connection.closed
 
 
-def test_a_caller_that_is_interrupted_leaves_nothing_that_runs(
-    connection: psycopg.Connection[Any], database: str
-) -> None:
+def test_a_caller_that_is_interrupted_leaves_nothing_that_runs(migrated_schema: str) -> None:
     """Neither in the database, nor answers that the next one would take for its own."""
+    store = PostgresStore(migrated_schema)
+    connection = store._pool.idle.pop()
     session = f"pid = {connection.info.backend_pid} AND wait_event = 'PgSleep'"
     active = f"SELECT 1 FROM pg_stat_activity WHERE {session}"
 
     def interrupt() -> None:
-        _ = wait_until(lambda: ask(database, active))
+        _ = wait_until(lambda: ask(migrated_schema, active))
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def stop(*_: object) -> None:
@@ -148,10 +152,13 @@ def test_a_caller_that_is_interrupted_leaves_nothing_that_runs(
     thread = threading.Thread(target=interrupt)
     try:
         thread.start()
-        with closing(connection), pytest.raises(KeyboardInterrupt):
-            _ = exchange(connection, Prepared(), [BEGIN, (b"SELECT pg_sleep(600)", ()), (b"SELECT 1", ()), COMMIT])
-        assert connection.closed
+        with pytest.raises(KeyboardInterrupt):
+            queries = [BEGIN, (b"SELECT pg_sleep(600)", ()), (b"SELECT 1", ()), COMMIT]
+            _ = connection.wait(store._exchanged(connection, (), *queries))
+        _ = wait_until(lambda: not ask(migrated_schema, active))
+        assert carry_out(connection, Prepared(), [(b"ROLLBACK", ()), (b"SELECT 2", ())]) == [[], [(2,)]]
     finally:
         thread.join()
         _ = signal.signal(signal.SIGINT, before)
-    _ = wait_until(lambda: not ask(database, active))
+        connection.close()
+        store.close()

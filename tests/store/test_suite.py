@@ -83,9 +83,12 @@ def test_contract(case: Case, harness: Harness) -> None:
     case(harness)
 
 
+BINDINGS = [("trio", "sqlite-shared"), ("trio", "postgresql-shared"), ("asyncio", "postgresql-shared")]
+
+
 @pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-@pytest.mark.parametrize(("binding", "store"), [("trio", "sqlite-shared"), ("asyncio", "postgresql-shared")])
+@pytest.mark.parametrize(("binding", "store"), BINDINGS)
 def test_contract_behind_a_binding(
     case: Case, binding: str, store: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ class TurnsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.turns = Turns(3)
+        self.turns = Turns()
         self.waiting: list[Turn] = []
         self.running: dict[Turn, int] = {}  # and how many had been answered when it began
         self.answered = 0
@@ -62,7 +62,7 @@ class TurnsMachine(RuleBasedStateMachine):
         self.asking: set[Turn] = set()
 
     def begin(self) -> None:
-        for turn in self.turns.begin():
+        for turn in self.turns.begin(3):
             assert turn is self.waiting.pop(0)  # the first come first
             self.running[turn] = self.answered
             if self.away:
@@ -542,18 +542,19 @@ async def test_a_paused_database_is_asked_by_one_probe_once_it_is_known_to_be_aw
 
     with closing(PostgresStore(url, connections=REQUESTS, busy_seconds=0.2)) as store, hanging(cluster) as go_on:
         counted: Any = Counted(store)
+        first = store.callers
         async with open_turns(counted) as turns, anyio.create_task_group() as group:
-            for _ in range(REQUESTS):
+            for _ in range(first):
                 group.start_soon(ask_in_turn)
-            await async_wait_until(lambda: len(outcomes) == REQUESTS)
+            await async_wait_until(lambda: len(outcomes) == first)
             assert any(isinstance(each, StoreAway) for each in outcomes)
             counted.most = 0
             for _ in range(CALLERS):
                 group.start_soon(ask_in_turn)
-            await async_wait_until(lambda: len(outcomes) == REQUESTS + 2)
+            await async_wait_until(lambda: len(outcomes) == first + 2)
             assert counted.most == 1
             go_on()
-    assert len(outcomes) == REQUESTS + CALLERS
+    assert len(outcomes) == first + CALLERS
     assert any(isinstance(each, Times) for each in outcomes)
 
 

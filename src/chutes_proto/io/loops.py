@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import anyio
 import anyio.lowlevel
 
-from chutes_proto.io.waits import CallAt, Group, HasDeadline, Peer, Wait
+from chutes_proto.io.waits import CallAt, Group, HasDeadline, Peer, Read, Wait
 from chutes_proto.transport.h1 import READ_SIZE
 
 if TYPE_CHECKING:
@@ -85,6 +85,38 @@ class AsyncioWait:
         """See `Wait.end`."""
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
+
+
+async def _read_on_asyncio(descriptor: int, go_on: Callable[[], bool], deadline: float) -> None:
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def end() -> None:
+        if not ended.done():
+            _ = loop.remove_reader(descriptor)  # before another one waits for it
+            ended.set_result(None)
+
+    def read() -> None:
+        if not go_on():
+            end()
+
+    loop.add_reader(descriptor, read)
+    timer = loop.call_at(deadline, end)
+    try:
+        await ended
+    finally:
+        timer.cancel()
+        if ended.cancelled():
+            _ = loop.remove_reader(descriptor)
+
+
+def read() -> Read:
+    """Return the function of the running loop that has another one called whenever there is something to read."""
+    if isinstance(_running(), asyncio.AbstractEventLoop):
+        return _read_on_asyncio
+    from chutes_proto.io.trio_loop import read
+
+    return read
 
 
 def wait() -> Callable[[], Wait]:

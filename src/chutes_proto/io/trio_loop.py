@@ -163,6 +163,20 @@ class TrioWait:
         return trio.lowlevel.Abort.SUCCEEDED
 
 
+async def read(descriptor: int, go_on: Callable[[], bool], deadline: float) -> None:
+    """See `waits.Read`."""
+    timer = timers().call_at(deadline, lambda: trio.lowlevel.notify_closing(descriptor))
+    try:
+        while True:
+            await trio.lowlevel.wait_readable(descriptor)
+            if not go_on() or trio.current_time() >= deadline:
+                return
+    except trio.ClosedResourceError:
+        pass
+    finally:
+        timer.cancel()
+
+
 @asynccontextmanager
 async def open_nursery() -> AsyncGenerator[trio.Nursery]:
     """Open a nursery of trio's that ends as a group of anyio's does.

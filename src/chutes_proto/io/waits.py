@@ -45,6 +45,17 @@ class Wait(Protocol):
         ...
 
 
+class Read(Protocol):
+    """Reads from a descriptor as a function does."""
+
+    async def __call__(self, descriptor: int, go_on: Callable[[], bool], deadline: float, /) -> None:
+        """Call ``go_on``, which raises nothing, each time there is something to read, while it returns True.
+
+        Return then, or at this time on the loop's clock. Nobody else may wait for ``descriptor`` meanwhile.
+        """
+        ...
+
+
 class Group(Protocol):
     """Tasks that run beside each other, within a block that ends after them."""
 

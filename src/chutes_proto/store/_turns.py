@@ -2,7 +2,7 @@
 
 Rules kept here:
 
-* at most ``most`` run at once; the others wait, the first come first, and hold nothing while they do;
+* no more run at once than the store allows; the others wait, the first come first, and hold nothing while they do;
 * once the store was found away, one caller at a time asks it, whatever the others that still run are waiting for;
 * the first that is answered ends that, and all go on. One that began before the store last answered says nothing of
   whether it is away now.
@@ -33,7 +33,6 @@ class Turn:
 class Turns:
     """The callers of one store in one process. After each change, take what `begin` returns."""
 
-    most: int
     _waiting: dict[Turn, None] = field(init=False, factory=dict[Turn, None])
     _running: set[Turn] = field(init=False, factory=set[Turn])
     _is_away: bool = field(init=False, default=False)
@@ -50,10 +49,10 @@ class Turns:
         """Wait no longer; a turn that has begun stays."""
         _ = self._waiting.pop(turn, None)
 
-    def begin(self) -> list[Turn]:
-        """Return the turns that begin now."""
+    def begin(self, most: int) -> list[Turn]:
+        """Return the turns that begin now, if at most ``most`` may run at once."""
         begun: list[Turn] = []
-        while self._waiting and (self._asking is None if self._is_away else len(self._running) < self.most):
+        while self._waiting and (self._asking is None if self._is_away else len(self._running) < most):
             turn = next(iter(self._waiting))
             del self._waiting[turn]
             turn.has_begun = True

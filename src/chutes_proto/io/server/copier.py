@@ -329,7 +329,7 @@ def copying(
         yield None
         return
     made = Copying([Copier(store, sink, mark_file) for sink in sinks], required)
-    store.copy_rows(made.rows)
+    store.copy_rows(made.rows, waits=required)
     made.start()
     try:
         yield made

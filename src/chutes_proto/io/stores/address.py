@@ -40,8 +40,12 @@ class DurableStore(Store, Protocol):
     """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
     schema_version: int
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
-    callers: int
-    """The number of threads that may use it at once without waiting for each other to leave it."""
+
+    @property
+    def callers(self) -> int:
+        """The number of transactions that may run at once now, without waiting for each other in here."""
+        ...
+
     clock_skew: int | None
     """Seconds of this machine's clock minus the store's own, compared last; None for a store without a clock.
 
@@ -96,10 +100,11 @@ class DurableStore(Store, Protocol):
         """Return, once, the audit rows that this process committed ``age`` seconds ago; see `MarkKeeper`."""
         ...
 
-    def copy_rows(self, copy: Copy) -> None:
+    def copy_rows(self, copy: Copy, *, waits: bool) -> None:
         """Give ``copy`` the audit rows that this process adds, each with its number, once that is committed.
 
-        It is called before the unit returns; what it raises, the unit's caller gets, and the rows stay.
+        It is called before the unit returns; what it raises, the unit's caller gets, and the rows stay. Say if it
+        ``waits`` for something.
         """
         ...
 

@@ -61,8 +61,8 @@ class Prepared:
     names: dict[_Key, bytes] = field(factory=dict["_Key", bytes])
 
 
-def exchange(connection: psycopg.Connection[Any], prepared: Prepared, queries: Sequence[Query]) -> list[Rows]:
-    """Carry out statements in their order, and return the rows of each. Raises `StatementError`.
+def exchange(connection: psycopg.Connection[Any], prepared: Prepared, queries: Sequence[Query]) -> PQGen[list[Rows]]:
+    """Carry out statements in their order, and return the rows of each; who drives it waits. Raises `StatementError`.
 
     A connection that is lost meanwhile raises `psycopg.OperationalError`, or as a statement's error what the database
     said last.
@@ -85,7 +85,7 @@ def exchange(connection: psycopg.Connection[Any], prepared: Prepared, queries: S
             else:
                 pgconn.send_query_prepared(name, values, formats, result_format=Format.BINARY)
         pgconn.pipeline_sync()
-        results = iter(connection.wait(_receive(pgconn, len(asked) + len(new) + 1)))
+        results = iter((yield from _receive(pgconn, len(asked) + len(new) + 1)))
         if pgconn.status == ConnStatus.OK:
             pgconn.exit_pipeline_mode()
             is_whole = True

@@ -40,11 +40,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError, FateUnknown, RowNotAuthentic, StoreAway, StoreBusy, StoreError
+from chutes_proto.io.stores.attempts import NeedsThread
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
@@ -67,6 +69,7 @@ from chutes_proto.store.sql import (
 try:
     import psycopg
     from psycopg import conninfo, errors
+    from psycopg.waiting import Ready, Wait
 
     from chutes_proto.io.stores.exchange import Prepared, StatementError, exchange
 except ImportError as _missing:
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
 
     from psycopg.abc import PQGen
 
+    from chutes_proto.io.stores.attempts import Attempt
     from chutes_proto.io.stores.exchange import Rows
     from chutes_proto.keys.vault import Vault
     from chutes_proto.store._run import Store, Unit
@@ -251,6 +255,12 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """The changes to audit rows of the present transaction, or of the last one."""
     session: Session = Session(None, is_final=False, is_locked=False)
     """The keys of the rows in the present transaction."""
+    has_begun: bool = False
+    """Whether the present transaction, or the last one, was begun and found what it must."""
+    is_committing: bool = False
+    """Whether its commit may have been sent."""
+    may_wait: bool = True
+    """Whether the caller's thread may wait for an answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -260,8 +270,17 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         self.held: list[_Asked] = []
         """Writes that are sent with the next read, or with the commit."""
 
+    def begin_anew(self, answer_seconds: float) -> None:
+        """Keep nothing of the last transaction."""
+        self.has_begun = self.is_committing = False
+        self.answer_seconds = answer_seconds
+        self.ahead.clear()
+        self.held.clear()
+
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """Wait as psycopg does; all of its waiting goes through here."""
+        """Wait as psycopg does; all of its waiting goes through here, and begins here. Raises `NeedsThread`."""
+        if not self.may_wait:
+            raise NeedsThread
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
@@ -273,7 +292,7 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
                 wanted = gen.send((yield wanted))
                 if self.answer_seconds is not None and time.monotonic() - began > self.answer_seconds:
                     self.close()
-                    raise psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds")
+                    wanted = gen.throw(psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds"))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -299,6 +318,60 @@ class _Asked:
             self.changes.append((rows[0][0], self.op.row))
         elif isinstance(self.op, PurgeAudit):
             self.changes.append(self.op)
+
+
+@define(eq=False)
+class _Attempt(Generic[T]):
+    """See `Attempt`."""
+
+    _connection: _Connection
+    _steps: PQGen[T]
+    _wanted: Wait = Wait.R
+    has_ended: bool = field(init=False, default=False)
+    result: T = field(init=False)
+
+    def fileno(self) -> int:
+        """See `Attempt.fileno`."""
+        return self._connection.fileno()
+
+    def begin(self) -> None:
+        """Do what can be done before the first answer."""
+        self._advance(lambda: next(self._steps))
+
+    def go_on(self) -> bool:
+        """See `Attempt.go_on`."""
+        if self._wanted == Wait.R:
+            self._advance(lambda: self._steps.send(Ready.R))
+        return not self.has_ended and self._wanted == Wait.R
+
+    def finish(self) -> None:
+        """See `Attempt.finish`."""
+        self._connection.may_wait = True
+        try:
+            self._connection.wait(self._rest())
+        except psycopg.Error as exc:  # of the wait itself: the connection was lost
+            if self.has_ended:
+                raise
+            self._advance(partial(self._steps.throw, exc))
+
+    def _rest(self) -> PQGen[None]:
+        while not self.has_ended:
+            try:
+                ready = yield self._wanted
+            except psycopg.Error as exc:
+                self._advance(partial(self._steps.throw, exc))
+            else:
+                self._advance(partial(self._steps.send, ready))
+
+    def _advance(self, step: Callable[[], Wait]) -> None:
+        try:
+            self._wanted = step()
+        except StopIteration as stop:
+            self.result = stop.value
+            self.has_ended = True
+        except BaseException:
+            self.has_ended = True
+            raise
 
 
 @frozen(eq=False)
@@ -420,7 +493,6 @@ class PostgresStore(MarkedStore):
         self.found_version: int | None = None
         self.clock_skew: int | None = None
         self.rollbacks: Counter[str] = Counter()
-        self.callers: int = connections
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
         self._clock_difference_seconds = clock_difference_seconds
@@ -470,14 +542,81 @@ class PostgresStore(MarkedStore):
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
         begin = self._begin_committed if unit.READS_COMMITTED else self._begin_alone if unit.ALONE else self._begin
-        sent = unit.ahead()
-        ahead = statements_ahead(sent, with_heads=self.custody.is_open) if sent else ()
+        with self._counting_faults():
+            work = partial(self._run, unit=unit)
+            return self._with_retries(unit_name(unit), work, begin, self._ahead(unit))
+
+    def attempt(self, unit: Unit[T]) -> Attempt[T]:
+        """Begin to run ``unit``, if it says what it reads and a connection is free; see `Attempts`.
+
+        A read that it did not name, and a fault after which it may run again, end that with `NeedsThread`.
+        """
+        ahead = () if unit.ALONE or unit.READS_COMMITTED else self._ahead(unit)
+        if not ahead or self._marks.copy_waits or self._marks.is_due():
+            raise NeedsThread
+        with contextlib.ExitStack() as held:
+            connection = held.enter_context(self._connection(at_once=True))
+            if not connection.is_looked_at:
+                raise NeedsThread
+            attempt = _Attempt(connection, self._attempted(connection, held.pop_all(), unit, ahead))
+        attempt.begin()
+        return attempt
+
+    def _attempted(
+        self, connection: _Connection, held: contextlib.ExitStack, unit: Unit[T], ahead: Sequence[tuple[str, Values]]
+    ) -> PQGen[T]:
+        """Run ``unit`` with a connection, then let go of what ``held`` has: the connection and its slot."""
+        until = time.monotonic() + self._busy_seconds
         try:
-            return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin, ahead)
+            with self._counting_faults(), held:
+                connection.may_wait = False
+                try:
+                    result = yield from self._transacted(connection, unit, ahead)
+                finally:
+                    connection.may_wait = True
+                self._committed(connection.changes, sealed_in=connection.session.sealed_in)
+                return result
+        except _Again as exc:
+            self._count_rollback(unit_name(unit))
+            if time.monotonic() > until:
+                raise exc.fault from exc.__cause__
+            raise NeedsThread from exc
+
+    def _transacted(self, connection: _Connection, unit: Unit[T], ahead: Sequence[tuple[str, Values]]) -> PQGen[T]:
+        """Make one transaction of ``unit``, as `_transaction` does with a block; waits where its driver does."""
+        connection.begin_anew(self._answer_seconds)
+        try:
+            _ = yield from self._begun(connection, self._begin, ahead)
+            result = self._run(connection, unit)
+            yield from self._commit(connection)
+        except GeneratorExit:  # its driver has gone
+            connection.close()
+            raise
+        except psycopg.Error as exc:
+            yield from self._rolled_back(connection)
+            raise self._meaning(connection, exc, has_ahead=True) from exc
+        except BaseException:
+            yield from self._rolled_back(connection)
+            raise
+        return result
+
+    def _ahead(self, unit: Unit[Any]) -> Sequence[tuple[str, Values]]:
+        """The statements of what ``unit`` says that it reads."""
+        sent = unit.ahead()
+        return statements_ahead(sent, with_heads=self.custody.is_open) if sent else ()
+
+    @contextlib.contextmanager
+    def _counting_faults(self) -> Generator[None]:
+        try:
+            yield
         except RowNotAuthentic as exc:
             with self._counting:
                 self.custody.note(exc)
             raise
+
+    def _count_rollback(self, of: str) -> None:
+        with self._counting:
+            self.rollbacks[of] += 1
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema.
@@ -505,6 +644,11 @@ class PostgresStore(MarkedStore):
         self._closed = True
         self._pool.drop()
         self._marks.close()
+
+    @property
+    def callers(self) -> int:
+        """The number of transactions that may run at once now; conflicts lower it."""
+        return self._pool.slots.crowding.allowed
 
     @property
     def replication_warning(self) -> str:
@@ -548,8 +692,7 @@ class PostgresStore(MarkedStore):
                     ahead = ()
                 if time.monotonic() + pause > until or duplicates > _MAX_DUPLICATES:
                     raise exc.fault from exc.__cause__
-            with self._counting:
-                self.rollbacks[of] += 1
+            self._count_rollback(of)
             time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
             pause = min(2 * pause, 0.1)
 
@@ -607,13 +750,15 @@ class PostgresStore(MarkedStore):
         """Carry out what is held, and more; return the rows of the last."""
         asked = [*connection.held, *more]
         connection.held.clear()
-        found = self._exchange(connection, asked) if asked else []
+        found = connection.wait(self._exchanged(connection, asked)) if asked else []
         return found[-1] if found else []
 
-    def _exchange(self, connection: _Connection, asked: Sequence[_Asked], *last: tuple[bytes, Values]) -> list[Rows]:
+    def _exchanged(
+        self, connection: _Connection, asked: Sequence[_Asked], *last: tuple[bytes, Values]
+    ) -> PQGen[list[Rows]]:
         """Carry out statements, and note their changes."""
         try:
-            found = exchange(connection, connection.prepared, [*(each.query for each in asked), *last])
+            found = yield from exchange(connection, connection.prepared, [*(each.query for each in asked), *last])
         except StatementError as exc:
             if isinstance(exc.error, (psycopg.DataError, UnicodeEncodeError)):
                 whose = f" of {type(asked[exc.at].op).__name__}" if exc.at < len(asked) else ""
@@ -736,17 +881,19 @@ class PostgresStore(MarkedStore):
     # --- connections and transactions ---
 
     @contextlib.contextmanager
-    def _connection(self) -> Generator[_Connection]:
-        """Reserve a connection."""
+    def _connection(self, *, at_once: bool = False) -> Generator[_Connection]:
+        """Reserve a connection; ``at_once`` it raises `NeedsThread` if none is free."""
         if self._closed:
             raise self._fault("it was closed")
-        if not self._pool.slots.acquire(timeout=self._busy_seconds):
-            raise StoreBusy(f"store {self.name}: other transactions take too long")
+        if not self._pool.slots.acquire(timeout=0 if at_once else self._busy_seconds):
+            raise NeedsThread if at_once else StoreBusy(f"store {self.name}: other transactions take too long")
         committed = conflicted = False
         try:
             try:
                 connection = self._pool.idle.pop()
             except IndexError:
+                if at_once:
+                    raise NeedsThread from None
                 connection = self._connect()
             try:
                 yield connection
@@ -792,48 +939,55 @@ class PostgresStore(MarkedStore):
 
         ``ahead`` are statements that the block will ask for.
         """
-        begun = committing = False
-        connection.answer_seconds = self._answer_seconds
-        connection.ahead.clear()
-        connection.held.clear()
+        connection.begin_anew(self._answer_seconds)
         try:
-            asked_at = time.time()
-            asked = [(_query(text), values) for text, values in ahead]
-            found = self._exchange(connection, (), *begin.queries, *asked)
-            begun = True
-            ((first,), *more) = found[begin.settings :]
-            connection.ahead.update(zip(ahead, more[len(more) - len(ahead) :], strict=True))
-            backend, clock, timeline, _, *settings = first[: 4 + len(_MUST_BE)]
-            if not timeline:
-                raise self._standby()
-            self._check_settings(connection, backend, settings)
-            self._check_clock(asked_at, float(clock), time.time())
-            if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
-                _ = self._versions(connection).check(more[0])
-                connection.session = self.custody.session(more[0][0][2], lambda text: _rows(connection, text))
-                if timeline != self._timeline:  # another server than the one that was compared last
-                    connection.is_looked_at = False
-                    raise _Again(self._fault("the database's timeline has changed"))
-            connection.timeline = timeline
-            yield more
-            committing = True
-            self._commit(connection)
+            yield connection.wait(self._begun(connection, begin, ahead))
+            connection.wait(self._commit(connection))
         except psycopg.Error as exc:
             self._roll_back(connection)
-            if connection.closed and committing:
-                raise FateUnknown(f"store {self.name}: the connection was lost at the commit; {_UNKNOWN}") from exc
-            if isinstance(exc, _NOT_PREPARED):  # a pooler led to another session, and did not say so
-                connection.prepared.is_own = False
-            # A standby has no SERIALIZABLE.
-            is_standby = not begun and isinstance(exc, errors.FeatureNotSupported)
-            fault = self._standby() if is_standby else self._translated(exc)
-            is_again = connection.closed or isinstance(exc, (*_AGAIN, *_NOT_PREPARED))
-            # A fault of what is read ahead is met where the unit asks for it, after the version was looked at.
-            is_ahead = bool(ahead) and not (begun or is_again or is_standby or exc.sqlstate in _TEMPORARY)
-            raise (_Again(fault, is_ahead=is_ahead) if is_again or is_ahead else fault) from exc
+            raise self._meaning(connection, exc, has_ahead=bool(ahead)) from exc
         except BaseException:
             self._roll_back(connection)
             raise
+
+    def _begun(
+        self, connection: _Connection, begin: _Beginning, ahead: Sequence[tuple[str, Values]]
+    ) -> PQGen[list[Rows]]:
+        """Begin; see `_transaction`."""
+        asked_at = time.time()
+        asked = [(_query(text), values) for text, values in ahead]
+        found = yield from self._exchanged(connection, (), *begin.queries, *asked)
+        connection.has_begun = True
+        ((first,), *more) = found[begin.settings :]
+        connection.ahead.update(zip(ahead, more[len(more) - len(ahead) :], strict=True))
+        backend, clock, timeline, _, *settings = first[: 4 + len(_MUST_BE)]
+        if not timeline:
+            raise self._standby()
+        self._check_settings(connection, backend, settings)
+        self._check_clock(asked_at, float(clock), time.time())
+        if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
+            _ = self._versions(connection).check(more[0])
+            connection.session = self.custody.session(more[0][0][2], lambda text: _rows(connection, text))
+            if timeline != self._timeline:  # another server than the one that was compared last
+                connection.is_looked_at = False
+                raise _Again(self._fault("the database's timeline has changed"))
+        connection.timeline = timeline
+        return more
+
+    def _meaning(self, connection: _Connection, exc: psycopg.Error, *, has_ahead: bool) -> StoreError | _Again:
+        """Return what a fault of the present transaction means, which was rolled back."""
+        begun = connection.has_begun
+        if connection.closed and connection.is_committing:
+            return FateUnknown(f"store {self.name}: the connection was lost at the commit; {_UNKNOWN}")
+        if isinstance(exc, _NOT_PREPARED):  # a pooler led to another session, and did not say so
+            connection.prepared.is_own = False
+        # A standby has no SERIALIZABLE.
+        is_standby = not begun and isinstance(exc, errors.FeatureNotSupported)
+        fault = self._standby() if is_standby else self._translated(exc)
+        is_again = connection.closed or isinstance(exc, (*_AGAIN, *_NOT_PREPARED))
+        # A fault of what is read ahead is met where the unit asks for it, after the version was looked at.
+        is_ahead = has_ahead and not (begun or is_again or is_standby or exc.sqlstate in _TEMPORARY)
+        return _Again(fault, is_ahead=is_ahead) if is_again or is_ahead else fault
 
     def _check_clock(self, before: float, clock: float, after: float) -> None:
         """Raise `StoreError` if ``clock``, the database's time at some moment between the others, is too far off."""
@@ -859,11 +1013,12 @@ class PostgresStore(MarkedStore):
         elif connection.prepared.is_own is None:
             connection.prepared.is_own = True
 
-    def _commit(self, connection: _Connection) -> None:
+    def _commit(self, connection: _Connection) -> PQGen[None]:
         """Send what is held, and commit. Raises `FateUnknown`, and closes the connection, if the server sends a notice.
 
         After a statement that fails the database carries out none, and so does not commit.
         """
+        connection.is_committing = True
         notices: list[str] = []
 
         def note(notice: errors.Diagnostic) -> None:
@@ -873,7 +1028,7 @@ class PostgresStore(MarkedStore):
         connection.held.clear()
         connection.add_notice_handler(note)
         try:
-            _ = self._exchange(connection, held, (b"COMMIT", ()))
+            _ = yield from self._exchanged(connection, held, (b"COMMIT", ()))
         finally:
             connection.remove_notice_handler(note)
         # Any notice counts: their texts are translated, and a commit that succeeds has none.
@@ -888,8 +1043,12 @@ class PostgresStore(MarkedStore):
         connection.answer_seconds = None
 
     def _roll_back(self, connection: _Connection) -> None:
+        with contextlib.suppress(psycopg.Error):  # of the wait itself: the connection was lost
+            connection.wait(self._rolled_back(connection))
+
+    def _rolled_back(self, connection: _Connection) -> PQGen[None]:
         try:
-            _ = connection.execute("ROLLBACK")
+            _ = yield from self._exchanged(connection, (), (b"ROLLBACK", ()))
         except psycopg.Error:
             connection.close()
 

@@ -1,5 +1,8 @@
 """A store on an event loop: its transactions run in threads, and a caller that waits for its turn holds none.
 
+A store that can do so begins each transaction on the loop, which waits for its database as for any other peer; what
+meets anything out of the ordinary, or takes long, goes on in a thread.
+
 A store that shares commits is handed all transactions at once that have their turn at the end of a round of the loop,
 while others gather for the next commit: so a commit takes one thread, and one call of it into the loop. Where callers
 come one by one, the round is not waited for. Any other store is handed each for itself.
@@ -15,22 +18,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import anyio
 from attrs import define, field
 
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
-from chutes_proto.io.loops import call_at, call_next, clock, wait
+from chutes_proto.io.loops import call_at, call_next, clock, read, wait
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.attempts import Attempt, Attempts, NeedsThread
 from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.waits import Wait
 from chutes_proto.store._run import Unit
 from chutes_proto.store._turns import PAUSE_SECONDS, Found, Turn, Turns
+
+ATTEMPT_SECONDS: Final = 0.5
+"""How long the loop waits for a database, until a thread does: it has the time limits."""
 
 
 @asynccontextmanager
@@ -66,6 +73,7 @@ class _Job:
     turn: Turn
     unit: Unit[Any]
     caller: Wait
+    attempt: Attempt[Any] | None = field(init=False, default=None)  # that a thread finishes
     has_ended: bool = field(init=False, default=False)
     result: Any = field(init=False, default=None)
     fault: BaseException | None = field(init=False, default=None)
@@ -77,11 +85,11 @@ class StoreTurns:
     def __init__(self, store: DurableStore) -> None:
         self._store = store
         self._now, self._call_at, self._call_next, self._wait = clock(), call_at(), call_next(), wait()
-        self._turns = Turns(store.callers)
+        self._turns = Turns()
         self._threads = Threads(f"store {store.name}")
+        self._read = read()
+        self._attempts = store if isinstance(store, Attempts) else None
         self._sharing = store if isinstance(store, SharesCommits) else None
-        self._threads_at_once = store.callers if self._sharing is None else 1
-        self._units_of_each = 1 if self._sharing is None else store.callers
         self._is_gathering = False
         self._is_crowded = False  # the last commit was shared, or others came meanwhile
         self._units_run: Lock | None = None  # locked until the units of the commit that comes next have run
@@ -100,6 +108,8 @@ class StoreTurns:
         self._begin()
         if not turn.has_begun:
             await self._wait_for_turn(job, effect.turn_seconds)
+        if self._attempts is not None:
+            await self._attempt(job, self._attempts, until)
         if not job.has_ended:
             await job.caller.until(until)
         self.give_way()
@@ -132,6 +142,10 @@ class StoreTurns:
     async def _wait_for_turn(self, job: _Job, seconds: float) -> None:
         try:
             await job.caller.until(self._now() + seconds)
+        except BaseException:
+            if job.turn.has_begun and self._attempts is not None:
+                self._give_to_thread(job)
+            raise
         finally:
             if not job.turn.has_begun:
                 self._turns.leave(job.turn)
@@ -140,11 +154,51 @@ class StoreTurns:
             text = f"store {self._store.name}: no turn within {seconds:.1f} s"
             raise StoreBusy(f"{text}; it does not answer, or other transactions take too long")
 
+    async def _attempt(self, job: _Job, store: Attempts, until: float) -> None:
+        """Carry out a transaction whose turn has begun, or as much of it as the loop can, and a thread the rest."""
+        try:
+            attempt = store.attempt(job.unit)
+        except NeedsThread:
+            self._give_to_thread(job)
+            return
+        except BaseException as exc:  # noqa: BLE001 - it is the caller's
+            job.fault = exc
+            self._end([job])
+            return
+        try:
+            latest = min(until, self._now() + ATTEMPT_SECONDS)
+            await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
+        finally:
+            if not attempt.has_ended:  # it takes long, or the caller leaves
+                job.attempt = attempt
+                self._give_to_thread(job)
+
+    def _go_on(self, job: _Job, attempt: Attempt[Any]) -> bool:
+        """Go on with a transaction that can read; return whether it waits to read again."""
+        try:
+            waits = attempt.go_on()
+        except NeedsThread:
+            self._give_to_thread(job)
+            return False
+        except BaseException as exc:  # noqa: BLE001 - it is the caller's
+            job.fault = exc
+        else:
+            if not attempt.has_ended:
+                return waits
+            job.result = attempt.result
+        self._end([job])
+        return False
+
+    def _give_to_thread(self, job: _Job) -> None:
+        self._ready.append(job)
+        self._hand_over()
+
     def _begin(self) -> None:
-        for turn in [] if self._closing else self._turns.begin():
+        for turn in [] if self._closing else self._turns.begin(self._store.callers):
             job = self._running[turn] = self._jobs.pop(turn)
             job.caller.end()
-            self._ready.append(job)
+            if self._attempts is None:
+                self._ready.append(job)
         if self._sharing is None or not self._is_crowded:
             self._hand_over()
         elif self._ready and not self._threads_in_use and not self._is_gathering:
@@ -153,8 +207,9 @@ class StoreTurns:
 
     def _hand_over(self) -> None:
         self._is_gathering = False
-        while self._ready and self._threads_in_use < self._threads_at_once:
-            jobs, self._ready = self._ready[: self._units_of_each], self._ready[self._units_of_each :]
+        while self._ready and (self._sharing is None or not self._threads_in_use):
+            so_many = 1 if self._sharing is None else self._store.callers
+            jobs, self._ready = self._ready[:so_many], self._ready[so_many:]
             self._threads_in_use += 1
             carry_out = partial(self._transact, jobs)
             if self._sharing is not None:
@@ -162,21 +217,28 @@ class StoreTurns:
                 _ = self._units_run.acquire()
                 carry_out = partial(self._transact_all, self._sharing, jobs, self._units_run)
             try:
-                self._threads.run(carry_out, self._end)
+                self._threads.run(carry_out, self._end_in_thread)
             except RuntimeError as exc:  # the system allows no thread
                 self._units_run = None
                 for job in jobs:
                     job.fault = StoreAway(f"store {self._store.name}: {exc}")
-                self._end(jobs)
+                self._end_in_thread(jobs)
 
     def _transact(self, jobs: list[_Job]) -> list[_Job]:
         """Run a transaction, in a thread; return it."""
         for job in jobs:
             try:
-                job.result = self._store.transact(job.unit)
+                job.result = self._result(job)
             except BaseException as exc:  # noqa: BLE001 - it is the caller's
                 job.fault = exc
         return jobs
+
+    def _result(self, job: _Job) -> object:
+        if job.attempt is not None:
+            with suppress(NeedsThread):
+                job.attempt.finish()
+                return job.attempt.result
+        return self._store.transact(job.unit)
 
     def _transact_all(self, sharing: SharesCommits, jobs: list[_Job], units_run: Lock) -> list[_Job]:
         """Run transactions in one commit, in a thread; return them."""
@@ -196,8 +258,11 @@ class StoreTurns:
             have_run()
         return jobs
 
-    def _end(self, jobs: list[_Job]) -> None:
+    def _end_in_thread(self, jobs: list[_Job]) -> None:
         self._threads_in_use -= 1
+        self._end(jobs)
+
+    def _end(self, jobs: list[_Job]) -> None:
         self._is_crowded = len(jobs) > 1 or bool(self._ready)
         for job in jobs:
             del self._running[job.turn]

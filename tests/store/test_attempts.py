@@ -1,0 +1,309 @@
+"""Transactions that an event loop drives, on a real PostgreSQL: where all goes well, and where a thread goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing
+from typing import Any
+
+import anyio
+import pytest
+from attrs import evolve, field, frozen
+
+from chutes_proto.effects import Transact
+from chutes_proto.errors import FateUnknown, RowNotAuthentic, StoreAway, StoreError
+from chutes_proto.io.stores import marks, postgres, turns
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.turns import open_turns
+from chutes_proto.store._run import Ask, Script, Unit
+from chutes_proto.store.rows import AuditRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm, VmRow
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
+from chutes_proto.units.revocations import Revocations
+from tests.postgres import Cluster, schema
+from tests.store.test_postgres import ask
+from tests.store.test_postgres_silent import SILENCE, Proxy
+from tests.waiting import async_wait_until, wait_until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def proxy(cluster: Cluster) -> Iterator[Proxy]:
+    with closing(Proxy(cluster)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def url(cluster: Cluster) -> Iterator[str]:
+    with schema(cluster.url()) as url:
+        yield url
+
+
+@pytest.fixture
+def store(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
+    """A sealed store with one connection, whose key is open, and which was compared with the mark."""
+    monkeypatch.setattr(marks, "LOOK_SECONDS", 3600)
+    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    arguments: Any = {"connections": 1, "busy_seconds": 0.1, "migrate": True, "vault": VAULT}
+    with closing(PostgresStore(proxy.url(url, cluster), **arguments)) as store:
+        store.transact(Ask(ReadTimes()))
+        yield store
+
+
+@frozen
+class Probe(Unit[int | None]):
+    """Reads what it says that it reads, sets the horizon, and does ``what`` in its first run: before that, or after."""
+
+    what: Callable[[], object] = lambda: None
+    at_end: bool = False
+    besides: StoreOp[Any] | None = None
+    runs: list[int | None] = field(factory=list[int | None])
+
+    def ahead(self) -> Sequence[StoreOp[Any]]:
+        return (ReadTimes(),)
+
+    def script(self) -> Script[int | None]:
+        found = (yield from ReadTimes()).horizon
+        self.runs.append(found)
+        if len(self.runs) == 1 and not self.at_end:
+            _ = self.what()
+        yield from SetHorizon(7)
+        if self.besides is not None:
+            _ = yield from self.besides
+        if len(self.runs) == 1 and self.at_end:
+            _ = self.what()
+        return found
+
+
+def threads(store: PostgresStore) -> int:
+    return sum(thread.name == f"store {store.name}" for thread in threading.enumerate())
+
+
+@asynccontextmanager
+async def opened(store: PostgresStore, *, threads_after: int) -> AsyncIterator[Any]:
+    """The turns of a store, of which so many threads are needed."""
+    async with open_turns(store) as turns:
+        yield turns
+        assert threads(store) == threads_after
+    await async_wait_until(lambda: not threads(store))
+    assert len(store._pool.idle) <= 1
+    assert not store._pool.slots._held
+
+
+# --- no thread ---
+
+
+async def test_a_boot_needs_no_thread(store: PostgresStore) -> None:
+    async with opened(store, threads_after=0) as turns:
+        for number in range(2):  # a new VM, and a known one
+            granted = evolve(boot(f"{number}", now=NOW + 60 * number), revocations=Revocations.of(0, ()))
+            assert (await turns.transact(Transact(granted))).boot_id == granted.boot_id
+            unit = evolve(sync(granted, f"{number}", "storage", "tdx-cache"), revocations=granted.revocations)
+            assert len((await turns.transact(Transact(unit))).passphrases) == 2
+    assert store.retries == 0
+    assert [row.event for row in store.transact(Ask(Scan(AuditRow)))].count("boot") == 2
+
+
+async def test_boots_at_once_are_each_granted(url: str, store: PostgresStore) -> None:
+    granted: list[str] = []
+
+    async def grant(turns: Any, number: int) -> None:
+        unit = boot(f"{number}", vm=Vm(VM.hotkey, f"vm-{number}"))
+        granted.append((await turns.transact(Transact(unit, turn_seconds=60, seconds=60))).boot_id)
+
+    with closing(PostgresStore(url, connections=4, vault=VAULT)) as several:
+        async with open_turns(several) as turns, anyio.create_task_group() as group:
+            for number in range(40):
+                group.start_soon(grant, turns, number)
+    assert len({*granted}) == 40
+    assert len(store.transact(Ask(Scan(VmRow)))) == 40
+
+
+async def test_a_refusal_needs_no_thread_and_leaves_no_trace(store: PostgresStore, proxy: Proxy) -> None:
+    def refuse() -> None:
+        raise LookupError
+
+    before = proxy.connections
+    async with opened(store, threads_after=0) as turns:
+        with pytest.raises(LookupError):
+            await turns.transact(Transact(Probe(refuse, at_end=True)))
+        assert await turns.transact(Transact(Probe())) == 0
+    assert proxy.connections == before
+
+
+async def test_a_row_that_is_not_authentic_is_counted(store: PostgresStore, url: str) -> None:
+    store.transact(boot("first"))
+    _ = ask(url, "UPDATE vm SET platform_id = 'another' RETURNING 1")
+    async with opened(store, threads_after=0) as turns:
+        with pytest.raises(RowNotAuthentic):
+            await turns.transact(Transact(boot("second", now=NOW + 60)))
+    assert store.custody.faults == {"vm": 1}
+
+
+async def test_a_closed_store_says_so(store: PostgresStore) -> None:
+    async with open_turns(store) as turns:
+        store.close()
+        with pytest.raises(StoreError, match="it was closed"):
+            await turns.transact(Transact(Probe()))
+
+
+# --- a thread goes on ---
+
+
+async def test_what_a_unit_reads_besides_is_read_in_a_thread(store: PostgresStore) -> None:
+    unit = Probe(besides=Scan(VmRow))
+    async with opened(store, threads_after=1) as turns:
+        assert await turns.transact(Transact(unit)) == 0
+    assert unit.runs == [0, 0]
+    assert store.retries == 0
+
+
+async def test_where_an_answer_waits_for_copies_a_thread_waits(store: PostgresStore) -> None:
+    copied: list[str] = []
+    store.copy_rows(lambda rows: copied.append(threading.current_thread().name), waits=True)
+    async with opened(store, threads_after=1) as turns:
+        _ = await turns.transact(Transact(boot("first")))
+    assert copied == [f"store {store.name}"]
+
+
+async def test_a_conflict_is_run_again_in_a_thread(store: PostgresStore, url: str) -> None:
+    with closing(PostgresStore(url, vault=VAULT)) as other:
+        unit = Probe(lambda: other.transact(Ask(SetHorizon(3))))
+        async with opened(store, threads_after=1) as turns:
+            assert await turns.transact(Transact(unit)) == 3
+    assert unit.runs == [0, 3]
+    assert store.rollbacks == {"Probe": 1}
+
+
+async def test_a_connection_that_was_lost_is_replaced_in_a_thread(store: PostgresStore, url: str) -> None:
+    _ = ask(url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'chutes-proto'")
+    unit = Probe()
+    async with opened(store, threads_after=1) as turns:
+        assert await turns.transact(Transact(unit)) == 0
+    assert unit.runs == [0]
+
+
+@pytest.fixture
+def hang(cluster: Cluster, url: str) -> Iterator[Callable[[], None]]:
+    """The database's processes stand still, until a thread waits for them."""
+    stopped: list[int] = []
+    ended = threading.Event()
+
+    def go_on() -> None:
+        running = threading.enumerate
+        _ = wait_until(lambda: ended.is_set() or any(thread.name.startswith("store ") for thread in running()))
+        for process in stopped:
+            os.kill(process, signal.SIGCONT)
+
+    continuing = threading.Thread(target=go_on)
+
+    def stop() -> None:
+        find = "SELECT pid FROM pg_stat_activity WHERE application_name = 'chutes-proto'"
+        stopped.extend(pid for (pid,) in ask(url, find))
+        for process in stopped:
+            os.kill(process, signal.SIGSTOP)
+        continuing.start()
+
+    yield stop
+    ended.set()
+    if continuing.ident is not None:
+        continuing.join()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "ATTEMPT_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("at_end", [False, True])
+async def test_a_database_that_takes_long_is_waited_for_in_a_thread(
+    store: PostgresStore, hang: Callable[[], None], at_end: bool
+) -> None:
+    unit = Probe(hang if at_end else lambda: None, at_end)
+    async with opened(store, threads_after=1) as turns:
+        if not at_end:
+            hang()
+        assert await turns.transact(Transact(unit)) == 0
+    assert unit.runs == [0]
+    assert store.transact(Ask(ReadTimes())).horizon == 7
+
+
+async def test_what_a_caller_leaves_is_committed_in_a_thread(store: PostgresStore, hang: Callable[[], None]) -> None:
+    left = anyio.CancelScope()
+
+    def leave() -> None:
+        hang()
+        left.cancel()
+
+    async with opened(store, threads_after=1) as turns:
+        with left:
+            await turns.transact(Transact(Probe(leave, at_end=True), seconds=60))
+        assert left.cancelled_caught
+    assert store.transact(Ask(ReadTimes())).horizon == 7
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_caller_that_leaves_as_its_turn_begins_keeps_no_turn(
+    store: PostgresStore, hang: Callable[[], None]
+) -> None:
+    first, second, left = Probe(hang, at_end=True), Probe(), anyio.CancelScope()
+
+    async def ask_in_turn(turns: Any) -> None:
+        with left:
+            await turns.transact(Transact(second, turn_seconds=60))
+
+    async with opened(store, threads_after=1) as turns, anyio.create_task_group() as group:
+        begin = turns._begin
+
+        def begin_and_leave() -> None:
+            begin()
+            if not turns._jobs:
+                left.cancel()
+
+        group.start_soon(turns.transact, Transact(first))
+        await async_wait_until(lambda: first.runs)
+        group.start_soon(ask_in_turn, turns)
+        await async_wait_until(lambda: turns._jobs)
+        turns._begin = begin_and_leave
+    assert left.cancelled_caught
+    assert second.runs == [7]
+
+
+# --- a database that is lost ---
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_database_that_never_answers_is_given_up(store: PostgresStore, proxy: Proxy) -> None:
+    proxy.mute.set()
+    unit = Probe()
+    async with opened(store, threads_after=1) as turns:
+        with pytest.raises(StoreAway, match=r"no answer for 0\.7 seconds"):
+            await turns.transact(Transact(unit, seconds=60))
+    assert not unit.runs
+    proxy.mute.clear()
+    assert store.transact(Ask(ReadTimes())).horizon == 0
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("how", ["mute", "cut"])
+async def test_of_a_commit_whose_answer_is_lost_the_fate_is_unknown(
+    store: PostgresStore, proxy: Proxy, how: str
+) -> None:
+    unit = Probe(getattr(proxy, how).set, at_end=True)
+    async with open_turns(store) as turns:
+        with pytest.raises(FateUnknown, match="connection was lost at the commit"):
+            await turns.transact(Transact(unit, seconds=60))
+    assert unit.runs == [0]
+
+
+async def test_an_attempt_that_nobody_drives_any_more_closes_its_connection(store: PostgresStore) -> None:
+    attempt: Any = store.attempt(Probe())
+    assert not attempt.has_ended
+    connection = attempt._connection
+    del attempt
+    assert connection.closed
+    assert store.transact(Ask(ReadTimes())).horizon == 0
