@@ -25,6 +25,7 @@ import hmac
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -92,7 +93,7 @@ class TrustedProxies:
             request.target,
             headers=tuple((name, value) for name, value in request.headers if name not in self._guarded),
             body=request.body,
-            peer_certificate=self._certificate(certificate) if certificate else None,
+            peer_certificate=_certificate(self.certificate_header, certificate) if certificate else None,
             peer_address=self._address("".join(given.get(self.address_header, []))),
             arrived=request.arrived,
         )
@@ -147,18 +148,20 @@ class TrustedProxies:
                 break
         return address
 
-    def _certificate(self, text: str) -> x509.Certificate:
-        try:
-            if self.certificate_header == PEM_HEADER:
-                if not _ESCAPED.fullmatch(text):
-                    raise ValueError
-                (certificate,) = x509.load_pem_x509_certificates(unquote_to_bytes(text))
-                return certificate
-            if not (text.startswith(":") and text.endswith(":")):
+
+@lru_cache(maxsize=256)  # each request of a boot has the same one
+def _certificate(header: str, text: str) -> x509.Certificate:
+    try:
+        if header == PEM_HEADER:
+            if not _ESCAPED.fullmatch(text):
                 raise ValueError
-            return x509.load_der_x509_certificate(base64.b64decode(text[1:-1], validate=True))
-        except (ValueError, binascii.Error, x509.InvalidVersion):
-            raise _refused(f"{self.certificate_header} does not hold a certificate in its form") from None
+            (certificate,) = x509.load_pem_x509_certificates(unquote_to_bytes(text))
+            return certificate
+        if not (text.startswith(":") and text.endswith(":")):
+            raise ValueError
+        return x509.load_der_x509_certificate(base64.b64decode(text[1:-1], validate=True))
+    except (ValueError, binascii.Error, x509.InvalidVersion):
+        raise _refused(f"{header} does not hold a certificate in its form") from None
 
 
 def _refused(reason: str) -> BadRequest:
