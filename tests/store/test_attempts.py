@@ -25,9 +25,12 @@ from chutes_proto.units.revocations import Revocations
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask
 from tests.store.test_postgres_silent import SILENCE, Proxy
+from tests.store.test_turns import NoThread
 from tests.waiting import async_wait_until, wait_until
 
 pytestmark = pytest.mark.anyio
+
+NONE = Revocations.of(0, ())
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ async def opened(store: PostgresStore, *, threads_after: int) -> AsyncIterator[A
 async def test_a_boot_needs_no_thread(store: PostgresStore) -> None:
     async with opened(store, threads_after=0) as turns:
         for number in range(2):  # a new VM, and a known one
-            granted = evolve(boot(f"{number}", now=NOW + 60 * number), revocations=Revocations.of(0, ()))
+            granted = evolve(boot(f"{number}", now=NOW + 60 * number), revocations=NONE)
             assert (await turns.transact(Transact(granted))).boot_id == granted.boot_id
             unit = evolve(sync(granted, f"{number}", "storage", "tdx-cache"), revocations=granted.revocations)
             assert len((await turns.transact(Transact(unit))).passphrases) == 2
@@ -107,19 +110,32 @@ async def test_a_boot_needs_no_thread(store: PostgresStore) -> None:
     assert [row.event for row in store.transact(Ask(Scan(AuditRow)))].count("boot") == 2
 
 
-async def test_boots_at_once_are_each_granted(url: str, store: PostgresStore) -> None:
+async def test_boots_at_once_are_each_granted_and_wait_for_their_turn_without_a_thread(url: str) -> None:
     granted: list[str] = []
+    in_thread: list[Unit[Any]] = []
 
-    async def grant(turns: Any, number: int) -> None:
-        unit = boot(f"{number}", vm=Vm(VM.hotkey, f"vm-{number}"))
+    async def grant(turns: Any, label: str, number: int, now: int) -> None:
+        unit = evolve(boot(f"{label} {number}", vm=Vm(VM.hotkey, f"vm-{number}"), now=now), revocations=NONE)
         granted.append((await turns.transact(Transact(unit, turn_seconds=60, seconds=60))).boot_id)
 
-    with closing(PostgresStore(url, connections=4, vault=VAULT)) as several:
-        async with open_turns(several) as turns, anyio.create_task_group() as group:
+    with closing(PostgresStore(url, connections=4, migrate=True, vault=VAULT)) as store:
+        transact: Any = store.transact
+
+        def noted(unit: Unit[Any]) -> object:
+            in_thread.append(unit)
+            return transact(unit)
+
+        store.__dict__["transact"] = noted
+        async with open_turns(store) as turns:
             for number in range(40):
-                group.start_soon(grant, turns, number)
-    assert len({*granted}) == 40
-    assert len(store.transact(Ask(Scan(VmRow)))) == 40
+                await grant(turns, "first", number, NOW)
+            in_thread.clear()
+            async with anyio.create_task_group() as group:
+                for number in range(40):
+                    group.start_soon(grant, turns, "second", number, NOW + 60)
+        assert len(in_thread) <= 10  # where a connection is made, and where one conflicts
+        assert len(store.transact(Ask(Scan(VmRow)))) == 40
+    assert len({*granted}) == 80
 
 
 async def test_a_refusal_needs_no_thread_and_leaves_no_trace(store: PostgresStore, proxy: Proxy) -> None:
@@ -165,17 +181,8 @@ async def test_where_an_answer_waits_for_copies_a_thread_waits(store: PostgresSt
     copied: list[str] = []
     store.copy_rows(lambda rows: copied.append(threading.current_thread().name), waits=True)
     async with opened(store, threads_after=1) as turns:
-        _ = await turns.transact(Transact(boot("first")))
+        _ = await turns.transact(Transact(evolve(boot("first"), revocations=NONE)))
     assert copied == [f"store {store.name}"]
-
-
-async def test_a_conflict_is_run_again_in_a_thread(store: PostgresStore, url: str) -> None:
-    with closing(PostgresStore(url, vault=VAULT)) as other:
-        unit = Probe(lambda: other.transact(Ask(SetHorizon(3))))
-        async with opened(store, threads_after=1) as turns:
-            assert await turns.transact(Transact(unit)) == 3
-    assert unit.runs == [0, 3]
-    assert store.rollbacks == {"Probe": 1}
 
 
 async def test_a_connection_that_was_lost_is_replaced_in_a_thread(store: PostgresStore, url: str) -> None:
@@ -232,6 +239,22 @@ async def test_a_database_that_takes_long_is_waited_for_in_a_thread(
     assert store.transact(Ask(ReadTimes())).horizon == 7
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("takes_long", [False, True])
+async def test_a_conflict_is_run_again_in_a_thread(
+    store: PostgresStore, url: str, hang: Callable[[], None], takes_long: bool
+) -> None:
+    store._busy_seconds = 60  # in which it may be run again
+    with closing(PostgresStore(url, vault=VAULT)) as other:
+        unit = Probe(lambda: other.transact(Ask(SetHorizon(3))))
+        async with opened(store, threads_after=1) as turns:
+            if takes_long:
+                hang()
+            assert await turns.transact(Transact(unit)) == 3
+    assert unit.runs == [0, 3]
+    assert store.rollbacks == {"Probe": 1}
+
+
 async def test_what_a_caller_leaves_is_committed_in_a_thread(store: PostgresStore, hang: Callable[[], None]) -> None:
     left = anyio.CancelScope()
 
@@ -273,17 +296,28 @@ async def test_a_caller_that_leaves_as_its_turn_begins_keeps_no_turn(
     assert second.runs == [7]
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_where_no_thread_can_be_started_the_fate_of_what_takes_long_is_unknown(
+    store: PostgresStore, hang: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(store, threads_after=0) as turns:
+        monkeypatch.setattr("chutes_proto.io.stores.threads.Thread", NoThread)
+        with pytest.raises(FateUnknown, match="can't start new thread; the change may be committed or not"):
+            await turns.transact(Transact(Probe(hang, at_end=True)))
+
+
 # --- a database that is lost ---
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_database_that_never_answers_is_given_up(store: PostgresStore, proxy: Proxy) -> None:
     proxy.mute.set()
-    unit = Probe()
+    unit, before = Probe(), proxy.connections
     async with opened(store, threads_after=1) as turns:
         with pytest.raises(StoreAway, match=r"no answer for 0\.7 seconds"):
             await turns.transact(Transact(unit, seconds=60))
     assert not unit.runs
+    assert proxy.connections == before  # its time is over, so it is not tried again
     proxy.mute.clear()
     assert store.transact(Ask(ReadTimes())).horizon == 0
 
@@ -300,10 +334,11 @@ async def test_of_a_commit_whose_answer_is_lost_the_fate_is_unknown(
     assert unit.runs == [0]
 
 
-async def test_an_attempt_that_nobody_drives_any_more_closes_its_connection(store: PostgresStore) -> None:
+async def test_an_attempt_that_is_dropped_closes_its_connection(store: PostgresStore) -> None:
     attempt: Any = store.attempt(Probe())
     assert not attempt.has_ended
     connection = attempt._connection
-    del attempt
+    attempt.close()
+    assert attempt.has_ended
     assert connection.closed
     assert store.transact(Ask(ReadTimes())).horizon == 0

@@ -83,7 +83,10 @@ def test_contract(case: Case, harness: Harness) -> None:
     case(harness)
 
 
-BINDINGS = [("trio", "sqlite-shared"), ("trio", "postgresql-shared"), ("asyncio", "postgresql-shared")]
+BINDINGS = [
+    *(("trio", "sqlite-shared"), ("trio", "postgresql-shared"), ("asyncio", "postgresql-shared")),
+    ("asyncio", "pgbouncer-transaction"),
+]
 
 
 @pytest.mark.no_cover  # to measure what other tests cover doubles the time

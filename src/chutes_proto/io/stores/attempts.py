@@ -50,6 +50,10 @@ class Attempt(Protocol[T_co]):
         """Do all that is left, in a thread of the caller's that may wait."""
         ...
 
+    def close(self) -> None:
+        """Drop it with its connection, whatever becomes of it: it may be committed or not."""
+        ...
+
 
 @runtime_checkable
 class Attempts(Protocol):

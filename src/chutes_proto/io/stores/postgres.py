@@ -292,7 +292,7 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
                 wanted = gen.send((yield wanted))
                 if self.answer_seconds is not None and time.monotonic() - began > self.answer_seconds:
                     self.close()
-                    wanted = gen.throw(psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds"))
+                    raise psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds")
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -349,19 +349,17 @@ class _Attempt(Generic[T]):
         self._connection.may_wait = True
         try:
             self._connection.wait(self._rest())
-        except psycopg.Error as exc:  # of the wait itself: the connection was lost
-            if self.has_ended:
-                raise
+        except psycopg.Error as exc:  # of the wait: the connection was lost, or does not answer in time
             self._advance(partial(self._steps.throw, exc))
+
+    def close(self) -> None:
+        """See `Attempt.close`."""
+        self._steps.close()  # `exchange`, which waits, closes the connection then
+        self.has_ended = True
 
     def _rest(self) -> PQGen[None]:
         while not self.has_ended:
-            try:
-                ready = yield self._wanted
-            except psycopg.Error as exc:
-                self._advance(partial(self._steps.throw, exc))
-            else:
-                self._advance(partial(self._steps.send, ready))
+            self._advance(partial(self._steps.send, (yield self._wanted)))
 
     def _advance(self, step: Callable[[], Wait]) -> None:
         try:
@@ -589,9 +587,6 @@ class PostgresStore(MarkedStore):
             _ = yield from self._begun(connection, self._begin, ahead)
             result = self._run(connection, unit)
             yield from self._commit(connection)
-        except GeneratorExit:  # its driver has gone
-            connection.close()
-            raise
         except psycopg.Error as exc:
             yield from self._rolled_back(connection)
             raise self._meaning(connection, exc, has_ahead=True) from exc

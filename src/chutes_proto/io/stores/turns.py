@@ -36,6 +36,8 @@ from chutes_proto.io.waits import Wait
 from chutes_proto.store._run import Unit
 from chutes_proto.store._turns import PAUSE_SECONDS, Found, Turn, Turns
 
+_UNKNOWN: Final = "the change may be committed or not"
+
 ATTEMPT_SECONDS: Final = 0.5
 """How long the loop waits for a database, until a thread does: it has the time limits."""
 
@@ -73,7 +75,7 @@ class _Job:
     turn: Turn
     unit: Unit[Any]
     caller: Wait
-    attempt: Attempt[Any] | None = field(init=False, default=None)  # that a thread finishes
+    attempt: Attempt[Any] | None = field(init=False, default=None)  # a thread finishes it
     has_ended: bool = field(init=False, default=False)
     result: Any = field(init=False, default=None)
     fault: BaseException | None = field(init=False, default=None)
@@ -106,16 +108,21 @@ class StoreTurns:
         turn = self._turns.ask()
         job = self._jobs[turn] = _Job(turn, effect.unit, self._wait())
         self._begin()
-        if not turn.has_begun:
-            await self._wait_for_turn(job, effect.turn_seconds)
-        if self._attempts is not None:
-            await self._attempt(job, self._attempts, until)
+        try:
+            if not turn.has_begun:
+                await self._wait_for_turn(job, effect.turn_seconds)
+            if self._attempts is not None:
+                await self._attempt(job, self._attempts, until)
+        finally:
+            # It takes long, is out of the ordinary, or the caller leaves.
+            if self._attempts is not None and turn.has_begun and not job.has_ended:
+                self._ready.append(job)
+                self._hand_over()
         if not job.has_ended:
             await job.caller.until(until)
         self.give_way()
         if not job.has_ended:
-            text = f"store {self._store.name}: no answer within {effect.seconds:.1f} s"
-            raise FateUnknown(f"{text}; the change may be committed or not")
+            raise FateUnknown(f"store {self._store.name}: no answer within {effect.seconds:.1f} s; {_UNKNOWN}")
         if job.fault is not None:
             raise job.fault
         return job.result
@@ -142,10 +149,6 @@ class StoreTurns:
     async def _wait_for_turn(self, job: _Job, seconds: float) -> None:
         try:
             await job.caller.until(self._now() + seconds)
-        except BaseException:
-            if job.turn.has_begun and self._attempts is not None:
-                self._give_to_thread(job)
-            raise
         finally:
             if not job.turn.has_begun:
                 self._turns.leave(job.turn)
@@ -155,30 +158,24 @@ class StoreTurns:
             raise StoreBusy(f"{text}; it does not answer, or other transactions take too long")
 
     async def _attempt(self, job: _Job, store: Attempts, until: float) -> None:
-        """Carry out a transaction whose turn has begun, or as much of it as the loop can, and a thread the rest."""
+        """Carry out a transaction whose turn has begun, or as much of it as the loop can."""
         try:
-            attempt = store.attempt(job.unit)
+            attempt = job.attempt = store.attempt(job.unit)
         except NeedsThread:
-            self._give_to_thread(job)
             return
         except BaseException as exc:  # noqa: BLE001 - it is the caller's
             job.fault = exc
             self._end([job])
             return
-        try:
-            latest = min(until, self._now() + ATTEMPT_SECONDS)
-            await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
-        finally:
-            if not attempt.has_ended:  # it takes long, or the caller leaves
-                job.attempt = attempt
-                self._give_to_thread(job)
+        latest = min(until, self._now() + ATTEMPT_SECONDS)
+        await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
 
     def _go_on(self, job: _Job, attempt: Attempt[Any]) -> bool:
         """Go on with a transaction that can read; return whether it waits to read again."""
         try:
             waits = attempt.go_on()
         except NeedsThread:
-            self._give_to_thread(job)
+            job.attempt = None
             return False
         except BaseException as exc:  # noqa: BLE001 - it is the caller's
             job.fault = exc
@@ -188,10 +185,6 @@ class StoreTurns:
             job.result = attempt.result
         self._end([job])
         return False
-
-    def _give_to_thread(self, job: _Job) -> None:
-        self._ready.append(job)
-        self._hand_over()
 
     def _begin(self) -> None:
         for turn in [] if self._closing else self._turns.begin(self._store.callers):
@@ -222,6 +215,9 @@ class StoreTurns:
                 self._units_run = None
                 for job in jobs:
                     job.fault = StoreAway(f"store {self._store.name}: {exc}")
+                    if job.attempt is not None:
+                        job.attempt.close()
+                        job.fault = FateUnknown(f"store {self._store.name}: {exc}; {_UNKNOWN}")
                 self._end_in_thread(jobs)
 
     def _transact(self, jobs: list[_Job]) -> list[_Job]:
