@@ -27,6 +27,7 @@ SLEEPS = {
     "cluster/test_patroni.py:Siege.befall": "for how long a fault lasts",
     "collateral/network.py:slow": "a service that is slow on purpose",
     "slow_peer.py:drip": "a peer that is slow on purpose",
+    "store/test_postgres_silent.py:Proxy._pump": "a database that is slow on purpose",
     "store/test_suite.py:LastWriterWins.transact": "a store whose transactions overlap: that is its fault",
     "transport/test_asgi.py:ask.receive": "a server that brings a body slowly; the clock jumps",
     "transport/test_servers.py:test_deadlines_of_silent_and_slow_peers": "a peer that is slow on purpose",

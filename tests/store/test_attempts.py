@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import select
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -10,6 +12,8 @@ from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import anyio
+import anyio.lowlevel
+import psycopg
 import pytest
 from attrs import evolve, field, frozen
 
@@ -20,7 +24,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm, VmRow
-from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, attest, boot, confirm, sync
 from chutes_proto.units.revocations import Revocations
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask
@@ -177,6 +181,25 @@ async def test_what_a_unit_reads_besides_is_read_in_a_thread(store: PostgresStor
     assert store.retries == 0
 
 
+async def test_a_unit_that_reads_further_runs_once(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    run = PostgresStore._run
+
+    def noted(store: PostgresStore, connection: Any, unit: Unit[Any]) -> object:
+        ran.append(type(unit).__name__)
+        return run(store, connection, unit)
+
+    monkeypatch.setattr(PostgresStore, "_run", noted)
+    granted = evolve(boot("first"), exchange="two-phase", revocations=NONE)
+    attested = evolve(attest(granted, "quote", "storage"), revocations=NONE)
+    async with opened(store, threads_after=1) as turns:
+        _ = await turns.transact(Transact(granted))
+        _ = await turns.transact(Transact(attested))
+        assert not threads(store)
+        _ = await turns.transact(Transact(evolve(confirm(attested, {"storage": True}), revocations=NONE)))
+    assert ran == ["GrantBoot", "AttestVolumes", "ConfirmVolumes"]
+
+
 async def test_where_an_answer_waits_for_copies_a_thread_waits(store: PostgresStore) -> None:
     copied: list[str] = []
     store.copy_rows(lambda rows: copied.append(threading.current_thread().name), waits=True)
@@ -255,6 +278,33 @@ async def test_a_conflict_is_run_again_in_a_thread(
     assert store.rollbacks == {"Probe": 1}
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("besides", [None, Scan(VmRow)])
+async def test_each_answer_of_a_slow_database_has_the_time_limit(
+    store: PostgresStore, proxy: Proxy, besides: StoreOp[Any] | None
+) -> None:
+    """As in a thread: together they take longer."""
+    proxy.delay = 0.6 * (SILENCE + store._busy_seconds)
+    async with opened(store, threads_after=1) as turns:
+        assert await turns.transact(Transact(Probe(besides=besides), seconds=60)) == 0
+    proxy.delay = 0.0
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_fault_of_the_wait_itself_leaves_nothing_open(
+    store: PostgresStore, hang: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError
+
+    async with opened(store, threads_after=1) as turns:
+        hang()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^$"):
+            patch.setattr(psycopg.Connection, "wait", fail)
+            await turns.transact(Transact(Probe(), seconds=60))
+    assert store.transact(Ask(ReadTimes())).horizon == 0
+
+
 async def test_what_a_caller_leaves_is_committed_in_a_thread(store: PostgresStore, hang: Callable[[], None]) -> None:
     left = anyio.CancelScope()
 
@@ -304,6 +354,38 @@ async def test_where_no_thread_can_be_started_the_fate_of_what_takes_long_is_unk
         monkeypatch.setattr("chutes_proto.io.stores.threads.Thread", NoThread)
         with pytest.raises(FateUnknown, match="can't start new thread; the change may be committed or not"):
             await turns.transact(Transact(Probe(hang, at_end=True)))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_caller_that_leaves_as_its_commit_is_answered_takes_no_answer_of_the_next(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On asyncio, where a descriptor has one reader: the next caller would wait for its answer in vain."""
+    monkeypatch.setattr(turns, "ATTEMPT_SECONDS", 60.0)
+    loop = asyncio.get_running_loop()
+    gate = loop.create_future()
+
+    async def later(turns: Any) -> None:
+        await gate
+        _ = await turns.transact(Transact(Probe(), seconds=600))
+
+    async with open_turns(store) as opened:
+        waiting = asyncio.create_task(later(opened))
+        first = asyncio.create_task(opened.transact(Transact(Probe(), seconds=600)))
+        await anyio.lowlevel.checkpoint()
+        (job,) = opened._running.values()
+        attempt: Any = job.attempt
+        while not attempt._connection.is_committing:
+            await anyio.lowlevel.checkpoint()
+        _ = select.select([attempt.fileno()], [], [])  # the answer, which nobody has read
+
+        def in_one_round() -> None:
+            gate.set_result(None)
+            _ = first.cancel()
+
+        _ = loop.call_soon(in_one_round)
+        _, late = await asyncio.wait([first, waiting], timeout=30)
+        assert not late
 
 
 # --- a database that is lost ---

@@ -498,10 +498,12 @@ def test_a_session_without_its_prepared_statements_is_noticed(store: PostgresSto
     for number in range(2):
         store.transact(boot(f"{number}"))
         store._pool.idle[0].execute("DEALLOCATE ALL")
+    connection = store._pool.idle[0]
     granted = boot("last")
     store.transact(granted)
     assert not store.transact(sync(granted, "body", "storage")).replayed
     assert store.retries == 1
+    assert store._pool.idle == [connection]
 
 
 # --- gone in the middle ---

@@ -61,8 +61,8 @@ READY = b"Z\0\0\0\5I"
 class Proxy:
     """Stands between a store and the database, and turns mute when told: it takes everything, and sends nothing.
 
-    Told to ``cut``, it passes the database's next answer on without its end, and closes. ``turns`` is how often the
-    store has sent something after the database had.
+    Told to ``cut``, it passes the database's next answer on without its end, and closes. It keeps each answer for
+    ``delay`` seconds. ``turns`` is how often the store has sent something after the database had.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -71,6 +71,7 @@ class Proxy:
         self.port: int = self._listening.getsockname()[1]
         self.mute = threading.Event()
         self.cut = threading.Event()
+        self.delay = 0.0
         self.connections = 0
         self.turns = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -96,6 +97,8 @@ class Proxy:
                     if ready is server and self.cut.is_set():
                         client.sendall(data.removesuffix(READY))
                         return
+                    if ready is server and self.delay:
+                        time.sleep(self.delay)
                     if not self.mute.is_set():
                         (server if ready is client else client).sendall(data)
 

@@ -96,11 +96,11 @@ async def _read_on_asyncio(descriptor: int, go_on: Callable[[], bool], deadline:
             _ = loop.remove_reader(descriptor)  # before another one waits for it
             ended.set_result(None)
 
-    def read() -> None:
-        if not go_on():
+    def answered() -> None:
+        if not ended.done() and not go_on():  # of a caller that leaves, a thread may have it by now
             end()
 
-    loop.add_reader(descriptor, read)
+    loop.add_reader(descriptor, answered)
     timer = loop.call_at(deadline, end)
     try:
         await ended
@@ -110,7 +110,7 @@ async def _read_on_asyncio(descriptor: int, go_on: Callable[[], bool], deadline:
             _ = loop.remove_reader(descriptor)
 
 
-def read() -> Read:
+def reading() -> Read:
     """Return the function of the running loop that has another one called whenever there is something to read."""
     if isinstance(_running(), asyncio.AbstractEventLoop):
         return _read_on_asyncio

@@ -46,7 +46,7 @@ class Wait(Protocol):
 
 
 class Read(Protocol):
-    """Reads from a descriptor as a function does."""
+    """Has a function called that reads from a descriptor."""
 
     async def __call__(self, descriptor: int, go_on: Callable[[], bool], deadline: float, /) -> None:
         """Call ``go_on``, which raises nothing, each time there is something to read, while it returns True.

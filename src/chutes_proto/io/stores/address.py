@@ -40,12 +40,6 @@ class DurableStore(Store, Protocol):
     """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
     schema_version: int
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
-
-    @property
-    def callers(self) -> int:
-        """The number of transactions that may run at once now, without waiting for each other in here."""
-        ...
-
     clock_skew: int | None
     """Seconds of this machine's clock minus the store's own, compared last; None for a store without a clock.
 
@@ -59,6 +53,11 @@ class DurableStore(Store, Protocol):
     """Why what the audit log does not have yet matters, as its sequencer found last; empty while the log is in time."""
     rollbacks: Counter[str]
     """The number of repeated transactions of each unit, since it was opened."""
+
+    @property
+    def callers(self) -> int:
+        """The number of transactions that may run at once now, without waiting for each other in here."""
+        ...
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read everything; return the number of rows of each table. Raises `StoreError`.

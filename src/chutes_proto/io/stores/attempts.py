@@ -39,11 +39,13 @@ class Attempt(Protocol[T_co]):
         """Return the descriptor of the connection to the database."""
         ...
 
-    def go_on(self) -> bool:
-        """Do what can be done without waiting; return whether to call it again when there is something to read.
+    @property
+    def reads(self) -> bool:
+        """Whether `go_on` is to be called when there is something to read; if not, and it has not ended, `finish`."""
+        ...
 
-        If not, and it has not ended, `finish` must be called.
-        """
+    def go_on(self) -> None:
+        """Do what can be done without waiting."""
         ...
 
     def finish(self) -> None:

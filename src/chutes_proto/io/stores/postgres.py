@@ -247,6 +247,8 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """
 
     answer_seconds: float | None = None
+    asked_at: float = 0.0
+    """When the last question was sent."""
     is_looked_at: bool = False
     """Whether the database that it leads to was compared with the mark."""
     timeline: int = 0
@@ -271,26 +273,26 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         """Writes that are sent with the next read, or with the commit."""
 
     def begin_anew(self, answer_seconds: float) -> None:
-        """Keep nothing of the last transaction."""
+        """Forget the last transaction."""
         self.has_begun = self.is_committing = False
         self.answer_seconds = answer_seconds
+        self.changes = ()
         self.ahead.clear()
         self.held.clear()
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """Wait as psycopg does; all of its waiting goes through here, and begins here. Raises `NeedsThread`."""
+        """Wait as psycopg does; nothing is sent before. Raises `NeedsThread` if the thread may not wait."""
         if not self.may_wait:
             raise NeedsThread
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
-        began = time.monotonic()
         try:
             wanted = next(gen)
             while True:
                 # psycopg returns here several times a second; releases differ in the readiness that they then report.
                 wanted = gen.send((yield wanted))
-                if self.answer_seconds is not None and time.monotonic() - began > self.answer_seconds:
+                if self.answer_seconds is not None and time.monotonic() - self.asked_at > self.answer_seconds:
                     self.close()
                     raise psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds")
         except StopIteration as stop:
@@ -326,9 +328,14 @@ class _Attempt(Generic[T]):
 
     _connection: _Connection
     _steps: PQGen[T]
-    _wanted: Wait = Wait.R
+    _wanted: Wait = field(init=False, default=Wait.R)
     has_ended: bool = field(init=False, default=False)
     result: T = field(init=False)
+
+    @property
+    def reads(self) -> bool:
+        """See `Attempt.reads`."""
+        return not self.has_ended and self._wanted == Wait.R
 
     def fileno(self) -> int:
         """See `Attempt.fileno`."""
@@ -336,21 +343,21 @@ class _Attempt(Generic[T]):
 
     def begin(self) -> None:
         """Do what can be done before the first answer."""
-        self._advance(lambda: next(self._steps))
+        self._advance(self._steps.send, None)
 
-    def go_on(self) -> bool:
+    def go_on(self) -> None:
         """See `Attempt.go_on`."""
-        if self._wanted == Wait.R:
-            self._advance(lambda: self._steps.send(Ready.R))
-        return not self.has_ended and self._wanted == Wait.R
+        self._advance(self._steps.send, Ready.R)
 
     def finish(self) -> None:
         """See `Attempt.finish`."""
         self._connection.may_wait = True
         try:
             self._connection.wait(self._rest())
-        except psycopg.Error as exc:  # of the wait: the connection was lost, or does not answer in time
-            self._advance(partial(self._steps.throw, exc))
+        except BaseException as exc:  # of the wait: the connection was lost, or does not answer in time
+            if self.has_ended:
+                raise
+            self._advance(self._steps.throw, exc)
 
     def close(self) -> None:
         """See `Attempt.close`."""
@@ -359,11 +366,11 @@ class _Attempt(Generic[T]):
 
     def _rest(self) -> PQGen[None]:
         while not self.has_ended:
-            self._advance(partial(self._steps.send, (yield self._wanted)))
+            self._advance(self._steps.send, (yield self._wanted))
 
-    def _advance(self, step: Callable[[], Wait]) -> None:
+    def _advance(self, step: Callable[[Any], Wait], value: object) -> None:
         try:
-            self._wanted = step()
+            self._wanted = step(value)
         except StopIteration as stop:
             self.result = stop.value
             self.has_ended = True
@@ -549,8 +556,9 @@ class PostgresStore(MarkedStore):
 
         A read that it did not name, and a fault after which it may run again, end that with `NeedsThread`.
         """
-        ahead = () if unit.ALONE or unit.READS_COMMITTED else self._ahead(unit)
-        if not ahead or self._marks.copy_waits or self._marks.is_due():
+        if unit.ALONE or unit.READS_COMMITTED or unit.READS_FURTHER or self._marks.copy_waits or self._marks.is_due():
+            raise NeedsThread
+        if not (ahead := self._ahead(unit)):
             raise NeedsThread
         with contextlib.ExitStack() as held:
             connection = held.enter_context(self._connection(at_once=True))
@@ -575,9 +583,9 @@ class PostgresStore(MarkedStore):
                 self._committed(connection.changes, sealed_in=connection.session.sealed_in)
                 return result
         except _Again as exc:
-            self._count_rollback(unit_name(unit))
             if time.monotonic() > until:
                 raise exc.fault from exc.__cause__
+            self._count_rollback(unit_name(unit))
             raise NeedsThread from exc
 
     def _transacted(self, connection: _Connection, unit: Unit[T], ahead: Sequence[tuple[str, Values]]) -> PQGen[T]:
@@ -752,6 +760,7 @@ class PostgresStore(MarkedStore):
         self, connection: _Connection, asked: Sequence[_Asked], *last: tuple[bytes, Values]
     ) -> PQGen[list[Rows]]:
         """Carry out statements, and note their changes."""
+        connection.asked_at = time.monotonic()
         try:
             found = yield from exchange(connection, connection.prepared, [*(each.query for each in asked), *last])
         except StatementError as exc:
@@ -852,7 +861,6 @@ class PostgresStore(MarkedStore):
         with self._connection() as connection:
             if not connection.is_looked_at or self._marks.is_due():
                 self._look(connection)
-            connection.changes = ()
             yield connection
 
     def _look(self, connection: _Connection) -> None:
@@ -1042,9 +1050,10 @@ class PostgresStore(MarkedStore):
             connection.wait(self._rolled_back(connection))
 
     def _rolled_back(self, connection: _Connection) -> PQGen[None]:
-        try:
-            _ = yield from self._exchanged(connection, (), (b"ROLLBACK", ()))
-        except psycopg.Error:
+        connection.asked_at = time.monotonic()
+        try:  # not prepared: the session may be another one, which is why it is rolled back
+            _ = yield from exchange(connection, Prepared(), [(b"ROLLBACK", ())])
+        except (psycopg.Error, StatementError):
             connection.close()
 
     def _translated(self, exc: psycopg.Error) -> StoreError:
@@ -1086,6 +1095,7 @@ def _query(text: str) -> bytes:
 
 def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
     """Run one or several constant statements; return their rows in order."""
+    connection.asked_at = time.monotonic()
     cursor = connection.execute(text.encode(), prepare=False)
     rows: list[tuple[Any, ...]] = []
     while True:

@@ -1,7 +1,7 @@
-"""A store on an event loop: its transactions run in threads, and a caller that waits for its turn holds none.
+"""A store on an event loop: its transactions run on the loop or in threads; who waits for a turn holds neither.
 
-A store that can do so begins each transaction on the loop, which waits for its database as for any other peer; what
-meets anything out of the ordinary, or takes long, goes on in a thread.
+A store that can do so begins a transaction on the loop, which waits for its database as for any other peer; what meets
+anything out of the ordinary, or takes long, goes on in a thread.
 
 A store that shares commits is handed all transactions at once that have their turn at the end of a round of the loop,
 while others gather for the next commit: so a commit takes one thread, and one call of it into the loop. Where callers
@@ -28,7 +28,7 @@ from attrs import define, field
 
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
-from chutes_proto.io.loops import call_at, call_next, clock, read, wait
+from chutes_proto.io.loops import call_at, call_next, clock, reading, wait
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.attempts import Attempt, Attempts, NeedsThread
 from chutes_proto.io.stores.threads import Threads
@@ -89,7 +89,7 @@ class StoreTurns:
         self._now, self._call_at, self._call_next, self._wait = clock(), call_at(), call_next(), wait()
         self._turns = Turns()
         self._threads = Threads(f"store {store.name}")
-        self._read = read()
+        self._read = reading()
         self._attempts = store if isinstance(store, Attempts) else None
         self._sharing = store if isinstance(store, SharesCommits) else None
         self._is_gathering = False
@@ -167,13 +167,14 @@ class StoreTurns:
             job.fault = exc
             self._end([job])
             return
-        latest = min(until, self._now() + ATTEMPT_SECONDS)
-        await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
+        if attempt.reads:
+            latest = min(until, self._now() + ATTEMPT_SECONDS)
+            await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
 
     def _go_on(self, job: _Job, attempt: Attempt[Any]) -> bool:
         """Go on with a transaction that can read; return whether it waits to read again."""
         try:
-            waits = attempt.go_on()
+            attempt.go_on()
         except NeedsThread:
             job.attempt = None
             return False
@@ -181,7 +182,7 @@ class StoreTurns:
             job.fault = exc
         else:
             if not attempt.has_ended:
-                return waits
+                return attempt.reads
             job.result = attempt.result
         self._end([job])
         return False
