@@ -62,11 +62,12 @@ def store(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPa
 
 @frozen
 class Probe(Unit[int | None]):
-    """Reads what it says that it reads, sets the horizon, and does ``what`` in its first run: before that, or after."""
+    """Reads what it says that it reads, sets the horizon, and does ``what`` in its first runs, before that or after."""
 
     what: Callable[[], object] = lambda: None
     at_end: bool = False
     besides: StoreOp[Any] | None = None
+    times: int = 1
     runs: list[int | None] = field(factory=list[int | None])
 
     def ahead(self) -> Sequence[StoreOp[Any]]:
@@ -75,12 +76,12 @@ class Probe(Unit[int | None]):
     def script(self) -> Script[int | None]:
         found = (yield from ReadTimes()).horizon
         self.runs.append(found)
-        if len(self.runs) == 1 and not self.at_end:
+        if len(self.runs) <= self.times and not self.at_end:
             _ = self.what()
         yield from SetHorizon(7)
         if self.besides is not None:
             _ = yield from self.besides
-        if len(self.runs) == 1 and self.at_end:
+        if len(self.runs) <= self.times and self.at_end:
             _ = self.what()
         return found
 
@@ -263,19 +264,19 @@ async def test_a_database_that_takes_long_is_waited_for_in_a_thread(
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("takes_long", [False, True])
-async def test_a_conflict_is_run_again_in_a_thread(
-    store: PostgresStore, url: str, hang: Callable[[], None], takes_long: bool
+@pytest.mark.parametrize(("times", "takes_long", "in_thread"), [(2, False, 0), (3, False, 1), (1, True, 1)])
+async def test_a_transaction_in_conflict_is_run_again_on_the_loop_and_at_last_in_a_thread(
+    store: PostgresStore, url: str, hang: Callable[[], None], times: int, takes_long: bool, in_thread: int
 ) -> None:
     store._busy_seconds = 60  # in which it may be run again
     with closing(PostgresStore(url, vault=VAULT)) as other:
-        unit = Probe(lambda: other.transact(Ask(SetHorizon(3))))
-        async with opened(store, threads_after=1) as turns:
+        unit = Probe(lambda: other.transact(Ask(SetHorizon(3 + len(unit.runs)))), times=times)
+        async with opened(store, threads_after=in_thread) as turns:
             if takes_long:
                 hang()
-            assert await turns.transact(Transact(unit)) == 3
-    assert unit.runs == [0, 3]
-    assert store.rollbacks == {"Probe": 1}
+            assert await turns.transact(Transact(unit)) == 3 + times
+    assert unit.runs == [0, *(3 + run for run in range(1, times + 1))]
+    assert store.rollbacks == {"Probe": times}
 
 
 @pytest.mark.usefixtures("impatient")

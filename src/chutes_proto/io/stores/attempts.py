@@ -19,6 +19,10 @@ class NeedsThread(Exception):
     """An attempt left no trace, and the unit is to be run by `Store.transact`, in a thread."""
 
 
+class Conflict(NeedsThread):
+    """Another transaction was in the way: the unit may also be attempted again."""
+
+
 class Attempt(Protocol[T_co]):
     """One transaction that was begun; its caller calls its methods until it ``has_ended``, one at a time.
 

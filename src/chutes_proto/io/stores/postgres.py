@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError, FateUnknown, RowNotAuthentic, StoreAway, StoreBusy, StoreError
-from chutes_proto.io.stores.attempts import NeedsThread
+from chutes_proto.io.stores.attempts import Conflict, NeedsThread
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
@@ -586,7 +586,7 @@ class PostgresStore(MarkedStore):
             if time.monotonic() > until:
                 raise exc.fault from exc.__cause__
             self._count_rollback(unit_name(unit))
-            raise NeedsThread from exc
+            raise (Conflict if isinstance(exc.__cause__, _CONFLICTS) else NeedsThread) from exc
 
     def _transacted(self, connection: _Connection, unit: Unit[T], ahead: Sequence[tuple[str, Values]]) -> PQGen[T]:
         """Make one transaction of ``unit``, as `_transaction` does with a block; waits where its driver does."""

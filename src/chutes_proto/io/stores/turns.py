@@ -30,7 +30,7 @@ from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
 from chutes_proto.io.loops import call_at, call_next, clock, reading, wait
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.io.stores.attempts import Attempt, Attempts, NeedsThread
+from chutes_proto.io.stores.attempts import Attempt, Attempts, Conflict, NeedsThread
 from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.waits import Wait
 from chutes_proto.store._run import Unit
@@ -40,6 +40,8 @@ _UNKNOWN: Final = "the change may be committed or not"
 
 ATTEMPT_SECONDS: Final = 0.5
 """How long the loop waits for a database, until a thread does: it has the time limits."""
+ATTEMPTS: Final = 3
+"""How often the loop runs a transaction with which others conflict. A thread pauses before it tries again."""
 
 
 @asynccontextmanager
@@ -76,6 +78,7 @@ class _Job:
     unit: Unit[Any]
     caller: Wait
     attempt: Attempt[Any] | None = field(init=False, default=None)  # a thread finishes it
+    is_in_conflict: bool = field(init=False, default=False)
     has_ended: bool = field(init=False, default=False)
     result: Any = field(init=False, default=None)
     fault: BaseException | None = field(init=False, default=None)
@@ -159,24 +162,29 @@ class StoreTurns:
 
     async def _attempt(self, job: _Job, store: Attempts, until: float) -> None:
         """Carry out a transaction whose turn has begun, or as much of it as the loop can."""
-        try:
-            attempt = job.attempt = store.attempt(job.unit)
-        except NeedsThread:
-            return
-        except BaseException as exc:  # noqa: BLE001 - it is the caller's
-            job.fault = exc
-            self._end([job])
-            return
-        if attempt.reads:
-            latest = min(until, self._now() + ATTEMPT_SECONDS)
-            await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
+        for _ in range(ATTEMPTS):
+            try:
+                attempt = job.attempt = store.attempt(job.unit)
+            except NeedsThread:
+                return
+            except BaseException as exc:  # noqa: BLE001 - it is the caller's
+                job.fault = exc
+                self._end([job])
+                return
+            job.is_in_conflict = False
+            if attempt.reads:
+                latest = min(until, self._now() + ATTEMPT_SECONDS)
+                await self._read(attempt.fileno(), partial(self._go_on, job, attempt), latest)
+            if not job.is_in_conflict:
+                return
 
     def _go_on(self, job: _Job, attempt: Attempt[Any]) -> bool:
         """Go on with a transaction that can read; return whether it waits to read again."""
         try:
             attempt.go_on()
-        except NeedsThread:
+        except NeedsThread as exc:
             job.attempt = None
+            job.is_in_conflict = isinstance(exc, Conflict)
             return False
         except BaseException as exc:  # noqa: BLE001 - it is the caller's
             job.fault = exc
