@@ -284,6 +284,11 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         """Wait as psycopg does; nothing is sent before. Raises `NeedsThread` if the thread may not wait."""
         if not self.may_wait:
             raise NeedsThread
+        self.asked_at = time.monotonic()
+        return self.wait_further(gen, *args, **kwargs)
+
+    def wait_further(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """Wait likewise, for what was asked before."""
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
@@ -353,7 +358,7 @@ class _Attempt(Generic[T]):
         """See `Attempt.finish`."""
         self._connection.may_wait = True
         try:
-            self._connection.wait(self._rest())
+            self._connection.wait_further(self._rest())
         except BaseException as exc:  # of the wait: the connection was lost, or does not answer in time
             if self.has_ended:
                 raise
@@ -1095,7 +1100,6 @@ def _query(text: str) -> bytes:
 
 def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
     """Run one or several constant statements; return their rows in order."""
-    connection.asked_at = time.monotonic()
     cursor = connection.execute(text.encode(), prepare=False)
     rows: list[tuple[Any, ...]] = []
     while True:
