@@ -54,6 +54,7 @@ def store(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPa
     """A sealed store with one connection, whose key is open, and which was compared with the mark."""
     monkeypatch.setattr(marks, "LOOK_SECONDS", 3600)
     monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(turns, "ATTEMPT_SECONDS", 60.0)  # what takes no thread does so on a busy machine, too
     arguments: Any = {"connections": 1, "busy_seconds": 0.1, "migrate": True, "vault": VAULT}
     with closing(PostgresStore(proxy.url(url, cluster), **arguments)) as store:
         store.transact(Ask(ReadTimes()))
@@ -245,7 +246,8 @@ def hang(cluster: Cluster, url: str) -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    del store  # which sets it before
     monkeypatch.setattr(turns, "ATTEMPT_SECONDS", 0.05)
 
 
@@ -263,11 +265,18 @@ async def test_a_database_that_takes_long_is_waited_for_in_a_thread(
     assert store.transact(Ask(ReadTimes())).horizon == 7
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("times", "takes_long", "in_thread"), [(2, False, 0), (3, False, 1), (1, True, 1)])
 async def test_a_transaction_in_conflict_is_run_again_on_the_loop_and_at_last_in_a_thread(
-    store: PostgresStore, url: str, hang: Callable[[], None], times: int, takes_long: bool, in_thread: int
+    store: PostgresStore,
+    url: str,
+    hang: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    takes_long: bool,
+    in_thread: int,
 ) -> None:
+    if takes_long:
+        monkeypatch.setattr("chutes_proto.io.stores.turns.ATTEMPT_SECONDS", 0.05)
     store._busy_seconds = 60  # in which it may be run again
     with closing(PostgresStore(url, vault=VAULT)) as other:
         unit = Probe(lambda: other.transact(Ask(SetHorizon(3 + len(unit.runs)))), times=times)
