@@ -20,6 +20,7 @@ from attrs import evolve, field, frozen
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, RowNotAuthentic, StoreAway, StoreError
 from chutes_proto.io.stores import marks, postgres, turns
+from chutes_proto.io.stores.attempts import NeedsThread
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.store._run import Ask, Script, Unit
@@ -424,6 +425,16 @@ async def test_of_a_commit_whose_answer_is_lost_the_fate_is_unknown(
         with pytest.raises(FateUnknown, match="connection was lost at the commit"):
             await turns.transact(Transact(unit, seconds=60))
     assert unit.runs == [0]
+
+
+async def test_of_a_connection_that_was_lost_meanwhile_no_descriptor_is_asked(store: PostgresStore) -> None:
+    attempt: Any = store.attempt(Probe())
+    attempt._connection.close()
+    assert not attempt.reads
+    store._busy_seconds = 60
+    with pytest.raises(NeedsThread):
+        attempt.finish()
+    assert not store._pool.slots._held
 
 
 async def test_an_attempt_that_is_dropped_closes_its_connection(store: PostgresStore) -> None:

@@ -7,12 +7,15 @@ thread goes on.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Final, Protocol, TypeVar, runtime_checkable
 
 from chutes_proto.store._run import Unit
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+UNKNOWN: Final = "the change may be committed or not"
+"""The end of each message of a `FateUnknown`."""
 
 
 class NeedsThread(Exception):

@@ -6,6 +6,8 @@ Rules kept here:
   begins a transaction makes the settings for that transaction alone;
 * a unit takes two round trips, if it says what it reads (`Unit.ahead`): the beginning and these reads are one, all its
   writes and the commit the other. A write waits for the next read, or for the commit;
+* such a unit needs no thread (`PostgresStore.attempt`): its waits are generators, as psycopg's own, which an event loop
+  or a thread drives. Whatever is out of the ordinary needs one;
 * an answer leaves only after its transaction is durable: each transaction sets ``synchronous_commit`` to ``on`` at
   least, and is refused where ``fsync`` or ``full_page_writes`` is off at that moment;
 * every transaction is SERIALIZABLE, but that of a unit which says that it ``READS_COMMITTED``; one that PostgreSQL
@@ -46,7 +48,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError, FateUnknown, RowNotAuthentic, StoreAway, StoreBusy, StoreError
-from chutes_proto.io.stores.attempts import Conflict, NeedsThread
+from chutes_proto.io.stores.attempts import UNKNOWN, Conflict, NeedsThread
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
@@ -237,8 +239,6 @@ _MAX_DUPLICATES: Final = 3
 _STATEMENT_MODE: Final = "statement pooling mode"
 """Part of pgbouncer's error for a BEGIN, which is not translated and has no SQLSTATE of its own."""
 
-_UNKNOWN: Final = "the change may be committed or not"
-
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """A connection that closes, as if it were lost, if an answer takes more than ``answer_seconds`` (None: no limit).
@@ -340,7 +340,7 @@ class _Attempt(Generic[T]):
     @property
     def reads(self) -> bool:
         """See `Attempt.reads`."""
-        return not self.has_ended and self._wanted == Wait.R
+        return not self.has_ended and self._wanted == Wait.R and not self._connection.closed
 
     def fileno(self) -> int:
         """See `Attempt.fileno`."""
@@ -986,7 +986,7 @@ class PostgresStore(MarkedStore):
         """Return what a fault of the present transaction means, which was rolled back."""
         begun = connection.has_begun
         if connection.closed and connection.is_committing:
-            return FateUnknown(f"store {self.name}: the connection was lost at the commit; {_UNKNOWN}")
+            return FateUnknown(f"store {self.name}: the connection was lost at the commit; {UNKNOWN}")
         if isinstance(exc, _NOT_PREPARED):  # a pooler led to another session, and did not say so
             connection.prepared.is_own = False
         # A standby has no SERIALIZABLE.
@@ -1043,7 +1043,7 @@ class PostgresStore(MarkedStore):
         if notices:
             connection.close()
             what = f"store {self.name}: the database warned at the commit ({notices[0]})"
-            raise FateUnknown(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
+            raise FateUnknown(f"{what}; {UNKNOWN}, and a fail-over may lose it")
 
     def _lift_limits(self, connection: _Connection) -> None:
         """Remove the time limits of this transaction, and of its statements."""

@@ -30,13 +30,11 @@ from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
 from chutes_proto.io.loops import call_at, call_next, clock, reading, wait
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.io.stores.attempts import Attempt, Attempts, Conflict, NeedsThread
+from chutes_proto.io.stores.attempts import UNKNOWN, Attempt, Attempts, Conflict, NeedsThread
 from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.waits import Wait
 from chutes_proto.store._run import Unit
 from chutes_proto.store._turns import PAUSE_SECONDS, Found, Turn, Turns
-
-_UNKNOWN: Final = "the change may be committed or not"
 
 ATTEMPT_SECONDS: Final = 0.5
 """How long the loop waits for a database, until a thread does: it has the time limits."""
@@ -125,7 +123,7 @@ class StoreTurns:
             await job.caller.until(until)
         self.give_way()
         if not job.has_ended:
-            raise FateUnknown(f"store {self._store.name}: no answer within {effect.seconds:.1f} s; {_UNKNOWN}")
+            raise FateUnknown(f"store {self._store.name}: no answer within {effect.seconds:.1f} s; {UNKNOWN}")
         if job.fault is not None:
             raise job.fault
         return job.result
@@ -226,7 +224,7 @@ class StoreTurns:
                     job.fault = StoreAway(f"store {self._store.name}: {exc}")
                     if job.attempt is not None:
                         job.attempt.close()
-                        job.fault = FateUnknown(f"store {self._store.name}: {exc}; {_UNKNOWN}")
+                        job.fault = FateUnknown(f"store {self._store.name}: {exc}; {UNKNOWN}")
                 self._end_in_thread(jobs)
 
     def _transact(self, jobs: list[_Job]) -> list[_Job]:
