@@ -41,7 +41,7 @@ from typing import Any
 from attrs import evolve
 
 from bench.floor import Recording, Statement
-from bench.layers import NAMES, Execute, Layers, watched
+from bench.layers import NAMES, OPERATIONS, Execute, Layers, watched
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
@@ -119,6 +119,11 @@ def _whole_boots(folder: Path) -> None:
             row += f"{spent:12.3f}{spent / parts['whole']:6.0%}"
         print(row)
     print(f"{'whole':>36}" + "".join(f"{parts['whole']:12.3f}{1:6.0%}" for parts in means.values()))
+    floor = median(turn["whole"] for turn in whole["floor"])
+    print("\nOver the floor, were the code of the operations and of the store free: what the layers above leave then")
+    for server, parts in means.items():
+        left = 1 - sum(parts[name] for name in OPERATIONS) / parts["whole"]
+        print(f"{server:>12}{left * median(turn['whole'] for turn in whole[server]) / floor:12.2f}{left:12.0%}")
 
 
 def _measured(folder: Path, how: str) -> dict[str, list[dict[str, float]]]:

@@ -53,6 +53,15 @@ STATEMENTS = "SQLite: statements"
 COMMITS = "SQLite: commits"
 FLOWS = "flows of the operations"
 NAMES = (*(name for name, _ in LAYERS), STATEMENTS, COMMITS, FLOWS)
+OPERATIONS = (
+    "routes and messages",
+    "evidence",
+    "keys sealed and opened",
+    "log",
+    "units and their operations",
+    FLOWS,
+)
+"""What a boot is to the server, in Python; the rest is what brings it its bytes and keeps its rows, and signatures."""
 
 
 Execute = Callable[..., sqlite3.Cursor]
