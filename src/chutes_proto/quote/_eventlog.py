@@ -39,7 +39,10 @@ MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384
 MAX_ALGORITHMS: Final = 8
 RUNTIME_EVENT: Final = 0x08000001
-"""The type of events that dstack extends RTMR3 with: SHA-384(type ‖ ":" ‖ name ‖ ":" ‖ payload)."""
+"""The type of events that dstack extends RTMR3 with: SHA-384(type ‖ ":" ‖ name ‖ ":" ‖ payload).
+
+Where the payload has colons, the digest does not say which of them ends the name: here it is the first.
+"""
 
 
 class EventType(IntEnum):
@@ -128,16 +131,23 @@ class Event:
 
     @property
     def name(self) -> str | None:
-        """The name that the digest covers, as of a runtime event of dstack; None for events of firmware."""
-        if self.type != RUNTIME_EVENT:
-            return None
-        covered = self.type.to_bytes(4, "little") + f":{self.label}:".encode("utf-8", "surrogatepass") + self.data
-        return self.label if sha384(covered).digest() == self.digest else None
+        """The name that the digest covers, up to the first colon, as of a runtime event of dstack; None for others."""
+        return None if (covered := self._covered()) is None else covered[0]
 
     @property
     def value(self) -> bytes | None:
         """The data that the digest covers: `measured`, or the payload of a runtime event."""
-        return self.measured if self.type != RUNTIME_EVENT else self.data if self.name is not None else None
+        if self.type != RUNTIME_EVENT:
+            return self.measured
+        return None if (covered := self._covered()) is None else covered[1]
+
+    def _covered(self) -> tuple[str, bytes] | None:
+        """Name and payload of a runtime event; None if its digest is not theirs."""
+        text = self.label.encode("utf-8", "surrogatepass") + b":" + self.data
+        if self.type != RUNTIME_EVENT or sha384(self.type.to_bytes(4, "little") + b":" + text).digest() != self.digest:
+            return None
+        name, _, payload = text.partition(b":")
+        return name.decode("utf-8", "surrogatepass"), payload
 
     @property
     def type_name(self) -> str:

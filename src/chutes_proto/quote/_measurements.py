@@ -44,9 +44,9 @@ class RegisterRule:
 
     "any" accepts every value. "replayed" accepts a value that the TD's event log leads to (`replay`), if the log of the
     register begins with the digests of ``prefix`` (48 bytes each), if all events after that have names of ``events``
-    (None: any event), and if each of ``values``, names with accepted values, is the value of just one event. Names and
-    values count only where a digest covers them (`Event.name`, `Event.value`). ``stage`` None, of MRTD, is
-    both; no log leads to MRTD.
+    (None: any event, with ``values`` any that has a name), and if each of ``values``, names with accepted values, is
+    the value of just one event. Names and values count only where a digest covers them (`Event.name`, `Event.value`).
+    ``stage`` None, of MRTD, is both; no log leads to MRTD.
     """
 
     register: str
@@ -63,10 +63,17 @@ class RegisterRule:
             raise PolicyError('check: must be "any" or, for an RTMR, "replayed"')
         if self.check == "any" and (self.prefix or self.values or self.events is not None):
             raise PolicyError('check: "any" goes without prefix, events and values')
-        if any(type(digest) is not bytes or len(digest) != 48 for digest in self.prefix):
+        if type(self.prefix) is not tuple or any(type(one) is not bytes or len(one) != 48 for one in self.prefix):
             raise PolicyError("prefix: must be digests of 48 bytes")
-        if any(not accepted for _, accepted in self.values):
-            raise PolicyError("values: an event with an empty list would accept nothing")
+        if self.events is not None and (type(self.events) is not tuple or not all(map(_is_event_name, self.events))):
+            raise PolicyError("events: must be names, which have no colon")
+        if type(self.values) is not tuple or not all(_is_event_name(name) for name, _ in self.values):
+            raise PolicyError("values: must be accepted values by names, which have no colon")
+        for _, accepted in self.values:
+            if type(accepted) is not tuple or not all(type(value) is bytes for value in accepted):
+                raise PolicyError("values: must be lists of bytes")
+            if not accepted:
+                raise PolicyError("values: an event with an empty list would accept nothing")
 
     def refusals(self, events: Sequence[VouchedEvent]) -> list[Refusal]:
         """List the refusals of a "replayed" register whose log has these events."""
@@ -82,14 +89,21 @@ class RegisterRule:
                 return found
         later = events[len(self.prefix) :]
         for event in later:
-            if self.events is not None and event.name not in self.events:
-                refuse("event_name", "an event is not on the list", event.name or "a name that no digest covers", "")
+            if event.name is None and (self.values or self.events is not None):  # it could be a second one of any name
+                refuse("event_name", "an event has no name that its digest covers", "none", "a name")
+            elif self.events is not None and event.name not in self.events:
+                refuse("event_name", "an event is not on the list", str(event.name), " or ".join(self.events) or "none")
         for name, accepted in self.values:
             values = [event.value for event in later if event.name == name]
             if len(values) != 1 or values[0] not in accepted:
                 got = ", ".join(value.hex() if value is not None else "unmeasured" for value in values) or "none"
                 refuse("event_value", f"the event {name!r}", got, " or ".join(value.hex() for value in accepted))
         return found
+
+
+def _is_event_name(name: object) -> bool:
+    """Whether an event can have this name: a digest does not say at which of several colons a name ends."""
+    return type(name) is str and ":" not in name
 
 
 class VouchedEvent(Protocol):
