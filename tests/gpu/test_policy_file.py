@@ -52,6 +52,7 @@ def test_a_complete_policy_is_read() -> None:
         ("min_driver = 7", "min_driver: Input should be a valid string"),
         ('modes = ["CC"]', "modes: must be some of SPT, MPT, PPCIE"),
         ("models = []", "models: must name at least one"),
+        ('min_vbios = { gh100 = "96.00.9F.00.01" }', "min_vbios: 'gh100' names no chip"),
         ("=", "not TOML"),
         ('[[pinned]]\nchip = "GH100"', "pinned.0.driver: Field required"),
         ('[[pinned]]\nchip = "a"\ndriver = "1"\nvbios = "9"\nvalues = { x = "00" }', "values: must be hexadecimal"),

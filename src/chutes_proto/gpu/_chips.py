@@ -55,6 +55,11 @@ def _chip(word: str) -> tuple[Arch, str] | None:
     return None if match is None or arch is None else (arch, match[1] + match[2])
 
 
+def is_chip(word: object) -> bool:
+    """Whether `chip_of` may call a chip this."""
+    return isinstance(word, str) and (found := _chip(word)) is not None and found[1] == word
+
+
 def board_of(report: Report, arch: Arch) -> str | None:
     """Project, project SKU and chip SKU, as RIM ids have them; None if the report lacks one."""
     if arch == "LS10":

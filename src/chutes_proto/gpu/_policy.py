@@ -20,7 +20,7 @@ from attrs import evolve, field, frozen
 from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import NVIDIA, GpuRoots
-from chutes_proto.gpu._chips import Arch, model_of
+from chutes_proto.gpu._chips import Arch, is_chip, model_of
 from chutes_proto.gpu._errors import GpuError, GpuPolicyError, GpuVerificationError
 from chutes_proto.gpu._evidence import DeviceEvidence, parse_evidence
 from chutes_proto.gpu._findings import GpuRefusal, Mismatch
@@ -69,12 +69,12 @@ class PinnedMeasurements:
 class GpuPolicy:
     """A caller's demands on GPUs. Raises `GpuPolicyError` for fields that contradict each other.
 
-    ``min_driver`` is the oldest driver, ``min_vbios`` the oldest VBIOS by chip; a chip that it lacks has no minimum.
-    ``modes`` and ``models`` are all that are accepted, None for any; ``boards`` names models that are not known here,
-    by project, project SKU and chip SKU. ``measurements`` "unchecked" compares none. ``revocation`` "require" demands
-    a valid OCSP answer for each certificate, "grace" one that ended at most ``revocation_grace`` seconds ago, "off"
-    none; a revocation that is known refuses in each case. ``allow_rim_signer_on_hold`` accepts RIMs whose signer's
-    certificate is on hold.
+    ``min_driver`` is the oldest driver, ``min_vbios`` the oldest VBIOS by chip (like ``GH100``, in capitals): one that
+    it lacks has no minimum. ``modes`` and ``models`` are all that are accepted, None for any; ``boards`` names models
+    that are not known here, by project, project SKU and chip SKU. ``measurements`` "unchecked" compares none.
+    ``revocation`` "require" demands a valid OCSP answer for each certificate, "grace" one that ended at most
+    ``revocation_grace`` seconds ago, "off" none; a revocation that is known refuses in each case.
+    ``allow_rim_signer_on_hold`` accepts RIMs whose signer's certificate is on hold.
     """
 
     min_driver: str | None = None
@@ -96,11 +96,15 @@ class GpuPolicy:
         if self.min_driver is not None and not _matches(_DRIVER, self.min_driver):
             yield 'min_driver: must be a version like "570.124.06"'
         for chip, vbios in self.min_vbios.items():
-            if not _matches(_WORD, chip) or not _matches(_VBIOS, vbios):
+            if not is_chip(chip):  # it would be the minimum of no device
+                yield f"min_vbios: {str(chip)[:64]!r} names no chip; write it like GH100, GB100 or LS10"
+            if not _matches(_VBIOS, vbios):
                 yield 'min_vbios: must be versions like "96.00.9F.00.01", by chip'
         if self.modes is not None and not (self.modes and {*self.modes} <= {*get_args(Mode)}):
             yield f"modes: must be some of {', '.join(get_args(Mode))}"
-        if self.models is not None and not (self.models and all(_matches(_WORD, model) for model in self.models)):
+        models = cast("Any", self.models)
+        is_text = isinstance(models, str)  # in which any part would be found
+        if models is not None and (is_text or not models or not all(_matches(_WORD, one) for one in models)):
             yield "models: must be keys of the GPU table"
         if not all(_matches(_WORD, board) and _matches(_WORD, model) for board, model in self.boards.items()):
             yield "boards: must be keys of the GPU table, by project, project SKU and chip SKU"
