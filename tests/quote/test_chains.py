@@ -24,9 +24,11 @@ from chutes_proto.quote._steps import (
     CertificateExpiredError,
     CertificateFormatError,
     CertificateRevokedError,
+    CollateralExpiredError,
     CrlFormatError,
     UntrustedRootError,
 )
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import (
     authenticate_collateral,
     forget,
@@ -131,6 +133,8 @@ def test_grace_is_for_what_is_no_certificate() -> None:
     verified = verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT, grace=GRACE)
     end = NOW + COLLATERAL_SECONDS
     assert (verified.window, verified.usable_until) == ((NOW, end), end + GRACE)
+    with pytest.raises(CollateralExpiredError, match=f"at most {rfc3339(end + GRACE)}"):
+        _ = verify_collateral(collateral_of(PLATFORM), now=end + GRACE + 1, root=ROOT, grace=GRACE)
 
 
 # --- revocation ---

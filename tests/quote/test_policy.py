@@ -28,6 +28,7 @@ from chutes_proto.quote._policy import (
     parse_policy_toml,
 )
 from chutes_proto.quote._statements import TcbStatus
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.conftest import ROOT as PROJECT
@@ -189,6 +190,14 @@ def test_advisories_are_refused_only_if_listed() -> None:
     assert _refused(Policy(tcb=rejecting, measurements="unchecked"), verdict) == ["advisory"]
 
 
+def test_an_advisory_of_the_tcb_at_present_is_refused_as_well() -> None:
+    """An update of a running TD's module can bring a weakness that the module of its launch did not have."""
+    verdict = verdict_of(TD15, "relaunch_advised_configuration_needed")
+    assert verdict.current_advisory_ids != verdict.advisory_ids
+    tcb = TcbPolicy(accepted_statuses=[verdict.tcb_status], rejected_advisories=verdict.current_advisory_ids)
+    assert _refused(Policy(tcb=tcb, measurements="unchecked"), verdict) == ["advisory"]
+
+
 def test_an_advisory_that_nobody_issues_is_named() -> None:
     assert TcbPolicy(rejected_advisories=["intel-doc-10000", "INTEL-SA-00837"]).rejected_advisories
     with pytest.raises(PolicyError, match="'INTLE-SA-00837' is not one"):
@@ -253,6 +262,8 @@ def test_collateral_past_its_end_only_for_so_long() -> None:
     assert _refused(Policy(tcb=TcbPolicy(collateral_grace=9), measurements="unchecked"), verdict) == [
         "collateral_grace"
     ]
+    with pytest.raises(AppraisalError, match=f"got {rfc3339(end + 10)}, expected at most {rfc3339(end)}"):
+        _ = UNCHECKED.appraise(verdict, stage="boot")
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=ABSENT)

@@ -93,7 +93,8 @@ class TcbPolicy:
     """The demands on the platform's TCB. Raises `PolicyError` for fields that contradict each other.
 
     ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB is refused before. A report with the current TCB
-    is refused if that is out of date, unless such a status is accepted. Advisories are refused only if they are listed.
+    is refused if that is out of date, unless such a status is accepted. Advisories, at launch and at present, are
+    refused only if they are listed.
     ``min_evaluation_number`` is a lower bound for the collateral's TCB evaluation data numbers, which no clock lowers;
     with 0, the supplier of the collateral chooses the TCB recovery by which the platform is appraised.
     ``evaluation_numbers`` "equal" refuses TCB info and QE identity of two TCB recoveries, "any" accepts them.
@@ -154,7 +155,8 @@ class TcbPolicy:
             refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
         if verdict.current_status in OUT_OF_DATE - self.accepted_statuses:
             refuse("current_tcb_status", "the current TCB is out of date", verdict.current_status, "another status")
-        rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
+        applying = {*verdict.advisory_ids, *verdict.current_advisory_ids}
+        rejected = sorted(a for a in applying if a.upper() in self.rejected_advisories)
         if rejected:
             refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
         if self.min_tcb_date is not None and verdict.tcb_date < self.min_tcb_date:
@@ -178,7 +180,7 @@ class TcbPolicy:
             ("collateral_grace", self.collateral_grace, verdict.window[1]),
         ):
             if grace is not None and begin is not None and now > begin + grace:
-                refuse(code, _GRACES[code], now, f"at most {begin + grace}")
+                refuse(code, _GRACES[code], rfc3339(now), f"at most {rfc3339(begin + grace)}")
         pck = verdict.pck
         for name, allowed, has in (
             ("dynamic_platform", self.allow_dynamic_platform, pck.dynamic_platform),
@@ -461,9 +463,9 @@ def verify(
     ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote. ``now`` is the time of verification,
     in whole unix seconds. ``report_data`` are the 64 bytes that the quote must bind; pass None only if something else
     binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
-    place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted.
-    ``stage`` says which registers of the policy's profiles count, ``event_log`` explains those that a profile does not
-    pin.
+    place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted, if the
+    policy's ``collateral_grace`` accepts them, too. ``stage`` says which registers of the policy's profiles count,
+    ``event_log`` explains those that a profile does not pin.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.

@@ -41,9 +41,10 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
         if now < term.begin:  # 9, 19
             step = steps.CertificateNotYetValidError if term.is_certificate else steps.CollateralNotYetValidError
             raise step(term.subject, "not yet valid", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}")
-        if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
+        end = term.end if term.is_certificate else term.end + grace
+        if now > end:  # 10, 20
             step = steps.CertificateExpiredError if term.is_certificate else steps.CollateralExpiredError
-            raise step(term.subject, "expired", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
+            raise step(term.subject, "expired", got=rfc3339(now), expected=f"at most {rfc3339(end)}")
 
 
 def check_seconds(name: str, value: object) -> None:
