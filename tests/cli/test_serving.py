@@ -253,6 +253,53 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
         assert not (site / "keys.sock").exists()
 
 
+WITHOUT_THREADS = """
+import signal, sys, threading
+from chutes_proto.io.server import serving
+from chutes_proto.io.server.setup import make_setup
+from chutes_proto.server import ServerConfig
+
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+start, other = threading.Thread.start, refuse
+
+def change(*_):
+    global other
+    threading.Thread.start, other = other, threading.Thread.start
+
+def announce(urls):
+    change()
+    print(urls[0], flush=True)
+
+signal.signal(signal.SIGUSR1, change)
+setup = make_setup(ServerConfig.load(sys.argv[1]))
+serving.serve_until_stopped(sys.argv[2], setup, setup.collateral, announce, (signal.SIGTERM,))
+"""
+
+
+def test_a_server_goes_on_and_drains_where_the_system_allows_no_thread_for_a_while(site: Path, transport: str) -> None:
+    path = site / "server.toml"
+    _ = path.write_text(path.read_text().replace("drain_seconds = 0", f'drain_seconds = {LONG}\nadmin.unix = "admin"'))
+    command = [sys.executable, "-c", WITHOUT_THREADS, str(path), transport]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            server = Server(process, process.stdout.readline().strip(), site / "ca.pem", [])
+            assert "can't start new thread; RuntimeError at " in wait_for("background_failed", server)["error"]
+            process.send_signal(signal.SIGUSR1)
+            vm = Vm(server)
+            granted = vm.boot()
+            process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGHUP)
+            assert wait_for("reload_refused", server)["error"] == "can't start new thread"
+            stop_with_open(1, server)
+            vm.sync(granted["boot_token"])
+            check_end(server)
+        finally:
+            process.kill()
+
+
 HANGING = """
 import os, time
 from contextlib import ExitStack

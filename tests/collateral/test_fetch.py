@@ -484,6 +484,24 @@ def test_a_defect_ends_one_fetch(each: Loop, upstream: Upstream, monkeypatch: py
     assert isinstance(each.fetch(of)[0], VerifiedCollateral)
 
 
+def test_what_cannot_be_kept_is_used(each: Loop, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def broken(*_: object) -> None:
+        tried.append("tried")
+        raise RuntimeError("can't start new thread")
+
+    async def main(fetcher: Any) -> None:
+        assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
+        await async_wait_until(lambda: tried)
+        assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
+
+    of = source(upstream)
+    monkeypatch.setattr(type(of), "keep", broken)
+    _, log = each.run(of, main)
+    assert log[-1].fields["error"] == "RuntimeError: can't start new thread"
+
+
 @pytest.fixture(scope="module")
 def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
     return make_credentials(tmp_path_factory.mktemp("tls"))

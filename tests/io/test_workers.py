@@ -32,6 +32,10 @@ def children() -> list[int]:
     return found
 
 
+def no_thread(_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "manager"))
     program, log = tmp_path / "worker", tmp_path / "log"
@@ -52,7 +56,11 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
             os.kill(first, signal.SIGKILL)
             _ = wait_until(lambda: "worker_not_started" in log.read_text())
             assert second in children()
-            _ = away.rename(program)
+            with monkeypatch.context() as patch:
+                patch.setattr("threading.Thread.start", no_thread)
+                _ = away.rename(program)
+                _ = wait_until(lambda: "can't start new thread" in log.read_text())
+                assert second in children()
             _ = wait_until(lambda: len(set(children()) - others) == 2)
         finally:
             os.kill(os.getpid(), signal.SIGUSR2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -22,6 +23,7 @@ from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.gpu import GenuineDevice, GpuCollateral, Revocation, Rims
 from chutes_proto.io import loops
+from chutes_proto.io.background import keep_at
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
 from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS, UpstreamCollateral
@@ -64,7 +66,7 @@ async def open_gpu_collateral(
     async with open_client(source.context) as client:
         performer = Performer(get=HttpxGetter(client, source.limits), log=log)
         async with anyio.create_task_group() as group:
-            _ = group.start_soon(_prune, source, performer)
+            _ = group.start_soon(keep_at, partial(_prune, source, performer), log)
             yield GpuFetcher(source, performer, group)
             group.cancel_scope.cancel()
 
@@ -158,18 +160,18 @@ class Fetcher(Generic[K, S, V, R_co]):
     async def _fetch_once(self, key: K, ended: anyio.Event) -> None:
         """Fetch once. A defect ends this fetch and nothing else."""
         try:
-            fetched = await self._performer.run(fetch(self._cache, key))
+            try:
+                fetched = await self._performer.run(fetch(self._cache, key))
+            finally:
+                del self._fetches[key]
+                ended.set()
+            if fetched is not None:
+                with anyio.CancelScope(shield=True):  # a server that stops now keeps its last fetch
+                    if record := await anyio.to_thread.run_sync(self._keep, key, fetched):
+                        _ = await self._performer.perform(Log(record))
         except Exception as exc:  # noqa: BLE001 - the callers get an error, and the server goes on
-            fetched = None
             fields = {"error": f"{type(exc).__name__}: {exc}"}
             _ = await self._performer.perform(Log(Record(Level.ERROR, "collateral_fetch_failed", fields)))
-        finally:
-            del self._fetches[key]
-            ended.set()
-        if fetched is not None:
-            with anyio.CancelScope(shield=True):  # a server that stops now keeps its last fetch
-                if record := await anyio.to_thread.run_sync(self._keep, key, fetched):
-                    _ = await self._performer.perform(Log(record))
 
 
 class CollateralFetcher:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import anyio
 
 from chutes_proto import __version__
 from chutes_proto.errors import StoreError
+from chutes_proto.io.background import keep_at
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.aio import Server
@@ -26,6 +28,7 @@ from chutes_proto.io.server.overview import Overview, page
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.sockets import Listening
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.log import Record
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._admin import LOOPBACK, AdminApp, Page
 from chutes_proto.server._app import App
@@ -53,11 +56,14 @@ MOST_ENDS: Final = 200
 class Admin:
     """The admin listener of one server process."""
 
-    def __init__(self, running: Running, store: DurableStore, app: App, metrics: Metrics) -> None:
+    def __init__(
+        self, running: Running, store: DurableStore, app: App, metrics: Metrics, log: Callable[[Record], None]
+    ) -> None:
         self._running = running
         self._store = store
         self._app = app
         self._metrics = metrics
+        self._log = log
         self._health: Health | None = None
         self._counts: Counts | None = None
         self._looked_at = time.monotonic()
@@ -92,8 +98,8 @@ class Admin:
         }
         hosts = LOOPBACK | {host.lower() for host in self._running.setup.config.admin.hosts}
         async with anyio.create_task_group() as group:
-            _ = group.start_soon(self._watch, look)
-            _ = group.start_soon(self._overview.watch)
+            _ = group.start_soon(keep_at, partial(self._watch, look), self._log)
+            _ = group.start_soon(keep_at, self._overview.watch, self._log)
             await Server(AdminApp(hosts, pages), performer, connections=CONNECTIONS).serve(listening)
 
     def _readyz(self) -> Page:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -29,6 +29,7 @@ from attrs import asdict, define
 from chutes_proto import __version__
 from chutes_proto._error import ChutesError
 from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.io.background import keep_at
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.drivers.sync import log_record
@@ -65,7 +66,15 @@ from chutes_proto.io.server.store_setup import (
 )
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
 from chutes_proto.io.server.witnesses import witnessing
-from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, in_background, obey, worker_command
+from chutes_proto.io.server.workers import (
+    STOP_HANDED_OVER,
+    Given,
+    Supervisor,
+    in_background,
+    obey,
+    reload_at_signal,
+    worker_command,
+)
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
@@ -259,7 +268,7 @@ async def open_server(
             connections=connections,
             ended=lambda connection: metrics.handshake(done=connection.has_shaken_hands),
         )
-        watched = Admin(running, store, app, metrics)
+        watched = Admin(running, store, app, metrics, log)
         async with anyio.create_task_group() as beside:
             _ = beside.start_soon(watched.serve, admin, performer, lambda: server.open_connections)
             yield server
@@ -283,14 +292,19 @@ async def _watching(
     """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
     setup = running.setup
     async with anyio.create_task_group() as background:
-        _ = background.start_soon(performer.run, watch_store(setup.service.readiness, setup.service.revoked))
-        _ = background.start_soon(performer.run, watch_servers(setup.alike, setup.service.readiness))
-        _ = background.start_soon(performer.run, sweep_nonces(setup.service.readiness))
-        _ = background.start_soon(performer.run, learn_vms(setup.service.known))
-        _ = background.start_soon(_log_notes, store, log)
+        service, run = setup.service, performer.run
+        works: list[Callable[[], Awaitable[object]]] = [
+            lambda: run(watch_store(service.readiness, service.revoked)),
+            lambda: run(watch_servers(setup.alike, service.readiness)),
+            lambda: run(sweep_nonces(service.readiness)),
+            lambda: run(learn_vms(service.known)),
+            partial(_log_notes, store, log),
+            partial(_keep_erasures, setup, store, log),
+        ]
         if worker in (None, 0):  # one of all workers
-            _ = background.start_soon(log_ends, running, log)
-        _ = background.start_soon(_keep_erasures, setup, store, log)
+            works.append(partial(log_ends, running, log))
+        for work in works:
+            _ = background.start_soon(keep_at, work, log)
         yield
         background.cancel_scope.cancel()
 
@@ -506,7 +520,7 @@ def serve_until_stopped(
                         stop("takeover", handed_over=True)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {
-                    signal.SIGHUP: lambda: None if worker is not None else in_background(reloader.reload, "SIGHUP")
+                    signal.SIGHUP: lambda: None if worker is not None else reload_at_signal(reloader.reload, log)
                 }
                 handed_over = held.by_manager and listeners.all_given
                 signals |= {number: partial(stop, number.name, handed_over=handed_over) for number in stops}
@@ -638,4 +652,5 @@ def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:
 
     timer = threading.Timer(seconds - FLUSH_SECONDS, end)
     timer.daemon = True
-    timer.start()
+    with suppress(RuntimeError):  # the system allows no thread: then it ends when its work does
+        timer.start()

@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, MutableMappi
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from socket import recv_fds, send_fds, socket, socketpair
 from typing import Any, Final, ParamSpec
 
@@ -173,6 +173,14 @@ def in_background(run: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -
     threading.Thread(target=lambda: run(*args, **kwargs), daemon=True).start()
 
 
+def reload_at_signal(reload: Callable[[str], object], log: Callable[[Record], None]) -> None:
+    """Call ``reload`` in the background, for SIGHUP; log it where the system allows no thread."""
+    try:
+        in_background(reload, "SIGHUP")
+    except RuntimeError as exc:
+        log(Record(Level.ERROR, "reload_refused", {"caller": "SIGHUP", "error": str(exc)}))
+
+
 @define(eq=False)
 class _Worker:
     number: int
@@ -223,6 +231,8 @@ class Supervisor:
     prepare_seconds: float = _PREPARE_SECONDS
     commit_seconds: float = _COMMIT_SECONDS
     _events: SimpleQueue[tuple[str, object]] = field(init=False, factory=SimpleQueue)
+    _due: list[tuple[float, str, object]] = field(init=False, factory=list)
+    """Events of the future, each after its time on the monotonic clock."""
     _workers: list[_Worker] = field(init=False, factory=list)
     _stopping: bool = field(init=False, default=False)
     _reloading: threading.Lock = field(init=False, factory=threading.Lock)
@@ -318,8 +328,13 @@ class Supervisor:
             theirs.close()
             os.close(files)
         worker = _Worker(number, process, time.monotonic(), ours)
+        try:
+            threading.Thread(target=self._await_end, args=(worker,), daemon=True).start()
+        except RuntimeError:  # the system allows no thread, so nobody would see its end
+            with process, ours:
+                process.kill()
+            raise
         self._workers.append(worker)
-        threading.Thread(target=self._await_end, args=(worker,), daemon=True).start()
 
     def _await_end(self, worker: _Worker) -> None:
         _ = worker.process.wait()
@@ -332,9 +347,9 @@ class Supervisor:
     def _supervise(self, life: int, environ: dict[str, str]) -> bool:
         was_taken_over = False
         while self._workers or not self._stopping:
-            match self._events.get():
+            match self._next():
                 case "signal", signal.SIGHUP:
-                    in_background(self.reload, "SIGHUP")
+                    reload_at_signal(self.reload, self.log)
                 case "signal", signal.Signals() as number:
                     self._stop(number.name, signal.SIGTERM)
                 case "takeover", _:
@@ -356,7 +371,7 @@ class Supervisor:
             return
         try:
             self._start(number, life, environ)
-        except OSError as exc:  # no memory for it, or its program is being upgraded: the other workers go on
+        except (OSError, RuntimeError) as exc:  # no memory for it, or its program is being upgraded: the others go on
             self.log(Record(Level.ERROR, "worker_not_started", {"worker": number, "error": str(exc)}))
             self._after(_PAUSE, "start", number)
         finally:
@@ -395,9 +410,17 @@ class Supervisor:
             worker.process.kill()
 
     def _after(self, seconds: float, event: str, about: object) -> None:
-        timer = threading.Timer(seconds, self._events.put, [(event, about)])
-        timer.daemon = True
-        timer.start()
+        self._due.append((time.monotonic() + seconds, event, about))
+
+    def _next(self) -> tuple[str, object]:
+        """Wait for the next event, or until one is due."""
+        while True:
+            first = min(self._due, key=lambda each: each[0], default=None)
+            with suppress(Empty):
+                return self._events.get(timeout=None if first is None else max(0.0, first[0] - time.monotonic()))
+            assert first is not None  # noqa: S101 - else it waits on
+            self._due.remove(first)
+            return first[1:]
 
 
 def worker_command(config: str, transport: str) -> list[str]:
