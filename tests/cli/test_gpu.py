@@ -49,21 +49,22 @@ def test_accepted_evidence_says_what_was_checked(verify: Callable[..., tuple[int
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "expected", "remedy"),
     [
-        ({"nonce": "00" * 32}, "nonce_mismatch"),
-        ({"count": "3"}, "gpu_count"),
-        ({"rim": ""}, "rim_missing"),
-        ({"revocation": ""}, "status_missing"),
-        ({"roots": ""}, "untrusted_root"),
-        ({"at": str(NOW + 90_000)}, "status_expired"),
+        ({"nonce": "00" * 32}, "nonce_mismatch", ""),
+        ({"count": "3"}, "gpu_count", ""),
+        ({"rim": ""}, "rim_missing", "gpu fetch"),
+        ({"revocation": ""}, "status_missing", "gpu fetch"),
+        ({"roots": ""}, "untrusted_root", "--roots"),
+        ({"at": str(NOW + 90_000)}, "status_expired", "gpu fetch"),
     ],
 )
 def test_refused_evidence_names_the_step(
-    options: dict[str, str], expected: str, verify: Callable[..., tuple[int, dict[str, Any]]]
+    options: dict[str, str], expected: str, remedy: str, verify: Callable[..., tuple[int, dict[str, Any]]]
 ) -> None:
     code, report = verify(**options)
     assert (code, report["accepted"], report["code"]) == (1, False, expected)
+    assert remedy in (report["hint"] or "")
 
 
 def test_a_grace_and_a_policy_are_used(tmp_path: Path, verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:

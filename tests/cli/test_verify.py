@@ -328,6 +328,7 @@ def test_what_does_not_parse_is_refused_in_the_same_shape(
     assert codes(ended)[0].startswith(name[:5])
     assert (ended.json["genuine"], ended.json["accepted"], ended.json["tcb_status"]) == (False, False, None)
     assert ("mr_td" in ended.json) == (name != "quote.bin")
+    assert f"{tmp_path / name}" in ended.json["hint"]
 
 
 def test_nothing_in_a_file_steers_the_terminal(verify: Command, command: Command, tmp_path: Path) -> None:

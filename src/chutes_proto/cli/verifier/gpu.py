@@ -46,6 +46,16 @@ from chutes_proto.testing._gpus import SIMULATED_SEED, gpu_files
 _NONE: Final = "none"
 _OFF: Final = "off"
 
+_FETCH: Final = (
+    "Fetch RIMs and OCSP answers with `chutes-proto gpu fetch EVIDENCE --out DIR`; they are in DIR/rims and DIR/status."
+)
+_HINTS: Final = {
+    "untrusted_root": "The evidence is under another root than NVIDIA's, or than that of --roots, which names others to"
+    " trust (those of simulated GPUs are beside the evidence that `gpu simulate` writes).",
+    **dict.fromkeys(("rim_missing", "status_missing", "status_expired"), _FETCH),
+}
+"""The remedies of refusals that are not the devices' fault."""
+
 command: Group = Group(
     "gpu",
     help="""Verify the evidence of NVIDIA GPUs, and show it.
@@ -188,6 +198,7 @@ def verify_command(
         "revocation": {"require": "checked", "grace": "checked", "off": "unchecked"}[policy.revocation],
         "code": None if error is None else error.code,
         "error": None if error is None else str(error),
+        "hint": None if error is None else _HINTS.get(error.code),
         "gpus": [device_fields(one) for one in reports],
         "rims": rim_reports,
         "unreadable": problems,
@@ -251,6 +262,8 @@ def _say(report: dict[str, Any]) -> None:
     )
     if report["error"]:
         output.prose(f"{report['code']}: {report['error']}")
+    if report["hint"]:
+        output.prose(report["hint"])
     for name, text in (
         ("nonce", "The nonce was not compared with anything: use --nonce, or the evidence may be of any time."),
         ("measurements", "Measurements were not compared with anything: use --rim with NVIDIA's RIMs."),

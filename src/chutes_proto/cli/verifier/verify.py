@@ -39,6 +39,9 @@ _NOT_FIELDS: Final = (
     *("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "checked", "behind", "rule"),
 )
 _TIMES: Final = ("at", "tcb_date", "valid_from", "valid_until")
+_READ: Final = (
+    "TDX quotes of version 4 or 5 and SGX quotes of version 3 are read, as bytes, hexadecimal digits or base64."
+)
 
 
 @click.command(
@@ -205,7 +208,8 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
         report["refusals"] = [refusal(one.code, one.detail) for one in exc.refusals]
         report["explanation"] = exc.explain()
     except verifier.QuoteFormatError as exc:
-        report["refusals"] = [refusal(exc.code, str(exc))]
+        hint = f"Is {quote} a quote, and all of it? {_READ}"
+        report |= {"refusals": [refusal(exc.code, str(exc))], "hint": hint}
     except CollateralUnavailable as exc:
         report |= {"refusals": [refusal("collateral_unavailable", str(exc))], "unjudged": True}
     except (verifier.CollateralFormatError, verifier.VerificationError) as exc:
