@@ -53,8 +53,10 @@ def test_by_vm_hotkey_or_request(site: Site, subject: str) -> None:
     told = site.json("why", subject)
     (refusal,) = told["refusals"]
     assert (refusal["request_id"], refusal["step"], refusal["profile"]) == ("1" * 32, 38, "8xh200 1.4.0")
+    assert refusal["peer_address"] == "192.0.2.1"
     assert refusal["differences"] == [{"what": "RTMR1", "found": "aa", "expected": "bb"}]
     said = site.do("why", subject).out
+    assert f"request {'1' * 32}, peer 192.0.2.1: " in " ".join(said.split())
     for part in ("8xh200 1.4.0", "RTMR1: found aa, expected bb", "step 38", "do: if you rolled"):
         assert part in said
     if subject != "1" * 32:
@@ -80,7 +82,7 @@ def test_the_log_has_what_the_store_has_not(site: Site, monkeypatch: pytest.Monk
     denial = Denial("nonce_invalid", "nonce expired", "4" * 32, HOTKEY, "vm-1")
     names = ("code", "reason", "request_id", "hotkey", "vm")
     line = {"at": "2126-11-29T03:34:03.747+00:00", "event": "refused", "step": None, "why": str(explain(denial))}
-    line |= {name: getattr(denial, name) for name in names}
+    line |= {"peer": "192.0.2.2"} | {name: getattr(denial, name) for name in names}
     other = line | {"vm": "vm-2", "request_id": "5" * 32}
     told = [line, other, {**line, "event": "boot_granted"}, "text", None]
     deep = '{"a":' + "[" * 50_000
@@ -88,6 +90,7 @@ def test_the_log_has_what_the_store_has_not(site: Site, monkeypatch: pytest.Monk
     _ = (site.directory / "log").write_text(text)
     (refusal,) = site.json("why", "vm-1", "--log", site.directory / "log")["refusals"]
     assert (refusal["request_id"], refusal["text"]) == ("4" * 32, line["why"])
+    assert refusal["peer_address"] == "192.0.2.2"
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
     both = site.json("why", "vm-1", "--log", "-", "--last", 5)["refusals"]
     assert [each["request_id"] for each in both] == ["1" * 32, "4" * 32]

@@ -35,9 +35,10 @@ _LINE_BYTES: Final = 256 * 1024
 
 @frozen
 class _Refusal:
-    """One refusal, and its explanation; ``at`` is a time of RFC 3339. A line of the log has neither row."""
+    """One refusal, and its explanation; ``at`` is a time of RFC 3339. A line of the log has no row."""
 
     at: str
+    peer_address: str
     denial: Denial
     why: Why
     audit: AuditRow | None = None
@@ -99,7 +100,8 @@ def command(subject: str, log: str | None, last: int, event_log: str | None, aga
                 console.say("")
             first, *rest = each.why.lines()
             request = f", request {each.denial.request_id}" if each.denial.request_id else ""
-            output.prose(f"refused at {each.at}{request}: {first}", "bad")
+            peer = f", peer {each.peer_address}" if each.peer_address else ""
+            output.prose(f"refused at {each.at}{request}{peer}: {first}", "bad")
             for line in rest:
                 output.prose(f"  {line}", rest=4)
             for traced in _traced(each, logs):
@@ -156,7 +158,7 @@ def _of_store(store: DurableStore, wanted: AuditWanted, last: int) -> Iterator[_
 
 def _recorded(store: DurableStore, row: AuditRow) -> _Refusal:
     denial = recorded(row, store.transact(FindVerdict(row)))
-    return _Refusal(rfc3339(row.at), denial, explain(denial), row)
+    return _Refusal(rfc3339(row.at), row.peer_address, denial, explain(denial), row)
 
 
 def _of_log(path: str, wanted: AuditWanted) -> Iterator[_Refusal]:
@@ -170,13 +172,15 @@ def _of_log(path: str, wanted: AuditWanted) -> Iterator[_Refusal]:
         told = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
         if told.get("event") != "refused":
             continue
-        read = {name: str(told.get(name, "")) for name in ("at", "code", "reason", "request_id", "hotkey", "vm", "why")}
+        names = ("at", "code", "reason", "request_id", "peer", "hotkey", "vm", "why")
+        read = {name: str(told.get(name, "")) for name in names}
         if _is_wanted(read, wanted):
             denial = Denial(read["code"], read["reason"], read["request_id"], read["hotkey"], read["vm"])
             why, step = explain(denial), told.get("step")
             what, _, where = read["why"].partition("; do: ")[0].partition("; ")
             why = evolve(why, where=where or why.where, step=step if type(step) is int else None)
-            yield _Refusal(f"{read['at'].partition('.')[0]}Z", denial, evolve(why, what=what or why.what))
+            at = f"{read['at'].partition('.')[0]}Z"
+            yield _Refusal(at, read["peer"], denial, evolve(why, what=what or why.what))
 
 
 def _is_wanted(told: Mapping[str, str], wanted: AuditWanted) -> bool:
@@ -196,7 +200,8 @@ def _granted_at(store: DurableStore, refusals: list[_Refusal]) -> int | None:
 def _members(refusal: _Refusal, traced: tuple[Traced, ...]) -> dict[str, object]:
     denial, why, row = refusal.denial, refusal.why, refusal.audit
     names = ("request_id", "hotkey", "vm", "event", "code", "reason")
-    told: dict[str, object] = {"at": refusal.at, **{name: getattr(denial, name) for name in names}}
+    told: dict[str, object] = {"at": refusal.at, "peer_address": refusal.peer_address}
+    told |= {name: getattr(denial, name) for name in names}
     told |= {"step": why.step, "profile": why.profile, "remedy": why.remedy, "text": str(why)}
     told["differences"] = [attrs.asdict(each) for each in why.differences]
     told["event_log"] = [
