@@ -74,6 +74,27 @@ def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
     assert "tcb_rejected" in said
 
 
+def test_a_store_that_nobody_made_is_not_tried(site: Site) -> None:
+    """A wrong address must not say that every VM is granted, nor leave a store behind."""
+    wrong = site.directory / "wrong.toml"
+    lines = site.configuration.read_text().splitlines()
+    _ = wrong.write_text(
+        "\n".join('store = "sqlite:wrong.db"' if line.startswith("store = ") else line for line in lines)
+    )
+    wrong.chmod(0o600)
+    ended = site.command("policy", "try", "--config", wrong)
+    assert (ended.code, "not made yet" in ended.err) == (1, True), ended.out + ended.err
+    assert not list(site.directory.glob("wrong.db*"))
+
+
+def test_a_fleet_without_evidence_is_not_called_granted(site: Site) -> None:
+    site.boot("1")
+    ended = site.do("policy", "try")
+    assert "every VM is granted" not in ended.out
+    assert "no VM has evidence to be judged" in ended.out
+    assert "1 VMs have no evidence yet" in ended.out
+
+
 def test_another_collateral_and_none(site: Site) -> None:
     fleet(site)
     setup = make_setup(ServerConfig.load(site.configuration))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,7 +211,7 @@ def try_command(
     tried: list[_Tried] = []
     shared: dict[Judged, Judged] = {}  # most VMs have one of a few
     counts, judged_vms, later = Counter[str](), 0, 0
-    with closing(setup.store.open()) as store, output.progress("VMs judged") as tell:
+    with operating.opened(config) as (_, store), output.progress("VMs judged") as tell:
         total, after = store.transact(Ask(CountRows(VmRow))), None
         while page := store.transact(ReadEvidence(after, _PAGE)):
             for kept in page:
@@ -247,7 +246,8 @@ def try_command(
     if wants("json"):
         console.say_json_list(told, "vms", map(_tried, tried))
         return console.GRANTED if is_fine else console.REFUSED
-    output.table(_TRIED, tried, empty="every VM is granted", under={"REASON": "CODE"})
+    empty = "every VM is granted" if judged_vms else "no VM has evidence to be judged"
+    output.table(_TRIED, tried, empty=empty, under={"REASON": "CODE"})
     parts = [f"{counts[name]} {name}" for name in _STATES if counts[name]]
     console.say(f"{judged_vms} VMs judged at {rfc3339(date)}: {', '.join(parts) or 'none'}; {later} refused later")
     if total > judged_vms:
