@@ -32,13 +32,18 @@ def test_servers_that_differ_are_warned_of_or_refused(premises: Premises) -> Non
     assert premises.run("serve", "--config", other, "--check").code == 0
     write("netuid = 65", "refuse")
     said = "another value of netuid"
-    checked = premises.run("serve", "--config", other, "--check")
-    assert (checked.code, said in " ".join(checked.out.split())) == (0, True)
+    for words in (("serve", "--check"), ("doctor",)):
+        checked = premises.run(*words, "--config", other)
+        told = " ".join((checked.out + checked.err).split())
+        assert (checked.code, said in told, "make them equal" in told) == (1, True, True), told
+        assert "run make" not in told.replace("run: ", "run ")
     refused = premises.run("serve", "--config", other)
     assert refused.code == 1
     assert said in refused.err
     assert "make them equal" in refused.err
     write("netuid = 65", "warn")
+    checked = premises.run("serve", "--config", other, "--check")
+    assert (checked.code, said in " ".join(checked.out.split())) == (0, True)
     log = premises.directory.with_name("other.log")
     with log.open("w") as file:
         server = start_server("--config", other, ca=premises.ca, stderr=file)

@@ -38,7 +38,8 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         except CollateralUnavailable as exc:
             yield Finding.of_problem(str(exc))
     try:
-        yield from check_store(setup.store, setup.service.vault, setup.alike)
+        must_be_alike = setup.config.store.different_configuration == "refuse"
+        yield from check_store(setup.store, setup.service.vault, setup.alike, must_be_alike=must_be_alike)
     except (ConfigurationError, StoreError) as exc:
         yield Finding.of_problem(str(exc))
     yield from check_policy(setup)

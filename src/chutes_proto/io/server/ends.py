@@ -130,7 +130,7 @@ def _certificates(setup: ServerSetup) -> Iterator[End]:
             chain = x509.load_pem_x509_certificates(setup.files.read(path))
             begin = max(int(each.not_valid_before_utc.timestamp()) for each in chain)
             end = min(int(each.not_valid_after_utc.timestamp()) for each in chain)
-            remedy = f"replace {path}, then run chutes-proto reload, or send SIGHUP"
+            remedy = f"chutes-proto reload, when {path} is replaced"
             yield End(kind, name, begin, end, remedy)
 
 

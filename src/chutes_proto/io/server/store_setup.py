@@ -97,8 +97,12 @@ def erasures_file(config: ServerConfig) -> Path | None:
     return None if config.store.mark_file is None else file_beside(base / config.store.mark_file)
 
 
-def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> Iterator[Finding]:
+def check_store(
+    place: StorePlace, vault: Vault, alike: Alike | None = None, *, must_be_alike: bool = False
+) -> Iterator[Finding]:
     """Describe the store, without making or changing it; with ``alike``, compare the servers that use it, too.
+
+    With ``must_be_alike`` a difference is a problem, because a server does not start beside it.
 
     Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
     """
@@ -114,7 +118,7 @@ def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> 
             what, _, detail = NO_FILE.partition(": ")
             yield Finding("note", what, detail)
         for each in find_differences(store, alike) if alike is not None else ():
-            yield Finding("note", "configuration", str(each), MAKE_ALIKE)
+            yield Finding("problem" if must_be_alike else "note", "configuration", f"{each}; {MAKE_ALIKE}")
 
 
 def store_findings(store: DurableStore) -> Iterator[Finding]:
