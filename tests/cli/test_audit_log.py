@@ -247,6 +247,24 @@ def test_a_checkpoint_of_another_log_is_refused(logged: Site, tmp_path: Path) ->
         ended = logged.do("audit", "verify", "--checkpoint", str(tmp_path / name))
         assert ended.code == 1
         assert why in " ".join(ended.err.split())
+        assert "move the file away" not in " ".join(ended.err.split())
+
+
+def test_the_checkpoint_beside_the_mark_that_is_of_no_key_of_the_log(logged: Site) -> None:
+    """As after a second restore, of a backup from before the first one, whose new key is lost with it."""
+    text = (logged.directory / "server.toml").read_text()
+    beside = text.replace('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "store.mark" }')
+    assert beside != text
+    _ = (logged.directory / "server.toml").write_text(beside)
+    signed = logged.json("audit", "checkpoint")["checkpoint"]
+    file = logged.directory / "store.mark.checkpoint"
+    _ = file.write_text(signed.replace("\N{EM DASH} keys.example/audit ", "\N{EM DASH} w.example "))
+    ended = logged.do("audit", "verify")
+    said = " ".join(ended.err.split())
+    assert f"{file}: it is not signed by a key of this log; if the log is right, move the file away" in said
+    assert ended.code == 1
+    file.unlink()
+    assert logged.do("audit", "verify").code == 0
 
 
 def test_a_receipt_is_shown_and_verified_offline(logged: Site, tmp_path: Path) -> None:

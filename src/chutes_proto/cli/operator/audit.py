@@ -294,11 +294,14 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
 
 def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) -> tuple[Report, list[Checkpoint]]:
     with operating.opened(config) as (setup, store):
-        file = checkpoint_path(setup.mark_file)  # read before the log: it grows meanwhile
-        if file is not None:
-            paths += [each for each in (file, witnessed_path(file)) if each.exists()]
         keys = keys or tuple(signer.verifier for signer in store.transact(ReadLogKeys(setup.vault)))
         known = [read_checkpoint(path, keys) for path in paths]
+        file = checkpoint_path(setup.mark_file)  # read before the log: it grows meanwhile
+        mine = () if file is None else (file, witnessed_path(file))
+        try:
+            known += [read_checkpoint(path, keys) for path in mine if path.exists()]
+        except LogError as exc:
+            raise LogError(f"{exc}; if the log is right, move the file away") from None
         with store.snapshot() as rows, output.waiting("entries checked") as tell:
             state = rows.transact(Ask(Read(LogStateRow, LOG)))
             if state is None:
