@@ -244,10 +244,29 @@ def test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check(command
         file.execute("UPDATE vm SET proven = 1 - proven")
     found = command("store", "check", "--config", site / "sqlite.toml")
     assert found.code == 1
-    assert "table vm is not authentic: its MAC" in found.out
+    assert found.out.count("table vm is not authentic: its MAC") == 1  # looked at with its table, and with its VM
     assert "restore a backup" in found.out
     assert "chutes-proto store check" not in found.out
     quiet(found)
+    with closing(sqlite3.connect(site / "keys.db")) as file, file:
+        file.execute("DELETE FROM keyring")  # without it no row can be looked at
+    found = command("store", "check", "--config", site / "sqlite.toml")
+    assert (found.code, "table keyring is not authentic: it is missing" in found.err) == (1, True), found.err
+    assert "restore a backup" in found.err
+    assert "chutes-proto store check" not in found.err
+
+
+def test_a_row_that_others_name_and_somebody_deleted_is_told_as_missing(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "keys.db"
+    with closing(SqliteStore(path)) as store:
+        store.transact(boot("1"))
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("PRAGMA foreign_keys = 0")
+        file.execute("INSERT INTO boot_volume (boot_id, volume, position, in_use) VALUES ('2', 'storage', 0, 0)")
+    found = command("store", "check", "--store", f"sqlite:{path}")
+    assert found.code == 1
+    assert "a row of the table boot is missing, which one of the table boot_volume names" in found.err
+    assert "restore a backup" in found.err
 
 
 def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(command: Command, site: Path) -> None:

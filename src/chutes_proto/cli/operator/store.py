@@ -16,7 +16,7 @@ from chutes_proto.cli.base import Argument, Group, answer, json_option, one_of, 
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.errors import ConfigurationError, KeyUnavailable, StoreBusy, StoreError
+from chutes_proto.errors import ConfigurationError, KeyUnavailable, RowNotAuthentic, StoreBusy, StoreError
 from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
@@ -192,7 +192,7 @@ def check(config: str | None, store: str | None) -> int:
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
     marked = {} if config is None else _compared_with_mark(place, make_store_setup(ServerConfig.load(config)).mark_file)
-    with closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
+    with _told_to_restore(), closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
         found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version}
         found["rows"] = opened.check(tell)
         if newer := of_newer_schema(opened):
@@ -203,12 +203,25 @@ def check(config: str | None, store: str | None) -> int:
         found["seal"] = "sealed" if is_sealed else "begun" if has_macs else "not sealed"
         found |= marked
         if has_macs and vault is not None:
-            found["not_authentic"] = [fault.finding for fault in find_faults(opened, tell)]
+            # A row is looked at with its table, and again with its VM.
+            found["not_authentic"] = [*dict.fromkeys(fault.finding for fault in find_faults(opened, tell))]
             if found["not_authentic"]:
-                found["next"] = "find out who writes the database beside the servers, and restore a backup"
+                found["next"] = _RESTORE
     if "ok" in found or found.get("not_authentic"):
         return _told({**found, "ok": False}) or console.REFUSED
     return _told(found)
+
+
+_RESTORE: Final = "find out who writes the database beside the servers, and restore a backup"
+
+
+@contextmanager
+def _told_to_restore() -> Generator[None]:
+    """A row without which no other one can be looked at has the advice of those that are listed."""
+    try:
+        yield
+    except RowNotAuthentic as exc:
+        raise StoreError(f"{exc.finding}; {_RESTORE}") from None
 
 
 def _compared_with_mark(place: StorePlace, mark_file: Path | None) -> dict[str, Any]:

@@ -218,8 +218,13 @@ class SqliteStore(MarkedStore):
             counts: dict[str, int] = {table: connection.execute(text).fetchone()[0] for table, text in texts}
             with self._steps_told(connection, sum(counts.values()), tell):
                 (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-                if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+                if verdict != "ok":
                     raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+                if (lost := connection.execute("PRAGMA foreign_key_check").fetchone()) is not None:
+                    raise self._fault(
+                        f"a row of the table {lost[2]} is missing, which one of the table {lost[0]} names: somebody"
+                        " deleted it beside the servers; stop the server, keep the file, and restore a backup"
+                    )
             return counts
 
     @contextlib.contextmanager
