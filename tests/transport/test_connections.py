@@ -110,6 +110,30 @@ def test_who_is_gone_takes_no_place() -> None:
     assert connections.make_room(connection("1.1.1.1")) == ()
 
 
+@pytest.mark.parametrize("addresses", [1, 1000])
+def test_who_ends_is_found_without_a_look_at_each(addresses: int) -> None:
+    """Otherwise the more connections are allowed, the more of the server's time a stranger takes by opening some."""
+    looks: list[ServerConnection] = []
+
+    class Watched(ServerConnection):
+        @property
+        def waits_for_peer(self) -> bool:
+            looks.append(self)
+            return super().waits_for_peer
+
+    def silent(number: int) -> ServerConnection:
+        return Watched(float(number), peer_address=f"10.0.{number % addresses // 256}.{number % addresses % 256}")
+
+    first = [silent(number) for number in range(999)]
+    connections = opened(1000, *first)
+    for number in range(999, 3000):
+        ended = connections.make_room(silent(number))
+        assert [each.since for each in ended] == [number - 999]
+    assert len(looks) < 3 * 2001
+    queues = [connections._strangers, *connections._of_address.values()]
+    assert sum(len(queue._heap) for queue in queues) < 2 * (2 * 1000) + 17 * len(queues)
+
+
 ADDRESSES = st.sampled_from(["", "1.1.1.1", "2.2.2.2", "2001:db8::1", "2001:db8::2"])
 
 

@@ -16,8 +16,9 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
 from typing import Final
 
 from attrs import frozen
@@ -51,6 +52,47 @@ class Receive:
 
 _RECEIVE: Final = Receive()
 
+_MAX_LEFT: Final = 16
+
+
+class _Queue:
+    """Connections, of which the one whose phase began longest ago is found without a look at each.
+
+    That time moves to a later one only, so it is looked at when a connection comes first by the time that is known.
+    """
+
+    def __init__(self) -> None:
+        self.members: set[ServerConnection] = set()
+        self._heap: list[tuple[float, int, ServerConnection]] = []
+        """With the known time, and a number that is larger for later ones; those that have left stay for a while."""
+
+    def add(self, connection: ServerConnection, number: int) -> None:
+        self.members.add(connection)
+        heappush(self._heap, (connection.since, number, connection))
+
+    def remove(self, connection: ServerConnection) -> None:
+        self.members.remove(connection)
+        if len(self._heap) > 2 * len(self.members) + _MAX_LEFT:
+            self._heap = [entry for entry in self._heap if entry[2] in self.members]
+            heapify(self._heap)
+
+    def first(self, besides: ServerConnection) -> ServerConnection | None:
+        """The one that makes the server wait longest."""
+        at_work: list[tuple[float, int, ServerConnection]] = []
+        found: ServerConnection | None = None
+        while found is None and self._heap:
+            since, number, first = entry = self._heap[0]
+            if first in self.members and since != first.since:
+                _ = heapreplace(self._heap, (first.since, number, first))
+            elif first in self.members and first.waits_for_peer and first is not besides:
+                found = first
+            else:
+                at_work += [entry] if first in self.members else []
+                _ = heappop(self._heap)
+        for entry in at_work:
+            heappush(self._heap, entry)
+        return found
+
 
 class Connections:
     """The connections of one server, at most ``size``: one ends before another one comes.
@@ -69,7 +111,11 @@ class Connections:
         self._wake = wake
         self._sent = sent
         self._share = max(1, size // SHARE)
-        self._open: dict[ServerConnection, bytes] = {}  # and its address's prefix; in the order of arrival
+        self._open: dict[ServerConnection, bytes] = {}  # and its address's prefix
+        self._number = count()
+        self._strangers = _Queue()
+        self._of_address: dict[bytes, _Queue] = {}
+        self._crowds: dict[bytes, _Queue] = {}  # of these, those with more than their share
         self._finishing = False
         self._heard_until: float | None = None
 
@@ -118,23 +164,36 @@ class Connections:
     def make_room(self, connection: ServerConnection) -> tuple[ServerConnection, ...]:
         """Register a connection before it waits; returns those that end for its sake (at most one, never itself)."""
         if connection not in self._open:
-            self._open[connection] = address_prefix(connection.peer_address)
+            self._add(connection)
         if len(self._open) < self._size:
             return ()
-        others = {
-            other: prefix
-            for other, prefix in self._open.items()
-            if prefix and other.waits_for_peer and other is not connection
-        }
-        if not others:
+        others = {queue: len(queue.members) - (connection in queue.members) for queue in self._crowds.values()}
+        crowds = [queue for queue in sorted(others, key=lambda each: -others[each]) if others[queue] > self._share]
+        found = (queue.first(besides=connection) for queue in (*crowds, self._strangers))
+        ended = next((each for each in found if each is not None), None)
+        if ended is None:
             return ()
-        ((most, held),) = Counter(others.values()).most_common(1)
-        candidates = [other for other, prefix in others.items() if prefix == most or held <= self._share]
-        ended = min(candidates, key=lambda other: other.since)
         ended.abandon("all connections were in use and another one came; limits.connections bounds them")
         self.remove(ended)
         return (ended,)
 
+    def _add(self, connection: ServerConnection) -> None:
+        prefix = self._open[connection] = address_prefix(connection.peer_address)
+        if prefix:
+            number = next(self._number)
+            self._strangers.add(connection, number)
+            queue = self._of_address.setdefault(prefix, _Queue())
+            queue.add(connection, number)
+            if len(queue.members) > self._share:
+                self._crowds[prefix] = queue
+
     def remove(self, connection: ServerConnection) -> None:
         """Forget a connection that has ended."""
-        _ = self._open.pop(connection, None)
+        if prefix := self._open.pop(connection, b""):
+            self._strangers.remove(connection)
+            queue = self._of_address[prefix]
+            queue.remove(connection)
+            if len(queue.members) <= self._share:
+                _ = self._crowds.pop(prefix, None)
+            if not queue.members:
+                del self._of_address[prefix]
