@@ -14,6 +14,7 @@ from chutes_proto.quote._attributes import ATTRIBUTES_KNOWN, AttributePolicy
 from chutes_proto.quote._errors import AppraisalError, PolicyError
 from chutes_proto.quote._files import MAX_SIZE
 from chutes_proto.quote._identity import IdentityPolicy
+from chutes_proto.quote._measurements import RegisterRule
 from chutes_proto.quote._policy import AllOf, AnyOf, Policy, TcbPolicy
 from chutes_proto.quote._policy_set import MOST, BoundPolicies, PolicySet, leaves, parse_policy_set
 from chutes_proto.quote._policy_words import explain, explain_set, policy_notes
@@ -158,6 +159,10 @@ def test_reference_values_come_from_one_place() -> None:
     assert bound.appraise(STALE, stage="boot").profile == PROFILE
     with pytest.raises(PolicyError, match=r"go with \[\[profile\]\]"):
         _ = parse_policy_set(f"[per_profile.simulated]\n{OUTDATED}").with_own_profiles()
+    for name in ("Simulated", "simulated 2"):
+        with pytest.raises(PolicyError, match=f"per_profile.'{name}': no profile of this file has this name"):
+            _ = parse_policy_set(f"{own}[per_profile.'{name}']\n{OUTDATED}")
+    assert parse_policy_set(f"{own}[per_profile.'simulated 1']\n{OUTDATED}").exceptions
 
 
 NAMES = ("simulated", "simulated 1", "other")
@@ -269,9 +274,47 @@ def test_a_file_in_words() -> None:
     assert told["VMs of the profile old"] == (f"The machine's PPID must be {'07' * 16}.",)
     assert told["VMs of the hotkey me"] == ("The TCB status must be UpToDate or OutOfDate.",)
     assert explain(Policy(profiles=(OTHER, PROFILE)))[-1].startswith("The measurements must be those of other")
+    own = f"[[profile]]{PROFILE.to_toml().removeprefix('[[profile]]')}[per_profile.simulated]\n{NOBODY}"
+    assert dict(explain_set(parse_policy_set(own)))["VMs of the profile simulated"] == told["VMs of the profile old"]
     either = explain(AnyOf((Policy(), AllOf((Policy(measurements="unchecked"),)))))
     assert either[0] == "It must be accepted by at least one of 2 policies:"
     assert "        Measurements are not checked." in either
+
+
+def test_what_a_profile_leaves_open_is_in_words() -> None:
+    """A register without a value, and attributes in place of the policy's, are accepted by the profile's name."""
+    zero = bytes(48)
+    rules = (
+        RegisterRule(register="MRTD", stage=None, check="any"),
+        RegisterRule(register="RTMR2", stage="boot", check="replayed"),
+        RegisterRule(
+            register="RTMR3",
+            stage="boot",
+            check="replayed",
+            prefix=(MR, MR),
+            events=("app-id", "compose-hash"),
+            values=(("compose-hash", (b"\1", b"\2")),),
+        ),
+        RegisterRule(register="RTMR3", stage="runtime", check="replayed", events=()),
+    )
+    boot, runtime = (*PROFILE.boot[:2], zero, zero), (*PROFILE.runtime[:3], zero)
+    lax = AttributePolicy(sept_ve_disable="any")
+    profile = attrs.evolve(PROFILE, mrtd=zero, boot=boot, runtime=runtime, rules=rules, attributes=lax)
+    told = explain(Policy(profiles=(profile,)))
+    at = told.index("The measurements must be those of simulated 1.")
+    logged = "may have any value that the VM's event log leads to"
+    demands = (
+        "begin with 2 known events, and then have only events of the name app-id or compose-hash,"
+        " and have just one compose-hash, of the value 01 or 02"
+    )
+    assert told[at + 1 :][:5] == (
+        "Of simulated 1, MRTD may have any value.",
+        f"Of simulated 1, RTMR2 at boot {logged}.",
+        f"Of simulated 1, RTMR3 at boot {logged}, which must {demands}.",
+        f"Of simulated 1, RTMR3 at runtime {logged}, which must have no other event.",
+        "Of simulated 1, these attributes count instead of those above:",
+    )
+    assert f"{' ' * 2}SEPT_VE_DISABLE may be clear." in told[at + 6 :]
 
 
 def test_notes_say_what_is_probably_not_meant() -> None:

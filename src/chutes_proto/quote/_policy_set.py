@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 from attrs import Factory, evolve, field, frozen
 
+from chutes_proto._converter import nearest
 from chutes_proto.quote._errors import AppraisalError, PolicyError
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._measurements import Profile, Stage
@@ -216,6 +217,12 @@ def parse_policy_set(data: bytes | str, *, extra_keys: frozenset[str] = frozense
     default = within("", read_policy, table, extra_keys, MAX_DEPTH)
     found = within("", CONVERTER.structure, given, _Exceptions)
     per_profile, per_hotkey = found.per_profile, found.per_hotkey
+    own = {name for leaf in leaves(default) for each in leaf.profiles for name in (each.name, str(each))}
+    for name in per_profile if own else ():
+        if name not in own:
+            near = nearest(name, own)
+            problem = "no profile of this file has this name" + (f"; did you mean {near}?" if near else "")
+            raise PolicyError(f"per_profile.{name!r}: {problem}")
     pairs = [(one, other) for one in per_profile for other in per_profile if other.startswith(f"{one} ")]
     cases: list[Case] = [*product([(), *((name,) for name in per_profile), *pairs], [None, *per_hotkey])]
     if len(cases) > MOST:

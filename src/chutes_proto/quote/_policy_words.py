@@ -7,6 +7,7 @@ from typing import Final
 
 from chutes_proto.quote._attributes import ATTRIBUTES_KNOWN, XFAM_FIXED, XFAM_KNOWN, AttributePolicy
 from chutes_proto.quote._identity import IdentityPolicy
+from chutes_proto.quote._measurements import Profile, RegisterRule
 from chutes_proto.quote._policy import AllOf, AnyPolicy, Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet
 from chutes_proto.quote._statements import TcbStatus
@@ -26,7 +27,7 @@ def explain_set(policies: PolicySet) -> tuple[tuple[str, tuple[str, ...]], ...]:
             continue  # a combination of others, which are explained
         title = f"VMs of the profile {names[0]}" if names else f"VMs of the hotkey {hotkey}"
         own = explain(policies.exceptions[names, hotkey])
-        changed = tuple(sentence for sentence in own if sentence not in default)
+        changed = tuple(sentence for sentence in own if sentence not in (*default, _NO_PROFILES))
         parts.append((title, changed or ("The same as every VM.",)))
     if policies.hotkeys:
         both = "They must be accepted as that hotkey's and as every other VM."
@@ -136,8 +137,35 @@ def _measurements(policy: Policy) -> Iterator[str]:
         yield "Measurements are not checked."
     elif policy.profiles:
         yield f"The measurements must be those of {_or(map(str, policy.profiles))}."
+        for profile in policy.profiles:
+            yield from _profile(profile)
     else:
-        yield "The measurements must be those of a profile that the server's configuration names."
+        yield _NO_PROFILES
+
+
+_NO_PROFILES: Final = "The measurements must be those of a profile that the server's configuration names."
+
+
+def _profile(profile: Profile) -> Iterator[str]:
+    """The sentences about all that a profile leaves open, or decides in the policy's place."""
+    for rule in profile.rules:
+        register = rule.register if rule.stage is None else f"{rule.register} at {rule.stage}"
+        yield f"Of {profile}, {register} may have any value{_replayed(rule) if rule.check == 'replayed' else ''}."
+    if profile.attributes is not None:
+        yield f"Of {profile}, these attributes count instead of those above:"
+        yield from (f"{_INDENT}{sentence}" for sentence in _attributes(profile.attributes))
+
+
+def _replayed(rule: RegisterRule) -> str:
+    demands: list[str] = []
+    if rule.prefix:
+        demands.append(f"begin with {len(rule.prefix)} known events")
+    if rule.events is not None:
+        later = f"have only events of the name {_or(rule.events)}" if rule.events else "have no other event"
+        demands.append(f"then {later}" if rule.prefix else later)
+    demands += [f"have just one {name}, of the value {_or(map(bytes.hex, accepted))}" for name, accepted in rule.values]
+    log = " that the VM's event log leads to"
+    return f"{log}, which must {', and '.join(demands)}" if demands else log
 
 
 def _accepted(word: str) -> str:
