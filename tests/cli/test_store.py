@@ -256,19 +256,6 @@ def test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check(command
     assert "chutes-proto store check" not in found.err
 
 
-def test_a_row_that_others_name_and_somebody_deleted_is_told_as_missing(command: Command, tmp_path: Path) -> None:
-    path = tmp_path / "keys.db"
-    with closing(SqliteStore(path)) as store:
-        store.transact(boot("1"))
-    with closing(sqlite3.connect(path)) as file, file:
-        file.execute("PRAGMA foreign_keys = 0")
-        file.execute("INSERT INTO boot_volume (boot_id, volume, position, in_use) VALUES ('2', 'storage', 0, 0)")
-    found = command("store", "check", "--store", f"sqlite:{path}")
-    assert found.code == 1
-    assert "a row of the table boot is missing, which one of the table boot_volume names" in found.err
-    assert "restore a backup" in found.err
-
-
 def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(command: Command, site: Path) -> None:
     """Its mark knows that the store was sealed; without one, it is believed that it is not."""
     config, old = ("--config", site / "server.toml"), site / "old.toml"
