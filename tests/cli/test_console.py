@@ -69,5 +69,5 @@ def test_a_full_disk_behind_standard_output_is_told(words: tuple[str, ...]) -> N
         )
     assert (done.returncode, done.stderr) == (
         2,
-        "chutes-proto: [Errno 28] No space left on device: 'standard output'\n",
+        "chutes-proto: standard output: No space left on device\n",
     )
