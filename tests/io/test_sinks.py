@@ -60,6 +60,25 @@ def test_rows_and_checkpoints_are_in_the_file_before_the_answer(store: DurableSt
     assert Note.parse(signed["checkpoint"].encode()) == Note.parse(file.read_bytes())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_root_makes_the_server_can_open(tmp_path: Path) -> None:
+    """An operator's command of root that comes before the server's user must not shut it out."""
+    os.chown(tmp_path, SERVER, SERVER)
+    with closing(StorePlace("sqlite:keys.db", tmp_path).open(migrate=True)) as store:
+        sinks = Sinks([FileSink(tmp_path / "audit.jsonl")], required=True, tell=store.add_note)
+        store.copy_rows(sinks.rows, waits=True)
+        store.transact(Ask(Insert(ROW)))
+        made = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in tmp_path.iterdir()}
+    assert {"keys.db", "audit.jsonl"} <= made.keys()
+    assert set(made.values()) == {(SERVER, SERVER)}
+    os.chown(tmp_path / "audit.jsonl", SERVER, 0)
+    FileSink(tmp_path / "audit.jsonl").write(["{}"])
+    assert (tmp_path / "audit.jsonl").stat().st_gid == 0  # one that is there keeps whom it belongs to
+
+
+SERVER = 65534
+
+
 def test_a_copy_that_fails_is_told_or_fails_the_request(store: DurableStore, tmp_path: Path) -> None:
     gone = tmp_path / "gone" / "audit.jsonl"
     store.copy_rows(Sinks([FileSink(gone)], required=False, tell=store.add_note, copies=store.copies).rows, waits=True)

@@ -121,6 +121,14 @@ def write_file(path: str | Path, data: bytes, *, mode: int = 0o644) -> None:
             raise
 
 
+def give_to_owner_of(folder: Path, file: int | Path) -> None:
+    """Give a file that root made in ``folder``, with an operator's command, to the user whose server must open it."""
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        with suppress(OSError):  # the root of a container may own only some users' files
+            os.chown(file, owner.st_uid, owner.st_gid)
+
+
 def create_private(path: str | Path, data: bytes) -> None:
     """Make a file that only its owner can read, unless it exists; of several callers at once, one makes it.
 

@@ -15,7 +15,6 @@ Rules kept here:
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any, Final, TypeAlias, get_args
 from attrs import asdict, define, frozen
 
 from chutes_proto.errors import ConfigurationError, StoreError
-from chutes_proto.io.files import read_lines, write_file
+from chutes_proto.io.files import give_to_owner_of, read_lines, write_file
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
@@ -113,9 +112,7 @@ def _write(path: Path, noted: _Noted, store_id: int) -> None:
     lines += [json.dumps({"store": store_id, **asdict(row)}).encode() for row in noted.revocations.values()]
     try:
         write_file(path, b"".join(line + b"\n" for line in (*noted.others, *lines)), mode=0o600)
-        owner = path.parent.stat()
-        if os.geteuid() == 0:  # an operator's command; the server must be able to read it
-            os.chown(path, owner.st_uid, owner.st_gid)
+        give_to_owner_of(path.parent, path)
     except (ConfigurationError, OSError) as exc:
         raise StoreError(f"erasures: {path}: {exc}") from None
 
