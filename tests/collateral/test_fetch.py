@@ -186,10 +186,10 @@ def test_another_ca_and_another_place_of_the_root_crl(each: Loop, upstream: Upst
 
 
 FAULTS: dict[str, tuple[Fault, str, str]] = {
-    "slow": (network.slow, "", "ReadTimeout"),
+    "slow": (network.slow, "", "the server was silent for"),
     "dripping": (network.dripping, "", r"no whole answer within 0\.5 s"),
-    "truncated": (network.truncated, "tcb", "RemoteProtocolError"),
-    "truncated CRL": (network.truncated, "pckcrl", "RemoteProtocolError"),
+    "truncated": (network.truncated, "tcb", "the connection broke"),
+    "truncated CRL": (network.truncated, "pckcrl", "the connection broke"),
     "oversized": (network.oversized, "", "more than 1048576 bytes"),
     "redirect": (network.redirecting, "tcb", "TCB info: status 307"),
     "garbage": (network.garbage, "tcb", "tcbInfo: not JSON"),
@@ -315,12 +315,12 @@ def test_it_dies_and_comes_back(each: Loop) -> None:
     upstream = Upstream()
     with running(upstream):
         of = source(upstream)
-    assert "ConnectError" in each.fetch(of)[0]  # without cached collateral: a 503
+    assert "no connection to " in each.fetch(of)[0]  # without cached collateral: a 503
     with running(upstream):
         (warm,) = each.fetch(of)
         assert isinstance(warm, VerifiedCollateral)
     cold, still = each.fetch(of, PLATFORM.another(1), PLATFORM)  # cached collateral outlives its upstream
-    assert "ConnectError" in cold
+    assert "no connection to " in cold
     assert still is warm
     with running(upstream):
         assert isinstance(each.fetch(of, PLATFORM.another(1))[0], VerifiedCollateral)
@@ -385,12 +385,12 @@ def test_kept_on_disk_and_verified_again(each: Loop, tmp_path: Path) -> None:
 
     (again, none), log = each.run(source(upstream, directory=kept), main)  # an outage, with a warm cache and without
     assert (again.window, again.tcb_info) == (first.window, first.tcb_info)
-    assert "ConnectError" in none
+    assert "no connection to " in none
     assert log[0].fields["files"] == 1
     text = (kept / name).read_bytes()
     (kept / name).write_bytes(text.replace(b"UpToDate", b"UptoDate"))
     (_, told), log = each.run(source(upstream, directory=kept), main)
-    assert "ConnectError" in told
+    assert "no connection to " in told
     assert [record.event for record in log][:2] == ["collateral_restored", "collateral_not_restored"]
     assert "did not sign" in str(log[1].fields["error"])
 
@@ -512,7 +512,7 @@ def test_tls_is_checked(each: Loop, credentials: Credentials) -> None:
     context.load_cert_chain(credentials.chain)
     with running(Upstream(), context) as upstream:
         (told,) = each.fetch(source(upstream))
-        assert "CERTIFICATE_VERIFY_FAILED" in told
+        assert "certificate does not verify" in told
         assert upstream.asked == []
         (found,) = each.fetch(source(upstream, context=client_context(None, credentials.ca_pem)))
         assert isinstance(found, VerifiedCollateral)

@@ -11,6 +11,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import ssl
@@ -106,7 +107,7 @@ class HttpsSender:
                 raise self._limits.exceeded(bytearray()) from exc
             raise TransportError(f"the server was silent for {self._limits.read:g} s", maybe_delivered=True) from exc
         except OSError as exc:
-            raise TransportError(f"the connection broke: {_why(exc)}", maybe_delivered=True) from exc
+            raise TransportError(f"the connection broke: {why_not(exc)}", maybe_delivered=True) from exc
         except RemoteProtocolError as exc:
             raise TransportError(str(exc), maybe_delivered=True) from exc
         finally:
@@ -164,7 +165,7 @@ class HttpsSender:
         try:
             yield
         except (OSError, ValueError) as exc:  # ValueError: a name that no certificate can have
-            why = f"none within {self._limits.connect:g} s" if isinstance(exc, TimeoutError) else _why(exc)
+            why = f"none within {self._limits.connect:g} s" if isinstance(exc, TimeoutError) else why_not(exc)
             raise TransportError(f"no connection to {self._origin.authority}: {why}", maybe_delivered=False) from exc
 
 
@@ -283,7 +284,8 @@ def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
     raise error
 
 
-def _why(exc: Exception) -> str:
+def why_not(exc: BaseException) -> str:
+    """Return why there is no connection, or no answer, for the operator."""
     match exc:
         case ssl.SSLCertVerificationError():
             return f"the server's certificate does not verify: {exc.verify_message}"
@@ -291,6 +293,8 @@ def _why(exc: Exception) -> str:
             return "the server closed the connection without a TLS alert"
         case ssl.SSLError(reason=str(reason)):
             return f"TLS: {reason.lower().replace('_', ' ')}"
+        case OSError(errno=int(number)) if number > 0:
+            return os.strerror(number)  # asyncio has a text of its own, without the reason
         case OSError(strerror=str(text)):
             return text
         case _:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import anyio
 
 from chutes_proto._lazy import LazyModule
 from chutes_proto.errors import LocalProtocolError, TransportError
-from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.http.https import TimeLimits, why_not
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import Headers, HttpResponse
 from chutes_proto.wire.origin import Origin
@@ -42,7 +42,7 @@ async def whole_answer(
 ) -> HttpResponse:
     """Return the whole answer; call ``begun`` before its body is read, while its connection is open."""
     body = bytearray()
-    with anyio.move_on_after(limits.total) as scope, transport_errors():
+    with anyio.move_on_after(limits.total) as scope, _transport_errors(request.url.netloc.decode("ascii"), limits):
         response = await client.send(request, stream=True, follow_redirects=False)
         try:
             begun(response)
@@ -87,8 +87,8 @@ def prepare(
 
 
 @contextmanager
-def transport_errors() -> Generator[None]:
-    """Turn the errors of httpx and of the operating system into `TransportError`."""
+def _transport_errors(authority: str, limits: TimeLimits) -> Generator[None]:
+    """Turn the errors of httpx and of the operating system into `TransportError`, in the words of `HttpsSender`."""
     try:
         yield
     except httpx.LocalProtocolError as exc:
@@ -100,14 +100,20 @@ def transport_errors() -> Generator[None]:
         httpx.ProxyError,
         httpx.UnsupportedProtocol,
     ) as exc:
-        raise TransportError(_text(exc), maybe_delivered=False) from exc
+        why = f"none within {limits.connect:g} s" if isinstance(exc, httpx.ConnectTimeout) else why_not(_root(exc))
+        raise TransportError(f"no connection to {authority}: {why}", maybe_delivered=False) from exc
+    except httpx.TimeoutException as exc:
+        raise TransportError(f"the server was silent for {limits.read:g} s", maybe_delivered=True) from exc
     except (httpx.TransportError, OSError) as exc:
-        raise TransportError(_text(exc), maybe_delivered=True) from exc
+        raise TransportError(f"the connection broke: {why_not(_root(exc))}", maybe_delivered=True) from exc
 
 
-def _text(exc: Exception) -> str:
-    """Return the text of the first error in the chain of causes that has one."""
-    cause: BaseException | None = exc
-    while cause is not None and not str(cause):
-        cause = cause.__cause__ or cause.__context__
-    return f"{type(exc).__name__}: {cause}" if cause is not None else type(exc).__name__
+def _root(exc: Exception) -> BaseException:
+    """Return the error of the operating system or of TLS that caused ``exc``, or else the first one with a text."""
+    causes: list[BaseException] = [exc]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        if isinstance(cause, BaseExceptionGroup):  # one of each address; the last speaks for all, as without a loop
+            cause = cast("BaseExceptionGroup[BaseException]", cause).exceptions[-1]
+        causes.append(cause)
+    named = (cause for cause in causes if isinstance(cause, OSError) and cause.strerror is not None)
+    return next(named, next((cause for cause in causes if str(cause)), exc))
