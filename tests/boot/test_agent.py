@@ -25,6 +25,7 @@ from chutes_proto.errors import (
     LocalProtocolError,
     NotInMemory,
     QuoteUnavailable,
+    Refused,
     RemoteProtocolError,
     SignatureUnavailable,
     TransportError,
@@ -36,7 +37,12 @@ from chutes_proto.luks.plan import Key, Open
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 from chutes_proto.testing._playbook import Aside, Playbook
+from chutes_proto.wire import vms
+from chutes_proto.wire.codec import decode_answer
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import Endpoint
+from chutes_proto.wire.endpoints import COMMON_CODES
+from chutes_proto.wire.http import HttpResponse
 from tests.boot import talk
 from tests.boot.test_disks import BAD, CACHE, FOREIGN, LOST, LUKS, OPENED, OTHER, STORAGE, VOLUMES, base, synced
 from tests.boot.test_rotation import NONCE
@@ -281,32 +287,18 @@ def test_what_is_foreseen_of_the_root_disk_is_never_a_format() -> None:
 
 # --- what a failure means ---
 
-BOOT_CODES = [
-    Code.MEASUREMENT_MISMATCH,
-    Code.TCB_REJECTED,
-    Code.ATTRIBUTES_REJECTED,
-    Code.QUOTE_REJECTED,
-    Code.QUOTE_MALFORMED,
-    Code.HOTKEY_REJECTED,
-    Code.PLATFORM_MISMATCH,
-    Code.EXCHANGE_DOWNGRADE,
-    Code.CERTIFICATE_MISMATCH,
-    Code.SIGNATURE_INVALID,
-    Code.CLIENT_CERTIFICATE_REQUIRED,
-    Code.NONCE_INVALID,
-    Code.NONCE_MISMATCH,
-    Code.BOOT_TOKEN_INVALID,
-    Code.QUOTE_NONCE_INVALID,
-    Code.CONFIRM_NONCE_INVALID,
-    Code.ROTATION_SUPERSEDED,
-    Code.VOLUME_UNKNOWN,
-    Code.BUSY,
-    Code.DRAINING,
-    Code.STORE_UNAVAILABLE,
-    Code.COLLATERAL_UNAVAILABLE,
-    Code.KEY_UNAVAILABLE,
-    Code.SERVER_FAULT,
-]
+BOOT_ENDPOINTS = [endpoint for endpoint in vars(vms).values() if isinstance(endpoint, Endpoint)]
+OF_A_WRONG_AGENT = {
+    Code.BOOT_TOKEN_REQUIRED,
+    Code.HOTKEY_REQUIRED,
+    Code.HOTKEY_CONFLICT,
+    Code.VOLUMES_REQUIRED,
+    Code.REKEY_NOT_SUBSET,
+    Code.REQUEST_TIMEOUT,
+    Code.BODY_TOO_LARGE,
+    Code.HEAD_TOO_LARGE,
+}
+BOOT_CODES = sorted({*COMMON_CODES, *(code for each in BOOT_ENDPOINTS for code in each.codes)} - OF_A_WRONG_AGENT)
 
 
 @pytest.mark.parametrize("code", BOOT_CODES)
@@ -314,6 +306,14 @@ def test_a_code_that_a_boot_can_meet_has_words_of_its_own(code: Code) -> None:
     advice = advise(refusal(code.status, code, "detail"))
     assert advice is BY_CODE[code]
     assert advice == advise(refusal(code.status, str(code), "detail"))  # as a client reads it from the wire
+
+
+def test_a_page_of_a_proxy_is_not_taken_for_a_word_of_the_server() -> None:
+    page = HttpResponse(404, (("content-type", "text/html"),), b"<html><h1>404 Not Found</h1></html>")
+    with pytest.raises(Refused) as raised:
+        decode_answer(vms.BOOT_NONCE, page)
+    assert str(raised.value) == "HTTP status 404, without a text of a key server (404 unknown)"
+    assert advise(raised.value).do == "Check servers in the settings, and any proxy on the way."
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from attrs import frozen
 
 from chutes_proto import errors
 from chutes_proto.errors import ChutesError
-from chutes_proto.wire.codes import Code
+from chutes_proto.wire.codes import NO_CODE, Code
 
 
 @frozen
@@ -56,6 +56,7 @@ BY_CODE: Final[Mapping[str, Advice]] = {
     Code.HOTKEY_REJECTED: Advice(
         "The server does not know this hotkey.", "Check the hotkey in the settings or the config volume."
     ),
+    Code.HOTKEY_BLACKLISTED: Advice("The server's operator shut out this hotkey.", _OPERATOR),
     Code.HOTKEY_UNKNOWN: Advice("The server does not know this hotkey.", "Have it registered, then boot again."),
     Code.SIGNATURE_INVALID: Advice(
         "The server wants the hotkey's signature, and there was none that holds.",
@@ -66,6 +67,11 @@ BY_CODE: Final[Mapping[str, Advice]] = {
     Code.EXCHANGE_DOWNGRADE: Advice(
         "This VM has had the two-phase exchange, and the image booted now asks for the older one.", _IMAGE
     ),
+    Code.EXCHANGE_MISMATCH: Advice(
+        "The server expects another exchange of this image.",
+        "The server's operator gives the image's measurement profile the exchange of this image.",
+    ),
+    Code.VERSION_REJECTED: Advice("This image is too old for the server.", "Boot a newer image."),
     Code.NONCE_INVALID: Advice(
         "The nonce was expired, consumed, or of another server.",
         "Check that all servers of the settings share one store; then boot again.",
@@ -91,12 +97,24 @@ BY_CODE: Final[Mapping[str, Advice]] = {
     ),
     Code.KEY_NOT_FOUND: Advice("The server keeps no passphrase for this VM.", _OPERATOR),
     Code.NOT_FOUND: Advice("This address does not belong to a key server.", "Check servers in the settings."),
+    Code.RATE_LIMITED: Advice(
+        "The server got too many requests from this address.",
+        "Boot again later. If many VMs share the address, the operator raises the limit.",
+    ),
     Code.BUSY: Advice("The server has too much to do.", "Boot again later."),
     Code.DRAINING: Advice("The server is being stopped.", "Boot again when it is back."),
     Code.STORE_UNAVAILABLE: Advice("The server cannot reach its store.", _OPERATOR),
     Code.COLLATERAL_UNAVAILABLE: Advice("The server cannot get what it needs to verify this platform.", _OPERATOR),
     Code.KEY_UNAVAILABLE: Advice("The server lacks the key that its rows are sealed under.", _OPERATOR),
     Code.SERVER_FAULT: Advice("Something is wrong at the server.", _OPERATOR),
+    Code.BAD_REQUEST: Advice(
+        "The request did not reach the server as this agent sent it, or a proxy before the server is not configured.",
+        "Check any proxy on the way; the server's log has the reason.",
+    ),
+    NO_CODE: Advice(
+        "The answer has no code: it may be that of a proxy or of another service.",
+        "Check servers in the settings, and any proxy on the way.",
+    ),
 }
 
 

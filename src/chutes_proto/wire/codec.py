@@ -34,7 +34,7 @@ from chutes_proto.errors import (
 )
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
-from chutes_proto.wire.codes import Code
+from chutes_proto.wire.codes import NO_CODE, Code
 from chutes_proto.wire.endpoint import PLACE, Endpoint, Message, sole_field, wire_name
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 from chutes_proto.wire.names import NAME_PATTERN, Name
@@ -190,8 +190,10 @@ def _refusal(response: HttpResponse) -> Refusal:
     is_problems = isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail))
     return refusal(
         response.status,
-        code if isinstance(code, str) else "unknown",
-        cast("Any", detail) if is_problems or isinstance(detail, str) else f"HTTP status {response.status}",
+        code if isinstance(code, str) else NO_CODE,
+        cast("Any", detail)
+        if is_problems or isinstance(detail, str)
+        else f"HTTP status {response.status}, without a text of a key server",
         retry_after=_retry_after(response),
         request_id=request_id if isinstance(request_id, str) else None,
     )

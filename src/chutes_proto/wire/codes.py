@@ -7,6 +7,10 @@ with a quote stands in the operator's log under the verifier's own codes (``quot
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
+
+NO_CODE: Final = "unknown"
+"""A client's code for an error without one: a proxy's page, or an answer of a server of another make."""
 
 
 class Code(StrEnum):
