@@ -227,7 +227,9 @@ def test_an_untrusted_server_gets_no_request(send: Sender, credentials: Credenti
 
     with peer(credentials, behave) as (url, _):
         context = client_context(ca_pem=None if wrong == "authority" else credentials.ca_pem)
-        with pytest.raises(TransportError, match=r"^no connection to .*: the server's certificate does not ver") as raised:
+        with pytest.raises(
+            TransportError, match=r"^no connection to .*: the server's certificate does not ver"
+        ) as raised:
             _ = send(url.replace("localhost", "127.0.0.1") if wrong == "name" else url, context, REQUEST, SHORT)
     assert not raised.value.maybe_delivered
     assert heard == []

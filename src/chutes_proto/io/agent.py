@@ -30,6 +30,7 @@ from chutes_proto.errors import (
     QuoteUnavailable,
     SignatureUnavailable,
 )
+from chutes_proto.io import how_it_ended
 from chutes_proto.io.files import make_directory, read_file, reason, unavailable
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.quoters.choose import OutOfTimeError, Quoter
@@ -310,7 +311,7 @@ def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
             problems.append(f"/dev/mapper/{mapping}: {exc}")
         else:
             if done.returncode:
-                problems.append(f"/dev/mapper/{mapping}: cryptsetup close ended with exit status {done.returncode}")
+                problems.append(f"/dev/mapper/{mapping}: cryptsetup close {how_it_ended(done.returncode)}")
     return problems
 
 
@@ -323,4 +324,4 @@ def end_with(command: Sequence[str], wait: float, *, sleep: Callable[[float], No
         done = subprocess.run(command, check=False)
     except OSError as exc:
         return f"{command[0]} cannot be run: {exc.strerror}"
-    return f"{command[0]} ended with exit status {done.returncode}" if done.returncode else None
+    return f"{command[0]} {how_it_ended(done.returncode)}" if done.returncode else None

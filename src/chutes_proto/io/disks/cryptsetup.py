@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.io import how_it_ended
 from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
 from chutes_proto.luks.header import FRESH_IMAGE_TOKEN, HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open, RemoveMark
@@ -461,7 +462,7 @@ class _Copy:
         said = " ".join(done.stderr.decode("utf-8", "replace").split())[:200] or "it wrote no error"
         if done.returncode == _BUSY:
             raise self.disk.error("busy", f"cryptsetup {arguments[0]}: {said}; is it open already?")
-        raise self.disk.error("cryptsetup", f"cryptsetup {arguments[0]} ended with {done.returncode}: {said}")
+        raise self.disk.error("cryptsetup", f"cryptsetup {arguments[0]} {how_it_ended(done.returncode)}: {said}")
 
 
 def _pipe(key: Secret, disk: _Device) -> int:

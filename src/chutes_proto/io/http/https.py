@@ -285,7 +285,7 @@ def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
 
 
 def why_not(exc: BaseException) -> str:
-    """Return why there is no connection, or no answer, for the operator."""
+    """Return the reason of a failed connection or request, in words for the operator."""
     match exc:
         case ssl.SSLCertVerificationError():
             return f"the server's certificate does not verify: {exc.verify_message}"

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Final, cast
 
 from chutes_proto.boot._quoter_names import check_command, cut_command
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
-from chutes_proto.io import seconds_left
+from chutes_proto.io import how_it_ended, seconds_left
 from chutes_proto.io.quoters import MAX_QUOTE
 
 if TYPE_CHECKING:
@@ -101,9 +101,8 @@ class CommandQuoter:
                     raise QuoteUnavailable(f"{self} did not end within {self._timeout:g} s") from None
                 raise
         if status != 0:
-            ended = f"with exit status {status}" if status > 0 else f"by signal {-status}"
             last = said.decode("utf-8", "replace").strip()[-_TAIL:]
-            raise QuoteUnavailable(f"{self} ended {ended}: {last or 'it wrote no error'}")
+            raise QuoteUnavailable(f"{self} {how_it_ended(status)}: {last or 'it wrote no error'}")
         return output
 
     def _talk(self, process: subprocess.Popen[bytes], line: bytes, end: float) -> tuple[bytes, bytes]:
