@@ -121,6 +121,21 @@ def test_workers_end_with_a_supervisor_that_is_killed_and_leave_its_address(prem
     assert not other.exists()
 
 
+def test_a_signal_to_all_processes_is_one(premises: Premises) -> None:
+    """As from systemd, or from a terminal: each worker gets it from there, too, and serves its open boots."""
+    premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
+    premises.start("--workers", "2")
+    vm = premises.vm()
+    token = vm.boot()["boot_token"]
+    assert premises.server is not None
+    process = premises.server.process
+    for each in (*children(premises), process.pid):
+        os.kill(each, signal.SIGTERM)
+    _ = wait_until(lambda: len(records(premises, "stopping")) >= 3)
+    _ = vm.sync(token)
+    assert process.wait(60) == 0
+
+
 def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
     premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
     premises.start("--workers", "2")

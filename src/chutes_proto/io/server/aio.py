@@ -6,6 +6,7 @@ answers and the time to end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
@@ -84,6 +85,11 @@ class Server:
             self._connections.drain(now)
         self._update_end()
         return end - now
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._serving.deadline < math.inf
 
     @property
     def open_connections(self) -> int:

@@ -67,6 +67,7 @@ from chutes_proto.io.server.store_setup import (
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
 from chutes_proto.io.server.witnesses import witnessing
 from chutes_proto.io.server.workers import (
+    STOP_AT_ONCE,
     STOP_HANDED_OVER,
     Given,
     Supervisor,
@@ -507,6 +508,11 @@ def serve_until_stopped(
                     tell_manager("STOPPING=1")
                     _end_after(seconds + END_SECONDS, log, listeners)
 
+                def begin_to_stop(why: str, *, handed_over: bool) -> None:
+                    """The supervisor tells a worker, and so may a service manager or a terminal that tells all."""
+                    if not server.is_stopping:
+                        stop(why, handed_over=handed_over)
+
                 async def end_with_supervisor() -> None:
                     if held.life is not None:
                         await anyio.wait_readable(held.life)
@@ -523,9 +529,11 @@ def serve_until_stopped(
                     signal.SIGHUP: lambda: None if worker is not None else reload_at_signal(reloader.reload, log)
                 }
                 handed_over = held.by_manager and listeners.all_given
-                signals |= {number: partial(stop, number.name, handed_over=handed_over) for number in stops}
+                to_stop = stop if held.life is None else begin_to_stop
+                signals |= {number: partial(to_stop, number.name, handed_over=handed_over) for number in stops}
                 if held.life is not None:
                     signals[STOP_HANDED_OVER] = partial(stop, "takeover", handed_over=True)
+                    signals[STOP_AT_ONCE] = partial(stop, STOP_AT_ONCE.name, handed_over=handed_over)
                 background = (end_after_takeover, end_with_supervisor)
                 await run_until_stopped(server, listeners.sockets, signals, ready, *background)
                 _end_after(END_SECONDS, log, listeners)

@@ -46,6 +46,9 @@ from chutes_proto.log import Level, Record, Value
 STOP_HANDED_OVER: Final = signal.SIGUSR1
 """Tells a worker to stop although its supervisor is not told: another server has the sockets."""
 
+STOP_AT_ONCE: Final = signal.SIGUSR2
+"""Tells a worker that stops to end. Another signal to stop does not: the first may have reached it by two ways."""
+
 METRICS_DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus-client keeps the values of several processes in files, and sums them."""
 
@@ -351,7 +354,7 @@ class Supervisor:
                 case "signal", signal.SIGHUP:
                     reload_at_signal(self.reload, self.log)
                 case "signal", signal.Signals() as number:
-                    self._stop(number.name, signal.SIGTERM)
+                    self._stop(number.name, STOP_AT_ONCE if self._stopping else signal.SIGTERM)
                 case "takeover", _:
                     was_taken_over = True
                     self._stop("takeover", STOP_HANDED_OVER)
