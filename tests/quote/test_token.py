@@ -13,6 +13,7 @@ from attrs import evolve
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 
 from chutes_proto.quote import AppraisalError, Policy, PolicyError, make_ear, sign_ear
+from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._behind import Lack
 from chutes_proto.quote._measurements import RegisterRule
 from chutes_proto.quote._policy import TcbPolicy
@@ -143,6 +144,23 @@ def test_nothing_is_affirmed_that_nobody_appraised_or_pinned() -> None:
     late = TcbPolicy(accepted_statuses=frozenset({TcbStatus.OUT_OF_DATE}))
     accepted = Policy(tcb=late, profiles=(PROFILE,)).appraise(verdict_of(PLATFORM, "tcb_out_of_date"), stage="boot")
     assert make_ear(accepted, policy_id="p")["submods"]["tdx"]["ear.trustworthiness-vector"]["hardware"] == 32
+
+
+@pytest.mark.parametrize(
+    ("fault", "policy", "status"),
+    [
+        (
+            "tcb_out_of_date",
+            Policy(tcb=TcbPolicy(accepted_statuses=[TcbStatus.OUT_OF_DATE]), profiles=(PROFILE,)),
+            "warning",
+        ),
+        ("debug", Policy(attributes=AttributePolicy(unsafe_allow_debug=True), profiles=(PROFILE,)), "contraindicated"),
+    ],
+)
+def test_no_status_is_better_than_the_worst_claim(fault: str, policy: Policy, status: str) -> None:
+    """A reader that looks at the status alone must not take a TD that its host can read for a good one."""
+    appraisal = make_ear(policy.appraise(verdict_of(PLATFORM, fault), stage="boot"), policy_id="p")["submods"]["tdx"]
+    assert appraisal["ear.status"] == status
 
 
 def test_what_one_policy_accepts_and_another_refuses_is_not_affirmed() -> None:

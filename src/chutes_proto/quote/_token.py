@@ -2,8 +2,9 @@
 
 Rules kept here:
 
-* what a policy accepted is ``affirming``, what it refused ``contraindicated``; a verdict that no policy appraised is
-  ``none``, and affirms nothing;
+* what a policy accepted is ``affirming``, but no better than the worst claim of the trustworthiness vector (EAR,
+  ``ear.status``); what it refused is ``contraindicated``; a verdict that no policy appraised is ``none``, and affirms
+  nothing;
 * the trustworthiness vector has a claim only where something was checked: measurements that were left to any value give
   no claim about executables.
 
@@ -47,13 +48,14 @@ def make_ear(
     """
     if nonce is not None and not 8 <= len(nonce) <= 88:
         raise PolicyError("nonce: an EAT nonce has 8 to 88 characters")
+    vector = _vector(verdict, None if refused is None else refused.refusals)
     if refused is not None:
         status = "contraindicated"
     else:
-        status = "affirming" if isinstance(verdict, AcceptedVerdict) else "none"
+        status = _tier(max(vector.values())) if isinstance(verdict, AcceptedVerdict) else "none"
     appraisal: Claims = {
         "ear.status": status,
-        "ear.trustworthiness-vector": _vector(verdict, None if refused is None else refused.refusals),
+        "ear.trustworthiness-vector": vector,
         "ear.appraisal-policy-id": policy_id,
         "ear.veraison.annotated-evidence": verdict.to_dict(),
     }
@@ -95,6 +97,11 @@ _ALGORITHMS: Final = {
     "secp521r1": "ES512",
     "Ed25519PrivateKey": "EdDSA",
 }
+
+
+def _tier(value: int) -> str:
+    """The tier of a claim of the vector."""
+    return "affirming" if value < _WARNING else "warning" if value < _CONTRAINDICATED else "contraindicated"
 
 
 def _vector(verdict: Verdict, refusals: Sequence[Refusal] | None) -> dict[str, int]:
