@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,18 @@ parse_quote replay verify verify_collateral verify_genuine verify_quote
 
 def test_the_surface_is_the_one_that_was_reviewed() -> None:
     assert sorted(quote.__all__) == sorted(SURFACE.split())
+
+
+def test_the_package_is_used_alone_with_the_modules_that_the_documentation_names(tmp_path: Path) -> None:
+    page = (PROJECT / "docs" / "reference" / "verification.md").read_text("utf-8")
+    (named,) = re.findall(r"The package can be copied and used alone, with ([^;]*);", page)
+    source, copy = PROJECT / "src" / "chutes_proto", tmp_path / "chutes_proto"
+    _ = shutil.copytree(source / "quote", copy / "quote")
+    _ = (copy / "__init__.py").write_text("")
+    for name in re.findall("`(.*?)`", named):
+        _ = shutil.copy(source / name, copy)
+    text = "from chutes_proto.quote import *; parse_policy_toml(''); sign_ear"
+    _ = subprocess.run([sys.executable, "-c", text], check=True, env={"PYTHONPATH": str(tmp_path)})
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
