@@ -124,7 +124,8 @@ def test_a_late_log_is_noted_while_it_is_late(setup: ServerSetup, store: SqliteS
 def test_collateral_that_cannot_be_used_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
     folder = setup.base / "collateral"
     _ = (folder / "000000000000.json").write_text("{}")
-    assert states(read_health(setup, store))["collateral"] == "note"
+    (told,) = [finding for finding in read_health(setup, store).findings if finding.what == "collateral"]
+    assert (told.state, told.remedy.endswith(f"--out {folder}")) == ("note", True)
     shutil.rmtree(folder)
     health = read_health(setup, store)
     assert (states(health)["collateral"], health.ends_of("collateral")) == ("note", ())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding
-from chutes_proto.io.server.ends import check_profiles, ends_of
+from chutes_proto.io.server.ends import check_profiles, ends_of, fetch_command
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.store_setup import check_store
 from chutes_proto.quote._policy_words import policy_notes
@@ -27,7 +27,7 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
             yield Finding("ok", "collateral", f"from {upstream.url} (not asked now)")
     else:
         path = setup.collateral.path
-        fetch = f"chutes-proto collateral fetch --quote QUOTE --upstream URL --out {path}"
+        fetch = fetch_command(path)
         try:
             items = setup.collateral.items(int(time.time()))
             for item in items:

@@ -15,6 +15,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 from attrs import frozen
@@ -150,6 +151,11 @@ def _collateral(setup: ServerSetup, now: int, *, kept: bool) -> Iterator[End]:
         if end.name not in found or found[end.name].end < end.end:
             found[end.name] = end
     yield from found.values()
+
+
+def fetch_command(directory: Path) -> str:
+    """The command that puts collateral into a directory, in place of a file that cannot be used."""
+    return f"chutes-proto collateral fetch --quote QUOTE --upstream URL --out {directory}"
 
 
 def _files(source: CollateralDirectory, now: int) -> list[tuple[str, VerifiedCollateral]]:

@@ -16,7 +16,7 @@ from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreBus
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file
 from chutes_proto.io.finding import Finding, State
-from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, ends_of, summary
+from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, ends_of, fetch_command, summary
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
@@ -143,6 +143,6 @@ def _collateral(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], now
         except CollateralUnavailable as exc:
             useless = [str(exc)]
         if useless and finding.state == "ok":
-            return Finding("note", "collateral", useless[0])
+            return Finding("note", "collateral", useless[0], fetch_command(source.path))
     count = sum(each.kind == "collateral" for each in ends)
     return finding if finding.state != "ok" else Finding("ok", "collateral", f"of {count} platform families")
