@@ -23,6 +23,7 @@ from tests.cli.conftest import Ended, is_root
 from tests.collateral.network import PLATFORM as NETWORK_PLATFORM
 from tests.collateral.network import Upstream, running
 from tests.conftest import ROOT
+from tests.quote.logs import log
 
 NOW = 1_780_000_000
 REPORT_DATA = bytes(range(64))
@@ -221,6 +222,12 @@ def test_a_quote_may_be_text_and_come_from_standard_input(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(written)))
     assert command("verify", "-", *options).code == 0
     assert command("inspect", tmp_path / "quote.txt").code == 0
+    assert command("profile", tmp_path / "quote.txt", tmp_path / "quote.bin", "--name", "one").code == 0
+    _ = (tmp_path / "log").write_bytes(log())
+    assert command("replay", tmp_path / "log", "--quote", tmp_path / "quote.txt", "--json").json["parsed"]
+    nowhere = ("--upstream", "http://127.0.0.1:1", "--root", tmp_path / "root.der", "--out", tmp_path / "fetched")
+    unfetched = command("collateral", "fetch", "--quote", tmp_path / "quote.txt", *nowhere)
+    assert "quote.txt" not in unfetched.err
 
 
 @pytest.mark.parametrize("text", [b"A" * 1025, b"0" * 1024 + b"g", b"A" * 2048])

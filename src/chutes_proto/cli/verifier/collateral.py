@@ -16,7 +16,14 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, F, Group, answer, at_option, full_option, json_option, one_of, parsed
 from chutes_proto.cli.base import platform_option as simulated_option
 from chutes_proto.cli.describe import exits
-from chutes_proto.cli.verifier.fields import OTHER_ROOT, root_option, say_fields, trusted_root
+from chutes_proto.cli.verifier.fields import (
+    OTHER_ROOT,
+    QUOTE_FORMS,
+    read_quote_file,
+    root_option,
+    say_fields,
+    trusted_root,
+)
 from chutes_proto.cli.verifier.simulate import fault_option, simulated_platform
 from chutes_proto.collateral.report import described, forecast
 from chutes_proto.errors import ConfigurationError, QuoteError, TransportError
@@ -68,7 +75,7 @@ def _address(text: str) -> tuple[str, int]:
 @command.command(
     "fetch", exits=exits("written", "no service has any that verifies, or the quote's PCK chain does not verify")
 )
-@click.option("--quote", metavar="FILE", help="a quote of the platform")
+@click.option("--quote", metavar="FILE", help=f"a quote of the platform: {QUOTE_FORMS}")
 @click.option("--fmspc", metavar="HEX", callback=parsed(_fmspc), help="the platform's FMSPC, 12 hex digits")
 @click.option("--ca", type=click.Choice(("platform", "processor")), help="the CA of its PCK certificate, with --fmspc")
 @click.option("--tee", type=click.Choice(("TDX", "SGX")), default="TDX", show_default=True, help="with --fmspc")
@@ -147,7 +154,7 @@ def fetch_command(
 def _family(quote: str, root: TrustedRoot) -> Family:
     from chutes_proto.collateral.library import Family
 
-    return Family.of(open_quote(read_file(quote), now=int(time.time()), root=root, sgx=True).pck)
+    return Family.of(open_quote(read_quote_file(quote), now=int(time.time()), root=root, sgx=True).pck)
 
 
 def _unverified(reason: str) -> TransportError:

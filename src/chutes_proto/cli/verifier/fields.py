@@ -18,6 +18,7 @@ from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 
 _WIDTH: Final = 26
+QUOTE_FORMS: Final = "bytes, or their hexadecimal digits or base64"
 OTHER_ROOT: Final = (
     "is under another root than Intel's, or than that of --root, which names one to trust"
     " (that of the simulated platform is in the root.der that `simulate` writes)"
@@ -29,7 +30,7 @@ quote_argument: Decorator = click.argument(
     "quote",
     cls=Argument,
     metavar="QUOTE",
-    help="a file with a quote, - for standard input: bytes, or their hexadecimal digits or base64",
+    help=f"a file with a quote, - for standard input: {QUOTE_FORMS}",
 )
 root_option: Decorator = click.option("--root", metavar="DER", help="a root to trust instead of Intel's")
 stage_option: Decorator = click.option(

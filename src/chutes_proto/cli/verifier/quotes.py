@@ -10,7 +10,6 @@ from chutes_proto.cli.base import Argument, Command, answer, full_option, json_o
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import quote_argument, read_quote_file, refusal, say_fields
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.files import MAX_SIZE, read_head
 from chutes_proto.quote._plain import quote_fields, registers
 
 
@@ -69,7 +68,7 @@ def profile(boot: str, runtime: str, name: str, version: str) -> int:
     reports: list[verifier.TdReport10] = []
     for path in (boot, runtime):
         try:
-            body = verifier.parse_quote(read_head(path, MAX_SIZE)).body
+            body = verifier.parse_quote(read_quote_file(path)).body
         except verifier.QuoteFormatError as exc:
             return _refuse(exc.code, f"{path}: {exc}")
         if not isinstance(body, verifier.TdReport10):

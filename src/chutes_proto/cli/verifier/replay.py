@@ -11,7 +11,7 @@ from chutes_proto import quote as verifier
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Argument, Command, answer, full_option, json_option
 from chutes_proto.cli.describe import exits
-from chutes_proto.cli.verifier.fields import refusal, say_fields, say_verdict
+from chutes_proto.cli.verifier.fields import QUOTE_FORMS, read_quote_file, refusal, say_fields, say_verdict
 from chutes_proto.io.files import read_head
 from chutes_proto.quote._eventlog import MAX_SIZE
 from chutes_proto.quote._plain import registers
@@ -28,7 +28,7 @@ _NOT_FIELDS: Final = ("accepted", "parsed", "replayed", "refusals", "difference"
     ),
 )
 @click.argument("log", cls=Argument, metavar="LOG", help="a file with the event log's bytes")
-@click.option("--quote", metavar="QUOTE", required=True, help="a file with the quote's bytes")
+@click.option("--quote", metavar="QUOTE", required=True, help=f"a file with the quote: {QUOTE_FORMS}")
 @click.option("--against", metavar="GOOD", help="the event log of a known-good boot")
 @json_option
 @full_option
@@ -56,7 +56,10 @@ def _report(log_file: str, quote_file: str, good_file: str | None) -> dict[str, 
         "good": verifier.parse_event_log,
     }
     names = {"log": log_file, "quote": quote_file, **({} if good_file is None else {"good": good_file})}
-    files = {role: read_head(name, MAX_SIZE + 1) for role, name in names.items()}
+    files = {
+        role: read_quote_file(name) if role == "quote" else read_head(name, MAX_SIZE + 1)
+        for role, name in names.items()
+    }
     refusals: list[dict[str, str]] = []
     report: dict[str, Any] = {"accepted": False, "parsed": False, "replayed": False, "refusals": refusals}
     parsed: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from chutes_proto.cli.base import Argument, Command, answer, at_option, full_opt
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import (
     OTHER_ROOT,
+    QUOTE_FORMS,
     read_quote_file,
     refusal,
     root_option,
@@ -53,7 +54,7 @@ _READ: Final = (
     metavar="QUOTE...",
     nargs=-1,
     required=True,
-    help="a file with a quote, - for standard input: bytes, or their hexadecimal digits or base64",
+    help=f"a file with a quote, - for standard input: {QUOTE_FORMS}",
 )
 @click.option(
     "--collateral",
