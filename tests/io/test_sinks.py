@@ -18,6 +18,7 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import StoreError
+from chutes_proto.io.files import give_to_owner_of
 from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.server.sinks import FileSink, JournalSink, Sinks
 from chutes_proto.io.stores.address import DurableStore, StorePlace
@@ -74,6 +75,19 @@ def test_what_root_makes_the_server_can_open(tmp_path: Path) -> None:
     os.chown(tmp_path / "audit.jsonl", SERVER, 0)
     FileSink(tmp_path / "audit.jsonl").write(["{}"])
     assert (tmp_path / "audit.jsonl").stat().st_gid == 0  # one that is there keeps whom it belongs to
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_root_gives_away_nothing_that_a_link_leads_to(tmp_path: Path) -> None:
+    """The server's user can put a link in its place; a file of root's must not become that user's."""
+    folder, elsewhere = tmp_path / "served", tmp_path / "elsewhere"
+    folder.mkdir()
+    os.chown(folder, SERVER, SERVER)
+    (folder / "audit.jsonl").symlink_to(elsewhere)
+    FileSink(folder / "audit.jsonl").write(["{}"])
+    assert elsewhere.stat().st_uid == 0
+    give_to_owner_of(folder, folder / "audit.jsonl")
+    assert elsewhere.stat().st_uid == 0
 
 
 SERVER = 65534

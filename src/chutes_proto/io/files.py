@@ -121,12 +121,29 @@ def write_file(path: str | Path, data: bytes, *, mode: int = 0o644) -> None:
             raise
 
 
+def make_file(path: Path, mode: int) -> None:
+    """Make an empty file unless something is there; one that root makes belongs to the user of its folder.
+
+    So an operator's command that comes before the server does not shut it out. The server's user may write the folder,
+    so nothing is followed that he put there: a link would give him a file of root's anywhere. Raises `OSError`.
+    """
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            give_to_owner_of(path.parent, descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def give_to_owner_of(folder: Path, file: int | Path) -> None:
-    """Give a file that root made in ``folder``, with an operator's command, to the user whose server must open it."""
+    """Give a file that root made in ``folder`` to the folder's user; of a link, the link itself."""
     if os.geteuid() == 0:
         owner = folder.stat()
         with suppress(OSError):  # the root of a container may own only some users' files
-            os.chown(file, owner.st_uid, owner.st_gid)
+            if isinstance(file, int):
+                os.fchown(file, owner.st_uid, owner.st_gid)
+            else:
+                os.lchown(file, owner.st_uid, owner.st_gid)
 
 
 def create_private(path: str | Path, data: bytes) -> None:

@@ -28,7 +28,7 @@ from typing import Final, Protocol
 from attrs import define, field, frozen
 
 from chutes_proto.errors import StoreError
-from chutes_proto.io.files import give_to_owner_of
+from chutes_proto.io.files import make_file
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._copies import Copies
 from chutes_proto.store.rows import AuditRow
@@ -64,13 +64,11 @@ class FileSink:
 
     def write(self, lines: Sequence[str]) -> None:
         data = "".join(f"{line}\n" for line in lines).encode()
+        make_file(self.path, 0o640)
         # Nobody may read a pipe, or nobody any more: then it takes nothing, and is not waited for.
-        is_new = not self.path.exists()
         access = os.O_WRONLY | os.O_NONBLOCK if self.path.is_fifo() else os.O_RDWR
         descriptor = os.open(self.path, access | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            if is_new:
-                give_to_owner_of(self.path.parent, descriptor)
             if _ends_within_line(descriptor):
                 data = b"\n" + data
             if os.write(descriptor, data) != len(data):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
-from chutes_proto.io.files import give_to_owner_of
+from chutes_proto.io.files import make_file
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.store._guard import Custody, Guard, Remembered, Session
@@ -517,12 +517,8 @@ class SqliteStore(MarkedStore):
     def _make_file(self) -> None:
         # Closing any descriptor of a file drops all locks that this process holds on it (POSIX), SQLite's too. So the
         # descriptor must be closed before another thread can have opened the file, and none is opened if it is there.
-        with _MAKING, contextlib.suppress(FileExistsError):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                give_to_owner_of(self.path.parent, descriptor)
-            finally:
-                os.close(descriptor)
+        with _MAKING:
+            make_file(self.path, 0o600)
 
     def _prepare_with_retries(self, connection: sqlite3.Connection) -> None:
         """Prepare; retry, because SQLite does not wait when two processes switch a new file to the write-ahead log."""
