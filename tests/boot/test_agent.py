@@ -147,6 +147,12 @@ def test_a_disk_that_must_not_be_opened_ends_it_before_a_server_is_asked(script:
         run(run_agent(talk.SETTINGS, ROOT, VOLUMES), *script)
 
 
+def test_no_disks_are_looked_at_where_all_are_left_to_a_later_run() -> None:
+    told: list[Record] = []
+    assert run(run_agent(talk.SETTINGS, None, ()), *GRANTED, log=told.append).opened == ()
+    assert "disks_looked_at" not in {record.event for record in told}
+
+
 def test_disks_may_take_a_while_to_appear() -> None:
     clock = iter([0.0, 0.0, 1.0, 1.9, 2.0])
     nothing: list[tuple[Any, object]] = [(InspectDisk(STORAGE.device), MISSING), LOOK[1]]

@@ -86,7 +86,8 @@ def _look(root: Volume | None, volumes: Sequence[Volume], wait: float) -> Flow[l
     """
     began = yield from Uptime()
     devices = [volume.device for volume in ([] if root is None else [root]) + [*volumes]]
-    yield from Log(Record.of(Level.INFO, "disks_looked_at", devices=devices))
+    if devices:  # a run that leaves the volumes to a later one, without a root disk, has none
+        yield from Log(Record.of(Level.INFO, "disks_looked_at", devices=devices))
     awaited = False
     while True:
         found = yield from foresee(root, volumes)
