@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from typing import Any, TypeVar
 import pytest
 from attrs import evolve
 
+from chutes_proto.boot import RetryPolicy
+from chutes_proto.errors import TransportError
 from chutes_proto.miner import HotkeyPair
 from chutes_proto.secret import Secret
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
@@ -74,6 +77,21 @@ def test_a_boot_agent_opens_disks_and_formats_only_blank_ones(kind: str, server:
 
     run(kind, unlock)
     assert opened == [("root", 128, False), ("storage", 128, False), ("tdx-cache", 128, True)]
+
+
+def test_a_driver_of_ones_own_boots(server: DevServer, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("own_driver")
+    quoter = example.make_quoter(f"simulated:{server.platform}")
+    grant, keys = example.boot(server.url, HOTKEY, "vm-driver", quoter, server.ca.read_bytes(), {"storage": False})
+    assert [(key.volume, len(key.passphrase), key.may_format) for key in keys] == [("storage", 128, True)]
+    assert len(grant.root_passphrase) == 128
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        nobody = f"https://127.0.0.1:{port.getsockname()[1]}"
+    retry = RetryPolicy(attempts=2, base=0.01)
+    example.BootSettings = partial(example.BootSettings, retry=retry)
+    with pytest.raises(TransportError, match="no connection"):
+        example.boot(nobody, HOTKEY, "vm-driver", quoter, server.ca.read_bytes(), {"storage": False})
+    assert "boot_delayed" in capsys.readouterr().err
 
 
 def test_a_miner_registers_and_attests_a_server(server: DevServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ __all__ = ["Effect", "Flow", "run", "run_async"]
 __all__ += ["ActOnDisk", "CollectGpuEvidence", "Entropy", "FetchCollateral", "FetchEvidence", "FetchGpuCollateral"]
 __all__ += ["Get", "InspectDisk", "Log", "MakeQuote", "NextServer", "Now", "Post", "Resolve", "Send", "Sleep"]
 __all__ += ["Transact", "Uptime"]
+__all__ += ["Headers", "HttpRequest", "HttpResponse"]  # a driver reads the one and makes the other
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

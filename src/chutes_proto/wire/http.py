@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import field, frozen
 
+from chutes_proto._lazy import LazyModule
+
 if TYPE_CHECKING:
-    from cryptography.x509 import Certificate
+    from cryptography import x509
 
     from chutes_proto.errors import BadRequest
+else:
+    x509 = LazyModule("cryptography.x509")  # the wire needs only the name of the type
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -35,7 +39,7 @@ class HttpRequest:
     target: str
     headers: Headers = field(default=(), repr=False)
     body: bytes = field(default=b"", repr=False)
-    peer_certificate: Certificate | None = field(default=None, repr=False, eq=False)
+    peer_certificate: x509.Certificate | None = field(default=None, repr=False, eq=False)
     peer_address: str = ""
     arrived: float = field(default=0.0, eq=False)
 
