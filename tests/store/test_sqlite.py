@@ -288,6 +288,23 @@ def test_a_file_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path) 
     assert [row.boot_id for row in store.transact(Ask(Scan(BootRow)))] == [boot("first").boot_id]
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path, is_replaced: bool) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    store.transact(boot("first"))
+    with closing(SqliteStore(path)) as other:  # another worker
+        log.unlink()
+        if is_replaced:
+            log.write_bytes(b"")
+        for each in (store, other, store):
+            with pytest.raises(StoreError, match=r"its log, keys\.db-wal, was moved, removed or replaced while in use"):
+                each.transact(boot("second"))
+    store.close()
+    with closing(SqliteStore(path)) as again:
+        assert [row.boot_id for row in again.transact(Ask(Scan(BootRow)))] == [boot("first").boot_id]
+        again.transact(boot("third"))
+
+
 def test_another_process_at_work_is_busy(path: Path) -> None:
     with (
         closing(SqliteStore(path, busy_seconds=0.05)) as store,

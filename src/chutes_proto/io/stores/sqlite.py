@@ -3,7 +3,7 @@
 Rules kept here:
 
 * an answer leaves only after its transaction is on the disk: write-ahead log, ``synchronous=FULL``, and never a file
-  that was moved away or replaced under us;
+  that was moved away or replaced under us, nor with such a log;
 * one writer at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
 * units that wait while another is written share the next commit: one of their threads runs all of them, one after the
   other, each within a savepoint if there are several. An error of a script undoes that unit alone; if the commit fails,
@@ -162,6 +162,8 @@ class SqliteStore(MarkedStore):
         self._heads: Remembered = {}  # of VMs, as stored: nobody else has changed them since then
         self._closed = False
         self._inode: tuple[int, int] | None = None
+        self._log_path: Path = self.path.with_name(f"{self.path.name}-wal")
+        self._log_inode: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; install 3.35 or newer")
         with self._my_turn(_Job(_ALONE)):
@@ -500,6 +502,7 @@ class SqliteStore(MarkedStore):
             except BaseException:
                 connection.close()
                 raise
+            self._log_inode = _inode_of(self._log_path)
             return connection
 
     def _find_file(self) -> None:
@@ -560,13 +563,18 @@ class SqliteStore(MarkedStore):
         return Versions(self.name, "sqlite", lambda text: connection.execute(text).fetchall())
 
     def _check_file(self) -> None:
-        """Check that the path leads to the open file: commits to a file without a name are lost at the next start."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != self._inode:
+        """Check that the path leads to the open file: commits to a file without a name are lost at the next start.
+
+        So are those in its log, unless it is closed before: that writes them to the file. It is not closed here: other
+        processes may go on with it.
+        """
+        if _inode_of(self.path) != self._inode:
             raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
+        if self._connection is not None and _inode_of(self._log_path) != self._log_inode:
+            raise self._fault(
+                f"its log, {self._log_path.name}, was moved, removed or replaced while in use; stop the server, which"
+                " writes to the file what the log has, and start it again"
+            )
 
     def _fault(self, what: str) -> StoreError:
         return StoreError(f"store {self.name}: {what}")
@@ -599,6 +607,14 @@ def _only_reading(connection: sqlite3.Connection) -> Generator[None]:
         yield
     finally:
         _ = connection.execute("PRAGMA query_only = 0")
+
+
+def _inode_of(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @lru_cache(128)
