@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from chutes_proto.errors import Refused
+from chutes_proto.errors import FileUnavailable, Refused
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.store.rows import Vm
@@ -132,6 +132,40 @@ def test_what_the_file_alone_knows_is_allowed_again(site: Site) -> None:
 
 
 @pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_a_file_of_erasures_that_cannot_be_used_is_told_with_what_was_changed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked(site)
+    site.boot("1")
+    file = site.directory / "store.mark.erasures"
+    file.mkdir()
+
+    def said(*words: str) -> str:
+        ended = site.do(*words)
+        assert ended.code == 1
+        assert ended.err.count(str(file)) == 1
+        return " ".join(ended.err.split())
+
+    revoked = said("vm", "revoke", "vm-1")
+    assert "vm-1 is revoked, but a restored backup will not know it: erasures: " in revoked
+    assert "mend that, and the next such command or server notes it" in revoked
+    assert "nothing was changed: erasures: " in said("vm", "allow", "vm-1")
+    assert len(site.json("revocations")["revocations"]) == 1
+    assert "its keys are destroyed in the store, and copies are not: erasures: " in said("vm", "erase", "vm-1", "--yes")
+    assert {key["state"] for key in site.json("keys", "history", f"{HOTKEY}/vm-1")["generations"]} <= {"purged"}
+    file.rmdir()
+    revoked = site.json("vm", "revoke", f"{HOTKEY}/vm-1")
+    assert revoked["recorded_in"] == str(file)
+
+    def full(*_: object, **__: object) -> None:
+        raise FileUnavailable(f"{file}: cannot be written: No space left on device")
+
+    monkeypatch.setattr("chutes_proto.io.stores.erasures.write_file", full)
+    allowed = said("vm", "allow", f"{HOTKEY}/vm-1")
+    assert f"vm {HOTKEY}/vm-1 may boot again, but a restored backup will not know it: erasures: " in allowed
+    assert site.json("revocations")["revocations"] == []
+
+
 def test_each_change_counts_as_later_than_the_one_before(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in one second, and where the clock of another machine is behind."""
     _ = marked(site)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -41,6 +42,19 @@ def new_version() -> int:
     return 1 + secrets.randbits(62)
 
 
+@contextmanager
+def told_with(outcome: str, then: str) -> Generator[None]:
+    """Tell of a fault of the file of erasures with what was done before it, and with what mends it."""
+    try:
+        yield
+    except StoreError as exc:
+        raise StoreError(f"{outcome}: {exc}; mend that, and {then}") from None
+
+
+_UNNOTED = "a restored backup will not know it"
+_LATER = "the next such command or server notes it"
+
+
 def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, reason: str, config: str) -> int:
     """Revoke a party, and list the VMs that may run; the result is the exit code."""
     now = operating.now()
@@ -50,10 +64,8 @@ def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, rea
         store.transact(Revoke(now, new_version(), kind, subject, until, reason))
         running = store.transact(who)
         file = erasures_file(setup.config)
-        try:
+        with told_with(f"{kind} {subject} is revoked, but {_UNNOTED}", _LATER):
             _ = keep_erasures(store, file)
-        except StoreError as exc:
-            raise StoreError(f"{kind} {subject} is revoked, but a restored backup will not know it: {exc}") from None
 
     def people() -> None:
         row = RevocationRow(kind, subject, reason, now, until)
@@ -71,9 +83,11 @@ def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
     """Undo a revocation; the result is the exit code."""
     with operating.opened(config) as (setup, store):
         file = erasures_file(setup.config)
-        _ = keep_erasures(store, file)  # in a store that was restored it may be what the file alone knows
+        with told_with("nothing was changed", "run the command again"):
+            _ = keep_erasures(store, file)  # in a store that was restored it may be what the file alone knows
         _ = store.transact(Allow(operating.now(), new_version(), kind, subject, reason))
-        _ = keep_erasures(store, file)
+        with told_with(f"{kind} {subject} may boot again, but {_UNNOTED}", _LATER):
+            _ = keep_erasures(store, file)
     return operating.done(f"{kind} {subject} may boot again; start its VMs that were refused")
 
 

@@ -114,7 +114,7 @@ def _write(path: Path, noted: _Noted, store_id: int) -> None:
         write_file(path, b"".join(line + b"\n" for line in (*noted.others, *lines)), mode=0o600)
         give_to_owner_of(path.parent, path)
     except (ConfigurationError, OSError) as exc:
-        raise StoreError(f"erasures: {path}: {exc}") from None
+        raise StoreError(f"erasures: {exc}") from None
 
 
 def _plain(row: ErasureRow, store_id: int) -> dict[str, object]:
@@ -127,7 +127,7 @@ def _read(path: Path, store_id: int) -> _Noted:
     try:
         lines = [*read_lines(path, limit=LONGEST)] if path.exists() else []
     except (ConfigurationError, OSError) as exc:
-        raise StoreError(f"erasures: {path}: {exc}") from None
+        raise StoreError(f"erasures: {exc}") from None
     noted = _Noted({}, {}, [])
     for number, line in enumerate(lines, 1):
         try:
