@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -229,11 +231,26 @@ def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", [{"rims": ()}, {"revocation": ()}, {"policy": None}, {"now": 1.0}, {"now": True}], ids=str
+    "argument",
+    [
+        *({"rims": ()}, {"revocation": ()}, {"policy": None}, {"now": 1.0}, {"now": True}),
+        *({"count": "2"}, {"count": True}, {"roots": None}, {"roots": GPUS.roots.device}),
+    ],
+    ids=str,
 )
 def test_arguments_of_another_type_are_refused(argument: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"^{next(iter(argument))}"):
         _ = verified(GPUS, **argument)
+
+
+@pytest.mark.parametrize("made", [bytearray, memoryview, bytes.decode, json.loads, lambda _: [1], lambda _: None])
+def test_evidence_of_another_type_is_refused(made: Callable[[bytes], Any]) -> None:
+    data = made(GPUS.evidence_json(NONCE))
+    policy, rims, revocation = GpuPolicy(), Rims(), Revocation()
+    with pytest.raises(TypeError, match=r"^data: must be bytes, or a sequence of DeviceEvidence"):
+        _ = verify(data, nonce=NONCE, now=NOW, rims=rims, revocation=revocation, policy=policy, roots=GPUS.roots)
+    with pytest.raises(TypeError, match=r"^evidence: must be DeviceEvidence"):
+        _ = authenticate(data, nonce=NONCE, now=NOW, roots=GPUS.roots)
 
 
 def test_results_are_made_by_verification_only() -> None:

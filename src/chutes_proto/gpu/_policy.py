@@ -28,7 +28,7 @@ from chutes_proto.gpu._measurements import differences, told_beside
 from chutes_proto.gpu._report import NONCE_SIZE
 from chutes_proto.gpu._revocation import Revocation, check_chain_status, check_floor
 from chutes_proto.gpu._rim import VerifiedRim
-from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, compare
+from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, check_kind, compare
 from chutes_proto.quote._terms import check_seconds
 
 Mode: TypeAlias = Literal["SPT", "MPT", "PPCIE"]
@@ -251,11 +251,18 @@ def verify(
     Raises `EvidenceRefusedError` with a report on every device; `EvidenceFormatError` for bytes that are no evidence;
     `TypeError` for arguments of another type.
     """
-    _check_kind("rims", rims, Rims)
-    _check_kind("revocation", revocation, Revocation)
-    _check_kind("policy", policy, GpuPolicy)
+    check_kind("rims", rims, Rims)
+    check_kind("revocation", revocation, Revocation)
+    check_kind("policy", policy, GpuPolicy)
+    if count is not None and type(count) is not int:
+        raise TypeError(f"count: must be an int, or None, not {count!r}")
     opened = open_evidence(data, nonce=nonce, now=now, roots=roots)
     return accept(opened, nonce=nonce, now=now, rims=rims, revocation=revocation, policy=policy, count=count)
+
+
+def _are_devices(value: object) -> bool:
+    is_list = isinstance(value, Sequence)
+    return is_list and all(isinstance(one, DeviceEvidence) for one in cast("Sequence[object]", value))
 
 
 Opened: TypeAlias = Sequence[GenuineDevice | GpuVerificationError]
@@ -269,7 +276,10 @@ def open_evidence(
     check_seconds("now", now)
     if nonce is not None and (type(nonce) is not bytes or len(nonce) != NONCE_SIZE):
         raise TypeError(f"nonce: must be {NONCE_SIZE} bytes, or None")
-    evidence = parse_evidence(data) if isinstance(data, bytes) else tuple(data)
+    check_kind("roots", roots, GpuRoots)
+    evidence = parse_evidence(data) if isinstance(data, bytes) else data
+    if not _are_devices(evidence):
+        raise TypeError("data: must be bytes, or a sequence of DeviceEvidence")
     return [_authenticated(one, nonce, now, roots) for one in evidence]
 
 
@@ -422,8 +432,3 @@ def _authenticated(
         return authenticate(evidence, nonce=nonce, now=now, roots=roots)
     except GpuVerificationError as exc:
         return exc
-
-
-def _check_kind(name: str, value: object, kind: type[Any]) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: must be {kind.__name__}, not {type(value).__name__}")

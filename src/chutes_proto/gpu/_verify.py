@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hmac import compare_digest
-from typing import Final
+from typing import Any, Final
 
 from attrs import frozen
 
@@ -99,6 +99,8 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
     ``now`` is in whole unix seconds. Raises `GpuVerificationError`; `TypeError` for arguments of another type.
     """
     check_seconds("now", now)
+    check_kind("evidence", evidence, DeviceEvidence)
+    check_kind("roots", roots, GpuRoots)
     report = parse_report(evidence.report)  # 0
     chain = verify_chain(read_chain(evidence.chain, DEVICE), roots.device, DEVICE)  # 1-6
     if len(chain.certificates) < 2:  # 1
@@ -131,6 +133,12 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
         steps=(0, *taken),
         proof=PROOF,
     )
+
+
+def check_kind(name: str, value: object, kind: type[Any]) -> None:
+    """Check the type of an argument. Raises `TypeError`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: must be {kind.__name__}, not {type(value).__name__}")
 
 
 @frozen
