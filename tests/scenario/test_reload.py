@@ -282,6 +282,24 @@ def test_workers_that_hang_hold_a_reload_no_longer_than_one_does(site: Premises)
         assert time.monotonic() - began < 8 * 2  # as it would be of one after the other
 
 
+@pytest.mark.parametrize("how", ["closed", "reset", "ended", "cut"])
+def test_a_worker_that_ends_is_called_that(how: str) -> None:
+    ours, theirs = socketpair()
+    process: Any = None
+    worker = Worker(3, process, 0.0, ours)
+    if how == "closed":  # by the supervisor, that has noted its end
+        ours.close()
+    if how == "cut":
+        theirs.sendall(b'{"to"')
+    worker.ask("prepare")
+    if how == "ended":
+        _ = theirs.recv(64)
+    theirs.close()  # with what it has not read, the other end is reset
+    with pytest.raises(ConfigurationError, match="worker 3: it ended meanwhile; reload again"):
+        _ = worker.answer(time.monotonic() + 60)
+    ours.close()
+
+
 def test_an_answer_that_comes_too_late_is_not_taken_for_one_to_a_later_reload(site: Premises) -> None:
     setup = make_setup(ServerConfig.load(site.configuration))
     with ExitStack() as opened:

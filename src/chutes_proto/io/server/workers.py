@@ -207,13 +207,15 @@ class _Worker:
         An answer to what was asked before, which came too late then, is passed over.
         """
         said = self._asked
-        answer: dict[str, Any] = {"ok": False, "error": "it ended"}
+        answer: dict[str, Any] = {"ok": False, "error": "it ended meanwhile; reload again"}
         try:
             self.channel.settimeout(max(0.001, until - time.monotonic()))
             with self.channel.makefile("rb") as lines:
                 answer = next((each for each in map(json.loads, lines) if each["to"] == said), answer)
-        except (OSError, ValueError) as exc:
+        except TimeoutError as exc:
             answer = {"ok": False, "error": str(exc)}
+        except (OSError, ValueError):  # its end is closed, or ours is by then
+            pass
         if not answer["ok"]:
             raise ConfigurationError(f"worker {self.number}: {answer['error']}")
         return answer
