@@ -17,7 +17,7 @@ from chutes_proto.quote._errors import AppraisalError, PolicyError
 from chutes_proto.quote._eventlog import EventLog, EventLogFormatError, parse_event_log_json
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._measurements import Profile, RegisterRule
-from chutes_proto.quote._policy import AnyPolicy, Policy, TcbPolicy, parse_policy_toml, verify
+from chutes_proto.quote._policy import AllOf, AnyOf, AnyPolicy, Policy, TcbPolicy, parse_policy_toml, verify
 from chutes_proto.quote._verify import Verdict
 from chutes_proto.server._profiles import serve_profile
 from chutes_proto.testing._faults import Fault
@@ -165,6 +165,14 @@ mrtd = "any"
 boot = {{ rtmr0 = "any", rtmr1 = "{"11" * 48}", rtmr2 = "{"22" * 48}", rtmr3 = {{ replayed = {{ REPLAYED }} }} }}
 runtime = {{ rtmr0 = "any", rtmr1 = "{"11" * 48}", rtmr2 = "any", rtmr3 = "{"33" * 48}" }}
 """
+
+
+@pytest.mark.parametrize("log", [b"", b"the bytes of a CCEL", json.dumps(EVENTS), EVENTS])
+def test_the_log_is_a_parsed_one(log: Any) -> None:
+    verdict = logged()
+    for policy in (ruled(), Policy(measurements="unchecked"), AllOf((ruled(),)), AnyOf((ruled(),))):
+        with pytest.raises(TypeError, match=r"^event_log: must be an EventLog, as of parse_event_log"):
+            _ = policy.appraise(verdict, stage="boot", event_log=log)
 
 
 def test_rules_in_toml() -> None:

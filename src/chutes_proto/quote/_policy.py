@@ -299,12 +299,11 @@ class Policy:
         """Accept a verdict in a stage. Raises `AppraisalError` with all reasons not to; `TypeError` for no verdict.
 
         ``event_log`` is that of the TD, for profiles with registers that a log must explain; nothing vouches for it
-        before.
-        Of several profiles that match the TD's measurements, the first whose attributes accept it counts, if it counts
-        at the time of verification. Where none
-        matches, the refusals are against the one that differs in the fewest registers.
+        before. Of several profiles that match the TD's measurements, the first whose attributes accept it counts, if it
+        counts at the time of verification. Where none matches, the refusals are against the one that differs in the
+        fewest registers.
         """
-        _check_appraised(verdict, stage)
+        _check_appraised(verdict, stage, event_log)
         body = verdict.quote.body
         refusals = self.tcb.refusals(verdict) + self.identity.refusals(verdict.pck, body)
         if isinstance(body, SgxReport):
@@ -389,7 +388,7 @@ class AllOf(_Combined):
 
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
-        _check_appraised(verdict, stage)
+        _check_appraised(verdict, stage, event_log)
         matched: Profile | None = None
         nearest: str | None = None
         refusals: list[Refusal] = []
@@ -417,7 +416,7 @@ class AnyOf(_Combined):
 
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
-        _check_appraised(verdict, stage)
+        _check_appraised(verdict, stage, event_log)
         nearest: str | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
@@ -438,11 +437,14 @@ _resolve_init(_Combined)
 _STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
-def _check_appraised(verdict: object, stage: Stage) -> None:
+def _check_appraised(verdict: object, stage: Stage, log: object) -> None:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
     if stage not in _STAGES:
         raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
+    if log is not None and not isinstance(log, eventlog.EventLog):
+        makers = "parse_event_log or parse_event_log_json"
+        raise TypeError(f"event_log: must be an EventLog, as of {makers}, not {type(log).__name__}")
 
 
 def verify(
@@ -468,7 +470,8 @@ def verify(
     ``event_log`` explains those that a profile does not pin.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
-    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.
+    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, and `PolicyError` for
+    another stage.
     """
     if not isinstance(cast("object", policy), AnyPolicy):
         raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
