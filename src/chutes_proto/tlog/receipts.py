@@ -54,9 +54,9 @@ class Receipt:
             made = cls(members["entry"], Proof.parse(members["proof"].encode()), evidence)
             is_whole = made.to_bytes() == data
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise LogError("not a receipt") from None
+            raise LogError("it is cut off, or another file") from None
         if not is_whole:
-            raise LogError("not a receipt: it is not written as one")
+            raise LogError("its bytes are not those that a key server writes")
         return made
 
     def signed(self, verifiers: Sequence[Verifier]) -> Checkpoint:
