@@ -580,6 +580,16 @@ def test_faults_are_found_in_every_page_of_vms(place: StorePlace, vms: int, monk
     ]
 
 
+def test_the_largest_number_that_a_generation_can_have_is_a_fault_like_others(place: StorePlace) -> None:
+    """To count up to it would take all memory, of each server that scrubs."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        run(place, f"UPDATE generation SET generation = {2**63 - 1} WHERE vm = '{A.name}' AND generation = 1")
+        found = [fault.key for fault in find_faults(store) if fault.table == "generation"]
+    assert f"{A.hotkey}/vm-a/cache/1" in found
+    assert len(found) < 1000
+
+
 def changed(value: Any, name: str, *, is_sqlite: bool) -> str:
     """The expression of another value of the same type, in either dialect."""
     match value:

@@ -135,6 +135,13 @@ def test_a_log_that_ends_before_a_checkpoint_is_found() -> None:
     assert Finding(SIZE + 300, SIZE + 300, f"it is not below the size of the log, {SIZE}") in late
 
 
+def test_the_largest_index_that_a_row_can_have_is_a_fault_like_others() -> None:
+    """A look at each tile before it would not end."""
+    last = 2**63 - 1
+    found = report([*enumerate(honest()), (last, b"later")], honest_tree()).findings
+    assert Finding(last, last, f"it is not below the size of the log, {SIZE}") in found
+
+
 def test_a_prefix_may_be_missing_if_an_entry_says_that_it_was_purged() -> None:
     log = [*honest()[:-1], b"purged 512"]
     hashes = tree(log)

@@ -102,7 +102,7 @@ class _Check:
                     self.note(index, index, what)
             if tile < 0:
                 self.first, tile = min(leaves), number
-            for missing in range(tile, number):
+            for missing in range(tile, min(number, -(-self.size // WIDTH))):
                 self._tile(missing, {}, {})
             self._tile(number, leaves, told)
             tile = number + 1
