@@ -243,12 +243,18 @@ def test_what_is_missing_is_told_when_the_initramfs_is_made(agent: Path, tmp_pat
     _ = settings.write_text("not TOML")
     broken = hook(agent, settings, tmp_path)
     assert broken.returncode == 1
-    assert "are needed here" in broken.stderr
-    _ = settings.write_text(f'ca_file = "{tmp_path}/none.pem"\n')
+    assert f"chutes-proto: {settings}: not TOML" in broken.stderr
+    needed = 'servers = ["https://keys.example"]\nvolumes.storage.device = "/dev/vdb"\n'
+    needed += 'config_volume.directory = "/run/config-volume"\n'
+    _ = settings.write_text(f"{needed}sever = 1\n")
+    unknown = hook(agent, settings, tmp_path)
+    assert unknown.returncode == 1
+    assert f"chutes-proto: {settings}: sever: Unknown key" in unknown.stderr
+    _ = settings.write_text(f'{needed}ca_file = "{tmp_path}/none.pem"\n')
     lacking = hook(agent, settings, tmp_path)
     assert lacking.returncode == 1
     assert "none.pem: Cannot stat" in lacking.stderr
-    _ = settings.write_text('ca_file = "/etc/hostname"\nsigner = "command:/no/such/signer --fast"\n')
+    _ = settings.write_text(f'{needed}ca_file = "/etc/hostname"\nsigner = "command:/no/such/signer --fast"\n')
     unsigned = hook(agent, settings, tmp_path)
     assert unsigned.returncode == 1
     assert "/no/such/signer cannot be copied" in unsigned.stderr
