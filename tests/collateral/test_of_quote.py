@@ -14,7 +14,7 @@ import chutes_proto_asyncio
 import chutes_proto_trio
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.simulated import CollateralServer
-from chutes_proto.quote import Collateral, VerificationError, verify_genuine
+from chutes_proto.quote import Collateral, VerificationError, parse_quote, verify_genuine
 from chutes_proto.testing._pki import pem
 from chutes_proto.testing._service import CollateralService
 from tests.collateral.network import PLATFORM, ROOT, Upstream, running
@@ -82,11 +82,17 @@ def test_a_tcb_evaluation_data_number_may_be_asked_for(door: str, upstream: Upst
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_only_a_genuine_quote_causes_requests(door: str, upstream: Upstream) -> None:
+def test_only_a_genuine_quote_causes_requests_but_for_a_missing_chain(door: str, upstream: Upstream) -> None:
     wrong = PLATFORM.having("quote_signature").quote(bytes(64))
     with pytest.raises(VerificationError, match="did not sign"):
         _ = DOORS[door](wrong, [upstream.url], root=ROOT)
     assert upstream.asked == []
+    for kind, data in ((3, parse_quote(_named()).certification), (4, PCK)):
+        with pytest.raises(VerificationError, match="did not sign"):
+            _ = DOORS[door](with_certification(wrong, kind, data), [upstream.url], root=ROOT)
+        (first,) = upstream.asked  # nothing can be verified without the chain
+        assert "/pckc" in first
+        upstream.asked.clear()
     with pytest.raises(ConfigurationError, match="use https"):
         _ = DOORS[door](QUOTE, ["http://pccs.example"], root=ROOT)
 

@@ -32,8 +32,8 @@ def fetch_collateral(
     ``services`` are URLs of Intel's PCS, which is the default, or of a PCCS. ``update`` "standard" is the TCB recovery
     in force, "early" the newest, a number the one with this TCB evaluation data number. ``ca_file`` has CAs to trust
     for TLS in place of the system's; https is required but for this machine. The quote is verified up to ``root`` as
-    far as it can be without collateral. If it names its PCK certificate without a chain, that is fetched, too, and is
-    in the result.
+    far as it can be without collateral, before anything else is fetched. If it names its PCK certificate without a
+    chain, that is fetched first, so anyone's quote causes this one request, and is in the result.
 
     Raises `VerificationError` for the quote, `CollateralUnavailable` with the reason of each service, and
     `ConfigurationError` for a URL or file.
