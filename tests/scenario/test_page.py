@@ -102,6 +102,17 @@ def test_it_shows_the_fleet_and_runs_nothing_of_what_it_shows(
         _ = page.wait("document.querySelector('img') !== null")
         assert "violates" in page.wait_for("Log.entryAdded")["params"]["entry"]["text"]
         assert page.evaluate("document.documentElement.dataset.owned") is None
+        say_nothing_of_what_is_not_read(page)
+
+
+def say_nothing_of_what_is_not_read(page: Browser) -> None:
+    """Before the first audit rows are read, no denial is shown, and none is denied either."""
+    for is_read in ("false", "true"):
+        recent = f"{{denied: [], boots: 0, denials: 0, complete: {is_read}, from: null}}"
+        page.evaluate(f"fleet({{fleet: {{groups: [], vms: 1}}, recent: {recent}}}), denied({{recent: {recent}}})")
+        numbers = page.evaluate("[...document.querySelectorAll('#numbers dd')].map((each) => each.textContent).join()")
+        is_denied = page.evaluate("!document.querySelector('#none').hidden")
+        assert (numbers.endswith(",0,0"), is_denied) == (is_read == "true", is_read == "true"), numbers
 
 
 def is_request(event: dict[str, object]) -> bool:
