@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM, socket, socketpair
@@ -29,8 +30,8 @@ from chutes_proto.io.server.development import write_gpus
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Prepared, Running, prepare
 from chutes_proto.io.server.serving import open_store
-from chutes_proto.io.server.setup import load_config, make_setup
-from chutes_proto.io.server.workers import Supervisor, obey
+from chutes_proto.io.server.setup import ServerSetup, load_config, make_setup
+from chutes_proto.io.server.workers import Supervisor, _packed, obey
 from chutes_proto.io.server.workers import _Worker as Worker
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet
@@ -280,6 +281,32 @@ def test_workers_that_hang_hold_a_reload_no_longer_than_one_does(site: Premises)
         error = str(supervisor.reload("uid 7")["error"])
         assert error.splitlines() == [f"worker {number}: timed out" for number in range(8)]
         assert time.monotonic() - began < 8 * 2  # as it would be of one after the other
+
+
+def test_a_worker_that_may_open_no_file_carries_out_nothing_that_was_refused(site: Premises) -> None:
+    """The kernel drops the descriptor then, and the words arrive."""
+    setup = make_setup(ServerConfig.load(site.configuration))
+    running, carried_out = Running(setup), list[ServerSetup]()
+    with ExitStack() as opened:
+        ours, theirs = map(opened.enter_context, socketpair())
+        check = partial(prepare, running, None)
+        threading.Thread(target=obey, args=(theirs, check, carried_out.append), daemon=True).start()
+        process: Any = None
+        worker = Worker(0, process, 0.0, ours)
+        say_policy(site, OUTDATED)
+        _ = prepare(running, None, files := Files())
+        worker.ask("prepare", packed := _packed(files.content))  # which another worker refuses
+        assert worker.answer(time.monotonic() + 60)["after"]
+        limits = getrlimit(RLIMIT_NOFILE)
+        setrlimit(RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            worker.ask("prepare", packed)
+            with pytest.raises(ConfigurationError, match=r"worker 0: .*Too many open files"):
+                _ = worker.answer(time.monotonic() + 60)
+        finally:
+            setrlimit(RLIMIT_NOFILE, limits)
+            os.close(packed)
+    assert not carried_out
 
 
 @pytest.mark.parametrize("how", ["closed", "reset", "ended", "cut"])

@@ -13,6 +13,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -54,6 +55,7 @@ METRICS_DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 _VARIABLE: Final = "CHUTES_PROTO_WORKER"
 _COUNTS: Final = "chutes-proto-counts-"
+_PREPARE: Final = "prepare"
 _SHORT_LIFE: Final = 5.0
 _PAUSE: Final = 1.0
 _PREPARE_SECONDS: Final = 60.0
@@ -109,9 +111,11 @@ def obey(channel: socket, prepare: Callable[[Files], Prepared], commit: Callable
         if not said:
             return
         answer: dict[str, object] = {"to": said.decode("ascii"), "ok": True}
-        if descriptors:
+        if said.startswith(_PREPARE.encode()):
             prepared = None
             try:
+                if not descriptors:  # this process may open no further file, and so got none
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 prepared = prepare(Files(_unpacked(descriptors[0])))
                 answer["after"] = prepared.after
             except Exception as exc:  # noqa: BLE001 - without this thread no worker could reload any more
@@ -255,7 +259,7 @@ class Supervisor:
             workers = tuple(self._workers)
             descriptor = _packed(files.content)
             for worker in workers:  # all at once, and for all of them one time
-                worker.ask("prepare", descriptor)
+                worker.ask(_PREPARE, descriptor)
             os.close(descriptor)
             until = time.monotonic() + self.prepare_seconds
             problems: list[str] = []
