@@ -238,6 +238,17 @@ def test_an_untrusted_server_gets_no_request(send: Sender, credentials: Credenti
 # --- what callers get wrong ---
 
 
+@pytest.mark.parametrize("loop", ["trio", "asyncio"])
+def test_a_client_that_is_closed(loop: str) -> None:
+    async def main() -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            send = HttpxSender(client, "https://keys.example", SHORT)
+        with pytest.raises(LocalProtocolError, match="the client is closed; make a request within its"):
+            _ = await send(REQUEST)
+
+    on_loop(loop, main)
+
+
 @pytest.mark.parametrize(
     "url",
     [

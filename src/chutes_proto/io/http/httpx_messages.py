@@ -41,6 +41,8 @@ async def whole_answer(
     begun: Callable[[httpx.Response], None] = lambda _: None,
 ) -> HttpResponse:
     """Return the whole answer; call ``begun`` before its body is read, while its connection is open."""
+    if client.is_closed:
+        raise LocalProtocolError("the client is closed; make a request within its `async with` block")
     body = bytearray()
     with anyio.move_on_after(limits.total) as scope, _transport_errors(request.url.netloc.decode("ascii"), limits):
         response = await client.send(request, stream=True, follow_redirects=False)
