@@ -11,6 +11,7 @@ from attrs import evolve
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.boot._disks import unlock_root
 from chutes_proto.boot._flows import BootGrant, BootSettings, attest_boot, attest_volumes, confirm_root, confirm_volumes
+from chutes_proto.boot._session import BootSession
 from chutes_proto.effects import ActOnDisk, InspectDisk, MakeQuote, Send
 from chutes_proto.errors import DiskError, LocalProtocolError, RemoteProtocolError, TransportError
 from chutes_proto.luks.disk import judge
@@ -133,6 +134,14 @@ def test_without_a_signer_the_later_steps_are_not_taken() -> None:
         _ = Playbook((MakeQuote, b"quote"), aside=talk.calm()).run(attest_volumes(unsigned, VOLUMES, grant=grant))
     with pytest.raises(LocalProtocolError, match="does not rotate"):
         _ = Playbook(aside=talk.calm()).run(confirm_root(SETTINGS, talk.GRANT))
+
+
+def test_the_root_key_is_confirmed_before_the_rotation_of_volumes() -> None:
+    session = BootSession(SETTINGS, granted(SETTINGS))
+    script = ((MakeQuote, b"quote"), (Send, handed()))
+    _ = Playbook(*script, aside=talk.calm()).run(session.begin_rotation(VOLUMES))
+    with pytest.raises(LocalProtocolError, match="once a rotation has begun: boot, confirm, rotate"):
+        _ = Playbook(aside=talk.calm()).run(session.confirm_root())
 
 
 def act(kind: type[Any], reply: object = None) -> tuple[Any, object]:

@@ -36,7 +36,9 @@ class BootSession:
     def confirm_root(self) -> Flow[str]:
         """Confirm that the root disk has the next key of the last boot."""
         if self.grant is None:
-            raise LocalProtocolError("no root key can be confirmed before a boot: boot first")
+            raise LocalProtocolError(
+                "no root key can be confirmed before a boot, or once a rotation has begun: boot, confirm, rotate"
+            )
         return (yield from flows.confirm_root(self.settings, self.grant))
 
     def begin_rotation(self, volumes: Volumes) -> Flow[Rotation]:

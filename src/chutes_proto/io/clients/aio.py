@@ -95,8 +95,8 @@ class BootAgent(_Connected):
     async def confirm_root(self) -> str:
         """Confirm that the root disk has the key ``grant.root.next``; return the server's word, ``promoted`` usually.
 
-        For profiles with the provisioned exchange. Then every other key may be taken off that disk; if this raises, all
-        stay on it.
+        For profiles with the provisioned exchange, between `boot` and `rotate`. Then every other key may be taken off
+        that disk; if this raises, all stay on it.
         """
         return await self._run(self._session.confirm_root())
 
