@@ -231,9 +231,11 @@ def test_a_quote_may_be_text_and_come_from_standard_input(
 
 
 @pytest.mark.parametrize("text", [b"A" * 1025, b"0" * 1024 + b"g", b"A" * 2048])
-def test_text_that_is_no_quote(command: Command, tmp_path: Path, text: bytes) -> None:
+def test_text_that_is_no_quote(command: Command, tmp_path: Path, text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     _ = (tmp_path / "quote.txt").write_bytes(text)
     assert command("inspect", tmp_path / "quote.txt").code == 1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert "Is standard input a quote" in command("verify", "-", "--collateral", tmp_path / "none.json").out
 
 
 def test_several_quotes_have_a_line_each_and_a_summary(verify: Command, command: Command, tmp_path: Path) -> None:

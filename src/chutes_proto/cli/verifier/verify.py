@@ -209,7 +209,7 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
         report["refusals"] = [refusal(one.code, one.detail) for one in exc.refusals]
         report["explanation"] = exc.explain()
     except verifier.QuoteFormatError as exc:
-        hint = f"Is {quote} a quote, and all of it? {_READ}"
+        hint = f"Is {'standard input' if quote == '-' else quote} a quote, and all of it? {_READ}"
         report |= {"refusals": [refusal(exc.code, str(exc))], "hint": hint}
     except CollateralUnavailable as exc:
         report |= {"refusals": [refusal("collateral_unavailable", str(exc))], "unjudged": True}
