@@ -242,8 +242,13 @@ def test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check(command
         store.transact(evolve(boot("1"), vault=setup.vault))
     with closing(sqlite3.connect(site / "keys.db")) as file, file:
         file.execute("UPDATE vm SET proven = 1 - proven")
+        file.execute("UPDATE boot SET peer_address = 'x'")
     found = command("store", "check", "--config", site / "sqlite.toml")
     assert found.code == 1
+    named = [
+        line.split(" is not")[0].split()[-1] for line in found.out.splitlines() if line.startswith("not authentic: ")
+    ]
+    assert sorted(named) == ["boot", "vm"]  # a line for each
     assert found.out.count("table vm is not authentic: its MAC") == 1  # looked at with its table, and with its VM
     assert "restore a backup" in found.out
     assert "chutes-proto store check" not in found.out

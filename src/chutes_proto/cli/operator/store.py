@@ -468,13 +468,12 @@ def _readable(old: StorePlace, new: StorePlace, vault: Vault | None) -> Generato
 def _told(found: dict[str, Any]) -> int:
     def people() -> None:
         for name, value in found.items():
-            if name == "ok" or value == []:
+            if name == "ok":
                 continue
             if name in ("rows", "keys_sealed_under"):
                 value = ", ".join(f"{key} {count}" for key, count in value.items())
-            if name == "not_authentic":
-                value = "; ".join(value)
-            output.prose(f"{name.replace('_', ' ')}: {value}", rest=2)
+            for each in value if name == "not_authentic" else [value]:
+                output.prose(f"{name.replace('_', ' ')}: {each}", rest=2)
 
     return answer({"ok": True, **found}, people)
 
