@@ -187,6 +187,21 @@ async def test_the_timers_of_trio_let_go_of_those_that_are_cancelled() -> None:
     assert timers._cancelled == len(timers._heap) == sum(entry[2].call is None for entry in timers._heap)
 
 
+@pytest.mark.parametrize("loop", ["trio"])
+async def test_a_call_that_fails_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """On asyncio the loop sees to that."""
+    called: list[str] = []
+
+    def fail() -> None:
+        raise LookupError("a defect")
+
+    for later in (partial(call_at(), -math.inf), call_next()):
+        _ = later(fail)
+        _ = later(partial(called.append, "called"))
+    _ = await async_wait_until(lambda: len(called) == 2)
+    assert caplog.text.count("LookupError: a defect") == 2
+
+
 async def test_a_wait_ends_when_it_is_told_to_or_at_its_deadline() -> None:
     now, waiting = clock(), wait()()
     ended: list[float] = []

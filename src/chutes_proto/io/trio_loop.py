@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -16,6 +17,14 @@ import trio.lowlevel
 
 from chutes_proto.io.waits import HasDeadline, Peer
 from chutes_proto.transport.h1 import READ_SIZE
+
+
+def _call(call: Callable[[], object]) -> None:
+    """Call ``call``, which should raise nothing. A defect of it ends neither other calls nor the run, as on asyncio."""
+    try:
+        _ = call()
+    except Exception:
+        logging.getLogger("chutes_proto").exception("a call of the event loop failed")
 
 
 class TrioTimer:
@@ -88,7 +97,7 @@ class Timers:
                 if call is None:
                     self._cancelled -= 1
                 else:
-                    _ = call()
+                    _call(call)
             self._sleep = trio.CancelScope(deadline=self._heap[0][0] if self._heap else math.inf)
 
 
@@ -129,7 +138,7 @@ class NextRound:
                 _ = await trio.lowlevel.wait_task_rescheduled(self._abort)
             calls, self._calls = self._calls, []
             for call in calls:
-                _ = call()
+                _call(call)
 
     def _abort(self, _: object) -> trio.lowlevel.Abort:
         self._waiting = None
