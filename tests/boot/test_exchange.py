@@ -60,6 +60,8 @@ def test_whatever_a_failure_is_it_is_in_the_table() -> None:
         (503, "store_unavailable", State.HANDED, Input.RETRY_LATER),
         (404, "key_not_found", State.TOKEN_HELD, Input.FINAL),
         (422, "validation_error", State.QUOTED, Input.FINAL),
+        (408, "request_timeout", State.START, Input.RETRY_LATER),
+        (408, "unknown", State.HANDED, Input.RETRY_LATER),
         (429, "unknown", State.START, Input.RETRY_LATER),
         (500, "unknown", State.QUOTED, Input.RETRY_LATER),
         (503, "draining", State.START, Input.RETRY_LATER),
