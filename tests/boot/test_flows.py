@@ -32,10 +32,10 @@ from chutes_proto.errors import (
     ChutesError,
     LocalProtocolError,
     QuoteUnavailable,
+    Refusal,
     Refused,
     RemoteProtocolError,
     TransportError,
-    Unavailable,
 )
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
@@ -65,6 +65,7 @@ PASSING = {
     "502 of a proxy": HttpResponse(502, (), b"<html>"),
     "503": talk.refused(503, "busy"),
     "429": talk.refused(429),
+    "408": talk.refused(408, "request_timeout"),
     "200 with garbage": HttpResponse(200, talk.JSON, b"{"),
     "200 with nothing": HttpResponse(200, talk.JSON),
     "200 of a portal": HttpResponse(200, (("content-type", "text/html"),), b"<html>"),
@@ -73,7 +74,7 @@ PASSING = {
 }
 """Failures that may pass."""
 
-FINAL = {400: BadRequest, 401: Refused, 403: Refused, 404: Refused, 405: BadRequest, 408: BadRequest, 409: Refused} | {
+FINAL = {400: BadRequest, 401: Refused, 403: Refused, 404: Refused, 405: BadRequest, 409: Refused} | {
     413: BadRequest,
     418: BadRequest,
     422: BadRequest,
@@ -161,7 +162,7 @@ def test_what_is_final_is_raised_at_once(step: str, status: int, kind: type[Chut
 def test_when_the_attempts_are_used_up_the_last_error_is_raised(failure: object) -> None:
     ask = (Send(talk.ASK_NONCE), failure)
     script: list[Any] = [ask, (Sleep, None), ask, (Sleep, None), ask, (Sleep, None), (Send(talk.ASK_NONCE), failure)]
-    with pytest.raises((TransportError, Unavailable, RemoteProtocolError)):
+    with pytest.raises((TransportError, Refusal, RemoteProtocolError)):
         Playbook(*script, aside=talk.calm()).run(boot(talk.SETTINGS))
 
 

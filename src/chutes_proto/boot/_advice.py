@@ -101,6 +101,10 @@ BY_CODE: Final[Mapping[str, Advice]] = {
         "The server got too many requests from this address.",
         "Boot again later. If many VMs share the address, the operator raises the limit.",
     ),
+    Code.REQUEST_TIMEOUT: Advice(
+        "The request reached the server too slowly.",
+        "Check the network. The server's operator can raise limits.request_seconds.",
+    ),
     Code.BUSY: Advice("The server has too much to do.", "Boot again later."),
     Code.DRAINING: Advice("The server is being stopped.", "Boot again when it is back."),
     Code.STORE_UNAVAILABLE: Advice("The server cannot reach its store.", _OPERATOR),
