@@ -19,6 +19,7 @@ else:
     x509 = LazyModule("cryptography.x509")  # the wire needs only the name of the type
 
 Headers = tuple[tuple[str, str], ...]
+"""Names and values of fields in their order; a name may come more than once (RFC 9110, section 5)."""
 
 TRACEPARENT: Final[ContextVar[str]] = ContextVar("traceparent", default="")
 """The ``traceparent`` of requests that are sent for the one that this task answers; empty without a trace."""
