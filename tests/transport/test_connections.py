@@ -111,8 +111,12 @@ def test_who_is_gone_takes_no_place() -> None:
 
 
 @pytest.mark.parametrize("addresses", [1, 1000])
-def test_who_ends_is_found_without_a_look_at_each(addresses: int) -> None:
-    """Otherwise the more connections are allowed, the more of the server's time a stranger takes by opening some."""
+@pytest.mark.parametrize("working", [0, 900])
+def test_who_ends_is_found_without_a_look_at_each(addresses: int, working: int) -> None:
+    """Otherwise the more connections are allowed, the more of the server's time a stranger takes by opening some.
+
+    Many are at work while a database does not answer.
+    """
     looks: list[ServerConnection] = []
 
     class Watched(ServerConnection):
@@ -125,13 +129,28 @@ def test_who_ends_is_found_without_a_look_at_each(addresses: int) -> None:
         return Watched(float(number), peer_address=f"10.0.{number % addresses // 256}.{number % addresses % 256}")
 
     first = [silent(number) for number in range(999)]
+    for number, one in enumerate(first[:working]):
+        one.receive_data(GET, float(number))
+        assert one.next_request(float(number)) is not None
     connections = opened(1000, *first)
     for number in range(999, 3000):
         ended = connections.make_room(silent(number))
-        assert [each.since for each in ended] == [number - 999]
-    assert len(looks) < 3 * 2001
+        assert [each.since for each in ended] == [number - 999 + working]
+    turns = 2001 // (999 - working)  # in which each that waited at the begin of one has ended
+    assert len(looks) < 3 * 2001 + 2 * working * (turns + 1)
     queues = [connections._strangers, *connections._of_address.values()]
     assert sum(len(queue._heap) for queue in queues) < 2 * (2 * 1000) + 17 * len(queues)
+
+
+def test_who_was_at_work_ends_in_its_turn() -> None:
+    worked, silent = connection("1.1.1.1", "working"), connection("2.2.2.2", now=1.0)
+    connections = opened(3, worked, silent)
+    assert connections.make_room(connection("3.3.3.3", now=2.0)) == (silent,)
+    worked.send_response(HttpResponse(200), 3.0)
+    late = connection("4.4.4.4", now=4.0)
+    (ended,) = connections.make_room(late)
+    assert ended.since == 2.0
+    assert connections.make_room(connection("5.5.5.5", now=5.0)) == (worked,)
 
 
 ADDRESSES = st.sampled_from(["", "1.1.1.1", "2.2.2.2", "2001:db8::1", "2001:db8::2"])

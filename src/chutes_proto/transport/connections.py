@@ -58,7 +58,8 @@ _MAX_LEFT: Final = 16
 class _Queue:
     """Connections, of which the one whose phase began longest ago is found without a look at each.
 
-    That time moves to a later one only, so it is looked at when a connection comes first by the time that is known.
+    That time moves to a later one only, so it is looked at when a connection comes first by the time that is known. One
+    at work will wait from now on at the earliest, so it goes behind all that wait already and is not met each time.
     """
 
     def __init__(self) -> None:
@@ -81,13 +82,13 @@ class _Queue:
         at_work: list[tuple[float, int, ServerConnection]] = []
         found: ServerConnection | None = None
         while found is None and self._heap:
-            since, number, first = entry = self._heap[0]
-            if first in self.members and since != first.since:
+            since, number, first = self._heap[0]
+            if first in self.members and since < first.since:
                 _ = heapreplace(self._heap, (first.since, number, first))
             elif first in self.members and first.waits_for_peer and first is not besides:
                 found = first
             else:
-                at_work += [entry] if first in self.members else []
+                at_work += [(max(since, besides.since), number, first)] if first in self.members else []
                 _ = heappop(self._heap)
         for entry in at_work:
             heappush(self._heap, entry)
