@@ -147,7 +147,7 @@ class Refusal(ChutesError):
 
 
 class BadRequest(Refusal):
-    """The request itself is wrong; sending it again will not help."""
+    """The request itself is wrong; sending it again will not help, unless it only arrived too slowly (408)."""
 
 
 class Refused(Refusal):

@@ -666,6 +666,24 @@ def test_a_server_that_turns_hostile(
         assert machine.prints() == before
 
 
+@pytest.mark.parametrize(
+    ("status", "is_kept"), [("408 Request Timeout", True), ("503 Service Unavailable", True), ("403 Forbidden", False)]
+)
+def test_what_is_left_of_a_boot_stays_for_another_try_where_that_may_succeed(
+    machine: Machine, hostile: Credentials, status: str, is_kept: bool
+) -> None:
+    machine.trusts(hostile)
+    machine.changes["volumes_at"] = "resume"
+    if file_system(machine.memory) not in IN_MEMORY:
+        machine.changes["state.on_disk"] = True
+    answers = {f"/{name}": page("200 OK", json.dumps(said).encode()) for name, said in BASE.items()}
+    with peer(hostile, saying(answers | {"/luks": page(status, b"{}")})) as (url, _ended):
+        machine.servers = [url]
+        assert machine.here().code == 0
+        assert machine.here("resume").code == 1
+    assert (machine.memory / "boot.json").exists() is is_kept
+
+
 @pytest.fixture
 def hostile(tmp_path: Path) -> Credentials:
     folder = tmp_path / "hostile"

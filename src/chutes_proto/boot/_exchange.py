@@ -97,14 +97,21 @@ class Exchange:
 _OTHERS_TOKEN = (Code.HOTKEY_MISMATCH, Code.VM_NAME_MISMATCH)
 
 
+def may_pass(refusal: Refusal) -> bool:
+    """Whether the same request may succeed later: after 5xx and 429.
+
+    And after 408, of a request that did not arrive as a whole (RFC 9110, section 15.5.9).
+    """
+    return isinstance(refusal, Unavailable) or refusal.status == Code.REQUEST_TIMEOUT.status
+
+
 def failure(state: State, error: ChutesError) -> Input:
     """Decide which input a failed step is: the one rule of which errors are final and which are tried again.
 
-    A 4xx other than 408 and 429 is final, but for a boot token or a quote nonce that the server no longer accepts.
-    Everything else may succeed later: 5xx, 429, no answer, an answer that is not the protocol, no quote; and 408, of a
-    request that did not arrive as a whole (RFC 9110, section 15.5.9).
+    A refusal is final unless it `may_pass`, but for a boot token or a quote nonce that the server no longer accepts.
+    Everything else may succeed later: no answer, an answer that is not the protocol, no quote.
     """
-    if not isinstance(error, Refusal) or isinstance(error, Unavailable) or error.status == Code.REQUEST_TIMEOUT.status:
+    if not isinstance(error, Refusal) or may_pass(error):
         return Input.RETRY_LATER
     gone = next((gone for gone in (Input.TOKEN_GONE, Input.NONCE_GONE) if gone in TRANSITIONS[state]), Input.FINAL)
     return gone if error.status == 401 and error.code not in _OTHERS_TOKEN else Input.FINAL

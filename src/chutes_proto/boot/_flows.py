@@ -228,7 +228,7 @@ def boot(settings: BootSettings) -> Flow[BootGrant]:
     """Attest until the server grants: nonce, quote, attestation, and again from the start after a temporary failure.
 
     Raises `Refused` or `BadRequest` at the first final answer, and, when attempts or time are used up, the last of
-    `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`.
+    `Unavailable`, `BadRequest` with status 408, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`.
     """
     grant: BootGrant = yield from _reach(_GRANTED, _boot_steps(settings), settings.retry)
     return grant

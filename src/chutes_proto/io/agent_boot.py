@@ -144,9 +144,10 @@ def boot(settings: AgentSettings, report: Report, stops: Stops, *, images: bool)
 def resume(settings: AgentSettings, report: Report, stops: Stops, *, images: bool) -> Booted:
     """The part of the boot that `boot` left."""
     from chutes_proto.boot._agent import resume_agent
+    from chutes_proto.boot._exchange import may_pass
     from chutes_proto.boot._flows import BootSettings
     from chutes_proto.boot._handoff import MAX_SIZE, Handoff
-    from chutes_proto.errors import HandoverRejected, Refusal, Unavailable
+    from chutes_proto.errors import HandoverRejected, Refusal
     from chutes_proto.io.agent import boot_id, check_place, make_signer, read_state, remove_state
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
@@ -169,7 +170,7 @@ def resume(settings: AgentSettings, report: Report, stops: Stops, *, images: boo
         flow = resume_agent(boot_settings, settings.disks, grant, disk_wait_seconds=settings.disk_wait_seconds)
         booted = _driven(flow, performer, report, stops)
     except Refusal as exc:
-        if not isinstance(exc, Unavailable):  # final: the file is of no more use
+        if not may_pass(exc):  # final: the file is of no more use
             remove_state(state.file)
         raise
     finally:

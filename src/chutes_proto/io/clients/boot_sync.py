@@ -59,8 +59,9 @@ class BootAgent(Connected):
     environment are not used.
 
     The methods raise `Refused` or `BadRequest` at the first final answer, and, after the last attempt, the last of
-    `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`. They raise `LocalProtocolError`, before
-    anything is sent, for values that no request can carry, and for a method of an exchange that was not granted.
+    `Unavailable`, `BadRequest` with status 408, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`. They raise
+    `LocalProtocolError`, before anything is sent, for values that no request can carry, and for a method of an exchange
+    that was not granted.
     """
 
     def __init__(
