@@ -27,6 +27,7 @@ from chutes_proto.errors import KeyUnavailable, LogError, Refusal, RowNotAuthent
 from chutes_proto.io.log_files import check_stored
 from chutes_proto.io.server import scrub
 from chutes_proto.io.server.scrub import scrub_heads
+from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, require_keys, seal_store
@@ -373,6 +374,49 @@ def test_no_edit_of_any_row_releases_a_key() -> None:
     assert trial.tried > 150
     assert trial.refused > 100
     print(trial)
+
+
+@pytest.mark.parametrize("table", sorted(KEYS))
+def test_a_value_of_another_type_ends_no_server(table: str, tmp_path: Path) -> None:
+    """SQLite takes any type in any column. It is a fault of the store, which says what to do, and not a defect."""
+    now = images()[1]
+    sealed = SealedStore(VAULT, now)
+    names, found = contents(sealed.connection)[table]
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT, mark_file=tmp_path / "mark")
+    (tmp_path / "keys.db").write_bytes(now)
+    with closing(place.open()) as store:
+        store.keep_mark()
+        state = store.transact(ReadCheckpoint())
+        assert state is not None
+    kept = (tmp_path / "mark").read_bytes()
+    where = " AND ".join(f"{name} = ?" for name in KEYS[table])
+    chosen = found if table in {"fact", "keyring"} else found[-1:]
+    for row in chosen:
+        key = tuple(row[names.index(name)] for name in KEYS[table])
+        for name, value in zip(names, row, strict=True):
+            for each in tmp_path.iterdir():
+                each.unlink()
+            (tmp_path / "keys.db").write_bytes(now)
+            (tmp_path / "mark").write_bytes(kept)
+            with closing(sqlite3.connect(tmp_path / "keys.db", isolation_level=None)) as attacker:
+                attacker.execute("PRAGMA ignore_check_constraints = 1")
+                with suppress(sqlite3.IntegrityError):  # of the numbers of rows, which have their type
+                    other_value = "text" if isinstance(value, bytes) else b"\xff"
+                    attacker.execute(f"UPDATE {table} SET {name} = ? WHERE {where}", (other_value, *key))
+            with suppress(StoreError), closing(place.open()) as store:
+                store.keep_mark()
+                store.hold_checkpoint(state)
+                use(store)
+                with suppress(LogError):
+                    store.transact(SequenceLog(bytes(SALT_SIZE * 100)))
+                with suppress(StoreError):
+                    check_keys(store, VAULT)
+                with suppress(StoreError):
+                    store.transact(StoreRestored(NOW + 500, "test"))
+                with suppress(StoreError, LogError):
+                    check_stored(store, state.size, [state], lambda *_: None)
+                _ = [*find_faults(store)]
+            _ = Mark.from_bytes((tmp_path / "mark").read_bytes())
 
 
 PART = 1 if SOAK else 25

@@ -153,6 +153,23 @@ def test_another_row_in_place_of_one_that_was_seen_is_a_loss(place: StorePlace) 
     refused(place.open, "it lacks audit row 2 of")
 
 
+@pytest.mark.parametrize("column", ["at", "id"])
+def test_a_forged_row_is_in_no_mark_that_could_not_be_read_again(place: StorePlace, column: str) -> None:
+    """Who writes the database would make every server refuse its own mark, and be told to move it away."""
+    with keeping(place) as running:
+        grant(running, "1", "2")
+        running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "forged", "granted"),))))
+    with closing(sqlite3.connect(place.base / "keys.db", isolation_level=None)) as attacker:
+        _ = attacker.execute(f"UPDATE audit SET {column} = -5 WHERE event = 'forged'")
+    assert place.mark_file is not None
+    place.mark_file.unlink()
+    with keeping(place) as running:
+        grant(running, "3")
+    with keeping(place) as again:
+        grant(again, "4")
+    assert len(Mark.from_bytes(place.mark_file.read_bytes()).entries) == 4
+
+
 def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
     with keeping(place) as running:
         running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))

@@ -203,6 +203,8 @@ class Vault:
         """Open a key of the store's own. Raises `KeyUnavailable` and `SealBroken`, as `open` does."""
         name = f"{row.kind}/{row.epoch} of the store's own"
         kek = self._kek(name, row.kek_id)
+        if type(row.kind) is not str or type(row.epoch) is not int or row.epoch < 0:  # SQLite takes any type
+            raise SealBroken(f"the key {name} does not open: its row was altered")
         return Secret(_decrypt(name, _keyring_data(row.kind, row.epoch), kek.reveal(), row.wrapped))
 
     def _kek(self, name: object, kek_id: str) -> Secret:
@@ -243,5 +245,5 @@ def _decrypt(name: object, data: bytes, key: bytes, box: bytes) -> bytes:
     """Open a box with its associated data. Raises `SealBroken`."""
     try:
         return AESGCM(key).decrypt(box[:NONCE_SIZE], box[NONCE_SIZE:], data)
-    except (InvalidTag, ValueError):
+    except (InvalidTag, ValueError, TypeError):  # SQLite takes a value of another type in any column
         raise SealBroken(f"the key {name} does not open: its row was altered or is another's") from None

@@ -390,17 +390,18 @@ def _grouped(kind: type[store.Row], rows: Rows) -> _OfVms:
 
 
 def _numbers(rows: Rows) -> dict[str, set[int]]:
-    """The numbers of the generations of each volume."""
+    """The numbers of the generations of each volume; one of another type has no MAC that is right."""
     found: dict[str, set[int]] = {}
     for row in rows:
-        found.setdefault(row[2], set()).add(row[3])
+        if type(row[3]) is int:
+            found.setdefault(row[2], set()).add(row[3])
     return found
 
 
 def _in_head(rows: Rows) -> Rows:
     """Those generations of all of a VM that are in its head."""
     newest = {volume: max(numbers) for volume, numbers in _numbers(rows).items()}
-    return [row for row in rows if row[3] == newest[row[2]] or _is_live(row)]
+    return [row for row in rows if row[3] == newest.get(row[2]) or _is_live(row)]
 
 
 def _generation_tags(tagged: Iterable[tuple[Sequence[Any], bytes]]) -> dict[str, bytes]:
@@ -658,7 +659,7 @@ class Guard:
             is_right = is_same(mac, older.mac("head", *vm, version, contents))
         if not is_right:
             raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
-        if known is not None and version < known:
+        if known is not None and not (type(known) is int and known <= version):
             raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
         return Head.of_stored(version, contents)
 
@@ -685,7 +686,7 @@ class Guard:
 
     def fetch_heads(self, vms: Iterable[tuple[str, str]]) -> None:
         """Read the heads of VMs at once that are about to be asked for one by one."""
-        unread = sorted({*vms} - self._heads.keys())
+        unread = sorted({*vms} - self._heads.keys(), key=str)
         if self._key is not None and unread:
             for hotkey, name, *stored in self._run(None, *sql.read_heads(unread)):
                 vm = (hotkey, name)
@@ -1256,14 +1257,14 @@ class Guard:
             return (exc,)
         if head is not None:
             facts = {name: _number(value) for name, value in self._run(None, sql.READ_FACTS, ())}
-            for name in sorted(facts.keys() | head.of(_FACTS).keys()):
+            for name in sorted(facts.keys() | head.of(_FACTS).keys(), key=str):
                 try:
                     self.expect(_FACTS, name, facts.get(name), head.of(_FACTS).get(name))
                 except RowNotAuthentic as exc:
                     faults.append(exc)
         # Not in the head, as a migration has no key. A wrong schema version ends each transaction before this one.
         version, since, _ = self._run(None, sql.READ_VERSION, ())[0]
-        if since is None or not sql.SEALS_SINCE <= since <= version:
+        if type(since) is not int or not sql.SEALS_SINCE <= since <= version:
             why = "no migration wrote it: servers may be let in that know no MACs"
             faults.append(RowNotAuthentic(_FACTS, "compatible_since", why))
         for op in (store.Scan(store.RevocationRow), store.Scan(store.KeyringRow)):
@@ -1329,7 +1330,8 @@ def _told_given(given: int, there: int) -> str:
 
 
 def _number(value: int) -> bytes:
-    return value.to_bytes(8, "big", signed=True)
+    """A number as a head has it; a value of another type, which SQLite takes in any column, is in none."""
+    return value.to_bytes(8, "big", signed=True) if type(value) is int else b""
 
 
 # --- entries of heads ---

@@ -43,6 +43,8 @@ class Versions:
         if not rows:
             raise StoreError(f"store {self.name}: it is another program's database; name an empty one, or a new file")
         version: int = rows[0][0]
+        if type(version) is not int:  # SQLite takes a value of another type in any column
+            raise self._lost()
         return version
 
     def require(self) -> int:
@@ -56,10 +58,12 @@ class Versions:
 
     def check(self, rows: Sequence[Sequence[Any]]) -> int:
         """As `require`, for a store that was open: ``rows`` are the present result of `sql.READ_VERSION`."""
-        if not rows:
+        if not rows or type(rows[0][0]) is not int:
             raise self._lost()
         found, since, *_ = rows[0]
-        if found != sql.SCHEMA_VERSION and not (found > sql.SCHEMA_VERSION and since and since <= sql.SCHEMA_VERSION):
+        if found != sql.SCHEMA_VERSION and not (
+            found > sql.SCHEMA_VERSION and type(since) is int and 0 < since <= sql.SCHEMA_VERSION
+        ):
             state = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"
             raise self._unusable(state, is_older=0 < found < sql.SCHEMA_VERSION)
         version: int = found

@@ -1105,7 +1105,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     ),
     store.CountSealed: _query(
         "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
-        lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
+        lambda rows: tuple(sorted(((kek_id, count) for kek_id, count in rows), key=str)),
     ),
     store.CountStates: _query(  # in one pass: SQLite would sort all rows in memory to group them
         f"SELECT {_COUNTS} FROM generation",  # noqa: S608 - states of ours

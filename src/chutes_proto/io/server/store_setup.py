@@ -153,7 +153,7 @@ def count_sealed(store: Store) -> dict[str, int]:
     """Return how many keys are sealed under each KEK: passphrases, and keys of the store's own."""
     sealed = Counter(dict(store.transact(Ask(CountSealed()))))
     sealed.update(row.kek_id for row in store.transact(Ask(Scan(KeyringRow))))
-    return dict(sorted(sealed.items()))
+    return dict(sorted(sealed.items(), key=str))  # SQLite takes a value of another type in any column
 
 
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
@@ -161,7 +161,7 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
     sealed = count_sealed(store)
     live = {key.kek_id for key in vault.live}
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
-        counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
+        counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in lost.items())
         raise StoreError(
             f"store {store.name}: keys are sealed under a key-encryption key (KEK) that is neither kek_file nor"
             f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final, TypeAlias
 
 from attrs import evolve
@@ -431,7 +432,7 @@ def _read_checkpoint(mark_file: Path | None) -> tuple[Checkpoint, int] | None:
 def _log_fault(ask: Ask, held: Checkpoint) -> str:
     """Why the audit log of a store does not extend a checkpoint; empty if it does, or if a tile is missing."""
     rows = ask("SELECT size FROM log_state WHERE log = 'audit'")
-    size: int = rows[0][0] if rows else 0
+    size: int = rows[0][0] if rows and type(rows[0][0]) is int else 0
     if size < held.size:
         return (
             f"its audit log has {size} entries, and a checkpoint of {held.size} was signed: {held.size - size} are lost"
@@ -439,7 +440,7 @@ def _log_fault(ask: Ask, held: Checkpoint) -> str:
 
     def fetch(level: int, number: int) -> bytes:
         found = ask(f"SELECT hashes FROM log_tile WHERE level = {level:d} AND tile = {number:d}")  # noqa: S608 - numbers
-        return bytes(found[0][0]) if found else b""
+        return found[0][0] if found and type(found[0][0]) is bytes else b""
 
     try:
         is_same = root_hash(reader(fetch), held.size) == held.root
@@ -454,9 +455,9 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
     store_id, decided_at, seal, *stored = with_head[0] if with_head else facts
     head, head_mac = 0, ""
     try:
-        if stored:
+        if stored and type(stored[0]) is int and type(stored[2]) is bytes:
             custody.check_head(seal, stored, decided_at, ask)
-            head, head_mac = stored[0], bytes(stored[2]).hex()
+            head, head_mac = stored[0], stored[2].hex()
     except StoreError:  # every unit that reads it is refused; a mark must not have what nobody authenticated
         head, head_mac = (0, "") if mark is None else (mark.head, mark.head_mac)
     entries = _entries(ask(f"{_ROWS} ORDER BY id DESC LIMIT {_NEWEST}"))
@@ -474,4 +475,11 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
-    return tuple([Entry.of_columns(*row) for row in rows])
+    """The entries of rows. A row that no server can have written has none: a mark with it could not be read again."""
+    return tuple([Entry.of_columns(*row) for row in rows if _is_possible(row)])
+
+
+def _is_possible(row: Sequence[Any]) -> bool:
+    """Whether number and time are natural numbers, and all else is text or NULL: who writes the database may differ."""
+    number, at, *texts = row
+    return type(number) is type(at) is int and min(number, at) >= 0 and {*map(type, texts)} <= {str, NoneType}
