@@ -145,8 +145,10 @@ def sqlite_settings() -> Any:
 
 
 @pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("how", ["start", "restored"])
-def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> None:
+def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str, is_known: bool) -> None:
+    """Also one into which somebody has put the record of the erasure, as it was in the database."""
     file = marked(site)
     site.boot("1")
     site.boot("2", vm=Vm(HOTKEY, "vm-2"))
@@ -157,10 +159,15 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> N
     _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
     assert site.do("vm", "erase", "vm-1", "--yes").code == 0
     kept = file.read_bytes()
+    with closing(sqlite3.connect(site.directory / "keys.db")) as attacker:
+        records = attacker.execute("SELECT * FROM erasure").fetchall()
     for end in ("-wal", "-shm"):
         (site.directory / f"keys.db{end}").unlink(missing_ok=True)
     _ = shutil.copy(site.directory / "backup", site.directory / "keys.db")
     assert sealed(tuple(row for row in site.rows() if row.vm.name == "vm-1")) == values
+    if is_known:
+        with closing(sqlite3.connect(site.directory / "keys.db", isolation_level=None)) as attacker:
+            attacker.execute(f"INSERT INTO erasure VALUES ({', '.join('?' * len(records[0]))})", records[0])
     if how == "restored":
         told = site.json("store", "restored")
         assert (told["vms_erased_again"], told["keys_erased_again"]) == (1, 2)

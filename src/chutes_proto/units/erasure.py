@@ -70,6 +70,7 @@ class EraseVm(Unit[Erased]):
         text = json.encode(through).decode()
         erased_at = max([self.now, *(row.created_at for row in keys)])  # clocks differ by seconds
         record = store.ErasureRow(self.erasure_id, self.vm, erased_at, text)
+        yield from store.Insert(record)
         yield from _erase(self.now, self.version, record, keys, evidence, "vm erased", self.reason)
         yield from _forget(self.vm)
         return Erased(keys, evidence, claim, record)
@@ -77,9 +78,10 @@ class EraseVm(Unit[Erased]):
 
 @frozen
 class RepeatErasure(Unit[int | None]):
-    """Do an erasure again that the store does not know, as after a restore; returns how many keys it destroyed.
+    """Do an erasure again that the store has lost, as after a restore; returns how many keys it destroyed.
 
-    None if the store knows it.
+    None if the store knows it and has none of the keys. That it knows it is not enough: who writes the database can
+    put the record, which is authentic, into a store that was restored from before.
     """
 
     now: int
@@ -89,17 +91,20 @@ class RepeatErasure(Unit[int | None]):
     def script(self) -> Script[int | None]:
         """Look, and erase up to the recorded numbers."""
         record = self.record
-        if (yield from store.Read(store.ErasureRow, record.erasure_id)) is not None:
-            return None
+        is_known = (yield from store.Read(store.ErasureRow, record.erasure_id)) is not None
         through = through_of(record)
         rows = yield from store.ReadAll(store.GenerationRow, record.vm)
         old = [
             row for row in rows if row.generation <= through.get(row.volume, 0) and row.created_at <= record.erased_at
         ]
         keys = [row for row in old if row.sealed is not None]
+        if is_known and not keys:
+            return None
         reason = f"erased at {record.erased_at}; repeated, because the store had lost that"
         kept = yield from store.ReadAll(store.EvidenceRow, record.vm)
         evidence = [row for row in kept if row.received_at <= record.erased_at]
+        if not is_known:
+            yield from store.Insert(record)
         yield from _erase(self.now, self.version, record, keys, evidence, "vm erased again", reason)
         claim = yield from store.Read(store.VmRow, record.vm)
         if claim is not None and claim.created_at <= record.erased_at and len(old) == len(rows):
@@ -129,7 +134,6 @@ def _erase(
     if evidence:
         yield from store.Delete(store.EvidenceRow, tuple(row.evidence_id for row in evidence))
     yield from store.VoidTokens(record.vm, now)
-    yield from store.Insert(record)
     yield from store.SetVersion(version)
     erased = ", ".join(f"{row.volume}/{row.generation} erased" for row in keys)
     yield from store.Insert(store.AuditRow(now, "operator", event, "done", reason, record.vm, keys=erased))

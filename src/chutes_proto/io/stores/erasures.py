@@ -25,7 +25,7 @@ from typing import Any, Final, TypeAlias, get_args
 
 from attrs import asdict, define, frozen
 
-from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.errors import ConfigurationError, RowNotAuthentic, StoreError
 from chutes_proto.io.files import give_to_owner_of, read_lines, write_file
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
@@ -80,6 +80,7 @@ def file_beside(mark_file: Path) -> Path:
 def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
     """Repeat in ``store`` the erasures and revocations of the file, and add those of the store to it.
 
+    An erasure that the store knows is looked at, too: somebody may have put its record into a store from before.
     Raises `StoreError` also for a file that cannot be read or written.
     """
     if path is None:
@@ -88,9 +89,12 @@ def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
     vms = keys = revocations = 0
     erased = {row.erasure_id: row for row in store.transact(Ask(Scan(ErasureRow)))}
     for record in noted.erasures.values():
-        if record.erasure_id in erased:
-            continue
-        destroyed = store.transact(RepeatErasure(int(time.time()), 1 + secrets.randbits(62), record))
+        try:
+            destroyed = store.transact(RepeatErasure(int(time.time()), 1 + secrets.randbits(62), record))
+        except RowNotAuthentic:
+            if record.erasure_id not in erased:
+                raise
+            continue  # that VM gets no key
         vms, keys = vms + (destroyed is not None), keys + (destroyed or 0)
     found = store.transact(Ask(Scan(RevocationRow)))
     changed: dict[_Party, RevocationRow] = {(row.kind, row.subject): row for row in found}
