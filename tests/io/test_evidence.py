@@ -19,6 +19,7 @@ from chutes_proto.effects import FetchEvidence, Flow
 from chutes_proto.errors import TransportError
 from chutes_proto.io.drivers import aio
 from chutes_proto.io.drivers.sync import Performer
+from chutes_proto.io.http.httpx_messages import MAX_PIECES
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpResponse
 from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
@@ -130,6 +131,19 @@ def test_a_hundred_megabytes_are_not_taken(drive: Driver, credentials: Credentia
     with peer(credentials, behave) as (url, _), pytest.raises(TransportError, match=f"more than {MAX_ANSWER} bytes"):
         _ = fetch(drive, url)
     assert sent[0] < 50_000_000
+
+
+@everywhere
+def test_single_bytes_are_not_taken_one_by_one(drive: Driver, credentials: Credentials) -> None:
+    def behave(stream: ssl.SSLSocket) -> None:
+        _ = read_request(stream)
+        stream.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(50):
+            stream.sendall(b"1\r\na\r\n" * 2000)
+        stream.sendall(b"0\r\n\r\n")
+
+    with peer(credentials, behave) as (url, _), pytest.raises(TransportError, match=f"more than {MAX_PIECES} pieces"):
+        _ = fetch(drive, url)
 
 
 def lines_without_end(stream: ssl.SSLSocket) -> None:

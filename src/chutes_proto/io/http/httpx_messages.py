@@ -4,7 +4,8 @@ Rules kept here:
 
 * the one map from httpx's errors to `TransportError` is here;
 * a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
-* an answer is bounded in size; content codings are neither asked for nor undone, so it cannot swell.
+* an answer is bounded in size, and in the pieces that it comes in, because each of them costs the loop some time;
+* content codings are neither asked for nor undone, so that an answer cannot swell.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import anyio
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     import httpx
 else:
     httpx = LazyModule("httpx")  # a server that asks nobody would spend a tenth of its start on it
+
+MAX_PIECES: Final = 2048
+"""Pieces of body that an answer may have: one of 1 MiB, 512 bytes at a time. A peer could send single bytes."""
 
 
 def open_client(context: ssl.SSLContext) -> httpx.AsyncClient:
@@ -43,22 +47,25 @@ async def whole_answer(
     """Return the whole answer; call ``begun`` before its body is read, while its connection is open."""
     if client.is_closed:
         raise LocalProtocolError("the client is closed; make a request within its `async with` block")
-    body = bytearray()
+    body, pieces = bytearray(), 0
     with anyio.move_on_after(limits.total) as scope, _transport_errors(request.url.netloc.decode("ascii"), limits):
         response = await client.send(request, stream=True, follow_redirects=False)
         try:
             begun(response)
             async for chunk in response.aiter_raw():
                 body += chunk
-                if len(body) > MAX_ANSWER:
+                pieces += 1
+                if len(body) > MAX_ANSWER or pieces > MAX_PIECES:
                     scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
         finally:
             await response.aclose()
-        if len(body) <= MAX_ANSWER:
+        if len(body) <= MAX_ANSWER and pieces <= MAX_PIECES:
             headers = tuple(
                 (name.decode("latin-1").lower(), text.decode("latin-1")) for name, text in response.headers.raw
             )
             return HttpResponse(response.status_code, headers, bytes(body))
+    if pieces > MAX_PIECES:
+        raise TransportError(f"the server's answer has more than {MAX_PIECES} pieces", maybe_delivered=True)
     raise limits.exceeded(body)
 
 
