@@ -69,6 +69,11 @@ def _waiting(service: Service, part: int, share: int) -> Admission:
     return Admission(most, share=max(1, most // share), code=Code.STORE_UNAVAILABLE, text=text)
 
 
+def _hosts(service: Service) -> Admission:
+    text = "A server of this hotkey is being registered, or as many as may be at once. Retry shortly."
+    return Admission(service.limits.host_calls, share=1, text=text)
+
+
 def _rates(service: Service) -> TokenBuckets:
     most = service.limits.requests_per_minute
     return TokenBuckets(most, most / 60)
@@ -130,7 +135,7 @@ class Service:
     """Bounds the requests after a verified quote that wait for the store, by platform and by token."""
     strangers: Admission = field(default=Factory(lambda self: _waiting(self, 4, 2), takes_self=True))
     """Bounds the other ones that wait, by address."""
-    hosts: Admission = field(default=Factory(lambda self: Admission(self.limits.host_calls, share=1), takes_self=True))
+    hosts: Admission = field(default=Factory(_hosts, takes_self=True))
     boots: OpenBoots = field(factory=OpenBoots)
     host_rates: TokenBuckets = field(default=Factory(lambda self: _host_rates(self, 1), takes_self=True))
     all_host_rates: TokenBuckets = field(default=Factory(lambda self: _host_rates(self, 12), takes_self=True))
