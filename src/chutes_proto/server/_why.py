@@ -172,6 +172,9 @@ _PROXY: Final = "compare what ends TLS before the server with [proxy] of the con
 _ADD_HOTKEY: Final = (
     "add the hotkey to `hotkeys` of the configuration if you serve its owner, and run `chutes-proto reload`"
 )
+_FREE: Final = (
+    "`chutes-proto registrations list` shows whose server that is: its owner frees it, or `registrations remove ID`"
+)
 _SCHEDULED: Final = {
     "profile_ended": "boot a newer image on it, or move `not_after` of its profile and `chutes-proto reload`;"
     " `chutes-proto profiles list` shows the schedule, `profiles vms` the VMs that need another image",
@@ -211,6 +214,11 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.EXCHANGE_MISMATCH: "give the profile the exchange that its image speaks",
     Code.EXCHANGE_DOWNGRADE: 'boot an image of the two-phase exchange, or set `exchange_downgrade = "allow"`',
     Code.GPU_EVIDENCE_REJECTED: "`chutes-proto gpu verify` names what the evidence lacks",
+    Code.EVIDENCE_UNAVAILABLE: "let the host answer at `registration.evidence_port`; the reason names what failed",
+    Code.HOST_INVALID: "the miner must give a public IPv4 address, or a name that has public addresses only",
+    Code.HOST_TAKEN: _FREE,
+    Code.SERVER_TAKEN: _FREE,
+    Code.GPU_TAKEN: _FREE,
     Code.BOOT_REQUIRED: "boot the VM of this name, or from this address, before it is registered",
     Code.KEY_NOT_FOUND: "`chutes-proto keys history VM` shows which keys there are",
     Code.SERVER_NOT_FOUND: "`chutes-proto registrations list` shows whose servers there are",
