@@ -90,7 +90,7 @@ def test_doubled_sequencers_lose_and_reorder_nothing(place: StorePlace) -> None:
             ThreadPoolExecutor(writers) as threads,
         ):
             list(threads.map(write, range(writers)))
-        found = log(one)
+        found = [row for row in log(one) if row.event != "log key made"]  # if a sequencer had caught up meanwhile
     assert len(found) == writers * each
     for writer in range(writers):
         assert [int(row.reason) for row in found if row.event == f"writer {writer}"] == [*range(each)]
