@@ -305,6 +305,23 @@ def test_a_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path, i
         again.transact(boot("third"))
 
 
+def test_an_index_of_the_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path) -> None:
+    """Otherwise a command says that a VM is revoked, and the server's next commit overwrites that."""
+    store.transact(boot("first"))
+    path.with_name(f"{path.name}-shm").unlink()
+    text = f"from tests.store.test_sqlite import *; SqliteStore(Path({str(path)!r})).transact(boot('of a command'))"
+    _ = subprocess.run([sys.executable, "-c", f"{text}; os._exit(0)"], check=True)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"the index of its log, keys\.db-shm, was moved, removed or replaced"):
+            store.transact(boot("second"))
+    copy = path.with_name("after a kill")  # a process that is killed leaves file and log as they are
+    for end in ("", "-wal"):
+        _ = subprocess.run(["cp", f"{path}{end}", f"{copy}{end}"], check=True)
+    with closing(SqliteStore(copy)) as again:
+        found = {row.boot_id for row in again.transact(Ask(Scan(BootRow)))}
+    assert found == {boot("first").boot_id, boot("of a command").boot_id}
+
+
 def test_another_process_at_work_is_busy(path: Path) -> None:
     with (
         closing(SqliteStore(path, busy_seconds=0.05)) as store,

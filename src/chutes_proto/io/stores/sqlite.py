@@ -163,7 +163,9 @@ class SqliteStore(MarkedStore):
         self._closed = False
         self._inode: tuple[int, int] | None = None
         self._log_path: Path = self.path.with_name(f"{self.path.name}-wal")
+        self._index_path: Path = self.path.with_name(f"{self.path.name}-shm")
         self._log_inode: tuple[int, int] | None = None
+        self._index_inode: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; install 3.35 or newer")
         with self._my_turn(_Job(_ALONE)):
@@ -502,7 +504,7 @@ class SqliteStore(MarkedStore):
             except BaseException:
                 connection.close()
                 raise
-            self._log_inode = _inode_of(self._log_path)
+            self._log_inode, self._index_inode = _inode_of(self._log_path), _inode_of(self._index_path)
             return connection
 
     def _find_file(self) -> None:
@@ -566,7 +568,8 @@ class SqliteStore(MarkedStore):
         """Check that the path leads to the open file: commits to a file without a name are lost at the next start.
 
         So are those in its log, unless it is closed before: that writes them to the file. It is not closed here: other
-        processes may go on with it.
+        processes may go on with it. Without the index of the log, a process that begins does not see where we write:
+        each overwrites what the other has committed.
         """
         if _inode_of(self.path) != self._inode:
             raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
@@ -574,6 +577,11 @@ class SqliteStore(MarkedStore):
             raise self._fault(
                 f"its log, {self._log_path.name}, was moved, removed or replaced while in use; stop the server, which"
                 " writes to the file what the log has, and start it again"
+            )
+        if self._connection is not None and _inode_of(self._index_path) != self._index_inode:
+            raise self._fault(
+                f"the index of its log, {self._index_path.name}, was moved, removed or replaced while in use; kill"
+                " the server by SIGKILL, so that it discards nothing that others wrote to the log, and start it again"
             )
 
     def _fault(self, what: str) -> StoreError:
