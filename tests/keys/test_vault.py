@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import hmac
 import struct
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -14,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError, KeyUnavailable, LocalProtocolError, SealBroken
-from chutes_proto.keys.vault import Address, FreshKey, KeyEncryptionKey, Sealed, Vault
+from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Sealed, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import GenerationRow, Vm
+from chutes_proto.store.rows import GenerationRow, KeyringRow, Vm
 
 OLD = KeyEncryptionKey.from_bytes(b"o" * 32)
 NEW = KeyEncryptionKey.from_bytes(b"n" * 32)
@@ -91,6 +92,17 @@ def test_no_bit_can_be_changed(name: str, data: st.DataObject) -> None:
     row = evolve(ROW, sealed=bytes(changed)) if name == "sealed" else evolve(ROW, wrapped_key=bytes(changed))
     with pytest.raises(SealBroken):
         VAULT.open(ADDRESS, row)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"kind": b"rows"}, {"epoch": "1"}, {"epoch": -1}, {"wrapped": "text"}, {"kind": "log"}]
+)
+def test_a_key_of_the_store_opens_as_its_row_was_only(changed: dict[str, Any]) -> None:
+    """SQLite takes a value of any type in any column."""
+    row = KeyringRow("rows", 1, *VAULT.wrap("rows", 1, Secret(bytes(32)), bytes(NONCE_SIZE)), created_at=0)
+    assert VAULT.unwrap(row).reveal() == bytes(32)
+    with pytest.raises(SealBroken, match="of the store's own does not open: its row was altered"):
+        VAULT.unwrap(evolve(row, **changed))
 
 
 @given(st.binary(max_size=200), st.binary(max_size=100))
