@@ -213,6 +213,30 @@ def test_a_runtime_attestation_must_bring_required_evidence() -> None:
     answer(attest(world, GPUS))
 
 
+def test_a_runtime_attestation_shows_as_many_gpus_as_the_server_declared() -> None:
+    """Whatever the profile says of their number: it is the declared GPUs that the evidence is to be of."""
+    both = SimulatedGpus(GPUS.seed, count=2)
+    world = make("require", callback=False)
+    world.gpus = collateral(both)
+    registered(register(world, gpus=[gpu("a"), gpu("b")]))
+    status, code, text = refusal(attest(world, GPUS))
+    assert (status, code) == (403, Code.GPU_EVIDENCE_REJECTED)
+    assert text.endswith("gpu_count")
+    answer(attest(world, both))
+
+
+def test_a_runtime_attestation_shows_as_many_gpus_as_its_profile_has() -> None:
+    both = SimulatedGpus(GPUS.seed, count=2)
+    world = make("require", callback=False)
+    world.gpus = collateral(both)
+    profile = evolve(EXPECTED, gpu_count=2)
+    profiles = {profile.identity: ServedProfile(profile, None, False, False, gpu_evidence="require")}
+    world.app.service = evolve(world.app.service, profiles=profiles)
+    registered(register(world, gpus=[gpu("a")]))
+    for shown in (GPUS, both):
+        assert refusal(attest(world, shown))[2].endswith("gpu_count")
+
+
 def test_without_reference_values_evidence_is_recorded_and_not_verified() -> None:
     world = make("record", verifies=False)
     registered(register(world))

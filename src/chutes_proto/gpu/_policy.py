@@ -246,7 +246,8 @@ def verify(
 
     ``data`` is what the host's tool wrote, or the devices' evidence already read. ``nonce`` are the 32 bytes that every
     report must be over; pass None only where something else makes the evidence fresh. ``now`` is in whole unix seconds.
-    ``count`` is how many GPUs there must be; None for any number of devices, which may all be switches.
+    ``count`` is how many GPUs there must be; None for any number of devices, which may all be switches: pass
+    the number if you rely on GPUs, or look at `AcceptedEvidence.gpus`.
 
     Raises `EvidenceRefusedError` with a report on every device; `EvidenceFormatError` for bytes that are no evidence;
     `TypeError` for arguments of another type.
@@ -257,7 +258,7 @@ def verify(
     if count is not None and type(count) is not int:
         raise TypeError(f"count: must be an int, or None, not {count!r}")
     opened = open_evidence(data, nonce=nonce, now=now, roots=roots)
-    return accept(opened, nonce=nonce, now=now, rims=rims, revocation=revocation, policy=policy, count=count)
+    return accept(opened, nonce=nonce, now=now, rims=rims, revocation=revocation, policy=policy, counts=(count,))
 
 
 def _are_devices(value: object) -> bool:
@@ -291,9 +292,12 @@ def accept(
     rims: Rims,
     revocation: Revocation,
     policy: GpuPolicy,
-    count: int | None,
+    counts: Sequence[int | None],
 ) -> AcceptedEvidence:
-    """The second half of `verify`, with the same ``nonce``; ``now`` may be later (steps 13 to 32)."""
+    """The second half of `verify`, with the same ``nonce``; ``now`` may be later (steps 13 to 32).
+
+    Each of ``counts`` is as ``count`` there.
+    """
     genuine = [device for device in opened if isinstance(device, GenuineDevice)]
     reports: list[DeviceReport] = []
     seen: set[str] = set()
@@ -304,8 +308,9 @@ def accept(
         reports.append(_examine(device, genuine, seen, rims, revocation, policy, now))
     gpus = sum(report.arch != "LS10" for report in reports)
     error = next((report.error for report in reports if report.error is not None), None)
-    if error is None and (not reports or count not in (None, gpus)):  # 31
-        expected = "at least 1" if count is None else count
+    wrong = next((count for count in counts if count not in (None, gpus)), None)
+    if error is None and (not reports or wrong is not None):  # 31
+        expected = "at least 1" if wrong is None else wrong
         error = steps.GpuCountError("evidence", "another number of GPUs", got=gpus, expected=expected)
     if error is not None:
         raise EvidenceRefusedError(error, reports)

@@ -93,7 +93,8 @@ def verify_service(
 ) -> VerifiedService:
     """Verify a quote, GPU evidence and their binding, in this order, and return them only if all of it is accepted.
 
-    ``count`` is how many GPUs the service must have, None for any number. Raises
+    ``count`` is how many GPUs the service must have. None accepts any number of devices, which may all be switches: a
+    machine's software chooses what it hands over, so pass the number that you rely on. Raises
     `chutes_proto.quote.VerificationError` for the quote and its report data, and `GpuError` for the GPUs.
     """
     verdict = quotes.verify(quote, collateral, now=now, report_data=None, policy=policy, root=root, stage=stage)

@@ -68,7 +68,7 @@ def ask_host(
             profile,
             given.gpus,
             nonce=nonce,
-            count=len(call.message.gpus),
+            counts=(len(call.message.gpus),),
             now=now,
         )
     except Unavailable:

@@ -13,6 +13,7 @@ Rules kept here:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from attrs import evolve, field, frozen
@@ -60,10 +61,10 @@ def appraise_gpus(
     text: str | None,
     *,
     nonce: bytes,
-    count: int | None,
+    counts: Sequence[int | None],
     now: int,
 ) -> Flow[SignedGpus]:
-    """Appraise GPU evidence, a JSON text, over ``nonce`` (32 bytes), of ``count`` GPUs, or of any number.
+    """Appraise GPU evidence, a JSON text, over ``nonce`` (32 bytes); each of ``counts`` is how many GPUs it must be of.
 
     Raises `Refused` and `Unavailable` only if the profile requires evidence.
     """
@@ -90,7 +91,7 @@ def appraise_gpus(
             rims=collateral.rims,
             revocation=collateral.revocation,
             policy=_policy(appraisal.policy, profile),
-            count=count,
+            counts=counts,
         )
     except (GpuError, CollateralUnavailable) as exc:
         reason = f"GPU evidence NOT accepted: {_code(exc)}: {exc}"

@@ -24,7 +24,7 @@ from chutes_proto.server._service import Service
 from chutes_proto.store.rows import AttestationRow, ServerRow
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.records import Quote
-from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, ReadStatus, RecordRuntimeRefusal
+from chutes_proto.units.servers import GrantRuntime, ReadDeclared, ReadOwnServer, ReadStatus, RecordRuntimeRefusal
 from chutes_proto.wire import miners
 from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.names import timestamp
@@ -45,7 +45,7 @@ def attest_runtime(
     """Operation 11: verify, appraise and record a runtime quote of the caller's server."""
     request, message = call.request, call.message
     hotkey, address = call.caller.address, request.peer_address
-    server, _ = yield from Transact(ReadOwnServer(hotkey, message.server_id))
+    server, declared = yield from Transact(ReadDeclared(hotkey, message.server_id))
     nonce = service.mint.check(
         message.nonce, "runtime", call.now, hotkey=hotkey, address=address, scope=server.server_id
     )
@@ -62,7 +62,7 @@ def attest_runtime(
             profile,
             message.gpu_evidence,
             nonce=nonce.value,
-            count=profile.gpu_count,
+            counts=(len(declared), profile.gpu_count),
             now=call.now,
         )
         yield from Transact(

@@ -276,6 +276,18 @@ class ReadOwnServer(Unit[tuple[store.ServerRow, store.AttestationRow | None]]):
 
 
 @frozen
+class ReadDeclared(Unit[tuple[store.ServerRow, tuple[store.GpuRow, ...]]]):
+    """A server of ``hotkey``'s with the GPUs that it declared. Raises `Refused` (``server_not_found``)."""
+
+    hotkey: str
+    server_id: str
+
+    def script(self) -> Script[tuple[store.ServerRow, tuple[store.GpuRow, ...]]]:
+        server = yield from read_own(self.hotkey, self.server_id)
+        return server, (yield from store.ReadGpus(server.server_id))
+
+
+@frozen
 class ReadStatus(Unit[tuple[store.ServerRow, store.AttestationRow | None, store.RevocationRow | None]]):
     """A server as `ReadOwnServer` reads it, and a revocation of its names, its linked VM or its platform.
 

@@ -131,7 +131,12 @@ def _unreadable(path: str, problem: GpuError) -> ConfigurationError:
     default=0,
     help="accept OCSP answers that ended so long ago (default: none)",
 )
-@click.option("--count", metavar="N", type=click.IntRange(1, 64), help="how many GPUs there must be (default: any)")
+@click.option(
+    "--count",
+    metavar="N",
+    type=click.IntRange(1, 64),
+    help="how many GPUs there must be (default: any, also switches alone)",
+)
 @click.option("--policy", "policy_file", metavar="FILE", help="a policy in TOML: versions, modes, models, revocation")
 @click.option("--roots", metavar="DIR", help="roots to trust instead of NVIDIA's: device-root.der and rim-root.der")
 @at_option("the time to verify at")
