@@ -100,6 +100,7 @@ async def test_the_evidence_of_eight_gpus_and_four_switches(scene: Scene, loop: 
     now = int(time.time())
     rims = Rims.of(verify_rim(data, now=now, roots=gpus.roots) for data in gpus.rims(now))
     site.gpus = lambda: GpuCollateral(rims, Revocation.of(gpus.status(now)))
+    declared = [evolve(GPU, uuid=f"GPU-{number}") for number in range(8)]
     sizes: list[int] = []
 
     def tool(nonce: bytes) -> bytes:
@@ -109,7 +110,7 @@ async def test_the_evidence_of_eight_gpus_and_four_switches(scene: Scene, loop: 
 
     async def attest(kind: str) -> None:
         async with client(site, kind) as miner, client(site, kind, gpu_tool=tool) as with_gpus:
-            await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
+            await miner.register("n1", host="1.2.3.4", gpus=declared, name="vm-1")
             with pytest.raises(Refused, match="There is none"):
                 await miner.attest("n1")
             _ = await with_gpus.attest("n1")
