@@ -28,6 +28,8 @@ from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, GpuDeviceRow, ServerRow
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.wire.endpoint import PARAMETER
+from chutes_proto.wire.endpoints import ENDPOINTS
 from tests.clients import make_client, without_loop
 from tests.scenario.operations import SERVER, Scene, Site, Vm, code, rows
 from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll, service
@@ -172,6 +174,21 @@ async def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
             attested = await http.post("/servers/n1/attestation", json={"quote": ""}, headers=nonce)
             assert code(attested) == (404, "server_not_found")
             assert (await http.get("/servers/tee/measurements")).json()[0]["name"] == "simulated"
+
+
+async def test_ones_own_client_signs_as_each_operation_demands(scene: Scene) -> None:
+    """Whatever else an operation makes of an empty request: its signature holds."""
+    auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
+    site = scene()
+    async with site.serving():
+        context = client_context(None, SERVER.ca_pem)
+        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, auth=auth, timeout=60) as http:
+            for endpoint in ENDPOINTS:
+                if endpoint.signed is not None:
+                    headers = {"x-chutes-nonce": "ab" * 32} if endpoint.signed == "nonce" else {}
+                    path = PARAMETER.sub("n1", endpoint.path)
+                    answered = await http.request(endpoint.method, path, headers=headers)
+                    assert answered.status_code != 401, f"{endpoint.operation}: {answered.text}"
 
 
 async def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:

@@ -229,7 +229,7 @@ def signed(method: str, target: str, body: bytes = b"", nonce: str = "", certifi
     """A request of a miner's."""
     coverage: Coverage = "nonce" if nonce else "body" if method == "POST" else "purpose"
     nonce = nonce or str(int(time.time()))
-    message, *_ = messages_to_sign(coverage, "compatible", MINER.hotkey, nonce, method, target, body)
+    message, *_ = messages_to_sign(coverage, "compatible", MINER.hotkey, nonce, method, target, body, "tee")
     headers = (("content-type", "application/json"), *signature_headers(MINER.hotkey, nonce, message, MINER.sign))
     return HttpRequest(method, target, headers, body, certificate, "127.0.0.1", arrived=anyio.current_time())
 

@@ -56,7 +56,7 @@ def attest(world: World, nonce: str | None = None, path: str = PATH, **options: 
 
 
 def signed(pair: HotkeyPair, nonce: str, coverage: Any, body: bytes) -> dict[str, str]:
-    message, *_ = messages_to_sign(coverage, "compatible", pair.hotkey, nonce, "POST", PATH, body)
+    message, *_ = messages_to_sign(coverage, "compatible", pair.hotkey, nonce, "POST", PATH, body, "tee")
     names = {"hotkey": pair.hotkey.address, "nonce": nonce, "signature": pair.sign(message).hex()}
     return {f"x-chutes-{name}": value for name, value in names.items()}
 

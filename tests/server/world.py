@@ -12,7 +12,7 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.auth.signing import PURPOSE, Coverage, SigningPolicy, messages_to_sign
+from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
 from chutes_proto.effects import (
     Effect,
     Entropy,
@@ -177,7 +177,7 @@ class World:
         nonce: str | None = None,
         coverage: Coverage | None = None,
         policy: SigningPolicy = "compatible",
-        purpose: str = PURPOSE,
+        purpose: str = "tee",
         **changes: Any,
     ) -> HttpResponse:
         """Send a request signed by ``pair``, as operations of a miner are: POST over the body, others by purpose."""

@@ -31,7 +31,6 @@ from chutes_proto.wire.codes import Code
 _SIGNATURE: Final = re.compile(rf"[0-9A-Fa-f]{{{2 * SIGNATURE_SIZE}}}")
 
 
-PURPOSE: Final = "tee"
 WINDOW: Final = 600
 """Seconds that a signed request's time may be away from the server's."""
 
@@ -71,7 +70,7 @@ def messages_to_sign(
     method: str,
     target: str,
     body: bytes,
-    purpose: str = PURPOSE,
+    purpose: str,
 ) -> tuple[bytes, ...]:
     """List the messages of which one must be signed. A client signs the first, a server accepts any."""
     whole = request_message(hotkey, nonce, method, target, body)

@@ -42,9 +42,8 @@ class HotkeyAuth(httpx.Auth):
         nonce = given if HEX_32.fullmatch(given) else str(int(time.time()))
         match route(request.method, target.partition("?")[0]):
             case Match(endpoint) if endpoint.signed is not None:
-                message, *_ = messages_to_sign(
-                    endpoint.signed, self._signatures, self._hotkey, nonce, request.method, target, request.content
-                )
+                parts = (request.method, target, request.content, endpoint.purpose)
+                message, *_ = messages_to_sign(endpoint.signed, self._signatures, self._hotkey, nonce, *parts)
             case _:
                 message = request_message(self._hotkey, nonce, request.method, target, request.content)
         request.headers.update(signature_headers(self._hotkey, nonce, message, self._signer))
