@@ -83,6 +83,10 @@ _MISSING: Final = 100
 """How many missing generations of a volume are named: a number that somebody has written may have any size."""
 _PAGE: Final = 1000
 
+_NOT_ASKED: Final = (
+    "it is not what was asked for: an index or an operator of the database was changed, or the search_path"
+)
+
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(dict[str, dict[str, bytes]]).decode
 
@@ -111,6 +115,7 @@ _LISTED: Final = frozenset({*_VM_OF, store.RevocationRow, store.KeyringRow})
 """The rows that a head lists."""
 _FLAGS: Final = {kind: flags(kind) for kind in store.ROWS}
 _WIDTHS: Final = {kind: len(columns(kind)) for kind in store.ROWS}
+_PLACE_OF: Final = {kind: {name: at for at, name in enumerate(columns(kind))} for kind in store.ROWS}
 
 
 # --- keys and heads ---
@@ -213,7 +218,8 @@ class Custody:
             return found
         for row in decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{kind}' ORDER BY epoch DESC")):
             with suppress(KeyUnavailable, SealBroken, TypeError):  # SQLite takes a value of another type
-                found.append(unwrap(row))
+                if row.kind == kind:
+                    found.append(unwrap(row))
         return found
 
     def check_fact(self, name: str, value: int, read: Callable[[str], Rows]) -> None:
@@ -239,6 +245,9 @@ class Custody:
         rows = decode_rows(store.KeyringRow, read(f"{_KEYRING} WHERE kind = '{ROWS_KEY}' AND epoch = {epoch}"))
         if not rows:
             raise RowNotAuthentic("keyring", f"{ROWS_KEY}/{epoch}", "it is missing")
+        # It opens as what its row says that it is, and a past holder of a KEK knows the key of an older epoch.
+        if (rows[0].kind, rows[0].epoch) != (ROWS_KEY, epoch):
+            raise RowNotAuthentic("keyring", f"{rows[0].kind}/{rows[0].epoch}", _NOT_ASKED)
         try:
             return EpochKey(epoch, unwrap(rows[0]))
         except SealBroken as exc:  # somebody altered it in the database
@@ -481,9 +490,11 @@ class Guard:
         return self.write(changed) if isinstance(changed, StoreOp) else changed
 
     def read_rows(self, op: StoreOp[Any]) -> Any:
-        rows, kind = self._run(op, *statement(op)), kind_read(op)
+        text, values = statement(op)
+        rows, kind = self._run(op, text, values), kind_read(op)
         if kind is not None:
             tags = self.check(kind, rows)
+            _check_asked(kind, _asked_by(op, kind), values, rows)
             belongs = _GROUPS.get((type(op), kind))
             if belongs is not None:
                 rows = belongs(self, op, rows, tags)
@@ -1287,6 +1298,25 @@ def _check_times(key: EpochKey, horizon: int, version: int, stored: tuple[Any, .
     guard.expect_fact("revocations", version)
 
 
+def _asked_by(op: StoreOp[Any], kind: type[store.Row]) -> tuple[str, ...]:
+    """The columns by which an operation asks for rows; their values are the first ones of its statement."""
+    if isinstance(op, store.Read):
+        return (op.by,) if op.by else kind.KEY
+    return _ASKED_BY.get(type(op), ())
+
+
+def _check_asked(kind: type[store.Row], names: tuple[str, ...], values: Values, rows: Rows) -> None:
+    """Compare authentic rows with the values by which they were asked for. Raises `RowNotAuthentic`.
+
+    A database finds any row by any value, if its owner has changed an index or an operator.
+    """
+    places = _PLACE_OF[kind]
+    for row in rows:
+        for name, value in zip(names, values, strict=False):
+            if row[places[name]] != value:
+                raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), _NOT_ASKED)
+
+
 def statements_ahead(ops: Iterable[StoreOp[Any]], *, with_heads: bool) -> tuple[tuple[str, Values], ...]:
     """The statements of operations, and with them those of the guard that reads the heads of their VMs."""
     found: dict[tuple[str, Values], None] = {}
@@ -1413,6 +1443,14 @@ _GROUPS: Final[dict[tuple[type[StoreOp[Any]], type[store.Row]], Callable[[Guard,
     (store.Scan, store.KeyringRow): Guard.whole_table,
 }
 """The operations that read the whole of what a head lists, or one row that it must list."""
+
+_ASKED_BY: Final[dict[type[StoreOp[Any]], tuple[str, ...]]] = {
+    **dict.fromkeys((store.ReadAll, store.ReadLiveGenerations, store.FindLastBoot), ("hotkey", "vm")),
+    store.FindLastBootFrom: ("hotkey", "peer_address"),
+    store.ReadBootVolumes: ("boot_id",),
+    store.ReadGpus: ("server_id",),
+    store.ReadRevocation: ("kind", "subject"),
+}
 
 _FACT_READS: Final[dict[type[StoreOp[Any]], Callable[[Guard, Rows], None]]] = {
     store.ReadTimes: Guard.times,

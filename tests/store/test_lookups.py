@@ -1,0 +1,62 @@
+"""A sealed store whose database does not answer what it is asked for: with authentic rows, but others, or fewer."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import Refused, RowNotAuthentic
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.store._guard import Custody
+from chutes_proto.testing.store_suite._parts import VAULT, boot, sync
+from tests.store.test_custody import BOTH, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GUESSED = bytes(32)
+"""The digest of a token that nobody issued."""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    return StorePlace(address, tmp_path, vault=VAULT)
+
+
+def test_a_token_that_nobody_issued_finds_no_boot(empty_schema: str, tmp_path: Path) -> None:
+    """Whoever owns the database would get the keys of each VM that has a live token, and changes no row for that."""
+    place = StorePlace(empty_schema, tmp_path, vault=VAULT)
+    granted = boot("one")
+    guess = evolve(sync(granted, "body", "storage"), certificate=None, token_digest=GUESSED)
+    with closing(place.open(migrate=True)) as store:
+        store.transact(granted)
+        with pytest.raises(Refused, match="Boot token not found"):
+            store.transact(guess)
+    ((schema,),) = run(place, "SELECT current_schema()")
+    guessed = rf"$2 OPERATOR(pg_catalog.=) '\x{GUESSED.hex()}'"
+    same = f"SELECT $1 OPERATOR(pg_catalog.=) $2 OR {guessed}"
+    run(place, f"CREATE FUNCTION same(bytea, bytea) RETURNS boolean LANGUAGE sql IMMUTABLE AS $same${same}$same$")
+    run(place, "CREATE OPERATOR = (LEFTARG = bytea, RIGHTARG = bytea, FUNCTION = same)")
+    # As ALTER ROLE … SET search_path does it for a URL that has none.
+    place = evolve(place, address=place.address.replace(schema, f"{schema}%2Cpg_catalog"))
+    with closing(place.open()) as store:
+        with pytest.raises(RowNotAuthentic, match=f"{granted.boot_id} of table boot .* not what was asked for"):
+            store.transact(guess)
+        assert store.custody.faults == {"boot": 1}
+
+
+def test_the_key_of_an_older_epoch_stands_in_for_no_newer_one(place: StorePlace) -> None:
+    """Whoever had the old KEK knows it, and a server may still open it."""
+    with closing(place.open(migrate=True)):
+        older = run(place, "SELECT kind, epoch, kek_id, wrapped, created_at FROM keyring WHERE kind = 'rows'")
+    custody = Custody("store")
+    custody.hold(BOTH.unwrap)
+    assert custody.session(2 * 1 + 1, lambda _: older).sealed_in == 1
+    with pytest.raises(RowNotAuthentic, match=r"rows/1 of table keyring .* not what was asked for"):
+        _ = custody.session(2 * 2 + 1, lambda _: older)
+    assert len(custody.opened("rows", lambda _: older)) == 1
+    assert custody.opened("log", lambda _: older) == []
