@@ -11,7 +11,8 @@ from attrs import evolve
 from chutes_proto.errors import Refused, RowNotAuthentic
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store._guard import Custody
-from chutes_proto.testing.store_suite._parts import VAULT, boot, sync
+from chutes_proto.store.rows import Platform
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, sync
 from tests.store.test_custody import BOTH, run
 
 if TYPE_CHECKING:
@@ -47,6 +48,22 @@ def test_a_token_that_nobody_issued_finds_no_boot(empty_schema: str, tmp_path: P
         with pytest.raises(RowNotAuthentic, match=f"{granted.boot_id} of table boot .* not what was asked for"):
             store.transact(guess)
         assert store.custody.faults == {"boot": 1}
+
+
+def test_a_boot_that_was_away_while_its_name_was_taken_over_opens_nothing(place: StorePlace) -> None:
+    """Its row is authentic, and its head lists it, so its token would be as alive as before."""
+    before = boot("of who came first")
+    owner = evolve(boot("of the owner", now=NOW + 100), hotkey_proven=True, platform=Platform(bytes(16), bytes(16)))
+    with closing(place.open(migrate=True)) as store:
+        store.transact(before)
+        run(place, "CREATE TABLE kept AS SELECT * FROM boot")
+        run(place, "DELETE FROM boot")
+        with pytest.raises(RowNotAuthentic, match=f"{before.boot_id} of table boot .* missing"):
+            store.transact(owner)
+        run(place, "INSERT INTO boot SELECT * FROM kept")
+        store.transact(owner)
+        with pytest.raises(Refused, match="Boot token not found"):
+            store.transact(evolve(sync(before, "body", "storage"), now=NOW + 200))
 
 
 def test_the_key_of_an_older_epoch_stands_in_for_no_newer_one(place: StorePlace) -> None:

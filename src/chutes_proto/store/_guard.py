@@ -810,9 +810,11 @@ class Guard:
         return op
 
     def voided(self, op: store.VoidTokens) -> None:
-        rows = self._run(None, sql.READ_UNVOIDED, (op.vm.hotkey, op.vm.name))
+        """Void all boots; one that is hidden meanwhile would have a live token when it is back."""
+        vm = (op.vm.hotkey, op.vm.name)
+        rows = (*self.listed_boots(vm), *self._run(None, sql.READ_UNVOIDED, vm))
         _ = self.check(store.BootRow, rows)
-        for row in decode_rows(store.BootRow, rows):
+        for row in {row.boot_id: row for row in decode_rows(store.BootRow, rows) if row.voided_at is None}.values():
             self.perform(store.Put(evolve(row, voided_at=op.at)))
 
     def doubted(self, _op: store.DoubtCandidates) -> tuple[RowNotAuthentic, ...]:
@@ -898,12 +900,17 @@ class Guard:
 
     def last_boot(self, op: store.FindLastBoot, rows: Rows, tags: list[bytes]) -> Rows:
         """The newest boot; all those of the head are compared: where one was deleted, its token is not just unknown."""
-        vm = (op.vm.hotkey, op.vm.name)
-        head = self.head(vm)
-        if head is not None and (entries := head.of("boot")):
-            stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, Boots(entries).oldest()))
-            self.compare_boots(vm, stored, self.check(store.BootRow, stored))
+        _ = self.listed_boots((op.vm.hotkey, op.vm.name))
         return self.boots(op, rows, tags)
+
+    def listed_boots(self, vm: tuple[str, str]) -> Rows:
+        """The boots since the oldest one in the head of their VM, after all were compared with it."""
+        head = self.head(vm)
+        if head is None or not (entries := head.of("boot")):
+            return ()
+        stored = self._run(None, sql.READ_BOOTS_SINCE, (*vm, Boots(entries).oldest()))
+        self.compare_boots(vm, stored, self.check(store.BootRow, stored))
+        return stored
 
     def compare_boots(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
         """Compare all boots since the oldest one in the head; where it has none, these are all that are stored."""
