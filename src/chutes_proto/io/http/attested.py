@@ -42,6 +42,10 @@ _EARLY: Final = timedelta(minutes=5)
 class AttestationFailedError(ssl.SSLCertVerificationError):
     """The peer's certificate has no quote that is accepted; the cause is the `VerificationError`."""
 
+    def __str__(self) -> str:
+        """The reason; an `ssl.SSLError` that OpenSSL did not make shows it as a tuple."""
+        return str(self.args[0])
+
 
 def attested_context(
     policy: AnyPolicy,
