@@ -205,7 +205,7 @@ def test_no_byte_leaves_without_an_accepted_handshake(
         context.wrap_socket(plain, do_handshake_on_connect=False) as stream,
     ):
         if handshake == "refused":
-            with pytest.raises(AttestationFailedError, match="^no_profiles: [^']*$"):
+            with pytest.raises(AttestationFailedError, match=r"^no_profiles: [^']*$"):
                 stream.do_handshake()
         uses: list[Callable[[], object]] = [
             lambda: stream.sendall(b"secret"),

@@ -267,6 +267,19 @@ def test_a_boot_shows_no_id_and_no_address_but_its_own(world, claims, code, neig
     assert everything(world) == before
 
 
+def test_a_boot_is_advised_only_where_it_frees_the_address(world):
+    """Neither an own server gives way to a boot, nor one with evidence."""
+    registered(register(world))
+    assert refusal(register(world))[1] == Code.HOST_TAKEN
+    assert "boot the VM again" not in world.log[-1].fields["reason"]
+    assert refusal(register(world, OTHER))[1] == Code.HOST_TAKEN
+    assert "boot the VM again" in world.log[-1].fields["reason"]
+    boot(world, vm="linked", address="6.6.6.6")
+    registered(register(world, id="n2", name="linked", host="6.6.6.6"))
+    assert refusal(register(world, OTHER, id="n3", host="6.6.6.6"))[1] == Code.HOST_TAKEN
+    assert "boot the VM again" not in world.log[-1].fields["reason"]
+
+
 def test_a_name_is_no_claim_to_another_miners_server(world):
     registered(register(world))
     boot(world, OTHER, vm="x", address="6.6.6.6")

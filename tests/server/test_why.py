@@ -15,6 +15,7 @@ from chutes_proto.server._why import Denial, Difference, Finding, explain, remed
 from chutes_proto.store.rows import AttestationRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.miners import RUNTIME_ATTESTATION
 from tests.server.world import HOTKEY, MINER, World, answer, content, refusal, service
 
 
@@ -131,6 +132,14 @@ def test_the_remedy_for_a_schedule_is_not_to_accept_an_image(what: str) -> None:
     assert explain(evolve(denial, finding=both)).remedy == remedy("measurement_mismatch")
 
 
+def test_nobody_is_told_to_boot_a_server_that_only_attests() -> None:
+    """A reboot ends what runs on it, and mends nothing: another attestation does."""
+    for code in RUNTIME_ATTESTATION.codes:
+        told = remedy(code)
+        assert "boot the VM again" not in told or "attest" in told, code
+        assert "vm rebind" not in told or "register it again" in told, code
+
+
 FOR_OPERATORS = {Code.EVIDENCE_UNAVAILABLE, Code.HOST_INVALID}
 """Refusals with 400 that no other request of the client mends: the host must answer, or be another."""
 
@@ -140,4 +149,4 @@ FOR_OPERATORS = {Code.EVIDENCE_UNAVAILABLE, Code.HOST_INVALID}
 )
 def test_every_refusal_that_ends_a_boot_or_a_registration_has_a_remedy(code: Code) -> None:
     generic = remedy("volumes_required")
-    assert remedy(code) != generic or code in (Code.NOT_FOUND, Code.NAME_TAKEN)
+    assert remedy(code) != generic or code == Code.NOT_FOUND

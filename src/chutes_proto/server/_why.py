@@ -166,7 +166,8 @@ _OURS: Final = (
     "the fault is the server's, and the VM tries again: run `chutes-proto serve --check`, and read the reason"
 )
 _OTHERWISE: Final = "the request itself is wrong: read the reason, and compare the client's version with the server's"
-_AGAIN: Final = "boot the VM again; if it comes back, compare the clocks, and whether all servers share one store"
+_SHARED: Final = "if it comes back, compare the clocks, and whether all servers share one store"
+_AGAIN: Final = f"boot the VM again; {_SHARED}"
 _PROXY: Final = "compare what ends TLS before the server with [proxy] of the configuration"
 
 _ADD_HOTKEY: Final = (
@@ -193,8 +194,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.QUOTE_MALFORMED: "check the VM's quoter: what it sent is not a TDX quote",
     Code.CERTIFICATE_MISMATCH: f"the quote binds another TLS key than the client's: {_PROXY}",
     Code.CLIENT_CERTIFICATE_REQUIRED: f"no client certificate arrived: {_PROXY}",
-    Code.NONCE_MISMATCH: "the quote is not over the nonce of this request: boot the VM again, and check its quoter",
-    Code.NONCE_INVALID: _AGAIN,
+    Code.NONCE_MISMATCH: "the quote is not over this request's nonce: check the VM's quoter, and boot or attest again",
+    Code.NONCE_INVALID: f"boot the VM again, or attest the server again if it was no boot; {_SHARED}",
     Code.BOOT_TOKEN_INVALID: _AGAIN,
     Code.QUOTE_NONCE_INVALID: _AGAIN,
     Code.CONFIRM_NONCE_INVALID: _AGAIN,
@@ -208,8 +209,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.SIGNATURE_STALE: "set the caller's clock right",
     Code.REVOKED: "an operator revoked it: `chutes-proto revocations` says when and why; `vm allow`, `hotkey allow` or"
     " `platform allow` undoes it, and the VM must be started again",
-    Code.PLATFORM_MISMATCH: "if you moved the disk, run `chutes-proto vm rebind VM --keep-keys`; if not, somebody else"
-    " uses the VM's name",
+    Code.PLATFORM_MISMATCH: "if you moved the disk, run `chutes-proto vm rebind VM --keep-keys`; if a server moved that"
+    " no boot is linked to, remove it and register it again; if nothing moved, somebody else uses the name",
     Code.VERSION_REJECTED: "upgrade the image, or lower `minimum_version`",
     Code.EXCHANGE_MISMATCH: "give the profile the exchange that its image speaks",
     Code.EXCHANGE_DOWNGRADE: 'boot an image of the two-phase exchange, or set `exchange_downgrade = "allow"`',
@@ -218,6 +219,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.HOST_INVALID: "the miner must give a public IPv4 address, or a name that has public addresses only",
     Code.HOST_TAKEN: _FREE,
     Code.SERVER_TAKEN: _FREE,
+    Code.NAME_TAKEN: "the miner chooses another name, or renames or removes the server that has this one",
     Code.GPU_TAKEN: _FREE,
     Code.BOOT_REQUIRED: "boot the VM of this name, or from this address, before it is registered",
     Code.KEY_NOT_FOUND: "`chutes-proto keys history VM` shows which keys there are",

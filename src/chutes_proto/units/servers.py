@@ -187,7 +187,9 @@ class RegisterServer(Unit[store.ServerRow]):
                     f"IP {self.host} is already registered to your server {neighbour.server_id} ({neighbour.name})."
                     " IPs must be unique across all servers."
                 )
-            raise _taken(Code.HOST_TAKEN, text, neighbour, "; if the address is the claimant's now: boot the VM again")
+            yields = self._may_yield(neighbour)
+            more = "; if the address is the claimant's now: boot the VM again" if yields else ""
+            raise _taken(Code.HOST_TAKEN, text, neighbour, more)
         holder = yield from store.Read(store.ServerRow, self.server_id)
         if holder is not None:
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
@@ -204,15 +206,17 @@ class RegisterServer(Unit[store.ServerRow]):
 
     def _has_owned(self, neighbour: store.ServerRow) -> bool:
         """Whether the host itself says that it is not ``neighbour``'s, a server without evidence."""
-        return (
-            self._is_owned and neighbour.hotkey != self.hotkey and neighbour.boot_id is None and neighbour.pin is None
-        )
+        return self._is_owned and self._may_yield(neighbour)
+
+    def _may_yield(self, neighbour: store.ServerRow) -> bool:
+        """Whether it is another miner's server without evidence, which gives way to better evidence."""
+        return neighbour.hotkey != self.hotkey and neighbour.boot_id is None and neighbour.pin is None
 
     def _better_evidence(self, link: store.BootRow | None, neighbour: store.ServerRow) -> Script[store.BootRow | None]:
         """The linked boot, if it shows that the address is no longer ``neighbour``'s, a server without evidence."""
         if link is None or link.peer_address != self.address or self.now - link.created_at > EVIDENCE_SECONDS:
             return None
-        if neighbour.hotkey == self.hotkey or neighbour.boot_id is not None or neighbour.pin is not None:
+        if not self._may_yield(neighbour):
             return None
         # The holder may have booted there after it registered; an address changes hands, so the newest boot counts.
         latest = yield from store.FindLastBootFrom(neighbour.hotkey, self.address)
@@ -471,7 +475,7 @@ def _taken(code: Code, text: str, holder: store.ServerRow | None, more: str = ""
     """A refusal whose reason tells the operator who the ``holder`` is and what to do."""
     name, hotkey = ("?", "?") if holder is None else (holder.server_id, holder.hotkey)
     frees = f"its owner frees it, or `chutes-proto registrations remove {name}`"
-    return Refused(code, text, reason=f"{text}: held by server {name} of {hotkey}; {frees}{more}")
+    return Refused(code, text, reason=f"{text.rstrip('.')}: held by server {name} of {hotkey}; {frees}{more}")
 
 
 def _same(before: store.ServerRow) -> Script[store.ServerRow]:
