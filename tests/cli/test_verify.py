@@ -130,6 +130,24 @@ def test_people_are_told_of_a_missing_floor(verify: Command, tmp_path: Path) -> 
     assert verify("--json").json["collateral"]["pck_crl_issued"] == NOW
 
 
+def test_registers_that_a_policy_accepts_with_any_value_are_told(verify: Command, tmp_path: Path) -> None:
+    told, registers = "Measurements were not compared with anything", ["MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3"]
+    assert told in verify().out
+    write_server(tmp_path, PLATFORM, NOW)
+    pinned = (tmp_path / "measurements.toml").read_text()
+    for text, unpinned, is_told in (
+        (pinned, [], False),
+        (re.sub("(?m)^(mrtd|boot.rtmr2) .*", r'\1 = "any"', pinned), ["MRTD", "RTMR2"], False),
+        ('measurements = "unchecked"', registers, True),
+    ):
+        _ = (tmp_path / "policy.toml").write_text(text)
+        options = ("--policy", tmp_path / "policy.toml")
+        accepted = verify(*options)
+        assert (told in accepted.out) == is_told, accepted.out
+        assert ("MRTD, RTMR2: not compared with anything" in accepted.out) == (len(unpinned) == 2)
+        assert verify(*options, "--json").json["unpinned"] == unpinned
+
+
 def test_a_policys_refusal_leaves_the_quote_genuine(verify: Command) -> None:
     refused = verify(faults=("debug",))
     assert refused.code == 1
@@ -249,8 +267,13 @@ def test_several_quotes_have_a_line_each_and_a_summary(verify: Command, command:
     ended = command("verify", *names, *options)
     assert ended.code == 1
     lines = ended.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ACCEPTED", "REFUSED", "REFUSED", "REFUSED", "1"]
-    assert lines[-1] == "1 of 4 accepted, 1 debug, 1 quote_signature, 1 tcb_status"
+    assert [line.split()[0] for line in lines[:4]] == ["ACCEPTED", "REFUSED", "REFUSED", "REFUSED"]
+    assert lines[4] == "1 of 4 accepted, 1 debug, 1 quote_signature, 1 tcb_status"
+    assert [line.partition(" was not")[0].partition(" were not")[0] for line in lines[5:]] == [
+        "The report data",
+        "Measurements",
+        "The TCB recovery",
+    ]
     assert lines[1].split()[1] == "debug"
     explained = command("verify", *names, *options, "--why").out
     assert "TDX TCB component 3 is 4, not 5" in explained
@@ -405,6 +428,21 @@ def test_wrong_usage_is_2(verify: Command, command: Command, tmp_path: Path, opt
 
 
 # --- real quotes ---
+
+
+def test_an_enclave_is_measured_where_the_policy_names_it(command: Command, vectors: Path, tmp_path: Path) -> None:
+    case = vectors / "real" / "sgx-v3-00a067110000-f8b81014-20250531"
+    options = ("--collateral", case / "collateral.json", "--at", (case / "now.txt").read_text().strip())
+    enclave = command("inspect", case / "quote.bin", "--json").json["mr_enclave"]
+    statuses = '[tcb]\naccepted_statuses = ["ConfigurationAndSWHardeningNeeded"]\n'
+    for text, is_told in (
+        (f'measurements = "unchecked"\n{statuses}', True),
+        (f'{statuses}[identity]\nmr_enclave = ["{enclave}"]\n', False),
+    ):
+        _ = (tmp_path / "policy.toml").write_text(text)
+        ended = command("verify", case / "quote.bin", *options, "--policy", tmp_path / "policy.toml")
+        assert ended.code == 0, ended.out
+        assert ("Measurements were not compared" in ended.out) == is_told
 
 
 def test_real_quotes_get_the_verdict_that_is_expected(command: Command, vectors: Path) -> None:

@@ -31,6 +31,7 @@ from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._errors import spans
+from chutes_proto.quote._measurements import REGISTERS
 from chutes_proto.quote._plain import plain, quote_fields
 from chutes_proto.quote._policy_set import BoundPolicies, parse_policy_set
 from chutes_proto.quote._terms import rfc3339
@@ -123,7 +124,7 @@ def command(
     trust = trusted_root(root)
     policy = _policy(policy_file)
     task = _Task(collateral_file, services, ca_file, at, root, trust, report_data, policy, stage)
-    told = _Told(report_data is not None, policy_file is not None, _has_floor(policy), why)
+    told = _Told(report_data is not None, policy_file is not None, _demands(policy, _floor), why)
     reports = [_report(task, quote) for quote in quotes]
     if len(reports) == 1:
         return answer(reports[0], lambda: _say(reports[0], told), ok=reports[0]["accepted"])
@@ -137,6 +138,7 @@ def command(
             _say_line(report, told)
         refused = "".join(f", {count} {code}" for code, count in sorted(codes.items()))
         console.say(f"{accepted} of {len(reports)} accepted{refused}")
+        _say_open(told, {name for report in reports for name in report.get("unpinned", ())})
 
     return answer({"accepted": accepted == len(reports), "summary": summary, "quotes": listed}, people, ok=not codes)
 
@@ -163,7 +165,7 @@ class _Told:
     """The contents of a report for people."""
 
     is_bound: bool
-    is_measured: bool
+    has_policy: bool
     has_floor: bool
     why: bool
 
@@ -203,8 +205,10 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
                 "checked": verdict.checked,
             }
         )
-        matched = task.policy.appraise(verdict, stage=task.stage).matched
-        report |= {"accepted": True, "profile": matched.name if matched else None}
+        accepted = task.policy.appraise(verdict, stage=task.stage)
+        report |= {"accepted": True, "profile": accepted.matched.name if accepted.matched else None}
+        is_pinned = accepted.quote.tee == "SGX" and _demands(task.policy, _enclave)
+        report["unpinned"] = [] if is_pinned else list(accepted.unpinned)
     except verifier.AppraisalError as exc:
         report["refusals"] = [refusal(one.code, one.detail) for one in exc.refusals]
         report["explanation"] = exc.explain()
@@ -283,17 +287,25 @@ def _hint(
     return {"unjudged": True, "hint": hint}
 
 
-def _has_floor(policy: verifier.AnyPolicy | BoundPolicies) -> bool:
-    """Whether a lower bound of the TCB evaluation data number holds for all that is accepted."""
+def _demands(policy: verifier.AnyPolicy | BoundPolicies, one: Callable[[verifier.Policy], bool]) -> bool:
+    """Whether a demand of ``one`` policy holds for all that is accepted."""
     match policy:
-        case BoundPolicies(policies=members):
-            return all(map(_has_floor, members))
         case verifier.AllOf(policies=members):
-            return any(map(_has_floor, members))
-        case verifier.AnyOf(policies=members):
-            return all(map(_has_floor, members))
+            return any(_demands(member, one) for member in members)
+        case BoundPolicies(policies=members) | verifier.AnyOf(policies=members):
+            return all(_demands(member, one) for member in members)
         case verifier.Policy():
-            return policy.tcb.min_evaluation_number > 0
+            return one(policy)
+
+
+def _floor(policy: verifier.Policy) -> bool:
+    """A lower bound of the TCB evaluation data number."""
+    return policy.tcb.min_evaluation_number > 0
+
+
+def _enclave(policy: verifier.Policy) -> bool:
+    """The enclave or its signer."""
+    return bool(policy.identity.mr_enclave or policy.identity.mr_signer)
 
 
 def _say(report: dict[str, Any], told: _Told) -> None:
@@ -303,18 +315,26 @@ def _say(report: dict[str, Any], told: _Told) -> None:
             output.prose(report[name])
     if told.why:
         _say_why(report)
+    _say_open(told, set(report.get("unpinned", ())))
+    fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
+    fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
+    say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
+
+
+def _say_open(told: _Told, unpinned: set[str]) -> None:
+    """Name all that was not compared; ``unpinned`` are the registers that were accepted with any value."""
     if not told.is_bound:
         output.prose("The report data was not compared with anything: use --report-data to bind the quote.")
-    if not told.is_measured:
+    if not told.has_policy or unpinned >= {*REGISTERS}:
         output.prose("Measurements were not compared with anything: use --policy with profiles to check them.")
+    elif unpinned:
+        names = ", ".join(sorted(unpinned))
+        output.prose(f"{names}: not compared with anything, as the profile accepts any value.")
     if not told.has_floor:
         output.prose(
             "The TCB recovery was not compared with anything: the supplier of the collateral chooses it; use"
             " min_evaluation_number of a policy."
         )
-    fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
-    fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
-    say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
 
 
 def _headline(report: dict[str, Any]) -> str:
