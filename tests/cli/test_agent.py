@@ -146,7 +146,7 @@ def test_the_deadline_is_that_of_quotes_and_signatures(
 
 def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Path], tmp_path: Path) -> None:
     disk, platform = tmp_path / "disk", tmp_path / "platform"
-    _ = disk.write_bytes(bytes(1 << 20))
+    _ = disk.write_bytes(bytes(20 << 20))
     settings = write("")
     text = settings.read_text().replace("command:false", f"simulated:{platform}")
     _ = settings.write_text(text.replace("/nowhere/storage", str(disk)).replace("root = ", "# root = "))
@@ -172,7 +172,7 @@ def heard(agent: subprocess.Popen[str], text: str) -> None:
 @pytest.mark.parametrize(("attempts", "awaited", "code"), [(30, "trying again", 143), (1, "next  ", 2)])
 def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, awaited: str, code: int) -> None:
     disk, gone, settings = tmp_path / "disk", tmp_path / "went-off", tmp_path / "agent.toml"
-    _ = disk.write_bytes(bytes(1 << 20))
+    _ = disk.write_bytes(bytes(20 << 20))
     lines = {
         "servers": ["https://127.0.0.1:1"],
         "hotkey": HOTKEY,

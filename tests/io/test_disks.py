@@ -227,12 +227,6 @@ def test_data_anywhere_in_the_inspected_parts_is_found(tmp_path: Path, size: int
         assert isinstance(disks.inspect(str(disk)), Foreign if is_looked_at else Blank), place
 
 
-def test_a_disk_that_is_too_small(bench: Bench) -> None:
-    _ = bench.path.write_bytes(bytes(1 << 20))
-    assert isinstance(bench.inspect(), Blank)
-    assert "17825792 or more" in str(bench.refused(bench.format, "too_small"))
-
-
 def test_an_unfinished_format_begins_again(bench: Bench) -> None:
     bench.format()
     bench.put(0, UNFINISHED)

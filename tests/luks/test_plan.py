@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import DiskError, HeaderRejected, LocalProtocolError
-from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
+from chutes_proto.luks.disk import LEAST_SIZE, LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
 from chutes_proto.luks.plan import (
     AddKey,
     Format,
@@ -112,6 +112,8 @@ def test_a_blank_disk_is_formatted_with_consent() -> None:
     [
         (BLANK, True, "blank_in_use"),
         (Blank("/dev/vdb", SIZE, unfinished=True), True, "blank_in_use"),
+        (Blank("/dev/vdb", LEAST_SIZE - 1), True, "blank_in_use"),
+        (Blank("/dev/vdb", LEAST_SIZE - 1), False, "too_small"),
         (FOREIGN, True, "foreign"),
         (FOREIGN, False, "foreign"),
     ],
@@ -122,7 +124,7 @@ def test_what_stops_a_boot(disk: Disk, in_use: bool, reason: str) -> None:
         lambda: plan_rotation(VOLUME, disk, in_use=in_use, first=True),
         lambda: plan_rotation(VOLUME, disk, in_use=in_use, first=False),
     ):
-        with pytest.raises(DiskError, match="/dev/vdb: the disk of storage is") as caught:
+        with pytest.raises(DiskError, match=r"/dev/vdb: the disk of storage (is|has)") as caught:
             _ = plan()
         assert (caught.value.reason, caught.value.device) == (reason, "/dev/vdb")
 

@@ -373,6 +373,15 @@ def test_a_blank_disk_in_the_place_of_a_volume_stops(site: Premises, machine: Ma
     assert "keys allow-format" in told
 
 
+def test_a_disk_that_is_too_small_stops_before_a_server_is_asked(machine: Machine) -> None:
+    """The other disk stays blank. A dry run says so."""
+    machine.servers = [NOWHERE]
+    os.truncate(machine.disk("tdx-cache"), 17 * 1024 * 1024 - 512)
+    assert "the disk of tdx-cache has 17825280 bytes; a volume needs 17825792 or more" in machine.stops(1)
+    said = machine.here("run", "--dry-run", "--json")
+    assert (said.code, said.json["disks"][1]["error"]["reason"]) == (1, "too_small")
+
+
 def test_a_header_with_the_null_cipher_stops_before_a_server_is_asked(site: Premises, machine: Machine) -> None:
     site.start_here()
     _ = machine.boots()

@@ -18,6 +18,10 @@ from attrs import frozen
 from chutes_proto.luks.header import CheckedHeader, check_header
 
 LOOKED_AT: Final = 1024 * 1024
+DATA_OFFSET: Final = 16 * 1024 * 1024
+"""Offset of the data on a disk that is formatted here: the default of `cryptsetup`."""
+LEAST_SIZE: Final = DATA_OFFSET + LOOKED_AT
+"""The least size of a disk that is formatted here."""
 UNFINISHED: Final = b"chutes-proto: a format of this disk was begun; it holds nothing\n".ljust(512, b"\0")
 """The first sector while a disk is being formatted."""
 

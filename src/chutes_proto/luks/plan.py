@@ -3,8 +3,8 @@
 Rules kept here:
 
 * an action names keys by their part in the exchange and never holds one, so its text holds no secret;
-* a disk is formatted only if it is blank and the server does not know it to be in use; one that holds anything else
-  stops the boot before any disk is touched;
+* a disk is formatted only if it is blank and the server does not know it to be in use; one that holds anything else, or
+  is too small, stops the boot before any disk is touched;
 * a key is taken off a disk only when the server said that the next one is promoted, and the next one opens the disk.
   The key that it replaced stays until then: a store that is restored from a backup may know that one only. But a root
   disk keeps the next one alone: the key that it replaced may be the build's, which every VM has.
@@ -21,7 +21,7 @@ from typing import ClassVar, Generic, TypeAlias, TypeVar
 from attrs import frozen
 
 from chutes_proto.errors import DiskError
-from chutes_proto.luks.disk import Blank, Disk, Foreign, Luks
+from chutes_proto.luks.disk import LEAST_SIZE, Blank, Disk, Foreign, Luks
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
@@ -181,6 +181,12 @@ def _plan(volume: Volume, disk: Disk, in_use: bool, keys: tuple[Key, ...]) -> Pl
                 "blank_in_use",
                 f"the disk of {volume.name} is blank, but the server knows it to hold data: it is not formatted; attach"
                 f" the right disk, or have the operator run: keys allow-format NAME {volume.name}",
+                volume.device,
+            )
+        case Blank(size=size) if size < LEAST_SIZE:
+            raise DiskError(
+                "too_small",
+                f"the disk of {volume.name} has {size} bytes; a volume needs {LEAST_SIZE} or more: attach a larger one",
                 volume.device,
             )
         case Blank():

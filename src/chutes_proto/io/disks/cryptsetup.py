@@ -32,7 +32,7 @@ from attrs import frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
 from chutes_proto.io import how_it_ended
-from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
+from chutes_proto.luks.disk import DATA_OFFSET, LEAST_SIZE, LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
 from chutes_proto.luks.header import FRESH_IMAGE_TOKEN, HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open, RemoveMark
 from chutes_proto.secret import Secret
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 HOW_TO_INSTALL: Final = "apt-get install cryptsetup-bin"
 
-_OFFSET: Final = 16 * 1024 * 1024
-"""Offset of the data on a disk that is formatted here: the default of `cryptsetup`."""
-_LEAST: Final = _OFFSET + LOOKED_AT
 _PIECE: Final = 32 * 1024
 """How many bytes are read or written at once: an agent has little memory."""
 _MAX_KEY: Final = 4096  # a pipe holds it
@@ -113,14 +110,12 @@ class Disks:
     # --- actions ---
 
     def _format(self, action: Format, key: Secret) -> None:
-        with self._device(action.device, os.O_RDWR | os.O_EXCL) as disk, self._memory(_LEAST, disk) as copy:
+        with self._device(action.device, os.O_RDWR | os.O_EXCL) as disk, self._memory(LEAST_SIZE, disk) as copy:
             found = disk.judge()
             if not isinstance(found, Blank):
                 raise disk.error("not_blank", f"it was blank and now is {found}: nothing was written")
-            if disk.size < _LEAST:
-                raise disk.error("too_small", f"it has {disk.size} bytes; a volume needs {_LEAST} or more")
             sector = "4096" if disk.size % 4096 == 0 else "512"
-            layout = ("--sector-size", sector, "--offset", str(_OFFSET // 512))
+            layout = ("--sector-size", sector, "--offset", str(DATA_OFFSET // 512))
             _ = copy.run(
                 "luksFormat", "--type", "luks2", *_CIPHER, *_KDF, *layout, "--key-file=-", copy.path, keys=[key]
             )
