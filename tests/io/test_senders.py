@@ -209,6 +209,13 @@ def test_a_name_with_several_addresses_and_nobody_at_any(send: Sender, monkeypat
             _ = send(f"https://many:{port}", client_context(), REQUEST, SHORT)
 
 
+@pytest.mark.parametrize("name", ["keys..example", f"{'a' * 64}.example"])
+def test_a_name_that_no_host_can_have(send: Sender, name: str) -> None:
+    with pytest.raises(TransportError, match=f"^no connection to {name}: ") as raised:
+        _ = send(f"https://{name}", client_context(), REQUEST, SHORT)
+    assert not raised.value.maybe_delivered
+
+
 def test_a_handshake_that_never_comes(send: Sender) -> None:
     limits = TimeLimits(connect=0.3, read=5.0, total=5.0)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TransportError) as raised:

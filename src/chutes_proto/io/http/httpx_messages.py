@@ -111,6 +111,8 @@ def _transport_errors(authority: str, limits: TimeLimits) -> Generator[None]:
     ) as exc:
         why = f"none within {limits.connect:g} s" if isinstance(exc, httpx.ConnectTimeout) else why_not(_root(exc))
         raise TransportError(f"no connection to {authority}: {why}", maybe_delivered=False) from exc
+    except UnicodeError as exc:  # trio encodes a name before it asks for its addresses; no label is empty or long
+        raise TransportError(f"no connection to {authority}: it is not a host name", maybe_delivered=False) from exc
     except httpx.TimeoutException as exc:
         raise TransportError(f"the server was silent for {limits.read:g} s", maybe_delivered=True) from exc
     except (httpx.TransportError, OSError) as exc:
