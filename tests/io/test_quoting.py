@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from chutes_proto.errors import ConfigurationError, QuoteUnavailable
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
 from chutes_proto.io import agent
 from chutes_proto.io.agent import TimedQuoter, command_signer
 from chutes_proto.io.quoters import MAX_QUOTE
@@ -152,6 +153,21 @@ def test_a_quote_that_is_empty_or_too_long_is_refused(size: int) -> None:
     with pytest.raises(QuoteUnavailable, match=f"{size} bytes"):
         _ = take_quote(lambda _: bytes(size), DATA)
     assert take_quote(lambda _: bytes(MAX_QUOTE), DATA) == bytes(MAX_QUOTE)
+
+
+async def awaited(report_data: bytes) -> bytes:
+    return report_data
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize(
+    ("quoter", "told"),
+    [(bytes.hex, "str, not the bytes"), (print, "NoneType"), (list, "list"), (awaited, "coroutine.*never awaited")],
+)
+def test_a_quoter_that_returns_something_else_is_told(quoter: Callable[..., Any], told: str) -> None:
+    with pytest.raises(LocalProtocolError, match=f"quoter: it returned {told}"):
+        _ = take_quote(quoter, DATA)
+    assert take_quote(lambda data: cast("bytes", bytearray(data)), DATA) == DATA
 
 
 def test_errors_of_the_system_are_translated() -> None:

@@ -9,12 +9,12 @@ import ssl
 import tempfile
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from chutes_proto.auth.client_identity import make_client_identity
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.io.http import tls
 from chutes_proto.io.http.tls import client_context
 from tests.io.peers import Credentials, peer
@@ -38,6 +38,12 @@ def test_a_ca_bundle_without_certificates(wrong: bytes) -> None:
         _ = client_context(ca_pem=wrong)
     with pytest.raises(ConfigurationError):
         _ = client_context(ca_pem=wrong + b"\xff")
+
+
+@pytest.mark.parametrize("wrong", ["ca.pem", Path("ca.pem")], ids=str)
+def test_a_path_is_no_ca_bundle(wrong: Any) -> None:
+    with pytest.raises(LocalProtocolError, match=r"^ca_pem: give the bytes of a CA bundle in PEM, not "):
+        _ = client_context(ca_pem=wrong)
 
 
 def no_memory(name: str) -> NoReturn:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
@@ -31,6 +32,8 @@ def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None 
 
     Chain and name of the server are verified. Raises `ConfigurationError` for a CA bundle that holds no certificate.
     """
+    if ca_pem is not None and not isinstance(cast("object", ca_pem), bytes):
+        raise LocalProtocolError(f"ca_pem: give the bytes of a CA bundle in PEM, not {type(ca_pem).__name__}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_pem is None:

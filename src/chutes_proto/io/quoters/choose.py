@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from chutes_proto.boot._quoter_names import parse_quoter
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
@@ -43,14 +43,20 @@ def check_quoter(quoter: object) -> None:
 
 
 def take_quote(quoter: Quoter, report_data: bytes) -> bytes:
-    """Return the quote of ``report_data``. Raises `QuoteUnavailable`, also for one of no or too many bytes."""
+    """Return the quote of ``report_data``. Raises `QuoteUnavailable`, also for one of no or too many bytes.
+
+    Raises `LocalProtocolError` for a quoter that returns something else, such as text, None or a coroutine.
+    """
     try:
-        quote = quoter(report_data)
+        quote = cast("object", quoter(report_data))
     except OSError as exc:
         raise QuoteUnavailable(f"the quoter failed: {exc}") from exc
+    if not isinstance(quote, bytes | bytearray):
+        kind = type(quote).__name__
+        raise LocalProtocolError(f"quoter: it returned {kind}, not the bytes of a quote; it is called, never awaited")
     if not 0 < len(quote) <= MAX_QUOTE:
         raise QuoteUnavailable(f"the quoter gave {len(quote)} bytes; a quote has 1 to {MAX_QUOTE}")
-    return quote
+    return bytes(quote)
 
 
 def log_line(text: str) -> None:
