@@ -6,11 +6,13 @@ import re
 import shutil
 import signal
 import sqlite3
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 import trio
 from attrs import define, field
@@ -220,8 +222,23 @@ async def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
                         continue
 
         await outlives(server, fill, lambda: filler.unlink(missing_ok=True), is_busy=False)
-        assert "the disk is full; nothing was changed" in refused(server)
+        fill()
+        await refuses(server)
+        _ = await async_wait_until(lambda: probe(server) == 503)  # a balancer is told
+        filler.unlink()
+        _ = await async_wait_until(lambda: probe(server) == 200)
+        told = refused(server)
+        assert "the disk is full; nothing was changed" in told
+        assert "its disk takes no data (No space left on device); make space, and the server goes on" in told
+        assert '"event":"store_accepted"' in told
         nothing_twice(site)
+
+
+def probe(server: Server) -> int:
+    """Return the status that a balancer gets."""
+    context = ssl.create_default_context(cafile=server.ca)
+    with httpx.Client(verify=context, trust_env=False) as http:
+        return http.get(f"{server.url}/servers/nonce", params={"miner_hotkey": HOTKEY}).status_code
 
 
 async def test_a_file_that_another_program_holds(start: Start, tmp_path: Path) -> None:

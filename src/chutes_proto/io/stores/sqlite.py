@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -50,6 +51,12 @@ T = TypeVar("T")
 _OLDEST_SQLITE = (3, 35)  # the first with RETURNING
 
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+_UNWRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+"""After these faults a file may still be read, and not be written."""
+
+_SPACE: Final = 256 << 10
+"""More bytes than the transactions of a commit write, mostly: with so much space it is tried again."""
 
 _FAULTS = {
     sqlite3.SQLITE_BUSY: "another transaction takes too long",
@@ -161,6 +168,7 @@ class SqliteStore(MarkedStore):
         self._keys: Session | None = None  # as they were then
         self._heads: Remembered = {}  # of VMs, as stored: nobody else has changed them since then
         self._closed = False
+        self._unwritten = False  # a write has failed, and its disk may still take none
         self._inode: tuple[int, int] | None = None
         self._log_path: Path = self.path.with_name(f"{self.path.name}-wal")
         self._index_path: Path = self.path.with_name(f"{self.path.name}-shm")
@@ -469,6 +477,8 @@ class SqliteStore(MarkedStore):
             self._connection = self._open()
         connection = self._connection
         try:
+            if self._unwritten:
+                self._require_space()
             _ = connection.execute(begin)
             yield connection
             self._check_file()
@@ -479,6 +489,18 @@ class SqliteStore(MarkedStore):
             if isinstance(exc, sqlite3.Error):
                 raise self._translation(exc) from exc
             raise
+
+    def _require_space(self) -> None:
+        """After a write that failed, require that the disk takes data: on a full one reading, and so a look, works.
+
+        No page of the store would tell it: what the failed write has got of the log is left for the next one.
+        """
+        try:
+            with tempfile.TemporaryFile(dir=self.path.parent) as file:
+                os.posix_fallocate(file.fileno(), 0, _SPACE)
+        except OSError as exc:
+            raise self._fault(f"its disk takes no data ({exc.strerror}); make space, and the server goes on") from exc
+        self._unwritten = False
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
@@ -596,6 +618,7 @@ class SqliteStore(MarkedStore):
 
     def _translation(self, exc: sqlite3.Error) -> StoreError:
         code = _code_of(exc)
+        self._unwritten |= code in _UNWRITTEN
         text = _FAULTS.get(code, "SQLite refused")
         if self._alone and code in _BUSY:
             text = "another process has it open; stop all servers and other commands that use it"
