@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import socket
 import subprocess
 import sys
@@ -63,6 +64,38 @@ def test_sockets_go_to_a_successor_with_the_same_store(tmp_path: Path, loop: str
     door.close(is_successors=True)
     assert path.exists()
     assert take_over(path, "keys") is None
+
+
+def test_one_that_waits_while_another_takes_over_asks_that_one(tmp_path: Path) -> None:
+    """The connections that a server has not accepted are reset when its door closes."""
+    path = tmp_path / "door"
+    taken: list[str] = []
+
+    async def main() -> None:
+        with anyio.move_on_after(20):
+            await second.successor("keys", [("listen", listening)])
+
+    def ask() -> None:
+        found = take_over(path, "keys")
+        assert found is not None
+        for key, each in found.sockets:
+            each.close()
+            taken.append(key)
+        found.confirm()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        first = Door(path)
+        first.open()
+        second = Door(path)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert select.select([first.socket], [], [], 60)[0]
+        second.open()
+        first.close(is_successors=True)
+        on_loop("trio", main)
+        asking.join(60)
+    second.close(is_successors=True)
+    assert taken == ["listen"]
 
 
 @pytest.mark.parametrize("said", [b"", b"{}", b"[]", b'{"store": "keys", "sockets": ["listen"]}', b"\xff"])

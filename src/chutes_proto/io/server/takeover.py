@@ -60,6 +60,8 @@ def take_over(path: Path, store: str) -> TakenOver | None:
             data, descriptors, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_SOCKETS)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
+        except ConnectionResetError:  # it handed over to another one while we waited for our turn, or it has ended
+            return take_over(path, store)
         except OSError as exc:
             raise ConfigurationError(f"takeover: {path}: {exc.strerror or exc}") from None
         sockets = [opened.enter_context(socket.socket(fileno=descriptor)) for descriptor in descriptors]
