@@ -658,6 +658,14 @@ def test_each_fault_is_said_and_nothing_changes(url: str, state: str, text: str,
         assert not store.transact(sync(granted, "body", "storage")).replayed
 
 
+def test_a_trigger_that_leaves_audit_rows_out_is_said(store: PostgresStore, url: str) -> None:
+    ask(url, "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+    ask(url, "CREATE TRIGGER skip BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION skip()")
+    told(lambda: store.transact(boot("first")), "keeps no audit row, so a trigger")
+    ask(url, "DROP TRIGGER skip ON audit")
+    store.transact(boot("second"))
+
+
 def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
     owner = cluster.folder.stat().st_uid
     with small_disk(cluster.folder / "disk", owner=owner) as disk:

@@ -315,8 +315,13 @@ class _Asked:
     changes: list[Change]
 
     @property
+    def is_audit(self) -> bool:
+        """Whether it adds an audit row, whose number it returns."""
+        return isinstance(self.op, Insert) and isinstance(self.op.row, AuditRow)
+
+    @property
     def query(self) -> tuple[bytes, Values]:
-        returning = " RETURNING id" if isinstance(self.op, Insert) and isinstance(self.op.row, AuditRow) else ""
+        returning = " RETURNING id" if self.is_audit else ""
         return _query(self.text + returning), self.values
 
     def note(self, rows: Rows) -> None:
@@ -774,6 +779,10 @@ class PostgresStore(MarkedStore):
                 raise self._fault(f"a value{whose} cannot be stored: {type(exc.error).__name__}") from exc.error
             raise exc.error from None
         for each, rows in zip(asked, found, strict=False):
+            if each.is_audit and not rows:
+                raise self._fault(
+                    "it keeps no audit row, so a trigger leaves them out; remove it (`\\d audit` of psql lists them)"
+                )
             each.note(rows)
         return found
 
