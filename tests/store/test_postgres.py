@@ -506,6 +506,17 @@ def test_a_session_without_its_prepared_statements_is_noticed(store: PostgresSto
     assert store._pool.idle == [connection]
 
 
+def test_a_column_of_another_type_is_no_standby(store: PostgresStore, url: str) -> None:
+    """A statement that returns it, and was prepared before, fails as one that a standby does not know."""
+    granted = [boot(f"{number}") for number in range(4)]
+    for each in granted[:3]:
+        store.transact(each)
+        store.transact(sync(each, "body", "storage"))
+    ask(url, "ALTER TABLE boot ALTER peer_address TYPE varchar(64)")
+    store.transact(granted[3])
+    store.transact(sync(granted[3], "body", "storage"))
+
+
 # --- gone in the middle ---
 
 
