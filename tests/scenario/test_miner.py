@@ -203,6 +203,21 @@ async def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
             assert code(await http.get("/servers/", auth=weak)) == (401, "signature_invalid")
 
 
+async def test_a_mistyped_signing_policy_sends_nothing(scene: Scene, loop: str) -> None:
+    """It would sign less than the caller wants."""
+    mistyped: Any = "requests"
+    site = scene()
+    async with site.serving():
+        async with client(site, loop, signatures=mistyped) as miner:
+            with pytest.raises(LocalProtocolError, match="must be 'compatible' or 'request', not 'requests'"):
+                await miner.servers()
+        auth = HotkeyAuth(MINER.hotkey.address, MINER.sign, signatures=mistyped)
+        context = client_context(None, SERVER.ca_pem)
+        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, auth=auth) as http:
+            with pytest.raises(LocalProtocolError, match="must be 'compatible' or 'request'"):
+                _ = await http.get("/servers/")
+
+
 async def test_signed_requests_without_an_event_loop(scene: Scene) -> None:
     def ask(site: Site) -> object:
         auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal, TypeAlias
 
 from chutes_proto.auth.hotkey import SIGNATURE_SIZE, Hotkey, HotkeyError
-from chutes_proto.errors import Refused
+from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.wire.codes import Code
 
 _SIGNATURE: Final = re.compile(rf"[0-9A-Fa-f]{{{2 * SIGNATURE_SIZE}}}")
@@ -72,10 +72,15 @@ def messages_to_sign(
     body: bytes,
     purpose: str,
 ) -> tuple[bytes, ...]:
-    """List the messages of which one must be signed. A client signs the first, a server accepts any."""
+    """List the messages of which one must be signed. A client signs the first, a server accepts any.
+
+    Raises `LocalProtocolError` for another policy: a mistyped ``request`` must not sign less.
+    """
     whole = request_message(hotkey, nonce, method, target, body)
     if policy == "request":
         return (whole,)
+    if policy != "compatible":
+        raise LocalProtocolError(f"signatures: must be 'compatible' or 'request', not {policy!r}")
     over_body, over_purpose = body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, purpose)
     least = {"body": (over_body,), "purpose": (over_purpose,), "nonce": (over_body, over_purpose)}
     return (*least[coverage], whole)
