@@ -239,3 +239,9 @@ def test_an_own_client_without_its_identity() -> None:
 def test_a_quoter_that_cannot_be_called_is_refused_at_once(kind: str, quoter: Any) -> None:
     with pytest.raises(LocalProtocolError, match="cannot be called; say make_quoter"):
         _ = KINDS[kind].BootAgent("https://localhost", hotkey=talk.HOTKEY, vm_name="vm-1", quoter=quoter)
+
+
+@every_kind
+def test_a_gpu_tool_that_cannot_be_called_is_refused_at_once(kind: str) -> None:
+    with pytest.raises(LocalProtocolError, match="cannot be called; say make_gpu_tool"):
+        _ = KINDS[kind].MinerClient("https://localhost", hotkey=talk.HOTKEY, signer=bytes, gpu_tool="tool {nonce}")

@@ -18,6 +18,7 @@ from trio.testing import MockClock
 
 from chutes_proto.effects import (
     ActOnDisk,
+    CollectGpuEvidence,
     Effect,
     Entropy,
     FetchCollateral,
@@ -325,3 +326,18 @@ async def test_a_cancellation_does_not_wait_for_a_quote() -> None:
         group.cancel_scope.cancel()
     assert not goes_on.is_set()
     goes_on.set()  # asyncio's thread pool is joined when the loop ends
+
+
+def test_a_gpu_tool_that_fails_is_a_fault_of_evidence(drive: Driver) -> None:
+    """As a quoter's: the flow tries again, and no caller sees an error that is not this project's."""
+
+    def fails(_: bytes) -> bytes:
+        raise OSError("no such device")
+
+    ask_for = CollectGpuEvidence(bytes(32))
+    assert drive(ask(ask_for), gpu_tool=lambda nonce: b"[%d]" % len(nonce)) == b"[32]"
+    with pytest.raises(QuoteUnavailable, match="the GPU tool failed: no such device"):
+        drive(ask(ask_for), gpu_tool=fails)
+    for nothing in (b"", b" \n"):
+        with pytest.raises(QuoteUnavailable, match="no evidence"):
+            drive(ask(ask_for), gpu_tool=lambda _, nothing=nothing: nothing)

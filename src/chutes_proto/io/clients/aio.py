@@ -19,7 +19,7 @@ from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import client_context, presented
-from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_gpu_tool, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.miner import _flows as flows
 from chutes_proto.miner._flows import MINER_RETRY, AttestationStatus, Gpu, Miner, RuntimeAttestation, Server
@@ -42,6 +42,8 @@ class _Connected:
     ) -> None:
         if quoter is not None:
             check_quoter(quoter)
+        if gpu_tool is not None:
+            check_gpu_tool(gpu_tool)
         self._identity = presented(identity, client)
         self._owned = None
         if client is None:

@@ -15,7 +15,7 @@ from chutes_proto.boot._session import BootSession
 from chutes_proto.io.drivers.sync import Performer, log_record
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context, presented
-from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_gpu_tool, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 
@@ -35,6 +35,8 @@ class Connected:
     ) -> None:
         if quoter is not None:
             check_quoter(quoter)
+        if gpu_tool is not None:
+            check_gpu_tool(gpu_tool)
         self._identity = presented(identity)
         self._sender = HttpsSender(client_context(self._identity, ca_pem), url, limits)
         self._run = Performer(send=self._sender, quoter=quoter, gpu_tool=gpu_tool, log=log).run

@@ -19,7 +19,7 @@ from chutes_proto import effects
 from chutes_proto._lazy import LazyModule
 from chutes_proto.effects import Effect, Flow
 from chutes_proto.errors import LocalProtocolError, TransportError
-from chutes_proto.io.quoters.choose import GpuTool, Quoter, take_quote
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, take_gpu_evidence, take_quote
 from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -65,7 +65,10 @@ class Missing:
 
     def __call__(self, *_: object) -> NoReturn:
         """Raise, where the part would be called."""
-        raise LocalProtocolError(f"a flow needs {self._part!r}, which this driver lacks; give it to the Performer")
+        part = self._part
+        raise LocalProtocolError(
+            f"a flow needs {part!r}, which this driver lacks; give {part}= to it, or to the client"
+        )
 
     transact: Callable[..., NoReturn] = __call__
     fetch: Callable[..., NoReturn] = __call__
@@ -193,7 +196,7 @@ class Performer:
             case effects.MakeQuote(report_data):
                 return take_quote(self._quoter, report_data)
             case effects.CollectGpuEvidence(nonce):
-                return self._gpu_tool(nonce)
+                return take_gpu_evidence(self._gpu_tool, nonce)
             case effects.Sleep(seconds):
                 time.sleep(seconds)
             case effects.Get(url):

@@ -42,6 +42,27 @@ def check_quoter(quoter: object) -> None:
         )
 
 
+def check_gpu_tool(tool: object) -> None:
+    """Raise `LocalProtocolError` for an object that cannot be a `GpuTool`, before a server is asked for anything."""
+    if not callable(tool):
+        kind = type(tool).__name__
+        raise LocalProtocolError(
+            f"gpu_tool: {kind} cannot be called; say make_gpu_tool(command), or give a function that returns the"
+            " evidence over a nonce of 32 bytes"
+        )
+
+
+def take_gpu_evidence(tool: GpuTool, nonce: bytes) -> bytes:
+    """Return the GPUs' evidence over ``nonce``. Raises `QuoteUnavailable`, also for none."""
+    try:
+        evidence = tool(nonce)
+    except OSError as exc:
+        raise QuoteUnavailable(f"the GPU tool failed: {exc}") from exc
+    if not evidence.strip():
+        raise QuoteUnavailable("the GPU tool gave no evidence")
+    return evidence
+
+
 def take_quote(quoter: Quoter, report_data: bytes) -> bytes:
     """Return the quote of ``report_data``. Raises `QuoteUnavailable`, also for one of no or too many bytes.
 
