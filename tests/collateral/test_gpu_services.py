@@ -232,7 +232,7 @@ async def test_an_outage_stops_no_boot(tmp_path: Path, anyio_backend: str) -> No
             async with site.serving(), Vm(site) as vm:
                 miner = make_client(anyio_backend, "MinerClient", site.url, hotkey=MINER.hotkey.address, **settings)
                 async with miner:
-                    await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
+                    await miner.register("n1", host="1.2.3.4", gpus=[GPU, evolve(GPU, uuid="GPU-2")], name="vm-1")
                     with pytest.raises(Unavailable, match="No reference values"):
                         await miner.attest("n1")
                     assert (await vm.attest(await vm.nonce())).status_code == 200
