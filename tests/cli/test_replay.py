@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,34 @@ def test_a_log_of_the_quote(replay: Callable[..., Ended]) -> None:
     assert told.code == 0
     assert told.out.startswith("ACCEPTED: the log replays to the RTMRs of the quote\n")
     assert "was not verified" in told.out
+
+
+def as_json(data: bytes) -> bytes:
+    """The same log as dstack writes it."""
+    events = [event for event in parse_event_log(data).events if event.register != "MRTD"]
+    return json.dumps(
+        [
+            {
+                "imr": int(event.register[-1]),
+                "event_type": event.type,
+                "digest": event.digest.hex(),
+                "event": "",
+                "event_payload": event.data.hex(),
+            }
+            for event in events
+        ]
+    ).encode()
+
+
+def test_a_log_in_json(replay: Callable[..., Ended]) -> None:
+    said = replay(as_json(GOOD), quote_of(GOOD), "--json", good=as_json(GOOD))
+    assert (said.code, said.json["refusals"]) == (0, [])
+    said = replay(as_json(OTHER), quote_of(OTHER), "--json", good=as_json(GOOD))
+    assert [refusal["code"] for refusal in said.json["refusals"]] == ["event_log_difference"]
+    for wrong in (b'{"event_log": []}', b" [{}]"):
+        said = replay(wrong, quote_of(GOOD), "--json")
+        assert (said.code, said.json["refusals"][0]["code"]) == (1, "event_log_format")
+        assert "Spec ID" not in said.json["refusals"][0]["detail"]
 
 
 def test_a_log_of_another_boot(replay: Callable[..., Ended]) -> None:

@@ -27,7 +27,7 @@ _NOT_FIELDS: Final = ("accepted", "parsed", "replayed", "refusals", "difference"
         "it does not, also where a file does not parse",
     ),
 )
-@click.argument("log", cls=Argument, metavar="LOG", help="a file with the event log's bytes")
+@click.argument("log", cls=Argument, metavar="LOG", help="a file with the event log: a CCEL's bytes, or dstack's JSON")
 @click.option("--quote", metavar="QUOTE", required=True, help=f"a file with the quote: {QUOTE_FORMS}")
 @click.option("--against", metavar="GOOD", help="the event log of a known-good boot")
 @json_option
@@ -35,9 +35,10 @@ _NOT_FIELDS: Final = ("accepted", "parsed", "replayed", "refusals", "difference"
 def command(log: str, quote: str, against: str | None) -> int:
     """Replay an event log against a quote, and find the first event that differs.
 
-    Replays an event log (CCEL; on Linux /sys/firmware/acpi/tables/data/CCEL) and compares the result with RTMR0 to
-    RTMR3 of a TDX quote. With --against also compares it with the log of a known-good boot. The quote is not verified
-    here; `chutes-proto verify` does that. The simulated platform has no event log: use log and quote of a real TD.
+    Replays an event log (CCEL; on Linux /sys/firmware/acpi/tables/data/CCEL; or the JSON list of a dstack VM) and
+    compares the result with RTMR0 to RTMR3 of a TDX quote. With --against also compares it with the log of a known-good
+    boot. The quote is not verified here; `chutes-proto verify` does that. The simulated platform has no event log: use
+    log and quote of a real TD.
 
     Examples:
       chutes-proto replay CCEL --quote quote.bin
@@ -51,9 +52,9 @@ def command(log: str, quote: str, against: str | None) -> int:
 
 def _report(log_file: str, quote_file: str, good_file: str | None) -> dict[str, Any]:
     parsers: dict[str, Callable[[bytes], Any]] = {
-        "log": verifier.parse_event_log,
+        "log": _parse_log,
         "quote": verifier.parse_quote,
-        "good": verifier.parse_event_log,
+        "good": _parse_log,
     }
     names = {"log": log_file, "quote": quote_file, **({} if good_file is None else {"good": good_file})}
     files = {
@@ -93,6 +94,12 @@ def _report(log_file: str, quote_file: str, good_file: str | None) -> dict[str, 
         refusals.append(refusal(exc.code, str(exc)))
     report["accepted"] = not refusals
     return report
+
+
+def _parse_log(data: bytes) -> verifier.EventLog:
+    """Read a log in either form; a CCEL begins with the number of a register. Raises `EventLogFormatError`."""
+    is_json = data.lstrip()[:1] in (b"[", b"{")
+    return verifier.parse_event_log_json(data) if is_json else verifier.parse_event_log(data)
 
 
 def _event(event: verifier.Event | None) -> dict[str, Any] | None:
