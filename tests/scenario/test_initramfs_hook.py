@@ -250,6 +250,10 @@ def test_what_is_missing_is_told_when_the_initramfs_is_made(agent: Path, tmp_pat
     unknown = hook(agent, settings, tmp_path)
     assert unknown.returncode == 1
     assert f"chutes-proto: {settings}: sever: Unknown key" in unknown.stderr
+    _ = settings.write_text(needed.replace("/run/", "/mnt/"))
+    elsewhere = hook(agent, settings, tmp_path)
+    assert elsewhere.returncode == 1
+    assert "config_volume.directory: say /run/config-volume, where the script mounts it" in elsewhere.stderr
     _ = settings.write_text(f'{needed}ca_file = "{tmp_path}/none.pem"\n')
     lacking = hook(agent, settings, tmp_path)
     assert lacking.returncode == 1
