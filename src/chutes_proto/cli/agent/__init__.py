@@ -12,7 +12,8 @@ from chutes_proto.cli.describe import Description, as_help, examples_of, paragra
 
 _EXITS = {
     0: "done",
-    1: "refused by a server, or by this agent because of the content of a disk",
+    1: "refused by a server (a last answer of 408, 429 or 5xx counts, also a proxy's), or by this agent because of the"
+    " content of a disk",
     2: "wrong usage, a file that cannot be read, no answer, or no quote",
     130: "ended by SIGINT, once the current step on a disk is done",
     143: "ended by SIGTERM, likewise",
