@@ -32,6 +32,6 @@ def boot(service, url, hotkey, vm_name, ca_pem):
 if __name__ == "__main__":
     if len(sys.argv) != 6:
         raise SystemExit(f"usage: {sys.argv[0]} QUOTE_SERVICE URL HOTKEY VM_NAME CA_FILE")
-    *addresses, ca_file = sys.argv[1:]
-    grant = boot(*addresses, Path(ca_file).read_bytes())
+    service, url, hotkey, vm_name, ca_file = sys.argv[1:]
+    grant = boot(service, url, hotkey, vm_name, Path(ca_file).read_bytes())
     print(f"granted: root passphrase of {len(grant.root_passphrase)} bytes")

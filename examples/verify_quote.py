@@ -25,7 +25,7 @@ def main(quote, collateral, policy, report_data, root=None):
     except VerificationError as exc:
         return f"refused: {exc.code} (step {exc.step}, got {exc.got}, expected {exc.expected})"
     name = verdict.matched.name if verdict.matched else "any image (measurements unchecked)"
-    print(f"accepted: {name}, MRTD {verdict.quote.body.mr_td.hex()}, TCB {verdict.tcb_status}")
+    print(f"accepted: {name}, MRTD {verdict.to_dict()['mr_td']}, TCB {verdict.tcb_status}")
     return 0
 
 
