@@ -21,6 +21,7 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
+from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW
 from chutes_proto.tlog.notes import Signer
 from chutes_proto.units.log import SequenceLog
@@ -124,6 +125,23 @@ def test_a_single_edit_of_a_store_of_1000_rows_is_found_by_its_index(edit: str) 
         found = check_stored(edited, 1000, (), lambda _, __: None).findings
         where = (at + 1, 1000) if edit in ("insert", "duplicate") else (at, at + (edit == "swap"))
         assert (found[0].first, found[-1].last) == where, (edit, at)
+
+
+@pytest.mark.parametrize("column", columns(AuditRow))
+def test_a_row_with_a_value_of_another_type_is_shown_as_forged(logged: Site, column: str) -> None:
+    """SQLite takes any type in any column; whoever writes the file must not keep an operator from reading the rest."""
+    value = "text" if column in {"salt", "quote_digest", "platform_id"} else b"\xff"
+    with closing(sqlite3.connect(logged.directory / "keys.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = 1")
+        connection.execute(f"UPDATE audit SET {column} = ? WHERE id = 601", (value,))
+    listed = logged.do("audit", "list", "--last", "9")
+    assert listed.code == 0
+    assert [line.split()[0] for line in listed.out.splitlines()].count("forged") == 1
+    shown = logged.json("audit", "list", "--last", "9")["rows"]
+    assert len(shown) == 9
+    assert [row["idx"] for row in shown].count(-1) == 1
+    assert len(logged.do("audit", "export").out.splitlines()) == 601
+    assert logged.do("why", "vm-1").code == 1
 
 
 def test_a_purged_log_is_whole_before_the_purge_is_an_entry(logged: Site) -> None:

@@ -413,6 +413,7 @@ def test_a_value_of_another_type_ends_no_server(table: str, tmp_path: Path) -> N
                     check_keys(store, VAULT)
                 with suppress(StoreError):
                     store.transact(StoreRestored(NOW + 500, "test"))
+                _ = store.transact(Ask(rows.ReadNames("vm-a"))), store.transact(Ask(rows.ReadUnclaimed(None, 9)))
                 with suppress(StoreError, LogError):
                     check_stored(store, state.size, [state], lambda *_: None)
                 _ = [*find_faults(store)]

@@ -523,7 +523,7 @@ class Guard:
             if self._remembered and row.vm is not None and row.vm_version is not None:
                 vm = row.vm.hotkey, row.vm.name
                 head = self._remembered.get(vm)
-                if head is not None and (type(row.vm_version) is not int or row.vm_version > head[0]):
+                if head is not None and row.vm_version > head[0]:
                     del self._remembered[vm]
         return found
 

@@ -409,7 +409,8 @@ class AuditRow:
     Once it is sequenced, a row has its index ``idx`` in the log, and a random ``salt``, without which a deleted entry
     could be guessed from its hash. ``vm_version`` is the version of the VM's head (``store/_guard.py``) that the same
     transaction wrote; None where it wrote none. A negative index means that a sealed store's row was not authentic when
-    its turn came, or when it was read; it tells nothing more.
+    its turn came, or when it was read, or that a value was of another type, in whose place an empty one was read. It
+    tells nothing more.
     """
 
     TABLE: ClassVar[str] = "audit"
@@ -436,7 +437,7 @@ class AuditRow:
     @property
     def is_forged(self) -> bool:
         """Whether it never becomes an entry of the log: no unit wrote it, or it was changed since."""
-        return type(self.idx) is int and self.idx < 0
+        return self.idx is not None and self.idx < 0
 
 
 @frozen

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, TypeAlias, Union, cast, get_args, get_origin
@@ -693,13 +693,54 @@ def _sorted(kind: type[store.Row], rows: Rows) -> tuple[Any, ...]:
     return decode_rows(kind, sorted(rows, key=itemgetter(slice(len(kind.KEY)))))
 
 
+def _vms(rows: Rows) -> tuple[store.Vm, ...]:
+    """The VMs that have these names. SQLite takes a value of another type in any column, and no VM has such a name."""
+    return tuple([store.Vm(hotkey, name) for hotkey, name in rows if type(hotkey) is type(name) is str])
+
+
 def _names(rows: Rows) -> tuple[store.Vm, ...]:
-    return tuple(sorted(store.Vm(*values) for values in rows))
+    return tuple(sorted(_vms(rows)))
+
+
+def _types_of(kind: type[Any]) -> Iterator[tuple[type, bool]]:
+    for field in attrs.fields(kind):
+        of = _type_of(field)
+        for part in attrs.fields(of) if of in _PAIRS else (field,):
+            yield str if get_origin(_type_of(part)) is Literal else _type_of(part), field.default is None
+
+
+_AUDIT_COLUMNS: Final = tuple(_types_of(store.AuditRow))
+"""The type of each column of an audit row, and whether it may be NULL."""
+_AUDIT_PAIRS: Final = tuple(columns(store.AuditRow).index(names[0]) for names in _PAIRS.values())
+_AUDIT_IDX: Final = columns(store.AuditRow).index("idx")
+
+
+@lru_cache(256)
+def _mistyped(found: tuple[type, ...]) -> dict[int, object]:
+    """For each column of an audit row with a value of another type, an empty one of its own."""
+    halves = {
+        at
+        for first in _AUDIT_PAIRS
+        if (found[first] is types.NoneType) != (found[first + 1] is types.NoneType)
+        for at in (first, first + 1)
+    }
+    return {
+        at: of()
+        for at, (kind, (of, is_optional)) in enumerate(zip(found, _AUDIT_COLUMNS, strict=True))
+        if not (kind is of or (is_optional and kind is types.NoneType and at not in halves))
+    }
 
 
 def _numbered(rows: Rows) -> tuple[tuple[int, store.AuditRow], ...]:
-    numbers = [values[0] for values in rows]
-    return tuple(zip(numbers, decode_rows(store.AuditRow, [values[1:] for values in rows]), strict=True))
+    """Audit rows with their numbers. SQLite takes a value of another type in any column: such a row is forged."""
+    read: list[Values] = []
+    for row in rows:
+        values: Values = tuple(row[1:])
+        if wrong := _mistyped(tuple(map(type, values[: len(_AUDIT_COLUMNS)]))):
+            values = tuple(wrong.get(at, value) for at, value in enumerate(values))
+            values = (*values[:_AUDIT_IDX], -1, *values[_AUDIT_IDX + 1 :])
+        read.append(values)
+    return tuple(zip([row[0] for row in rows], decode_rows(store.AuditRow, read), strict=True))
 
 
 # --- operations ---
@@ -824,13 +865,10 @@ def _next_vms(where: str) -> _Query:
     text = f"SELECT DISTINCT hotkey, vm FROM generation WHERE {where}"  # noqa: S608
     end = "ORDER BY hotkey, vm LIMIT :limit"
 
-    def reply(rows: Rows) -> tuple[store.Vm, ...]:
-        return tuple(store.Vm(*values) for values in rows)
-
     return _either(
         lambda op: op.after is None,
-        _query(f"{text} {end}", reply),
-        _query(f"{text} AND (hotkey, vm) > (:after.hotkey, :after.name) {end}", reply),
+        _query(f"{text} {end}", _vms),
+        _query(f"{text} AND (hotkey, vm) > (:after.hotkey, :after.name) {end}", _vms),
     )
 
 

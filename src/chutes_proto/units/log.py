@@ -157,7 +157,7 @@ def find_forks(rows: Iterable[tuple[int, store.AuditRow]]) -> Script[tuple[str, 
     of_vms = [
         ((row.vm.hotkey, row.vm.name), number, row)
         for number, row in rows
-        if row.vm is not None and type(row.vm_version) is int  # one that was forged may be anything
+        if row.vm is not None and row.vm_version is not None
     ]
     if not of_vms:
         return ()
@@ -385,7 +385,7 @@ class Written(Unit[WrittenPage]):
         held: dict[int, bytes] = {}
         written: list[tuple[int, store.AuditRow]] = []
         for number, row in found:
-            if row.idx is not None and type(row.idx) is int and 0 <= row.idx < size:
+            if row.idx is not None and 0 <= row.idx < size:
                 tile, at = divmod(row.idx, tiles.WIDTH)
                 if tile not in held:
                     held[tile] = yield from _tile(0, tile)
