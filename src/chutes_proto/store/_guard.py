@@ -58,6 +58,7 @@ from chutes_proto.store.sql import (
     encode,
     flags,
     kind_read,
+    mistyped,
     statement,
 )
 
@@ -360,6 +361,14 @@ def _name(vm: tuple[str, str]) -> str:
     return f"{vm[0]}/{vm[1]}"
 
 
+def _check_types(kind: type[store.Row], rows: Rows) -> None:
+    """Check the types of what no MAC authenticates. Raises `RowNotAuthentic`."""
+    for row in rows:
+        if wrong := mistyped(kind, row):
+            named = ", ".join(columns(kind)[at] for at in wrong)
+            raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), f"no key server writes such a value of {named}")
+
+
 def _key_text(kind: type[store.Row], values: Sequence[Any]) -> str:
     key = values[: len(kind.KEY)]
     return "/".join(part.hex() if isinstance(part, bytes) else str(part) for part in key)
@@ -463,7 +472,10 @@ class Guard:
                 return op.carry_out(self)
             if self._is_locked and (type(op) in _KEYED or type(op) in _CHANGES):
                 raise self._locked()
-            return decode(op, self._run(op, *statement(op, self._seal if self._is_locked else sql.not_sealed)))
+            rows = self._run(op, *statement(op, self._seal if self._is_locked else sql.not_sealed))
+            if (kind := kind_read(op)) is not None:
+                _check_types(kind, rows)
+            return decode(op, rows)
         if len(self._heads) > _HEADS_HELD:
             self.finish()
             self._heads.clear()
@@ -577,6 +589,7 @@ class Guard:
         """The tag of a row whose MAC is not of the newest epoch, as `check` returns it. Raises `RowNotAuthentic`."""
         mac = row[-1]
         if mac is None and not self._is_final:
+            _check_types(kind, (row,))
             return b""
         older = self._older_key(mac)
         tag = None if older is None else older.of_table(kind.TABLE, _WIDTHS[kind]).tags((row,), _FLAGS[kind])[0]

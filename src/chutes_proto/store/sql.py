@@ -535,6 +535,19 @@ _PARTS: Final[dict[Any, Callable[[Any], Values]]] = {
 """The values of the same."""
 
 
+def _types_of(row: type[Any]) -> tuple[tuple[type, bool, int], ...]:
+    """The type of each column, whether it may be NULL, and the index of the column that is NULL with it."""
+    found: list[tuple[type, bool, int]] = []
+    for field in attrs.fields(row):
+        of = _type_of(field)
+        parts = attrs.fields(of) if of in _PAIRS else (field,)
+        pair = range(len(found), len(found) + len(parts))
+        for part, other in zip(parts, reversed(pair), strict=True):
+            kind = str if get_origin(_type_of(part)) is Literal else _type_of(part)
+            found.append((kind, types.NoneType in get_args(field.type), other))
+    return tuple(found)
+
+
 @frozen
 class _Layout:
     """The columns of a row's fields: one for each, or a pair."""
@@ -547,6 +560,8 @@ class _Layout:
     """The indexes of the fields that are booleans."""
     flag_columns: tuple[int, ...]
     """The indexes of their columns."""
+    types: tuple[tuple[type, bool, int], ...]
+    """As `_types_of` returns them."""
 
     @classmethod
     def of(cls, kind: type[Any]) -> _Layout:
@@ -558,6 +573,7 @@ class _Layout:
             pairs=tuple((at, of) for at, (_, of) in enumerate(fields) if of in _PAIRS),
             flags=tuple(at for at, (_, of) in enumerate(fields) if of is bool),
             flag_columns=tuple(at for at, (_, of) in enumerate(columns) if of is bool),
+            types=_types_of(kind),
         )
 
 
@@ -572,6 +588,28 @@ def columns(kind: type[store.Row]) -> tuple[str, ...]:
 def flags(kind: type[store.Row]) -> tuple[int, ...]:
     """The indexes of a row's boolean columns."""
     return _LAYOUTS[kind].flag_columns
+
+
+def mistyped(kind: type[store.Row], values: Sequence[Any]) -> Mapping[int, object]:
+    """For each column of a row that has a value of another type, its index and an empty value of its type.
+
+    SQLite takes any value in any column.
+    """
+    layout = _LAYOUTS[kind]
+    return _mistyped(layout, tuple(map(type, values[: len(layout.columns)])))
+
+
+@lru_cache(1024)
+def _mistyped(layout: _Layout, found: Sequence[type]) -> Mapping[int, object]:
+    wrong: dict[int, object] = {}
+    for at, (kind, (of, may_be_null, other)) in enumerate(zip(found, layout.types, strict=True)):
+        if kind is types.NoneType:
+            is_right = may_be_null and found[other] is kind
+        else:
+            is_right = kind is of or (of is bool and kind is int)
+        if not is_right:
+            wrong[at] = of()
+    return wrong
 
 
 def encode(row: store.Row) -> Values:
@@ -702,33 +740,7 @@ def _names(rows: Rows) -> tuple[store.Vm, ...]:
     return tuple(sorted(_vms(rows)))
 
 
-def _types_of(kind: type[Any]) -> Iterator[tuple[type, bool]]:
-    for field in attrs.fields(kind):
-        of = _type_of(field)
-        for part in attrs.fields(of) if of in _PAIRS else (field,):
-            yield str if get_origin(_type_of(part)) is Literal else _type_of(part), field.default is None
-
-
-_AUDIT_COLUMNS: Final = tuple(_types_of(store.AuditRow))
-"""The type of each column of an audit row, and whether it may be NULL."""
-_AUDIT_PAIRS: Final = tuple(columns(store.AuditRow).index(names[0]) for names in _PAIRS.values())
 _AUDIT_IDX: Final = columns(store.AuditRow).index("idx")
-
-
-@lru_cache(256)
-def _mistyped(found: tuple[type, ...]) -> dict[int, object]:
-    """For each column of an audit row with a value of another type, an empty one of its own."""
-    halves = {
-        at
-        for first in _AUDIT_PAIRS
-        if (found[first] is types.NoneType) != (found[first + 1] is types.NoneType)
-        for at in (first, first + 1)
-    }
-    return {
-        at: of()
-        for at, (kind, (of, is_optional)) in enumerate(zip(found, _AUDIT_COLUMNS, strict=True))
-        if not (kind is of or (is_optional and kind is types.NoneType and at not in halves))
-    }
 
 
 def _numbered(rows: Rows) -> tuple[tuple[int, store.AuditRow], ...]:
@@ -736,7 +748,7 @@ def _numbered(rows: Rows) -> tuple[tuple[int, store.AuditRow], ...]:
     read: list[Values] = []
     for row in rows:
         values: Values = tuple(row[1:])
-        if wrong := _mistyped(tuple(map(type, values[: len(_AUDIT_COLUMNS)]))):
+        if wrong := mistyped(store.AuditRow, values):
             values = tuple(wrong.get(at, value) for at, value in enumerate(values))
             values = (*values[:_AUDIT_IDX], -1, *values[_AUDIT_IDX + 1 :])
         read.append(values)
