@@ -154,7 +154,7 @@ def test_the_exit_code_says_which_step_failed(site: Site) -> None:
 def test_another_policy_is_not_the_one_that_judged(site: Site) -> None:
     (site.directory / "policy.toml").write_text(f"{POLICY}# another one\n")
     ended = site.show(0, "--evidence")
-    assert (ended.code, "not kept any more: policy (SHA-256 " in ended.err) == (1, True)
+    assert (ended.code, "not kept: policy (SHA-256 " in ended.err) == (1, True)
     assert site.show(0).code == 0
     (site.directory / "before.toml").write_text(POLICY)
     before = site.directory / "server-before.toml"
@@ -261,7 +261,7 @@ def test_a_decision_is_judged_again_with_the_collateral_of_its_time_alone(site: 
     ended = site.show(0, "--evidence")
     digest = hashlib.sha256(json.loads(of_then)["tcb_info"].encode()).hexdigest()
     assert (ended.code, ended.out) == (1, "")
-    assert f"not kept any more: collateral.tcb_info (SHA-256 {digest}), " in ended.err
+    assert f"not kept: collateral.tcb_info (SHA-256 {digest}), " in ended.err
     assert "not judged again: the receipt is without quote" in site.verify(site.show(0).out).out
 
     of_another, changed = site.directory / "another.json", site.directory / "changed.json"

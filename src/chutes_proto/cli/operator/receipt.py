@@ -159,7 +159,7 @@ def _kept_evidence(
     told = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in lacking.items())
     has_other = file is not None and any(name.startswith("collateral.") for name in lacking)
     of_file = f", and {file} does not have it" if has_other else ""
-    raise Refused(Code.KEY_NOT_FOUND, f"not kept any more: {told}{of_file}; leave out --evidence")
+    raise Refused(Code.KEY_NOT_FOUND, f"not kept: {told}{of_file}; leave out --evidence")
 
 
 def _read_collateral(file: str) -> tuple[Collateral, ...]:
