@@ -187,6 +187,28 @@ def test_collateral_of_another_platform_says_nothing_about_the_quote(
     )
 
 
+@pytest.mark.parametrize(
+    "fault",
+    "root_crl_issuer pck_crl_signature pck_crl_trailing crls_swapped tcb_signer_expired tcb_signer_signature"
+    " tcb_info_signature tcb_info_garbage qe_identity_altered qe_identity_version".split(),
+)
+def test_collateral_that_does_not_verify_says_nothing_about_the_quote(
+    verify: Command, tmp_path: Path, fault: str
+) -> None:
+    refused = verify("--json", faults=(fault,))
+    assert (refused.code, refused.json["unjudged"]) == (1, True)
+    assert refused.json["hint"].startswith(f"{tmp_path}/collateral.json is at fault: fetch it again")
+    told = verify(faults=(fault,)).out
+    assert told.startswith("REFUSED: the quote cannot be verified with this collateral\n")
+    for others in ((fault, "quote_signature"), (fault, "pck_expired")):  # the quote's own fault comes first
+        assert "unjudged" not in verify("--json", faults=others).json
+
+
+@pytest.mark.parametrize("fault", ["pck_revoked", "intermediate_revoked", "qe_debug", "quote_signature"])
+def test_a_fault_of_the_quote_is_not_the_collaterals(verify: Command, fault: str) -> None:
+    assert "unjudged" not in verify("--json", faults=(fault,)).json
+
+
 def test_whose_root_is_another_is_told(verify: Command, command: Command, tmp_path: Path) -> None:
     _ = verify()
     stranger = simulation_files(SimulatedPlatform(b"\1" * 32), REPORT_DATA, now=NOW, stage="boot")

@@ -184,6 +184,7 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
         "at": now,
         "root": trust.digest.hex(),
     }
+    collateral: verifier.Collateral | None = None
     try:
         report |= quote_fields(verifier.parse_quote(data, sgx=True))
         collateral = _collateral(task, data, now)
@@ -222,7 +223,16 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
         if isinstance(exc, verifier.VerificationError):
             report["rule"] = f"step {exc.step}: {exc.rule}"
         named = task.collateral_file or "the fetched collateral"
-        report |= _hint(exc, quote, named, task.root, lambda: verifier.open_quote(data, now=now, root=trust, sgx=True))
+
+        def quote_alone() -> object:
+            chain = None if collateral is None else collateral.pck_certificate_chain
+            opened = verifier.open_quote(data, now=now, root=trust, sgx=True, pck_certificate_chain=chain)
+            return verifier.check_signed(opened)
+
+        def collateral_alone() -> object:
+            return collateral and verifier.verify_collateral(collateral, now=now, root=trust)
+
+        report |= _hint(exc, quote, named, task.root, quote_alone, collateral_alone)
     return report
 
 
@@ -255,7 +265,12 @@ def _policy(path: str | None) -> verifier.AnyPolicy | BoundPolicies:
 
 
 def _hint(
-    exc: verifier.QuoteError, quote: str, collateral: str, root: str | None, open_again: Callable[[], object]
+    exc: verifier.QuoteError,
+    quote: str,
+    collateral: str,
+    root: str | None,
+    quote_alone: Callable[[], object],
+    collateral_alone: Callable[[], object],
 ) -> dict[str, object]:
     """The remedy; ``unjudged`` where the collateral alone is at fault, so that nothing is known about the quote."""
     match exc:
@@ -277,14 +292,24 @@ def _hint(
             )
             hint = f"{collateral} is not of the platform of {quote}; fetch its own: `{fetch} --upstream URL --out DIR`."
         case steps.UntrustedRootError():
-            try:
-                _ = open_again()
-            except steps.UntrustedRootError:
+            if _error_of(quote_alone):
                 return {"hint": f"{quote} {OTHER_ROOT}."}
             hint = f"{collateral} {OTHER_ROOT}."
-        case _:
+        case steps.CertificateRevokedError():  # the CA of the quote, too
             return {}
+        case _:
+            if _error_of(quote_alone) or not _error_of(collateral_alone):
+                return {}
+            hint = f"{collateral} is at fault: fetch it again with `chutes-proto collateral fetch`."
     return {"unjudged": True, "hint": hint}
+
+
+def _error_of(check: Callable[[], object]) -> verifier.VerificationError | None:
+    try:
+        _ = check()
+    except verifier.VerificationError as exc:
+        return exc
+    return None
 
 
 def _demands(policy: verifier.AnyPolicy | BoundPolicies, one: Callable[[verifier.Policy], bool]) -> bool:
