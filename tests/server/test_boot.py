@@ -11,6 +11,7 @@ from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.effects import FetchCollateral, Sleep, Transact, run
 from chutes_proto.errors import CollateralUnavailable, FateUnknown, KeyUnavailable, StoreAway, StoreBusy, StoreError
+from chutes_proto.log import Level
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._verify import verify_collateral
@@ -433,6 +434,7 @@ def test_draining_sends_boots_away_and_serves_what_is_asked_once(world):
     world.app.draining = True
     assert refusal(world.ask("GET", "/servers/nonce"))[:2] == (503, Code.DRAINING)
     assert refusal(world.ask("POST", "/servers/boot/attestation", {}))[:2] == (503, Code.DRAINING)
+    assert [record.level for record in world.log if record.event == "refused"] == [Level.WARNING] * 2
     assert answer(world.sync(token, {"volumes": ["storage"]}))
 
 

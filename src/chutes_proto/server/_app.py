@@ -323,7 +323,8 @@ class App:
         fields |= {"status": refusal.status, "code": str(refusal.code), "reason": refusal.reason}
         fields |= {"step": why.step, "why": str(why)}
         is_noise = not (is_known or refusal.recorded)
-        yield from _log(Level.ERROR if ours else Level.WARNING, "refused", fields, held_back, is_noise=is_noise)
+        is_fault = ours and refusal.code != Code.DRAINING  # at each restart a load balancer's probe meets that
+        yield from _log(Level.ERROR if is_fault else Level.WARNING, "refused", fields, held_back, is_noise=is_noise)
 
 
 def _log(level: Level, event: str, fields: dict[str, Value], held_back: int, *, is_noise: bool = False) -> Flow[None]:
