@@ -68,7 +68,7 @@ def test_a_certificate_that_was_renewed_and_not_loaded_does_not_hide_the_end_of_
     waiting, ended = (read_health(setup, store, at) for at in (None, certificate.end))
     (told,) = [finding for finding in waiting.findings if finding.what == "certificate"]
     assert (told.state, "server.pem is not the loaded one" in told.detail) == ("note", True)
-    assert told.remedy == "chutes-proto reload"
+    assert told.remedy == f"chutes-proto reload --config {setup.config.path}"
     assert states(ended)["certificate"] == "problem"
 
 
@@ -83,11 +83,14 @@ def test_collateral_that_has_expired_is_named(setup: ServerSetup, store: SqliteS
 
 
 def test_a_store_that_cannot_be_asked_is_a_problem(setup: ServerSetup, store: SqliteStore) -> None:
+    remedy = f"chutes-proto store check --config {setup.config.path}"
     setup.service.readiness.fault = "it lacks audit row 7"
-    assert states(read_health(setup, store))["store"] == "problem"
+    told = read_health(setup, store).findings[0]
+    assert (told.what, told.state, told.remedy) == ("store", "problem", remedy)
     setup.service.readiness.fault = None
     store.close()
-    assert states(read_health(setup, store))["store"] == "problem"
+    told = read_health(setup, store).findings[0]
+    assert (told.what, told.state, told.remedy) == ("store", "problem", remedy)
 
 
 def test_rows_are_counted(store: SqliteStore) -> None:

@@ -14,6 +14,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
@@ -111,6 +112,11 @@ def summary(kind: Kind, ends: Iterable[End], now: int) -> Finding:
     return Finding(first.state, kind, first.detail + more, first.remedy)
 
 
+def command_for(setup: ServerSetup, words: str) -> str:
+    """The command ``words`` for the server of a set-up, as an operator types it."""
+    return f"chutes-proto {words} --config {shlex.quote(setup.config.path or 'FILE')}"
+
+
 def check_profiles(setup: ServerSetup, now: int) -> Finding | None:
     """The problem that no profile counts now, if there are profiles and so it is."""
     profiles = [one.measurements for one in setup.service.profiles.values()]
@@ -131,7 +137,7 @@ def _certificates(setup: ServerSetup) -> Iterator[End]:
             chain = x509.load_pem_x509_certificates(setup.files.read(path))
             begin = max(int(each.not_valid_before_utc.timestamp()) for each in chain)
             end = min(int(each.not_valid_after_utc.timestamp()) for each in chain)
-            remedy = f"chutes-proto reload, when {path} is replaced"
+            remedy = f"{command_for(setup, 'reload')}, when {path} is replaced"
             yield End(kind, name, begin, end, remedy)
 
 
@@ -171,7 +177,7 @@ def _profiles(setup: ServerSetup) -> Iterator[End]:
     for served in setup.service.profiles.values():
         schedule = served.measurements.schedule
         if schedule.end is not None:
-            remedy = "chutes-proto profiles vms --config FILE"
+            remedy = command_for(setup, "profiles vms")
             yield End("profile", str(served.measurements), schedule.not_before, schedule.end, remedy)
 
 

@@ -16,7 +16,7 @@ from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreBus
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file
 from chutes_proto.io.finding import Finding, State
-from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, ends_of, fetch_command, summary
+from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, command_for, ends_of, fetch_command, summary
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
@@ -64,16 +64,16 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     try:
         _ = store.transact(Ask(ReadTimes()))
     except StoreError as exc:
-        storing = Finding("problem", "store", str(exc))
+        storing = Finding("problem", "store", str(exc), command_for(setup, "store check"))
         is_compared = store.clock_skew is not None and not isinstance(exc, StoreBusy)
     else:
         took = time.monotonic() - began
         storing, is_compared = Finding("ok", "store", f"answered in {took * 1000:.0f} ms"), True
         if store.custody.faults:
             tables = ", ".join(f"{table} {count}" for table, count in sorted(store.custody.faults.items()))
-            storing = Finding("note", "store", f"rows are not authentic: {tables}", "chutes-proto store check")
+            storing = Finding("note", "store", f"rows are not authentic: {tables}", command_for(setup, "store check"))
         elif store.log_warning:
-            storing = Finding("note", "store", store.log_warning, "chutes-proto audit verify")
+            storing = Finding("note", "store", store.log_warning, command_for(setup, "audit verify"))
         elif failing := sorted(store.copies.failing):
             storing = Finding("note", "store", f"audit rows are not copied: {', '.join(failing)}")
         elif warning := store.replication_warning:
@@ -83,7 +83,7 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     skew = store.clock_skew
     clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")
     if setup.service.readiness.fault is not None:
-        storing = Finding("problem", "store", setup.service.readiness.fault)
+        storing = Finding("problem", "store", setup.service.readiness.fault, command_for(setup, "store check"))
     ends = ends_of(setup, at)
     found = {kind: summary(kind, ends, at) for kind in _kinds(setup)}
     if (none_counts := check_profiles(setup, at)) is not None:
@@ -131,7 +131,7 @@ def _certificate(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], no
         waits = "" if is_loaded else f"{path} is not the loaded one"
     if not waits or finding.state == "problem":
         return finding
-    return Finding("note", "certificate", f"{waits}; {finding.detail}", "chutes-proto reload")
+    return Finding("note", "certificate", f"{waits}; {finding.detail}", command_for(setup, "reload"))
 
 
 def _collateral(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], now: int) -> Finding:
