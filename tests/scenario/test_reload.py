@@ -121,6 +121,11 @@ def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> 
     assert reason.startswith(f"uid {os.getuid()}: {done['before']} to {done['after']}: reference values")
     site.edit(f'"{HOTKEY}", ', "")
     assert reload(site)["changes"] == [f"hotkeys: {HOTKEY} removed"]
+    write_file(site.directory / "measurements.toml", f"# as before\n{newer}".encode())
+    site.edit("hotkeys =", f'blacklist = {{ "{HOTKEY}" = "gone" }}\nhotkeys =')
+    assert reload(site)["changes"] == [
+        *("reference values: no profile differs", "hotkeys: the order, or the blacklist")
+    ]
     assert site.vm().boot(status=403)["code"] == "hotkey_rejected"
     said = site.here("reload")
     head, tail = "nothing has changed\nnot applied until a restart: listen\n", "note: policy: tcb.platform_grace: "

@@ -137,10 +137,10 @@ def _change(part: str, old: ServerSetup, new: ServerSetup) -> str:
     if part == "reference values":
         was = {str(one.measurements): one for one in old.service.profiles.values()}
         now = {str(one.measurements): one for one in new.service.profiles.values()}
-        return f"{part}: {_difference(was, now)}"
+        return f"{part}: {_difference(was, now) or 'no profile differs'}"
     if part == "hotkeys" and old.service.hotkeys != "*" and new.service.hotkeys != "*":
         known, wanted = dict.fromkeys(old.service.hotkeys), dict.fromkeys(new.service.hotkeys)
-        return f"{part}: {_difference(known, wanted)}"
+        return f"{part}: {_difference(known, wanted) or 'the order, or the blacklist'}"
     return part
 
 
@@ -151,7 +151,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         ("changed", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
     )
     told = [f"{_some(names)} {word}" for word, names in words if names]
-    return ", ".join(told) or "options changed"
+    return ", ".join(told)
 
 
 def _some(names: list[str]) -> str:
