@@ -385,6 +385,7 @@ def test_a_user_of_the_database_who_may_only_read(command: Command, site: Path, 
     ends.append(command("serve", *config, "--check"))
     for end in ends:
         assert (end.code, "may not do that" in end.err) == (1, True), end.err
+    assert "(it lacks INSERT on generation)" in ends[-1].err
     with psycopg.connect(empty_schema, autocommit=True) as connection:
         _ = connection.execute(f"GRANT INSERT ON generation TO reader_{name}")
     assert command("serve", *config, "--check").code == 0

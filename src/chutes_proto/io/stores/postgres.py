@@ -725,9 +725,13 @@ class PostgresStore(MarkedStore):
     def _check_writing(self, connection: _Connection) -> None:
         tables = ("fact", "key_server", "what_if", "head", "store_head", *(kind.TABLE for kind in ROWS))
         rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
-        needed = (f"has_table_privilege('{table}', '{right}')" for table in tables for right in rights)
-        if not _rows(connection, f"SELECT {' AND '.join(needed)}")[0][0]:
-            raise self._fault(_FAULTS["42501"])
+        needed = [(table, right) for table in tables for right in rights]
+        texts = (f"has_table_privilege('{table}', '{right}')" for table, right in needed)
+        found = _rows(connection, f"SELECT {', '.join(texts)}")[0]
+        lacking = [f"{right} on {table}" for (table, right), has in zip(needed, found, strict=True) if not has]
+        if lacking:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise self._fault(f"{_FAULTS['42501']} (it lacks {lacking[0]}{more})")
 
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
         changes: list[Change] = []
