@@ -299,6 +299,9 @@ def test_a_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path, i
         for each in (store, other, store):
             with pytest.raises(StoreError, match=r"its log, keys\.db-wal, was moved, removed or replaced while in use"):
                 each.transact(boot("second"))
+        if not is_replaced:
+            with pytest.raises(StoreError, match=r"its log, keys\.db-wal, was moved.*disk I/O error"):
+                open_and_check(path)  # as a command, which had nothing open
     store.close()
     with closing(SqliteStore(path)) as again:
         assert [row.boot_id for row in again.transact(Ask(Scan(BootRow)))] == [boot("first").boot_id]

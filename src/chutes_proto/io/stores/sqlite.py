@@ -596,15 +596,19 @@ class SqliteStore(MarkedStore):
         if _inode_of(self.path) != self._inode:
             raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
         if self._connection is not None and _inode_of(self._log_path) != self._log_inode:
-            raise self._fault(
-                f"its log, {self._log_path.name}, was moved, removed or replaced while in use; stop the server, which"
-                " writes to the file what the log has, and start it again"
-            )
+            raise self._fault(self._log_is_away)
         if self._connection is not None and _inode_of(self._index_path) != self._index_inode:
             raise self._fault(
                 f"the index of its log, {self._index_path.name}, was moved, removed or replaced while in use; kill"
                 " the server by SIGKILL, so that it discards nothing that others wrote to the log, and start it again"
             )
+
+    @property
+    def _log_is_away(self) -> str:
+        return (
+            f"its log, {self._log_path.name}, was moved, removed or replaced while in use; stop the server, which"
+            " writes to the file what the log has, and start it again"
+        )
 
     def _fault(self, what: str) -> StoreError:
         return StoreError(f"store {self.name}: {what}")
@@ -620,6 +624,8 @@ class SqliteStore(MarkedStore):
         code = _code_of(exc)
         self._unwritten |= code in _UNWRITTEN
         text = _FAULTS.get(code, "SQLite refused")
+        if code == sqlite3.SQLITE_IOERR and self._connection is None and _size_of(self._log_path) == 0:
+            text = self._log_is_away  # the index, which a server has, says that there is something to be read
         if self._alone and code in _BUSY:
             text = "another process has it open; stop all servers and other commands that use it"
         kind = StoreAway if code in _BUSY else StoreError  # another process has it, and lets nobody in
@@ -646,6 +652,13 @@ def _inode_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 @lru_cache(128)
