@@ -88,7 +88,7 @@ def test_a_check_of_a_used_store_changes_nothing(command: Command, site: Path) -
     before = listing(site)
     ended = check(command, site)
     assert (ended.code, ended.err) == (0, "")
-    assert "keys.db: 1 keys" in ended.out
+    assert "keys.db: sealed keys: 1, its own included" in ended.out
     assert listing(site).keys() == before.keys()
 
 
@@ -225,7 +225,7 @@ def test_a_store_under_another_key_is_told(command: Command, site: Path, start: 
     edit(site, 'kek_file = "kek"', 'kek_file = "kek"\nkek_previous_file = "kek.old"')
     ended = check(command, site)
     assert ended.code == 0
-    assert "keys.db: 4 keys" in ended.out
+    assert "keys.db: sealed keys: 4, its own included" in ended.out
 
 
 def quoter(site: Path) -> str:

@@ -283,7 +283,7 @@ def test_a_store_begins_in_an_empty_database(premises: Premises, database: str) 
             store = store.replace("/etc/chutes-proto", str(premises.directory))
             premises.edit('store = "sqlite:keys.db"\n', store)
             said = Operator(premises.directory, {}).run("Start with an empty database", page=page)
-            assert f"{name}: 1 keys" in said
+            assert f"{name}: sealed keys: 1, its own included" in said
             premises.start()
             assert premises.vm().boot()
             premises.stop()

@@ -112,7 +112,8 @@ def check_store(
     with closing(place.open()) as store:
         _ = store.check()
         store.check_writing()
-        yield Finding("ok", "store", f"{store.name}: {sum(check_keys(store, vault).values())} keys")
+        count = sum(check_keys(store, vault).values())
+        yield Finding("ok", "store", f"{store.name}: sealed keys: {count}, its own included")
         yield from store_findings(store)
         if place.mark_file is None:
             what, _, detail = NO_FILE.partition(": ")
