@@ -15,6 +15,8 @@ from chutes_proto.io.server.health import Health, read_counts, read_health
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import SetHorizon
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
 
@@ -91,6 +93,17 @@ def test_a_store_that_cannot_be_asked_is_a_problem(setup: ServerSetup, store: Sq
     store.close()
     told = read_health(setup, store).findings[0]
     assert (told.what, told.state, told.remedy) == ("store", "problem", remedy)
+
+
+@pytest.mark.parametrize(("ahead", "state"), [(60, "note"), (30 * DAY, "problem")])
+def test_a_store_that_redeems_no_nonce_is_told(setup: ServerSetup, store: SqliteStore, ahead: int, state: str) -> None:
+    """As for the minute after a restore; or because a clock was ahead, which ends when somebody mends it."""
+    now = int(time.time())
+    store.transact(Ask(SetHorizon(now + ahead)))
+    told = read_health(setup, store, now).findings[0]
+    assert (told.what, told.state) == ("store", state)
+    assert told.detail.startswith("no boot is granted: all nonces issued until ")
+    assert states(read_health(setup, store, now + ahead + 1))["store"] == "ok"
 
 
 def test_rows_are_counted(store: SqliteStore) -> None:

@@ -18,6 +18,7 @@ from chutes_proto.io.files import read_file
 from chutes_proto.io.finding import Finding, State
 from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, command_for, ends_of, fetch_command, summary
 from chutes_proto.io.server.setup import ServerSetup
+from chutes_proto.io.server.store_setup import finding_of_void
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask, Store
@@ -62,14 +63,16 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     at = int(time.time()) if now is None else now
     began = time.monotonic()
     try:
-        _ = store.transact(Ask(ReadTimes()))
+        times = store.transact(Ask(ReadTimes()))
     except StoreError as exc:
         storing = Finding("problem", "store", str(exc), command_for(setup, "store check"))
         is_compared = store.clock_skew is not None and not isinstance(exc, StoreBusy)
     else:
         took = time.monotonic() - began
         storing, is_compared = Finding("ok", "store", f"answered in {took * 1000:.0f} ms"), True
-        if store.custody.faults:
+        if (void := finding_of_void(times, at)) is not None:
+            storing = void
+        elif store.custody.faults:
             tables = ", ".join(f"{table} {count}" for table, count in sorted(store.custody.faults.items()))
             storing = Finding("note", "store", f"rows are not authentic: {tables}", command_for(setup, "store check"))
         elif store.log_warning:

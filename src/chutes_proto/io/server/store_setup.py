@@ -32,7 +32,7 @@ from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, Difference
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan
+from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan, Times
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.tlog.notes import Verifier
 from chutes_proto.units.nonces import lies_ahead, why_void
@@ -129,9 +129,16 @@ def store_findings(store: DurableStore) -> Iterator[Finding]:
     for note in store.notes:
         what, _, detail = note.partition(": ")
         yield Finding("note", what, detail)
-    times, now = store.transact(Ask(ReadTimes())), int(time.time())
-    if (why := why_void(times, now)) is not None:
-        yield Finding("problem" if lies_ahead(times, now) else "note", "store", f"no boot is granted: {why}")
+    times = store.transact(Ask(ReadTimes()))
+    if (void := finding_of_void(times, int(time.time()))) is not None:
+        yield void
+
+
+def finding_of_void(times: Times, now: int) -> Finding | None:
+    """Why no boot is granted, where all nonces are void: a problem if a clock was ahead, or else it ends by itself."""
+    if (why := why_void(times, now)) is None:
+        return None
+    return Finding("problem" if lies_ahead(times, now) else "note", "store", f"no boot is granted: {why}")
 
 
 def find_differences(store: Store, alike: Alike) -> list[Difference]:
