@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,23 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     rows = command("audit", "list", "--config", site, "--json").json["rows"]
     events = [row["event"] for row in rows if row["event"] != "log key made"]
     assert events[-1] == {"restored": "store restored", "accept-loss": "loss accepted"}[decision]
+
+
+@pytest.mark.parametrize("state", [0, 2])
+def test_a_command_believes_no_sealed_store_that_says_it_is_not(
+    start: Callable[..., Server], command: Callable[..., Ended], tmp_path: Path, state: int
+) -> None:
+    """Whoever writes the database would have what he forged sealed, or written without a MAC."""
+    write_server(tmp_path, PLATFORM, int(time.time()))
+    site, path = tmp_path / "server.toml", tmp_path / "keys.db"
+    table = 'store = { url = "sqlite:keys.db", mark_file = "store.mark" }'
+    site.write_text(site.read_text().replace('store = "sqlite:keys.db"', table))
+    _ = start("--config", site, ca=tmp_path / "ca.pem").stop(signal.SIGTERM)
+    with closing(sqlite3.connect(path)) as attacker, attacker:
+        _ = attacker.execute("UPDATE fact SET value = ? WHERE name = 'seal'", (state,))
+    for words in (["store", "seal"], ["hotkey", "revoke", HOTKEY]):
+        refused = command(*words, "--config", site, "--reason", "test")
+        assert refused.code == 1, words
+        assert "it says that it is not sealed, and it was: somebody changed it" in refused.err
+    with closing(sqlite3.connect(path)) as attacker:
+        assert attacker.execute("SELECT value FROM fact WHERE name = 'seal'").fetchall() == [(state,)]

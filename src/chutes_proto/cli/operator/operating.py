@@ -28,6 +28,7 @@ from chutes_proto.cli.describe import exits
 from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
 from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
@@ -72,6 +73,8 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
     if not setup.store.is_made() and not new:
         raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
     with closing(setup.store.open()) as store:
+        if is_of_sealed(setup.mark_file):
+            store.custody.require_seal(1)
         copy_audit(setup.config, setup.store.base, store)
         yield setup, store
 

@@ -355,6 +355,14 @@ class MarkKeeper:
         return StoreError(f"store {self._name}: {why}{seen}; {remedy}; nothing was changed")
 
 
+def is_of_sealed(path: Path | None) -> bool:
+    """Whether the file is the mark of a sealed store. One that cannot be read says nothing: servers refuse it."""
+    try:
+        return path is not None and path.exists() and Mark.from_bytes(read_file(path, limit=LARGEST)).is_sealed
+    except (ConfigurationError, OSError):
+        return False
+
+
 class MarkedStore:
     """The part of a durable store that its mark does for it."""
 

@@ -411,7 +411,8 @@ class SqliteStore(MarkedStore):
         found = versions.execute(READ_VERSION)
         _ = versions.check(found)
         session = self.custody.session(found[0][2], versions.execute)
-        self._keys = None if session.is_locked else session  # its KEK may be named later
+        # Its KEK may be named later, and that it must be sealed may be said later.
+        self._keys = session if session.is_final and not session.is_locked else None
         return session
 
     def _run(
