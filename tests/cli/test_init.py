@@ -112,8 +112,14 @@ def test_the_unit_leaves_little_exposed(require_program: Callable[[str], str]) -
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    for line in ("DynamicUser=yes", "ProtectSystem=strict", "LimitCORE=0"):
+    for line in ("DynamicUser=yes", "ProtectSystem=strict"):
         assert line in UNIT.read_text()
+
+
+@pytest.mark.parametrize("file", [UNIT, ROOT / "docs/how-to/production.md"], ids=lambda file: str(file.name))
+def test_a_unit_leaves_the_memory_of_a_server_on_no_disk(file: Path) -> None:
+    """A core file of it has the KEK, and swap may have more."""
+    assert {"LimitCORE=0", "MemorySwapMax=0"} <= {*file.read_text().splitlines()}
 
 
 def test_the_unit_hands_over_every_file_that_init_writes(command: Callable[..., Ended], tmp_path: Path) -> None:
