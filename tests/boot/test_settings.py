@@ -92,6 +92,8 @@ def test_what_is_said_and_what_is_not() -> None:
         ("volumes_at = 'later'", "volumes_at: Input should be"),
         ("state.file = 'boot.json'", "state.file: say the whole path"),
         ("state.k3s_key_file = 'k3s'", "state.k3s_key_file: say the whole path"),
+        ("state.k3s_key_file = ''", "state.k3s_key_file: say the whole path"),
+        ("ca_file = 'ca.pem'", "ca_file: say the whole path"),
         ("signer = 'my-signer'", 'signer: say "config-volume" or "command:'),
         ("signer = 'command: '", 'signer: say "config-volume" or "command:'),
         ("signer = ''", 'signer: say "config-volume" or "command:'),

@@ -199,8 +199,10 @@ def _problems(settings: AgentSettings) -> list[str]:
         found.append(f"on_failure.wait_seconds: 0 to {_DAY}")
     if failure.action != "exit" and not "".join(failure.command[:1]):
         found.append(f"on_failure.{failure.action}: name the program and its arguments")
-    paths = {"file": settings.state.file, "k3s_key_file": settings.state.k3s_key_file or "/"}
-    found += [f"state.{name}: say the whole path, from / on" for name, path in paths.items() if path[:1] != "/"]
+    state = settings.state
+    paths = {"ca_file": settings.ca_file, "state.file": state.file, "state.k3s_key_file": state.k3s_key_file}
+    wrong = [name for name, path in paths.items() if path is not None and path[:1] != "/"]
+    found += [f"{name}: say the whole path, from / on" for name in wrong]
     if settings.volumes_at == "resume" and not settings.volumes:
         found.append('volumes_at: "resume" has nothing to do without volumes')
     return found
