@@ -103,6 +103,7 @@ def test_a_host_shows_its_quote(world):
     VALIDATOR.hotkey.check_signature(message, bytes.fromhex(headers["x-chutes-signature"]))
     (row,) = world.rows(AttestationRow)
     assert (row.stage, row.code, row.profile_name, row.peer_address) == ("runtime", None, PROFILE.name, HOST)
+    assert (row.tcb_status, row.advisories) == ("UpToDate", "")  # known, and none
     (audit,) = world.rows(AuditRow)
     assert "GPU evidence NOT verified" in audit.reason
     assert hashlib.sha256(b"[]").hexdigest() in audit.reason

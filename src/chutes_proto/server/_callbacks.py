@@ -81,7 +81,8 @@ def ask_host(
     is_owned = given.owner is not None
     accepted = (evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, evidence.tcb_status)
     rested_on = evidence.grounds(service, "runtime", ACCEPTED, hotkey_proven=True)
-    return HostQuote(*accepted, gpus, is_owned, evidence.platform, rested_on=rested_on)
+    advisories = evidence.advisories
+    return HostQuote(*accepted, gpus, is_owned, evidence.platform, advisories=advisories, rested_on=rested_on)
 
 
 def _fetch(
