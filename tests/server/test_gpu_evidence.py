@@ -32,7 +32,7 @@ from chutes_proto.wire.codes import Code
 from tests.server.test_callbacks import VALIDATOR, Hosted
 from tests.server.test_runtime import PATH, nonce_of, quote
 from tests.server.test_servers import boot, gpu, register, registered
-from tests.server.world import NOW, OTHER, answer, refusal, service
+from tests.server.world import MINER, NOW, OTHER, answer, refusal, service
 
 GPUS = SimulatedGpus(b"the GPUs of a server's tests")
 EXPECTED = evolve(PROFILE, expected_gpus=("h200",))
@@ -169,6 +169,16 @@ def test_a_gpu_belongs_to_the_server_that_showed_it() -> None:
             registered(second)
             assert "was shown by server n1 before" in audited(world)
         assert [row.server_id for row in world.rows(GpuDeviceRow)] == ["n1"]
+
+
+def test_a_miner_is_told_which_server_of_its_own_has_a_gpu() -> None:
+    """A GPU that was moved to another machine; of another miner's server nothing is told."""
+    world = make("require")
+    registered(register(world))
+    world.names["second.example"] = ("9.9.9.9",)
+    for pair, told in ((MINER, "your server n1 (vm-1) until you remove that: "), (OTHER, "another server: ")):
+        detail = refusal(register(world, pair, id="n2", name="vm-2", host="second.example", gpus=[gpu("another")]))[2]
+        assert detail.startswith(f"A GPU belongs to {told}")
 
 
 def test_who_declares_a_gpu_without_showing_it_keeps_nobody_out() -> None:

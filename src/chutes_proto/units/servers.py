@@ -451,8 +451,11 @@ def keep_gpus(gpus: SignedGpus, server: store.ServerRow, now: int) -> Script[str
         elif held.server_id == server.server_id:
             yield from store.Put(row)
         elif gpus.is_required:
-            detail = f"A GPU belongs to another server: {gpu.serial_number}"
-            raise _taken(Code.GPU_TAKEN, detail, (yield from store.Read(store.ServerRow, held.server_id)))
+            holder = yield from store.Read(store.ServerRow, held.server_id)
+            whose = "another server"
+            if holder is not None and holder.hotkey == server.hotkey:
+                whose = f"your server {holder.server_id} ({holder.name}) until you remove that"
+            raise _taken(Code.GPU_TAKEN, f"A GPU belongs to {whose}: {gpu.serial_number}", holder)
         else:
             text += f"; GPU {gpu.serial_number} was shown by server {held.server_id} before"
     return text
