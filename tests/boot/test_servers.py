@@ -150,6 +150,15 @@ def test_a_removal_whose_answer_is_lost_is_done(network: Network) -> None:
         play(network, servers.remove_server(miner(), "n1"), NOWHERE)
 
 
+def test_a_proxys_page_removes_nothing(network: Network) -> None:
+    """Neither request reached the server: a 404 that is not a key server's says nothing of the server."""
+    play(network, register())
+    pages = [Unheard(HttpResponse(status, (), b"<html>")) for status in (502, 404)]
+    with pytest.raises(Refused, match="HTTP status 404"):
+        play(network, servers.remove_server(miner(), "n1"), *pages)
+    assert len(network.rows(ServerRow)) == 1
+
+
 @pytest.mark.parametrize(("status", "word"), [(429, "rate_limited"), (503, "busy"), (503, "draining")])
 def test_not_now_hides_no_refusal(network: Network, status: int, word: str) -> None:
     """A server that says so has done nothing: what is not there was not removed, what is there was there before."""

@@ -180,7 +180,7 @@ def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
         try:
             answer = yield from _ask(miner, miners.REMOVE_SERVER, request, miners.RemovedServerAnswer)
         except Refused as exc:
-            if lost and exc.status == 404:
+            if lost and exc.code == Code.SERVER_NOT_FOUND:
                 return name_or_id
             raise
         return answer.name
