@@ -63,8 +63,9 @@ class _Connected:
 class BootAgent(_Connected):
     """One VM's boot against one key server, on trio or asyncio: an asynchronous context manager.
 
-    Arguments, methods and errors are those of `chutes_proto.sync.BootAgent`; ``quoter`` may block, it runs in a thread.
-    A ``client`` of the caller must present the certificate of ``identity``, and stays open.
+    Arguments, methods and errors are those of `chutes_proto.sync.BootAgent`; ``quoter`` may block, it runs in a thread;
+    ``signer`` is called on the event loop. A ``client`` of the caller must present the certificate of ``identity``, and
+    stays open.
     """
 
     def __init__(
@@ -118,7 +119,8 @@ class MinerClient(_Connected):
     """One miner's servers at one key server, on trio or asyncio: an asynchronous context manager.
 
     Arguments, methods and errors are those of `chutes_proto.sync.MinerClient`; ``quoter`` and ``gpu_tool`` may
-    block, they run in threads. A ``client`` of the caller must present the certificate of ``identity``, and stays open.
+    block, they run in threads; ``signer`` is called on the event loop. A ``client`` of the caller must present the
+    certificate of ``identity``, and stays open.
     """
 
     def __init__(
