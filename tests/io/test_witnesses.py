@@ -276,6 +276,13 @@ def test_processes_of_a_server_ask_by_turns(log: Log, small: SmallWitness, witne
         assert another.round() == []
 
 
+def test_no_other_user_keeps_a_server_from_its_witnesses(log: Log, witness: Witness) -> None:
+    """To lock a file it is enough to read it."""
+    assert Witnesses(log.store, [witness], log.file).ask(log.grow(1))[1] == []
+    kept = witnessed_path(log.file)
+    assert kept.with_name(f"{kept.name}.lock").stat().st_mode & 0o077 == 0
+
+
 def test_a_checkpoint_that_another_server_has_overtaken_is_no_alarm(
     log: Log, witness: Witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, LogError, StoreError, TransportError
-from chutes_proto.io.files import read_file, unavailable, write_file
+from chutes_proto.io.files import make_file, read_file, unavailable, write_file
 from chutes_proto.io.http.https import HttpGetter, TimeLimits
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.store._run import Ask, Store
@@ -156,8 +156,9 @@ class Witnesses:
             yield
             return
         path = self._kept.with_name(f"{self._kept.name}.lock")  # not the file itself, which is replaced
-        with unavailable(path, "cannot be opened"):  # an operator's command may have made it: it is only read
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        with unavailable(path, "cannot be opened"):
+            make_file(path, 0o600)  # any user who can open it could have the turn for ever, and nobody would be told
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             yield
