@@ -23,7 +23,7 @@ from chutes_proto.errors import (
     StoreBusy,
     StoreError,
 )
-from chutes_proto.io.stores import postgres
+from chutes_proto.io.stores import marks, postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
 from chutes_proto.store._guard import RECENT_BOOTS
@@ -164,6 +164,18 @@ def test_a_server_that_may_lose_keys_is_refused_from_then_on(cluster: Cluster, s
             for call in (lambda: store.transact(boot("first")), store.check, lambda: PostgresStore(url)):
                 told(call, f"{setting} is 'off' there and must be 'on', or keys may be lost")
         store.transact(boot("first"))
+
+
+def test_a_table_that_a_crash_empties_is_refused(
+    store: PostgresStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "LOOK_SECONDS", 0)
+    store.transact(boot("first"))
+    ask(url, "ALTER TABLE generation SET UNLOGGED")
+    for call in (lambda: store.transact(boot("second")), store.check, lambda: PostgresStore(url)):
+        told(call, "the table generation is UNLOGGED.*ALTER TABLE generation SET LOGGED")
+    ask(url, "ALTER TABLE generation SET LOGGED")
+    store.transact(boot("second"))
 
 
 def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

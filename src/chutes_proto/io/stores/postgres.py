@@ -186,6 +186,12 @@ _REPLICATION: Final = (
 Only a monitor may see which of them is synchronous. Where one is named, a commit waits until it has the change.
 """
 
+_UNLOGGED: Final = (
+    "SELECT min(relname::text) FROM pg_class WHERE relnamespace = current_schema()::regnamespace"  # noqa: S608 - names
+    f" AND relpersistence = 'u' AND relname IN {('fact', 'head', 'store_head', *(kind.TABLE for kind in ROWS))}"
+)
+"""The statement that tells which of our tables PostgreSQL empties after a crash, and on a standby."""
+
 _COMPANY: Final = (
     f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{_DEFAULTS['application_name']}'"  # noqa: S608
     " AND datname = current_database() AND pid <> pg_backend_pid()"
@@ -886,8 +892,14 @@ class PostgresStore(MarkedStore):
 
         Not in a serializable transaction: to read the newest audit rows in one conflicts with everyone who adds some.
         """
-        with self._transaction(connection, self._beginning("READ COMMITTED", then=_REPLICATION)) as rows:
-            ((streaming, has_synchronous),) = rows[0]
+        look = f"{_REPLICATION}, ({_UNLOGGED})"
+        with self._transaction(connection, self._beginning("READ COMMITTED", then=look)) as rows:
+            ((streaming, has_synchronous, unlogged),) = rows[0]
+            if unlogged is not None:
+                raise self._fault(
+                    f"the table {unlogged} is UNLOGGED, so a crash or a fail-over would empty it, and keys would be"
+                    f" lost; say ALTER TABLE {unlogged} SET LOGGED"
+                )
             self.replication = Replication(streaming, is_synchronous=has_synchronous)
             if self._require_synchronous and not has_synchronous:
                 raise self._fault(
