@@ -10,9 +10,11 @@ from attrs import evolve
 
 from chutes_proto.errors import Refused, RowNotAuthentic
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.store._guard import Custody
 from chutes_proto.store.rows import Platform
-from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
+from chutes_proto.units.operator import AllowFormat
 from tests.store.test_custody import BOTH, run
 
 if TYPE_CHECKING:
@@ -77,3 +79,23 @@ def test_the_key_of_an_older_epoch_stands_in_for_no_newer_one(place: StorePlace)
         _ = custody.session(2 * 2 + 1, lambda _: older)
     assert len(custody.opened("rows", lambda _: older)) == 1
     assert custody.opened("log", lambda _: older) == []
+
+
+def test_an_older_row_beside_the_newest_one_does_not_count(empty_schema: str, tmp_path: Path) -> None:
+    """A table that inherits from another one has rows of the same keys: a permission to format came back with one."""
+    place = StorePlace(empty_schema, tmp_path, vault=VAULT)
+    first, second, third = (boot(f"{number}", now=NOW + number) for number in range(3))
+    with closing(place.open(migrate=True)) as store:
+        store.transact(first)
+        store.transact(sync(first, "one", "storage"))
+        store.transact(AllowFormat(NOW, VM, "storage", "test"))
+        run(place, "CREATE TABLE kept AS SELECT * FROM volume")
+        store.transact(second)
+        assert store.transact(evolve(sync(second, "two", "storage"), formatted=frozenset())).in_use == ()
+        run(place, "CREATE TABLE newest () INHERITS (volume)")
+        run(place, "WITH moved AS (DELETE FROM ONLY volume RETURNING *) INSERT INTO newest SELECT * FROM moved")
+        run(place, "INSERT INTO volume SELECT * FROM kept")
+        store.transact(third)
+        with pytest.raises(RowNotAuthentic, match="vm-0/storage of table volume is not authentic: it is there twice"):
+            store.transact(evolve(sync(third, "three", "storage"), formatted=frozenset()))
+        assert {fault.why for fault in find_faults(store)} == {"it is there twice"}

@@ -577,9 +577,11 @@ class Guard:
     # --- rows ---
 
     def check(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
-        """The tags of rows that have authentic MACs; b"" for one without, while these are accepted."""
+        """The tags of rows, each once, that have authentic MACs; b"" for one without, while these are accepted."""
         if self._key is None:
             return []
+        if len(rows) > 1:
+            _check_once(kind, rows)
         tags = self._key.of_table(kind.TABLE, _WIDTHS[kind]).tags(rows, _FLAGS[kind])
         if None in tags:
             return [tag or self._otherwise_tagged(kind, row) for tag, row in zip(tags, rows, strict=True)]
@@ -825,8 +827,9 @@ class Guard:
     def voided(self, op: store.VoidTokens) -> None:
         """Void all boots; one that is hidden meanwhile would have a live token when it is back."""
         vm = (op.vm.hotkey, op.vm.name)
-        rows = (*self.listed_boots(vm), *self._run(None, sql.READ_UNVOIDED, vm))
+        rows = self._run(None, sql.READ_UNVOIDED, vm)
         _ = self.check(store.BootRow, rows)
+        rows = (*self.listed_boots(vm), *rows)
         for row in {row.boot_id: row for row in decode_rows(store.BootRow, rows) if row.voided_at is None}.values():
             self.perform(store.Put(evolve(row, voided_at=op.at)))
 
@@ -1223,7 +1226,7 @@ class Guard:
         except RowNotAuthentic as exc:
             if len(rows) == 1:
                 return [exc]
-            return [fault for row in rows for fault in self._faults(kind, (row,))]
+            return [fault for row in rows for fault in self._faults(kind, (row,))] or [exc]
         return []
 
     def inspect_vms(self, after: store.Vm | None, limit: int) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
@@ -1335,6 +1338,19 @@ def _check_asked(kind: type[store.Row], names: tuple[str, ...], values: Values, 
         for name, value in zip(names, values, strict=False):
             if row[places[name]] != value:
                 raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), _NOT_ASKED)
+
+
+def _check_once(kind: type[store.Row], rows: Rows) -> None:
+    """Require that no two rows have one key: of a table that inherits from another one there may be an older row, too.
+
+    Raises `RowNotAuthentic`.
+    """
+    seen: set[Sequence[Any]] = set()
+    for row in rows:
+        key = row[: len(kind.KEY)]
+        if key in seen:
+            raise RowNotAuthentic(kind.TABLE, _key_text(kind, row), "it is there twice")
+        seen.add(key)
 
 
 def statements_ahead(ops: Iterable[StoreOp[Any]], *, with_heads: bool) -> tuple[tuple[str, Values], ...]:
