@@ -25,6 +25,7 @@ from tests.quote.simulated import NOW, PLATFORM, PROFILE, verdict_of
 OTHER = attrs.evolve(PROFILE, name="other", mrtd=bytes(48))
 STALE = verdict_of(PLATFORM, "tcb_out_of_date")
 OUTDATED = 'tcb.accepted_statuses = ["UpToDate", "OutOfDate"]'
+FLOOR = "tcb.min_evaluation_number = 18"
 NOBODY = f'identity.ppid = ["{"07" * 16}"]'
 
 
@@ -318,7 +319,10 @@ def test_what_a_profile_leaves_open_is_in_words() -> None:
 
 
 def test_notes_say_what_is_probably_not_meant() -> None:
-    assert policy_notes(parse_policy_set("tcb.min_evaluation_number = 18"), NOW) == ()
+    assert policy_notes(parse_policy_set(FLOOR), NOW) == ()
+    enclave = f'identity.mr_signer = ["{"07" * 32}"]'
+    assert policy_notes(parse_policy_set(f"measurements = 'unchecked'\n{enclave}\n{FLOOR}"), NOW) == ()
+    assert len(policy_notes(parse_policy_set(f"measurements = 'unchecked'\n{FLOOR}"), NOW)) == 1
     text = f"{OUTDATED}\ntcb.min_tcb_date = 2199-01-01\nattributes.unsafe_allow_debug = true"
     keys = [note.partition(":")[0] for note in policy_notes(parse_policy_set(text), NOW)]
     assert keys == [

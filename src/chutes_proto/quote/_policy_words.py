@@ -191,6 +191,8 @@ def policy_notes(policies: PolicySet, now: int) -> tuple[str, ...]:
         date = policy.tcb.min_tcb_date
         if date is not None and date > now:
             found.append(f"tcb.min_tcb_date: {rfc3339(date)} is in the future, so every platform is refused")
+        if policy.measurements == "unchecked" and not (policy.identity.mr_enclave or policy.identity.mr_signer):
+            found.append('measurements: "unchecked", so whatever runs in the TD or enclave is accepted')
         if policy.attributes.unsafe_allow_debug:
             found.append("attributes.unsafe_allow_debug: hosts can read the memory of VMs, and their keys")
         if not policy.tcb.min_evaluation_number:
