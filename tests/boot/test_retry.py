@@ -89,12 +89,14 @@ def test_no_attempt_begins_after_the_deadline(passed: float, goes_on: bool) -> N
 
 
 def test_retry_after_is_the_least_wait_and_never_a_longer_deadline() -> None:
-    aside: Aside = {Uptime: lambda _: 0.0, Entropy: lambda e: bytes(e.size), Log: lambda _: None}
+    records: list[Record] = []
+    aside: Aside = {Uptime: lambda _: 0.0, Entropy: lambda e: bytes(e.size), Log: lambda e: records.append(e.record)}
     busy = Unavailable("busy", "Busy.", status=503, retry_after=17)
     Playbook((Sleep(17.0), None), aside=aside).run(fail(RetryPolicy(), busy))
     tomorrow = Unavailable("busy", "Busy.", status=503, retry_after=86400)
     with pytest.raises(Unavailable):
         Playbook(aside=aside).run(fail(RetryPolicy(), tomorrow))
+    assert records[-1].fields["reason"] == "Busy.; it asks to wait 86400 s, which ends after the deadline"
 
 
 def test_an_error_as_the_console_is_told_it() -> None:

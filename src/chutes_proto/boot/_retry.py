@@ -42,9 +42,13 @@ class Budget:
         """Wait before the next attempt. Raises ``error`` where the policy allows none."""
         jitter = yield from Entropy(_JITTER_SIZE)
         left = yield from self._left()
-        delay = self._policy.delay(self._failures + 1, jitter, self._asked(error))
-        if self._failures + 1 >= self._policy.attempts or delay >= left:
+        asked = self._asked(error)
+        delay = self._policy.delay(self._failures + 1, jitter, asked)
+        if self._failures + 1 >= self._policy.attempts:
             yield from self.give_up(step, error)
+        if delay >= left:
+            why = f"; it asks to wait {asked:.0f} s, which ends after the deadline" if asked >= left > 0 else ""
+            yield from self.give_up(step, error, why)
         fields = {**self._progress(step, left), "wait": round(delay, 1), **described(error)}
         if self._policy.servers > 1 and not isinstance(error, QuoteUnavailable):
             fields["next_server"] = yield from NextServer()
@@ -52,9 +56,10 @@ class Budget:
         yield from Sleep(delay)
         self._failures += 1
 
-    def give_up(self, step: str, error: ChutesError) -> Flow[NoReturn]:
-        """Log why the exchange ends, and raise ``error``."""
+    def give_up(self, step: str, error: ChutesError, why: str = "") -> Flow[NoReturn]:
+        """Log why the exchange ends, and raise ``error``; ``why`` no other attempt is made follows its reason."""
         fields = {**self._progress(step, (yield from self._left())), **described(error)}
+        fields["reason"] = f"{fields['reason']}{why}"
         yield from Log(Record(Level.ERROR, f"{self._what}_stopped", fields))
         raise error
 
