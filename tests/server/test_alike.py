@@ -8,19 +8,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import evolve
 
 from chutes_proto import effects
 from chutes_proto.effects import Log, Now, Sleep, Transact
+from chutes_proto.errors import StoreError
 from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, watch_servers
 from chutes_proto.server._readiness import Readiness
-from chutes_proto.store._run import Ask
+from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import NoteKeyServer, ReadKeyServers
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM
@@ -92,11 +94,11 @@ def run(
     looks: int,
     now: int = NOW,
     reload: Callable[[], None] = lambda: None,
-    fault: str | None = None,
+    readiness: Readiness | None = None,
 ) -> list[dict[str, object]]:
     """Let a server look so often; returns the fields of what it logs. ``reload`` is called after each.
 
-    ``fault`` is the fault of the store that it knows.
+    ``readiness`` has the fault of the store that it knows.
     """
     told: list[dict[str, object]] = []
 
@@ -124,7 +126,7 @@ def run(
                 raise AssertionError(effect)
 
     with pytest.raises(Enough):
-        effects.run(watch_servers(alike, Readiness(fault)), perform)
+        effects.run(watch_servers(alike, readiness or Readiness()), perform)
     return told
 
 
@@ -141,9 +143,28 @@ def test_two_servers_that_differ_tell_it_once_and_again_after_a_change() -> None
 
 def test_a_server_that_the_store_refuses_does_not_write_into_it() -> None:
     store, one = MemoryStore(), Alike("one", {"volumes": "a"})
-    assert run(one, store, 2, fault="it is damaged") == []
+    assert run(one, store, 2, readiness=Readiness("it is damaged")) == []
     assert not store.transact(Ask(ReadKeyServers(0)))
     assert run(one, store, 1) == []
+    assert store.transact(Ask(ReadKeyServers(0))) == (one.row(NOW),)
+
+
+def test_a_server_whose_row_the_store_did_not_take_tries_again() -> None:
+    class Once(MemoryStore):
+        def transact(self, unit: Unit[Any]) -> Any:
+            if unit == Ask(NoteKeyServer(one.row(NOW))) and readiness.unwritten is None:
+                raise StoreError("it is read-only")
+            return super().transact(unit)
+
+    def see() -> None:
+        readiness.fault = readiness.unwritten
+        seen.append(readiness.unwritten)
+
+    one, readiness = Alike("one", {}), Readiness()
+    seen: list[str | None] = []
+    store = Once()
+    assert run(one, store, 2, readiness=readiness, reload=see) == []
+    assert seen == ["it is read-only", None]
     assert store.transact(Ask(ReadKeyServers(0))) == (one.row(NOW),)
 
 

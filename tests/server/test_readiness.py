@@ -7,6 +7,8 @@ import pytest
 from chutes_proto.effects import Log, Now, Sleep, Transact, Uptime
 from chutes_proto.errors import StoreBusy, StoreError, Unavailable
 from chutes_proto.server._readiness import Readiness, Revoked, watch_store
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import KeyServer, NoteKeyServer
 from chutes_proto.units.revocations import ReadRevocations, Revocations
 
 
@@ -35,3 +37,22 @@ def test_only_a_fault_that_an_operator_must_mend_makes_a_server_unready() -> Non
     readiness.fault = "newer"
     with pytest.raises(Unavailable, match="cannot be used"):
         readiness.require()
+
+
+def test_a_store_that_is_read_and_takes_no_change_makes_a_server_unready() -> None:
+    readiness, note = Readiness(), NoteKeyServer(KeyServer("one", "1", "{}", 0))
+    faults: list[StoreError | None] = [StoreBusy("away"), StoreError("read-only"), StoreBusy("away"), None]
+    seen = []
+    for fault in faults:
+        writing = readiness.attempt_writing(note)
+        assert next(writing) == Transact(Ask(note))
+        with pytest.raises(StopIteration if fault is None else type(fault)):
+            _ = writing.send(None) if fault is None else writing.throw(fault)
+        look = watch_store(readiness, Revoked())
+        assert isinstance(next(look), Now)
+        assert isinstance(look.send(100), Uptime)
+        _ = look.send(1.0)
+        _ = look.send(Revocations(7))
+        seen.append(readiness.fault)
+        look.close()
+    assert seen == [None, "read-only", "read-only", None]

@@ -26,12 +26,12 @@ from chutes_proto.errors import StoreError
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._config import ServerConfig
+from chutes_proto.server._readiness import WATCH_SECONDS, Readiness
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ForgetKeyServers, KeyServer, NoteKeyServer, ReadKeyServers
 from chutes_proto.wire import json
 
 if TYPE_CHECKING:
-    from chutes_proto.server._readiness import Readiness
     from chutes_proto.server._service import Service
 
 NOTE_SECONDS: Final = 20
@@ -146,8 +146,8 @@ def watch_servers(alike: Alike, readiness: Readiness) -> Flow[NoReturn]:
     while True:
         now = yield from Now()
         try:
-            if readiness.fault is None:
-                yield from Transact(Ask(NoteKeyServer(alike.row(now))))
+            if readiness.fault in (None, readiness.unwritten):
+                yield from readiness.attempt_writing(NoteKeyServer(alike.row(now)))
                 alike.note((yield from Transact(Ask(ReadKeyServers(now - LIVE_SECONDS)))))
                 yield from Transact(Ask(ForgetKeyServers(now - _DAY)))
         except StoreError:
@@ -157,4 +157,4 @@ def watch_servers(alike: Alike, readiness: Readiness) -> Flow[NoReturn]:
         for name, keys in sorted(lasting - told):
             yield from Log(Record(Level.ERROR, "configuration_differs", {"server": name, "settings": list(keys)}))
         before, told = found, lasting
-        yield from Sleep(NOTE_SECONDS)
+        yield from Sleep(NOTE_SECONDS if readiness.unwritten is None else WATCH_SECONDS)

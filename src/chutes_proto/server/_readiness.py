@@ -3,7 +3,8 @@
 Rules kept here:
 
 * a server whose store refuses every transaction until an operator acts (another schema, for example) is not ready. The
-  store is asked all the time, so a server without requests finds out as well, and gets ready again by itself;
+  store is asked all the time, so a server without requests finds out as well, and gets ready again by itself. The look
+  only reads; whether the store takes a change is known from the row that this server writes (``_alike.py``);
 * a store that is away or busy does not change this: all servers share the fault, and boots wait for it;
 * a server whose clock is in doubt refuses nothing for good: a nonce of another server is too old only by a right clock.
 """
@@ -17,6 +18,8 @@ from attrs import define, field
 from chutes_proto.effects import Flow, Log, Now, Sleep, Transact, Uptime
 from chutes_proto.errors import FateUnknown, Refusal, StoreBusy, StoreError, Unavailable
 from chutes_proto.log import Level, Record
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import StoreOp
 from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations, Revocations
 from chutes_proto.wire.codes import Code
 
@@ -39,6 +42,8 @@ class Readiness:
     """The fault of the store that the last look found, None if it takes transactions."""
 
     fault: str | None = None
+    unwritten: str | None = None
+    """The fault of the latest write beside the requests: a store that is read-only, or full, may be read."""
     _booted_at: float | None = field(init=False, default=None)
     """The start of `Uptime` by the clock of `Now`, when the store last took a transaction."""
 
@@ -47,6 +52,17 @@ class Readiness:
         if self.fault is not None:
             text = "The store cannot be used. Retry shortly."
             raise Unavailable(Code.STORE_UNAVAILABLE, text, reason=self.fault)
+
+    def attempt_writing(self, op: StoreOp[None]) -> Flow[None]:
+        """Carry out ``op``, which writes, and note whether the store takes it. Raises `StoreError`."""
+        try:
+            yield from Transact(Ask(op))
+            self.unwritten = None
+        except (StoreBusy, FateUnknown):
+            raise
+        except StoreError as exc:
+            self.unwritten = str(exc)
+            raise
 
     def note_clock(self, now: int, uptime: float) -> None:
         """Note that the store has taken a transaction, which it does not where the clocks differ."""
@@ -76,7 +92,7 @@ def watch_store(readiness: Readiness, revoked: Revoked) -> Flow[NoReturn]:
         now, uptime = (yield from Now()), (yield from Uptime())
         try:
             revoked.now = yield from Transact(ReadRevocations(revoked.now))
-            fault = None
+            fault = readiness.unwritten
             readiness.note_clock(now, uptime)
         except (StoreBusy, FateUnknown):
             fault = readiness.fault
