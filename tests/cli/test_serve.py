@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -518,3 +519,18 @@ def test_a_server_of_an_operator_loads_no_simulator(site: Path) -> None:
         [sys.executable, "-c", program, str(site / "server.toml")], capture_output=True, text=True, check=False
     )
     assert (ended.stdout.strip(), ended.stderr) == ("", "")
+
+
+def test_a_start_where_the_system_allows_no_thread_is_refused_in_one_line(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = site / "server.toml"
+    store = 'store = { url = "sqlite:keys.db", mark_file = "mark" }'
+    _ = path.write_text(path.read_text().replace('store = "sqlite:keys.db"', store))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert main(["serve", "--config", str(path)]) == 2
+    told = "chutes-proto: can't start new thread; let the system allow more (TasksMax= of systemd, a container's"
+    assert capsys.readouterr().err.startswith(told)

@@ -56,6 +56,13 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     except ChutesError as exc:
         console.complain(str(exc), _named(words))
         return console.USAGE
+    except RuntimeError as exc:
+        if str(exc) != "can't start new thread":  # Python's word for the limit of the system
+            raise
+        console.complain(
+            f"{exc}; let the system allow more (TasksMax= of systemd, a container's --pids-limit, ulimit -u)"
+        )
+        return console.USAGE
     except ModuleNotFoundError as exc:
         from chutes_proto.cli.extras import advice, extra_of
 

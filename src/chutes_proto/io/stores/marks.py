@@ -311,8 +311,9 @@ class MarkKeeper:
         if self._written is None:
             self.notes.append(f"store.mark_file: {self._path} did not exist; a mark of the store begins now")
         self._write()
-        self._writer = threading.Thread(target=self._keep_writing, name="mark of the store", daemon=True)
-        self._writer.start()
+        writer = threading.Thread(target=self._keep_writing, name="mark of the store", daemon=True)
+        writer.start()  # the system may allow none
+        self._writer = writer
 
     def close(self) -> None:
         """Write the file for the last time."""
