@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from threading import Event
 
 import pytest
 
+from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Running
@@ -71,6 +73,21 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
         assert supervisor.run([signal.SIGUSR2], ready.set, None, "") is False
         upgraded.result()
     assert set(children()) <= others
+
+
+def test_workers_without_a_place_for_their_counts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/']")
+
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    running = Running(make_setup(ServerConfig.load(tmp_path / "server.toml")))
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    with (tmp_path / "log").open("wb") as file, closing(LogWriter(file.fileno())) as writer:
+        supervisor = Supervisor(running, 2, ["false"], [], False, writer, keeps_metrics=True, stop_seconds=60)
+        with pytest.raises(
+            ConfigurationError, match=r"make one, and name it in TMPDIR \(No usable temporary directory"
+        ):
+            _ = supervisor.run([signal.SIGUSR2], lambda: None, None, "")
 
 
 @pytest.mark.parametrize("name", ["manager", "user@1000"])

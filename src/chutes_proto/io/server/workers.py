@@ -146,7 +146,12 @@ def _unpacked(descriptor: int) -> dict[str, bytes]:
 @contextmanager
 def _counts_directory() -> Generator[Path]:
     """A directory that is this process's as long as it holds its lock; those without a lock are removed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_COUNTS}*"):
+    try:
+        place = Path(tempfile.gettempdir())
+    except FileNotFoundError as exc:  # as in a container whose root is read-only
+        need = "the metrics of several workers need a directory for temporary files; make one, and name it in TMPDIR"
+        raise ConfigurationError(f"admin: {need} ({exc.strerror})") from None
+    for left in place.glob(f"{_COUNTS}*"):
         with suppress(OSError), _locked(left):  # another user's, or in use
             shutil.rmtree(left)
     with ExitStack() as opened:
