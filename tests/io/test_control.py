@@ -115,3 +115,12 @@ def test_another_program_is_not_taken_for_a_server(tmp_path: Path, said: bytes) 
 def test_no_server_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no server answers: No such file"):
         _ = ask_to_reload(tmp_path / "control")
+
+
+def test_a_user_who_may_not_ask_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(ConfigurationError, match="only root and the server's user may ask"):
+        _ = ask_to_reload(tmp_path / "control")

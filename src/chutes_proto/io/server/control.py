@@ -80,6 +80,10 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
                 if len(said) > _MOST:
                     break
             answer: dict[str, Any] = json.loads(said)
+        except PermissionError:
+            raise ConfigurationError(
+                f"control: {path}: only root and the server's user may ask; run it as one of them"
+            ) from None
         except OSError as exc:
             raise ConfigurationError(f"control: {path}: no server answers: {exc.strerror or exc}") from None
         except ValueError:
