@@ -498,7 +498,8 @@ class SqliteStore(MarkedStore):
         """
         try:
             with tempfile.TemporaryFile(dir=self.path.parent) as file:
-                os.posix_fallocate(file.fileno(), 0, _SPACE)
+                _ = file.write(os.urandom(_SPACE))  # which no file system compresses
+                file.flush()
         except OSError as exc:
             raise self._fault(f"its disk takes no data ({exc.strerror}); make space, and the server goes on") from exc
         self._unwritten = False
