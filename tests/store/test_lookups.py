@@ -15,6 +15,7 @@ from chutes_proto.store._guard import Custody
 from chutes_proto.store.rows import Platform
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat
+from chutes_proto.units.revocations import Revoke
 from tests.store.test_custody import BOTH, run
 
 if TYPE_CHECKING:
@@ -99,3 +100,23 @@ def test_an_older_row_beside_the_newest_one_does_not_count(empty_schema: str, tm
         with pytest.raises(RowNotAuthentic, match="vm-0/storage of table volume is not authentic: it is there twice"):
             store.transact(evolve(sync(third, "three", "storage"), formatted=frozenset()))
         assert {fault.why for fault in find_faults(store)} == {"it is there twice"}
+
+
+def test_a_revocation_stays_where_the_mark_alone_is_shown_the_newest_head(empty_schema: str, tmp_path: Path) -> None:
+    """A view can tell the statements of a server apart."""
+    place = StorePlace(empty_schema, tmp_path, vault=VAULT, mark_file=tmp_path / "store.mark")
+    with closing(place.open(migrate=True)) as store:
+        store.keep_mark()
+        store.transact(boot("one"))
+        run(place, "CREATE TABLE old_head AS SELECT * FROM store_head")
+        store.transact(Revoke(NOW, 8, "hotkey", VM.hotkey, None, "test"))
+        with pytest.raises(Refused, match="revoked"):
+            store.transact(boot("two"))
+    of_mark = "current_query() LIKE '%loss_decided%'"
+    both = f"SELECT * FROM new_head WHERE {of_mark} UNION ALL SELECT * FROM old_head WHERE NOT {of_mark}"
+    run(place, "ALTER TABLE store_head RENAME TO new_head")
+    run(place, f"CREATE VIEW store_head AS {both}")
+    run(place, "UPDATE fact SET value = 0 WHERE name = 'revocations'")
+    run(place, "DELETE FROM revocation")
+    with closing(place.open()) as store, pytest.raises(RowNotAuthentic, match="it has version 1, and version 2 was"):
+        store.transact(boot("three"))

@@ -277,6 +277,8 @@ class Session:
     is_locked: bool
     older: Callable[[int, Callable[[str], Rows]], EpochKey] | None = None
     """Opens the key of an older epoch with a statement of the transaction."""
+    least_head: int = 0
+    """The version of the store's head that was seen before the transaction began."""
 
     @property
     def sealed_in(self) -> int:
@@ -451,6 +453,7 @@ class Guard:
         self._is_final = session.is_final
         self._is_locked = session.is_locked
         self._older = session.older
+        self._least_head = session.least_head
         self._run = run
         self._heads: dict[tuple[str, str], Head | None] = {}
         self._remembered: Remembered = {} if remembered is None else remembered
@@ -736,8 +739,15 @@ class Guard:
                 raise RowNotAuthentic("store_head", "store", "it is missing")
             if not is_same(mac, self._key.mac("store head", version, contents)):
                 raise RowNotAuthentic("store_head", "store", "its MAC is not that of its columns and place")
+            self._require_seen(version)
             self._store = Head(version, _decode(contents))
         return self._store
+
+    def _require_seen(self, version: int) -> None:
+        """Refuse a head of the store that is older than one which was seen: the mark may be shown another one."""
+        if version < self._least_head:
+            why = f"it has version {version}, and version {self._least_head} was seen"
+            raise RowNotAuthentic("store_head", "store", why)
 
     def expect(self, table: str, key: str, found: bytes | None, expected: bytes | None) -> None:
         """Compare a row's tag with its head's. Raises `RowNotAuthentic`."""
@@ -986,6 +996,7 @@ class Guard:
         horizon, _, version, *stored = rows[0]
         if self._store is None:
             _check_times(self._key, horizon, version, tuple(stored))
+            self._require_seen(stored[0])
             self._stored = stored
         else:  # the unit may have changed it
             self.expect_fact("nonce_horizon", horizon)

@@ -118,6 +118,12 @@ class MarkKeeper:
         with self._lock:
             return 0 if self._mark is None or not self._mark.is_sealed else max(self._mark.epoch, 1)
 
+    @property
+    def head(self) -> int:
+        """The highest version of the store's head that was seen, 0 if none was."""
+        with self._lock:
+            return 0 if self._mark is None else self._mark.head
+
     def seal(self, epoch: int) -> None:
         """Note that the store is sealed, in this epoch."""
         with self._lock:

@@ -987,7 +987,7 @@ class PostgresStore(MarkedStore):
         self, connection: _Connection, begin: _Beginning, ahead: Sequence[tuple[str, Values]]
     ) -> PQGen[list[Rows]]:
         """Begin; see `_transaction`."""
-        asked_at = time.time()
+        asked_at, least_head = time.time(), self._marks.head
         asked = [(_query(text), values) for text, values in ahead]
         found = yield from self._exchanged(connection, (), *begin.queries, *asked)
         connection.has_begun = True
@@ -1000,7 +1000,8 @@ class PostgresStore(MarkedStore):
         self._check_clock(asked_at, float(clock), time.time())
         if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
             _ = self._versions(connection).check(more[0])
-            connection.session = self.custody.session(more[0][0][2], lambda text: _rows(connection, text))
+            session = self.custody.session(more[0][0][2], lambda text: _rows(connection, text))
+            connection.session = evolve(session, least_head=least_head)
             if timeline != self._timeline:  # another server than the one that was compared last
                 connection.is_looked_at = False
                 raise _Again(self._fault("the database's timeline has changed"))
