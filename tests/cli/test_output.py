@@ -253,6 +253,7 @@ def test_watching_shows_it_again_until_it_is_interrupted(tmp_path: Path) -> None
             shown += os.read(controller, 4096)
         process.send_signal(2)
         assert process.wait(60) == 130
+    assert b"\x1b[3J" not in shown  # what the operator read before can be scrolled back to
     os.close(controller)
 
 

@@ -290,7 +290,7 @@ def watching(draw: Callable[[], int]) -> int:
     """Run ``draw`` once, or with ``--watch`` until SIGINT, on a terminal each time on an empty screen."""
     while wants("watch"):
         if draws():
-            console.out("\x1b[H\x1b[2J\x1b[3J", end="")
+            console.out("\x1b[H\x1b[J", end="")  # the screen alone: what was read before stays in the terminal
         _ = draw()
         time.sleep(_WATCH_SECONDS)
     return draw()
