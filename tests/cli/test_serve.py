@@ -172,6 +172,10 @@ def _passphrases(text: str) -> Callable[[Path], None]:
         (_edited('root_passphrase = "vm"', ""), r"measurements: .*'simulated'.*root_passphrase"),
         (_edited('root_passphrase = "vm"', 'root_passphrase = "image"'), r"'simulated'.*root_passphrase_file"),
         (
+            _edited("[[profile]]", '[[profile]]\nroot_passphrase_file = "none"', "measurements.toml"),
+            r"'simulated'.*\"vm\" makes its own; remove root_passphrase_file",
+        ),
+        (
             _edited('root_passphrase = "vm"', 'root_passphrase = "image"\nroot_passphrase_file = "none"'),
             r"measurements: .*/none: cannot be read",
         ),
