@@ -106,6 +106,7 @@ def test_a_direct_client_is_itself():
         ([ADDRESS, ("x-client-cert", PEM + PEM), SECRET], "does not hold a certificate"),
         ([ADDRESS, ("x-client-cert", DER), SECRET], "does not hold a certificate"),
         ([ADDRESS, ("x-client-cert", "%zz"), SECRET], "does not hold a certificate"),
+        ([ADDRESS, ("x-client-cert", PEM.replace("%20", " ")), SECRET], "does not hold a certificate"),
     ],
 )
 def test_a_proxys_mistakes(headers, told):
