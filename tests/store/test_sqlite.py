@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sqlite3
 import stat
 import subprocess
@@ -236,6 +237,19 @@ def test_a_full_disk_is_said_and_nothing_changes(store: SqliteStore) -> None:
     assert not store.transact(sync(granted, "body", "storage")).replayed
 
 
+def test_a_disk_that_is_full_at_the_start_is_not_taken_for_a_log_that_is_gone(path: Path) -> None:
+    """The log is empty then, too: SQLite has just made it, and has no space for its index."""
+    SqliteStore(path).close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(StoreError, match=r"keys\.db: reading or writing it failed; is its disk full\? \(disk I/O"):
+            SqliteStore(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    SqliteStore(path).close()
+
+
 def test_a_read_only_file_is_said(store: SqliteStore) -> None:
     connection = store._connection
     assert connection is not None
@@ -306,6 +320,11 @@ def test_a_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path, i
     with closing(SqliteStore(path)) as again:
         assert [row.boot_id for row in again.transact(Ask(Scan(BootRow)))] == [boot("first").boot_id]
         again.transact(boot("third"))
+        log.rename(path.with_name("moved"))
+        with pytest.raises(StoreError, match=r"its log, keys\.db-wal, was moved.*disk I/O error"):
+            open_and_check(path)  # what is read first is not in the log
+        log.unlink()
+        path.with_name("moved").rename(log)
 
 
 def test_an_index_of_the_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path) -> None:

@@ -67,7 +67,7 @@ _FAULTS = {
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened; is its directory there, and may this user write it?",
     sqlite3.SQLITE_CORRUPT: "it is damaged; stop the server, keep the file, and restore a backup",
     sqlite3.SQLITE_NOTADB: "it is not an SQLite database, or it is damaged; it was left as it is",
-    sqlite3.SQLITE_IOERR: "reading or writing it failed",
+    sqlite3.SQLITE_IOERR: "reading or writing it failed; is its disk full?",
 }
 
 _SETTINGS: tuple[tuple[str, str | int], ...] = (
@@ -626,8 +626,8 @@ class SqliteStore(MarkedStore):
         code = _code_of(exc)
         self._unwritten |= code in _UNWRITTEN
         text = _FAULTS.get(code, "SQLite refused")
-        if code == sqlite3.SQLITE_IOERR and self._connection is None and _size_of(self._log_path) == 0:
-            text = self._log_is_away  # the index, which a server has, says that there is something to be read
+        if getattr(exc, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ:
+            text = self._log_is_away  # the index, which a server has, says that there is more to be read
         if self._alone and code in _BUSY:
             text = "another process has it open; stop all servers and other commands that use it"
         kind = StoreAway if code in _BUSY else StoreError  # another process has it, and lets nobody in
@@ -654,13 +654,6 @@ def _inode_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 @lru_cache(128)
