@@ -524,7 +524,11 @@ def test_a_column_of_another_type_is_no_standby(store: PostgresStore, url: str) 
     for each in granted[:3]:
         store.transact(each)
         store.transact(sync(each, "body", "storage"))
+    for _ in range(3):
+        store.transact(Ask(Scan(BootRow)))
     ask(url, "ALTER TABLE boot ALTER peer_address TYPE varchar(64)")
+    assert len(store.transact(Ask(Scan(BootRow)))) == 3  # which no transaction asks for as it begins
+    ask(url, "ALTER TABLE boot ALTER peer_address TYPE text")
     store.transact(granted[3])
     store.transact(sync(granted[3], "body", "storage"))
 

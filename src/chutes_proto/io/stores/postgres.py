@@ -1016,8 +1016,9 @@ class PostgresStore(MarkedStore):
         if isinstance(exc, _NOT_PREPARED):  # a pooler led to another session, and did not say so
             connection.prepared.is_own = False
         # A standby has no SERIALIZABLE; and a statement that was prepared before a column changed its type fails so.
-        is_standby = not begun and isinstance(exc, errors.FeatureNotSupported)
-        if is_standby and connection.prepared.names:
+        is_unknown = isinstance(exc, errors.FeatureNotSupported)
+        is_standby = not begun and is_unknown
+        if is_unknown and connection.prepared.names:
             connection.close()
         fault = self._standby() if is_standby else self._translated(exc)
         is_again = connection.closed or isinstance(exc, (*_AGAIN, *_NOT_PREPARED))
