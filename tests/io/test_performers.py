@@ -341,3 +341,6 @@ def test_a_gpu_tool_that_fails_is_a_fault_of_evidence(drive: Driver) -> None:
     for nothing in (b"", b" \n"):
         with pytest.raises(QuoteUnavailable, match="no evidence"):
             drive(ask(ask_for), gpu_tool=lambda _, nothing=nothing: nothing)
+    for other in ("[]", None):
+        with pytest.raises(LocalProtocolError, match=f"gpu_tool: it returned {type(other).__name__}, not the bytes of"):
+            drive(ask(ask_for), gpu_tool=lambda _, other=other: other)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 from chutes_proto.boot._quoter_names import parse_quoter
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
@@ -53,9 +53,12 @@ def check_gpu_tool(tool: object) -> None:
 
 
 def take_gpu_evidence(tool: GpuTool, nonce: bytes) -> bytes:
-    """Return the GPUs' evidence over ``nonce``. Raises `QuoteUnavailable`, also for none."""
+    """Return the GPUs' evidence over ``nonce``. Raises `QuoteUnavailable`, also for none.
+
+    Raises `LocalProtocolError` for a tool that returns something else, as `take_quote` does.
+    """
     try:
-        evidence = tool(nonce)
+        evidence = _bytes("gpu_tool", "evidence", tool(nonce))
     except OSError as exc:
         raise QuoteUnavailable(f"the GPU tool failed: {exc}") from exc
     if not evidence.strip():
@@ -69,15 +72,20 @@ def take_quote(quoter: Quoter, report_data: bytes) -> bytes:
     Raises `LocalProtocolError` for a quoter that returns something else, such as text, None or a coroutine.
     """
     try:
-        quote = cast("object", quoter(report_data))
+        quote = _bytes("quoter", "a quote", quoter(report_data))
     except OSError as exc:
         raise QuoteUnavailable(f"the quoter failed: {exc}") from exc
-    if not isinstance(quote, bytes | bytearray):
-        kind = type(quote).__name__
-        raise LocalProtocolError(f"quoter: it returned {kind}, not the bytes of a quote; it is called, never awaited")
     if not 0 < len(quote) <= MAX_QUOTE:
         raise QuoteUnavailable(f"the quoter gave {len(quote)} bytes; a quote has 1 to {MAX_QUOTE}")
-    return bytes(quote)
+    return quote
+
+
+def _bytes(part: str, what: str, given: object) -> bytes:
+    """The bytes that a caller's function returned. Raises `LocalProtocolError` for text, None or a coroutine."""
+    if not isinstance(given, bytes | bytearray):
+        kind = type(given).__name__
+        raise LocalProtocolError(f"{part}: it returned {kind}, not the bytes of {what}; it is called, never awaited")
+    return bytes(given)
 
 
 def log_line(text: str) -> None:
