@@ -91,7 +91,7 @@ def test_a_command_believes_no_sealed_store_that_says_it_is_not(
     _ = start("--config", site, ca=tmp_path / "ca.pem").stop(signal.SIGTERM)
     with closing(sqlite3.connect(path)) as attacker, attacker:
         _ = attacker.execute("UPDATE fact SET value = ? WHERE name = 'seal'", (state,))
-    for words in (["store", "seal"], ["hotkey", "revoke", HOTKEY]):
+    for words in (["store", "seal"], ["hotkey", "revoke", HOTKEY], ["store", "restored"], ["store", "accept-loss"]):
         refused = command(*words, "--config", site, "--reason", "test")
         assert refused.code == 1, words
         assert "it says that it is not sealed, and it was: somebody changed it" in refused.err

@@ -20,7 +20,7 @@ from chutes_proto.errors import ConfigurationError, KeyUnavailable, RowNotAuthen
 from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
-from chutes_proto.io.stores.marks import NO_FILE
+from chutes_proto.io.stores.marks import NO_FILE, is_of_sealed
 from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
@@ -326,8 +326,11 @@ def _decided(
     place, _ = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
-    path = None if config is None else erasures_file(ServerConfig.load(config))
+    given = None if config is None else ServerConfig.load(config)
+    path = None if given is None else erasures_file(given)
     with closing(place.open()) as opened:
+        if given is not None and is_of_sealed(make_store_setup(given).mark_file):
+            opened.custody.require_seal(1)
         repeated = keep_erasures(opened, path)
         done = opened.transact(StoreRestored(operating.now(), reason, event))
     again = f"boots are granted again after {rfc3339(done.horizon)}"
