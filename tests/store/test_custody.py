@@ -790,8 +790,9 @@ def test_a_vm_that_went_back_before_the_log_knew_its_rows_contradicts_it_afterwa
         sequence(store)
         back = [copied(place, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
         go_on(store)
-        for set_back in back:
-            set_back()
+    for set_back in back:
+        set_back()
+    with closing(place.open()) as store:
         if look == "a unit":
             assert store.transact(Ask(rows.Read(rows.VmRow, A)))
         elif look == "the scrub":
@@ -866,8 +867,9 @@ def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace
         assert [fault.table for fault in find_faults(store)] == ["log_state"]
         forged = "UPDATE audit SET vm_version = 99 WHERE id = (SELECT min(id) FROM audit WHERE vm_version = 5)"
         _ = run(place, forged)  # which says nothing of the VM
-        for set_back in back:
-            set_back()
+    for set_back in back:
+        set_back()
+    with closing(place.open()) as store:
         told = sorted(str(fault) for fault in find_faults(store) if fault.table == "head")
         assert len(told) == 2
         for text, vm in zip(told, VMS, strict=True):

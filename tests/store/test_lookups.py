@@ -9,14 +9,17 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import Refused, RowNotAuthentic
+from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults
+from chutes_proto.store import _guard
 from chutes_proto.store._guard import Custody
-from chutes_proto.store.rows import Platform
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import Platform, Read, VmRow
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
-from chutes_proto.units.operator import AllowFormat
+from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
 from chutes_proto.units.revocations import Revoke
-from tests.store.test_custody import BOTH, run
+from tests.store.test_custody import BOTH, copied, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,3 +123,52 @@ def test_a_revocation_stays_where_the_mark_alone_is_shown_the_newest_head(empty_
     run(place, "DELETE FROM revocation")
     with closing(place.open()) as store, pytest.raises(RowNotAuthentic, match="it has version 1, and version 2 was"):
         store.transact(boot("three"))
+
+
+def test_a_server_serves_no_vm_that_is_older_than_it_has_seen(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log knows the version, too, but who keeps it from a unit set a VM back: here that undoes a rebind."""
+    monkeypatch.setattr(marks, "LOOK_SECONDS", -1)
+    stolen, elsewhere = boot("on a machine that was stolen"), Platform(bytes(16), b"another machine!")
+    groups = ("boot_volume", "boot", "vm", "generation", "volume", "head")
+    again = boot("again", now=NOW + 900)
+    with closing(place.open(migrate=True)) as store, closing(place.open()) as operator:
+        store.transact(stolen)
+        store.transact(sync(stolen, "one", "storage"))
+        back = [copied(place, table) for table in groups]
+        operator.transact(RebindVm(NOW, VM, elsewhere, True, VAULT, "stolen"))
+        store.transact(evolve(boot("elsewhere", now=NOW + 800), platform=elsewhere))
+        with pytest.raises(Refused, match="another platform"):
+            store.transact(again)
+        for set_back in back:
+            set_back()
+        for _ in range(2):
+            with pytest.raises(RowNotAuthentic, match=r"table head .* it has version 2, and version 4 was seen"):
+                store.transact(again)
+        assert {fault.table for fault in find_faults(store)} == {"head"}
+        for table in groups:
+            run(place, f"DELETE FROM {table}")
+        with pytest.raises(RowNotAuthentic, match=r"table head .* it is missing, and version 4 was seen"):
+            store.transact(again)
+        for set_back in back:
+            set_back()
+        operator.transact(StoreRestored(NOW, "the backup is right"))
+        assert store.transact(Ask(Read(VmRow, VM)))
+
+
+def test_of_heads_that_were_seen_the_newest_count_for_transactions_that_began_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A transaction at the same time as the commit finds what was there when it began."""
+    monkeypatch.setattr(_guard, "_REMEMBERED", 2)
+    seen, one, two, three = _guard.SeenHeads(), ("hotkey", "one"), ("hotkey", "two"), ("hotkey", "three")
+    seen.note({one: 4}, 10.0)
+    assert (seen.least(one, 9.0), seen.least(one, 10.0), seen.least(two, 10.0)) == (0, 4, 0)
+    seen.note({two: 1}, 11.0)
+    seen.note({one: 3}, 12.0)  # by one that had begun before, and ended later
+    assert seen.least(one, 10.0) == 4
+    seen.note({three: 1}, 13.0)
+    assert [seen.least(vm, 13.0) for vm in (one, two, three)] == [4, 0, 1]
+    seen.clear()
+    assert seen.least(one, 13.0) == 0

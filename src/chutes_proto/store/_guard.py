@@ -31,8 +31,9 @@ it counts. When no row is left under it, it is deleted from the head and the key
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice
@@ -123,6 +124,34 @@ _PLACE_OF: Final = {kind: {name: at for at, name in enumerate(columns(kind))} fo
 
 
 @define
+class SeenHeads:
+    """The versions of heads of VMs that this process has seen in committed transactions, the newest of many.
+
+    The log knows them, too, but its entries are rows that an attacker can delete. Several threads may ask for `least`
+    at once; the others are called by one at a time.
+    """
+
+    _versions: dict[tuple[str, str], tuple[int, float]] = field(factory=dict[tuple[str, str], tuple[int, float]])
+
+    def note(self, heads: Mapping[tuple[str, str], int], at: float) -> None:
+        """Note the versions that a transaction wrote, or only read; ``at`` is a time after its commit."""
+        for vm, version in heads.items():
+            known = self._versions.pop(vm, None)
+            self._versions[vm] = (version, at) if known is None or version > known[0] else known
+        while len(self._versions) > _REMEMBERED:  # the one that was noted the longest ago
+            del self._versions[next(iter(self._versions))]
+
+    def least(self, vm: tuple[str, str], began_at: float) -> int:
+        """The least version that a transaction may find which began at that time; 0 if none is known."""
+        version, at = self._versions.get(vm, (0, 0.0))
+        return version if at <= began_at else 0
+
+    def clear(self) -> None:
+        """Forget all: an operator has decided to go on with an older store."""
+        self._versions.clear()
+
+
+@define
 class Custody:
     """The keys of one open store, and the findings about its rows.
 
@@ -132,6 +161,8 @@ class Custody:
     name: str
     faults: Counter[str] = field(factory=Counter[str], init=False)
     """The number of faults, by table."""
+    seen: SeenHeads = field(factory=SeenHeads, init=False)
+    """The versions of heads of VMs that this process has seen."""
     _unwrap: Callable[[store.KeyringRow], Secret] | None = field(default=None, init=False)
     _keys: dict[int, EpochKey] = field(factory=dict[int, EpochKey], init=False)
     _has_opened: bool = field(default=False, init=False)
@@ -197,7 +228,7 @@ class Custody:
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)
         self._has_opened = True
-        return Session(key, is_final=is_final, is_locked=False, older=self.older)
+        return Session(key, is_final=is_final, is_locked=False, older=self.older, seen=self.seen)
 
     def older(self, epoch: int, read: Callable[[str], Rows]) -> EpochKey:
         """The key of an older epoch, which the head of the store lists. Raises `RowNotAuthentic`."""
@@ -279,6 +310,9 @@ class Session:
     """Opens the key of an older epoch with a statement of the transaction."""
     least_head: int = 0
     """The version of the store's head that was seen before the transaction began."""
+    seen: SeenHeads | None = None
+    began_at: float = math.inf
+    """A time before the transaction began, by `time.monotonic`: it need not find what was committed later."""
 
     @property
     def sealed_in(self) -> int:
@@ -454,6 +488,7 @@ class Guard:
         self._is_locked = session.is_locked
         self._older = session.older
         self._least_head = session.least_head
+        self._seen, self._began_at = session.seen, session.began_at
         self._run = run
         self._heads: dict[tuple[str, str], Head | None] = {}
         self._remembered: Remembered = {} if remembered is None else remembered
@@ -577,6 +612,11 @@ class Guard:
         while len(self._remembered) > _REMEMBERED:  # the one that was used the longest ago
             del self._remembered[next(iter(self._remembered))]
 
+    @property
+    def versions(self) -> dict[tuple[str, str], int]:
+        """The versions of the heads of VMs that were written, or only read, after `finish`."""
+        return {vm: head.version for vm, head in self._heads.items() if head is not None and head.version}
+
     # --- rows ---
 
     def check(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
@@ -678,9 +718,12 @@ class Guard:
         Raises `RowNotAuthentic`.
         """
         known, version, contents, mac = stored
+        least = 0 if self._seen is None else self._seen.least(vm, self._began_at)
         if version is None:
             if known is not None:
                 raise RowNotAuthentic("head", _name(vm), _told_missing(known))
+            if least:
+                raise RowNotAuthentic("head", _name(vm), f"it is missing, and version {least} was seen")
             return None
         key = self._key
         is_right = key is not None and is_same(mac, key.mac("head", *vm, version, contents))
@@ -690,6 +733,8 @@ class Guard:
             raise RowNotAuthentic("head", _name(vm), "its MAC is not that of its columns and place")
         if known is not None and not (type(known) is int and known <= version):
             raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and the log has version {known}")
+        if version < least:
+            raise RowNotAuthentic("head", _name(vm), f"it has version {version}, and version {least} was seen")
         return Head.of_stored(version, contents)
 
     def head(self, vm: tuple[str, str]) -> Head | None:

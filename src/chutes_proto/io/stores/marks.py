@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, TypeAlias
@@ -157,6 +157,11 @@ class MarkKeeper:
         if added and self.copy is not None:
             _ = self.copy(added)
 
+    def note_heads(self, heads: Mapping[tuple[str, str], int]) -> None:
+        """Note the versions of heads of VMs in a transaction that was committed."""
+        with self._lock:
+            self._custody.seen.note(heads, time.monotonic())
+
     def _present(self) -> Mark | None:
         """The mark with all that was noted. The caller holds the lock."""
         noted, self._noted = self._noted, []
@@ -235,7 +240,10 @@ class MarkKeeper:
             self._check_decision(ask, view)
         if not self._is_checkpoint_looked_at:
             self._tell_of_checkpoint(ask)
+        is_decided = mark is not None and view.head > mark.head and view.decided_at > mark.decided_at
         with self._lock:
+            if loss is not None or is_decided:  # then VMs may be older, too
+                self._custody.seen.clear()
             if loss is not None:
                 self.notes.append(f"store: {loss.why}; an operator has decided to go on")
                 self._checkpoint = None
@@ -380,8 +388,9 @@ class MarkedStore:
     """See `DurableStore.log_warning`."""
     _marks: MarkKeeper
 
-    def _committed(self, changes: Iterable[Change], *, sealed_in: int) -> None:
+    def _committed(self, changes: Iterable[Change], heads: Mapping[tuple[str, str], int], *, sealed_in: int) -> None:
         """Note that a transaction was committed, in which all rows were sealed in this epoch; 0: they were not."""
+        self._marks.note_heads(heads)
         self._marks.note(changes)
         if sealed_in:
             self._marks.seal(sealed_in)

@@ -277,12 +277,14 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         """The rows that statements of the present transaction returned before the unit asks for them."""
         self.held: list[_Asked] = []
         """Writes that are sent with the next read, or with the commit."""
+        self.heads: dict[tuple[str, str], int] = {}
+        """The versions of the heads of VMs in the present transaction, or in the last one."""
 
     def begin_anew(self, answer_seconds: float) -> None:
         """Forget the last transaction."""
         self.has_begun = self.is_committing = False
         self.answer_seconds = answer_seconds
-        self.changes = ()
+        self.changes, self.heads = (), {}
         self.ahead.clear()
         self.held.clear()
 
@@ -596,7 +598,7 @@ class PostgresStore(MarkedStore):
                     result = yield from self._transacted(connection, unit, ahead)
                 finally:
                     connection.may_wait = True
-                self._committed(connection.changes, sealed_in=connection.session.sealed_in)
+                self._committed(connection.changes, connection.heads, sealed_in=connection.session.sealed_in)
                 return result
         except _Again as exc:
             if time.monotonic() > until:
@@ -703,7 +705,7 @@ class PostgresStore(MarkedStore):
                 with self._looked_at() as connection:
                     with self._transaction(connection, begin or self._begin, ahead):
                         result = work(connection)
-                    self._committed(connection.changes, sealed_in=connection.session.sealed_in)
+                    self._committed(connection.changes, connection.heads, sealed_in=connection.session.sealed_in)
                     return result
             except _Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)
@@ -767,6 +769,7 @@ class PostgresStore(MarkedStore):
             raise self._fault(str(exc)) from None
         if not all(is_read(text) for text, _ in ahead):
             raise RuntimeError(f"{unit_name(unit)} has not done what it said that it does")
+        connection.heads = guard.versions
         return result
 
     def _send(self, connection: _Connection, *more: _Asked) -> Rows:
@@ -987,7 +990,7 @@ class PostgresStore(MarkedStore):
         self, connection: _Connection, begin: _Beginning, ahead: Sequence[tuple[str, Values]]
     ) -> PQGen[list[Rows]]:
         """Begin; see `_transaction`."""
-        asked_at, least_head = time.time(), self._marks.head
+        asked_at, began_at, least_head = time.time(), time.monotonic(), self._marks.head
         asked = [(_query(text), values) for text, values in ahead]
         found = yield from self._exchanged(connection, (), *begin.queries, *asked)
         connection.has_begun = True
@@ -1001,7 +1004,7 @@ class PostgresStore(MarkedStore):
         if begin in (self._begin, self._begin_committed, self._begin_alone, self._begin_reading):
             _ = self._versions(connection).check(more[0])
             session = self.custody.session(more[0][0][2], lambda text: _rows(connection, text))
-            connection.session = evolve(session, least_head=least_head)
+            connection.session = evolve(session, least_head=least_head, began_at=began_at)
             if timeline != self._timeline:  # another server than the one that was compared last
                 connection.is_looked_at = False
                 raise _Again(self._fault("the database's timeline has changed"))

@@ -119,6 +119,8 @@ class _Job:
     fault: BaseException | None = None
     changes: list[Change] = field(factory=list[Change])
     """Its changes to audit rows."""
+    heads: dict[tuple[str, str], int] = field(factory=dict[tuple[str, str], int])
+    """The versions of the heads of VMs."""
 
 
 class SqliteStore(MarkedStore):
@@ -376,7 +378,9 @@ class SqliteStore(MarkedStore):
                         session = self._session(connection)
                 for each in jobs:
                     _ = each.has_run()
-            self._committed((change for each in jobs for change in each.changes), sealed_in=session.sealed_in)
+            heads = {vm: version for each in jobs for vm, version in each.heads.items()}
+            changes = (change for each in jobs for change in each.changes)
+            self._committed(changes, heads, sealed_in=session.sealed_in)
         except BaseException as exc:
             self._checked_at = None
             self.custody.forget_keys()
@@ -465,6 +469,7 @@ class SqliteStore(MarkedStore):
             _ = connection.execute("RELEASE unit")
         if job.fault is None:
             guard.remember()
+            job.heads = guard.versions
         return guard.changed_state and job.fault is None
 
     # --- the file ---
