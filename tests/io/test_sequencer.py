@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import threading
@@ -402,6 +403,25 @@ def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: P
         assert found.signatures[0].identifier != signed.signatures[0].identifier
         assert (tmp_path / "store.mark.checkpoint.3").read_bytes() == str(signed).encode()
         assert any("entries some were lost" in note for note in store.notes)
+
+
+def test_a_decision_of_before_excuses_no_entries_that_were_lost_since(store: DurableStore, file: Path) -> None:
+    """An operator decides without a loss, too, as after a clock that was ahead; then the key of the log stays."""
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
+    store.transact(Ask(Insert(row(0, 0))))
+    sequencer.sequence()
+    assert sequencer.checkpoint() is not None
+    store.transact(StoreRestored(decided := int(time.time()) + 1, "a clock was ahead"))
+    sequencer.sequence()
+    (key,) = store.transact(ReadLogKeys(VAULT))
+    later = str(key.sign(Checkpoint(ORIGIN, 99, bytes(32)).text))
+    file.write_text(later)
+    os.utime(file, (decided + 60, decided + 60))
+    for _ in range(2):
+        with pytest.raises(LogError, match="does not extend one of 99"):
+            sequencer.checkpoint()
+    assert file.read_text() == later
+    assert store.transact(ReadLogKeys(VAULT)) == (key,)
 
 
 def test_all_servers_sign_with_the_key_that_one_made_after_a_loss(store: DurableStore, tmp_path: Path) -> None:

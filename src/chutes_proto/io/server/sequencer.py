@@ -246,13 +246,15 @@ class Sequencer:
         signer = self._signer = self._signer or self._key()
         if signer is None:
             return None
+        written_at = _written_at(self._file)  # before it is read: another worker may replace it
         held, note, signed_by = self._held(signer)
         try:
             found = self._transact(ReadCheckpoint(held))
         except LogError:
             if held is None or not writes:
                 raise
-            other = self._key(self._transact(Ask(ReadLossDecided())))
+            lost_at = self._transact(Ask(ReadLossDecided()))
+            other = self._key(lost_at) if lost_at >= written_at else None  # what was signed later was not lost then
             if other is None or other == signed_by:
                 raise
             self._put_aside(held, note)
@@ -293,6 +295,14 @@ class Sequencer:
 
     def _transact(self, unit: Unit[T]) -> T:
         return self._store.transact(unit)
+
+
+def _written_at(file: Path | None) -> int:
+    """When a file was written (unix seconds); 0 if there is none."""
+    try:
+        return 0 if file is None else int(file.stat().st_mtime)
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
