@@ -15,7 +15,8 @@ from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.store import _guard
 from chutes_proto.store._guard import Custody
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Platform, Read, VmRow
+from chutes_proto.store.rows import GenerationRow, Platform, Read, ReadUnclaimed, VmRow
+from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
 from chutes_proto.units.revocations import Revoke
@@ -172,3 +173,14 @@ def test_of_heads_that_were_seen_the_newest_count_for_transactions_that_began_la
     assert [seen.least(vm, 13.0) for vm in (one, two, three)] == [4, 0, 1]
     seen.clear()
     assert seen.least(one, 13.0) == 0
+
+
+def test_a_vm_with_a_name_of_another_type_hides_no_other_one(tmp_path: Path) -> None:
+    """A listing ends at a page without a VM. SQLite takes a value of another type in any column."""
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
+    with closing(place.open(migrate=True)) as store:
+        store.transact(boot("one"))
+        run(place, "DELETE FROM vm")
+        others = ", ".join(columns(GenerationRow)[2:])
+        run(place, f"INSERT INTO generation (hotkey, vm, {others}) SELECT '0', x'00', {others} FROM generation")
+        assert store.transact(Ask(ReadUnclaimed(None, 1))) == (VM,)

@@ -874,7 +874,9 @@ def _read_audit(op: store.ReadAudit) -> tuple[str, Values]:
 
 def _next_vms(where: str) -> _Query:
     """The next VMs that have such a key."""
-    text = f"SELECT DISTINCT hotkey, vm FROM generation WHERE {where}"  # noqa: S608
+    # A page without a VM is the last one, so SQLite passes over values of another type, as `_vms` does.
+    named = "hotkey || '' = hotkey AND vm || '' = vm"
+    text = f"SELECT DISTINCT hotkey, vm FROM generation WHERE {named} AND {where}"  # noqa: S608
     end = "ORDER BY hotkey, vm LIMIT :limit"
 
     return _either(
