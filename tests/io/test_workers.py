@@ -7,10 +7,10 @@ import os
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from threading import Event
+from threading import Event, get_ident
 
 import pytest
 
@@ -73,6 +73,32 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
         assert supervisor.run([signal.SIGUSR2], ready.set, None, "") is False
         upgraded.result()
     assert set(children()) <= others
+
+
+def test_a_signal_that_does_not_end_the_wait_is_carried_out(tmp_path: Path) -> None:
+    """The kernel may hand it to another thread, or just before the wait: it then ends no system call."""
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    running = Running(make_setup(ServerConfig.load(tmp_path / "server.toml")))
+    program, stopped = ["sh", "-c", "echo https://127.0.0.1:1; exec sleep 3600"], Event()
+
+    def stop() -> None:
+        main = Path(f"/proc/self/task/{os.getpid()}/stat")
+        _ = wait_until(lambda: main.read_text().rpartition(")")[2].split()[0] == "S")
+        signal.pthread_kill(get_ident(), signal.SIGUSR2)
+        if not stopped.wait(30):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            pytest.fail("the signal was not carried out")
+
+    with (
+        (tmp_path / "log").open("wb") as file,
+        closing(LogWriter(file.fileno())) as writer,
+        ThreadPoolExecutor() as one,
+    ):
+        ending: list[Future[None]] = []
+        supervisor = Supervisor(running, 1, program, [], False, writer, keeps_metrics=False, stop_seconds=60)
+        assert supervisor.run([signal.SIGUSR2], lambda: ending.append(one.submit(stop)), None, "") is False
+        stopped.set()
+        ending[0].result()
 
 
 def test_workers_without_a_place_for_their_counts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,8 @@ _COUNTS: Final = "chutes-proto-counts-"
 _PREPARE: Final = "prepare"
 _SHORT_LIFE: Final = 5.0
 _PAUSE: Final = 1.0
+_LOOK_SECONDS: Final = 1.0
+"""How long a signal may wait that did not end the wait for events, as one just before it, or in another thread."""
 _PREPARE_SECONDS: Final = 60.0
 """How long all workers together may check the files of a reload."""
 _COMMIT_SECONDS: Final = 10.0
@@ -430,11 +432,12 @@ class Supervisor:
         """Wait for the next event, or until one is due."""
         while True:
             first = min(self._due, key=lambda each: each[0], default=None)
+            left = _LOOK_SECONDS if first is None else first[0] - time.monotonic()
             with suppress(Empty):
-                return self._events.get(timeout=None if first is None else max(0.0, first[0] - time.monotonic()))
-            assert first is not None  # noqa: S101 - else it waits on
-            self._due.remove(first)
-            return first[1:]
+                return self._events.get(timeout=max(0.0, min(left, _LOOK_SECONDS)))
+            if first is not None and left <= 0:
+                self._due.remove(first)
+                return first[1:]
 
 
 def worker_command(config: str, transport: str) -> list[str]:
