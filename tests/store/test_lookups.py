@@ -15,7 +15,7 @@ from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.store import _guard
 from chutes_proto.store._guard import Custody
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import GenerationRow, Platform, Read, ReadUnclaimed, VmRow
+from chutes_proto.store.rows import FindLastBoot, GenerationRow, Platform, Read, ReadUnclaimed, VmRow
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
@@ -124,6 +124,28 @@ def test_a_revocation_stays_where_the_mark_alone_is_shown_the_newest_head(empty_
     run(place, "DELETE FROM revocation")
     with closing(place.open()) as store, pytest.raises(RowNotAuthentic, match="it has version 1, and version 2 was"):
         store.transact(boot("three"))
+
+
+@pytest.mark.parametrize("given", ["an older one", "none"])
+def test_no_older_boot_stands_in_for_the_newest_one(given: str, empty_schema: str, tmp_path: Path) -> None:
+    """Both are authentic, and in the head: a server would be registered as what its VM was before."""
+    place = StorePlace(empty_schema, tmp_path, vault=VAULT)
+    older, newest = boot("older"), boot("newest", now=NOW + 1)
+    with closing(place.open(migrate=True)) as store:
+        store.transact(older)
+        store.transact(newest)
+        found = store.transact(Ask(FindLastBoot(VM)))
+        assert found is not None
+        assert found.boot_id == newest.boot_id
+    hidden = f"boot_id = '{newest.boot_id}'" if given == "an older one" else "TRUE"
+    run(place, "ALTER TABLE boot RENAME TO boots")
+    of_newest = "current_query() LIKE '%ORDER BY created_at DESC LIMIT 1%'"
+    run(place, f"CREATE VIEW boot AS SELECT * FROM boots WHERE NOT ({of_newest} AND {hidden})")
+    with (
+        closing(place.open()) as store,
+        pytest.raises(RowNotAuthentic, match=f"{newest.boot_id} of table boot .* it is the newest one, and was not"),
+    ):
+        _ = store.transact(Ask(FindLastBoot(VM)))
 
 
 def test_a_server_serves_no_vm_that_is_older_than_it_has_seen(

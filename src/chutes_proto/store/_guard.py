@@ -971,7 +971,10 @@ class Guard:
 
     def last_boot(self, op: store.FindLastBoot, rows: Rows, tags: list[bytes]) -> Rows:
         """The newest boot; all those of the head are compared: where one was deleted, its token is not just unknown."""
-        _ = self.listed_boots((op.vm.hotkey, op.vm.name))
+        at = _BOOT["created_at"]
+        newest = max(self.listed_boots((op.vm.hotkey, op.vm.name)), key=itemgetter(at), default=None)
+        if newest is not None and not (rows and rows[0][at] >= newest[at]):
+            raise RowNotAuthentic("boot", newest[0], "it is the newest one, and was not given as such")
         return self.boots(op, rows, tags)
 
     def listed_boots(self, vm: tuple[str, str]) -> Rows:
@@ -1543,6 +1546,10 @@ _ASKED_BY: Final[dict[type[StoreOp[Any]], tuple[str, ...]]] = {
     store.ReadGpus: ("server_id",),
     store.ReadRevocation: ("kind", "subject"),
 }
+"""The columns by which operations ask for rows: those on whose reply something depends.
+
+The rows of `ReadClaims` are only shown, and of the log's state, which `LockLog` reads, one row alone has a MAC.
+"""
 
 _FACT_READS: Final[dict[type[StoreOp[Any]], Callable[[Guard, Rows], None]]] = {
     store.ReadTimes: Guard.times,
