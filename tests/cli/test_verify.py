@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,30 @@ def test_registers_that_a_policy_accepts_with_any_value_are_told(verify: Command
         assert (told in accepted.out) == is_told, accepted.out
         assert ("MRTD, RTMR2: not compared with anything" in accepted.out) == (len(unpinned) == 2)
         assert verify(*options, "--json").json["unpinned"] == unpinned
+
+
+def test_each_of_several_quotes_has_the_registers_that_were_not_compared(
+    verify: Command, command: Command, tmp_path: Path
+) -> None:
+    write_server(tmp_path, PLATFORM, NOW)
+    pinned = (tmp_path / "measurements.toml").read_text()
+    loose = re.sub("(?m)^(mrtd|boot.rtmr1) .*", r'\1 = "any"', pinned).replace('name = "simulated', 'name = "loose')
+    _ = (tmp_path / "measurements.toml").write_text(f"{pinned}\n{loose}")
+    _ = verify(faults=("rtmr1",))
+    _ = shutil.copy(tmp_path / "quote.bin", tmp_path / "loose.bin")
+    _ = verify()
+    files = (tmp_path / "quote.bin", tmp_path / "loose.bin", "--collateral", tmp_path / "collateral.json")
+    options = ("--root", tmp_path / "root.der", "--at", NOW, "--policy", tmp_path / "measurements.toml")
+    lines = command("verify", *files, *options).out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["ACCEPTED", "ACCEPTED", "MRTD,", "2"]
+    assert lines[2].startswith("  MRTD, RTMR1: not compared with anything")
+    assert not [line for line in lines[4:] if "RTMR1" in line or "Measurements" in line]
+
+
+def test_a_directory_of_collateral_is_refused(verify: Command, tmp_path: Path) -> None:
+    refused = verify("--collateral", tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+    assert f"{tmp_path} is a directory; name the file of the quote's platform" in refused.err
 
 
 def test_a_policys_refusal_leaves_the_quote_genuine(verify: Command) -> None:

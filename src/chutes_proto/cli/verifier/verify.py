@@ -6,6 +6,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -121,6 +122,10 @@ def command(
         raise ConfigurationError("--service and --ca-file go with --fetch")
     if len(quotes) > 1 and report_data is not None:
         raise ConfigurationError("--report-data goes with one quote")
+    if collateral_file is not None and Path(collateral_file).is_dir():
+        raise ConfigurationError(
+            f"--collateral: {collateral_file} is a directory; name the file of the quote's platform"
+        )
     trust = trusted_root(root)
     policy = _policy(policy_file)
     task = _Task(collateral_file, services, ca_file, at, root, trust, report_data, policy, stage)
@@ -138,7 +143,7 @@ def command(
             _say_line(report, told)
         refused = "".join(f", {count} {code}" for code, count in sorted(codes.items()))
         console.say(f"{accepted} of {len(reports)} accepted{refused}")
-        _say_open(told, {name for report in reports for name in report.get("unpinned", ())})
+        _say_open(told)
 
     return answer({"accepted": accepted == len(reports), "summary": summary, "quotes": listed}, people, ok=not codes)
 
@@ -340,26 +345,38 @@ def _say(report: dict[str, Any], told: _Told) -> None:
             output.prose(report[name])
     if told.why:
         _say_why(report)
-    _say_open(told, set(report.get("unpinned", ())))
+    _say_open(told, report)
     fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
     fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
     say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
 
 
-def _say_open(told: _Told, unpinned: set[str]) -> None:
-    """Name all that was not compared; ``unpinned`` are the registers that were accepted with any value."""
+def _say_open(told: _Told, report: dict[str, Any] | None = None) -> None:
+    """Name all that was not compared; of several quotes, which have no ``report`` here, all that is common to them."""
     if not told.is_bound:
         output.prose("The report data was not compared with anything: use --report-data to bind the quote.")
-    if not told.has_policy or unpinned >= {*REGISTERS}:
-        output.prose("Measurements were not compared with anything: use --policy with profiles to check them.")
-    elif unpinned:
-        names = ", ".join(sorted(unpinned))
-        output.prose(f"{names}: not compared with anything, as the profile accepts any value.")
+    if not told.has_policy:
+        output.prose(_UNCHECKED)
+    elif report is not None:
+        _say_unpinned(report)
     if not told.has_floor:
         output.prose(
             "The TCB recovery was not compared with anything: the supplier of the collateral chooses it; use"
             " min_evaluation_number of a policy."
         )
+
+
+def _say_unpinned(report: dict[str, Any], indent: str = "") -> None:
+    """Name the registers that a policy accepted with any value."""
+    unpinned = set(report.get("unpinned", ()))
+    if unpinned >= {*REGISTERS}:
+        output.prose(indent + _UNCHECKED)
+    elif unpinned:
+        names = ", ".join(sorted(unpinned))
+        output.prose(f"{indent}{names}: not compared with anything, as the profile accepts any value.")
+
+
+_UNCHECKED: Final = "Measurements were not compared with anything: use --policy with profiles to check them."
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -381,6 +398,8 @@ def _say_line(report: dict[str, Any], told: _Told) -> None:
         for one in report["refusals"]:
             output.prose(f"  {one['code']}: {one['detail']}")
         _say_why(report)
+    if told.has_policy:
+        _say_unpinned(report, "  ")
 
 
 def _say_why(report: dict[str, Any]) -> None:
