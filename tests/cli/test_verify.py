@@ -17,10 +17,13 @@ from attrs import evolve
 
 from chutes_proto.io.server.development import write_server
 from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.testing._directory import simulation_files
+from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
+from tests.cli.test_replay import GOOD, OTHER, as_json
 from tests.collateral.network import PLATFORM as NETWORK_PLATFORM
 from tests.collateral.network import Upstream, running
 from tests.conftest import ROOT
@@ -147,6 +150,58 @@ def test_registers_that_a_policy_accepts_with_any_value_are_told(verify: Command
         assert (told in accepted.out) == is_told, accepted.out
         assert ("MRTD, RTMR2: not compared with anything" in accepted.out) == (len(unpinned) == 2)
         assert verify(*options, "--json").json["unpinned"] == unpinned
+
+
+RULED = re.compile("(?m)^(boot.rtmr2) .*")
+
+
+def with_log(tmp_path: Path, rule: str) -> tuple[object, ...]:
+    """A quote with the registers of a log, and a policy whose profile replays RTMR2; the options of both."""
+    rtmrs = parse_event_log(GOOD).rtmrs
+
+    def change(draft: Any) -> Any:
+        return evolve(draft, body=evolve(draft.body, rtmrs=rtmrs))
+
+    platform = PLATFORM.having(Fault(name="logged", side="quote", what="RTMRs of a log", quote=change))
+    for name, data in simulation_files(platform, REPORT_DATA, now=NOW, stage="boot").items():
+        _ = (tmp_path / name).write_bytes(data)
+    registers = "".join(f'boot.rtmr{number} = "{rtmr.hex()}"\n' for number, rtmr in enumerate(rtmrs))
+    profile = f'[[profile]]\nname = "logged"\nversion = "1"\nmrtd = "{MRTD.hex()}"\n{registers}'
+    _ = (tmp_path / "policy.toml").write_text(
+        RULED.sub(rf"\1 = {rule}", profile) + registers.replace("boot", "runtime")
+    )
+    files = (tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json", "--root", tmp_path / "root.der")
+    return (*files, "--at", NOW, "--policy", tmp_path / "policy.toml")
+
+
+def test_an_event_log_explains_registers_that_a_profile_replays(command: Command, tmp_path: Path) -> None:
+    options = with_log(tmp_path, "{ replayed = {} }")
+    log_file = tmp_path / "CCEL"
+    for written in (GOOD, as_json(GOOD)):
+        _ = log_file.write_bytes(written)
+        said = command("verify", *options, "--event-log", log_file, "--json").json
+        assert (said["accepted"], said["replayed"], said["unpinned"]) == (True, ["RTMR2"], [])
+    assert "event log was not" not in command("verify", *options, "--event-log", log_file).out
+    without = command("verify", *options, "--json")
+    assert (without.code, codes(without)) == (1, ["event_log"])
+    assert "--event-log" in without.json["hint"]
+    for wrong, code in ((OTHER, "event_log"), (b"none", "event_log_format")):
+        _ = log_file.write_bytes(wrong)
+        refused = command("verify", *options, "--event-log", log_file, "--json")
+        assert (refused.code, refused.json["genuine"], codes(refused)) == (1, True, [code])
+        assert "hint" not in refused.json
+    assert str(log_file) in refused.json["refusals"][0]["detail"]
+
+
+def test_an_event_log_that_no_profile_asks_for_is_told(command: Command, tmp_path: Path) -> None:
+    options = with_log(tmp_path, '"any"')
+    _ = (tmp_path / "CCEL").write_bytes(GOOD)
+    log_option = ("--event-log", tmp_path / "CCEL")
+    assert "The event log was not compared with anything" in command("verify", *options, *log_option).out
+    assert "event log" not in command("verify", *options).out
+    unasked = command("verify", *options[:-2], *log_option)
+    assert (unasked.code, "--event-log goes with --policy" in unasked.err) == (2, True)
+    assert command("verify", options[0], *options, *log_option).code == 2
 
 
 def test_each_of_several_quotes_has_the_registers_that_were_not_compared(

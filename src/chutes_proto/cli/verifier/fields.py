@@ -16,9 +16,11 @@ from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
+from chutes_proto.quote import _eventlog as eventlog
 
 _WIDTH: Final = 26
 QUOTE_FORMS: Final = "bytes, or their hexadecimal digits or base64"
+LOG_FORMS: Final = "a CCEL's bytes, or dstack's JSON"
 OTHER_ROOT: Final = (
     "is under another root than Intel's, or than that of --root, which names one to trust"
     " (that of the simulated platform is in the root.der that `simulate` writes)"
@@ -57,6 +59,17 @@ def read_quote_file(path: str) -> bytes:
             with suppress(ValueError):
                 return base64.b64decode(padded + b"=" * (-len(padded) % 4))
     return data
+
+
+def read_event_log(path: str) -> bytes:
+    """The bytes of an event log, and one more than any log has. Raises `FileUnavailable`."""
+    return read_head(path, eventlog.MAX_SIZE + 1)
+
+
+def parse_event_log(data: bytes) -> verifier.EventLog:
+    """Read a log in either form; a CCEL begins with the number of a register. Raises `EventLogFormatError`."""
+    is_json = data.lstrip()[:1] in (b"[", b"{")
+    return verifier.parse_event_log_json(data) if is_json else verifier.parse_event_log(data)
 
 
 def trusted_root(path: str | None) -> verifier.TrustedRoot:

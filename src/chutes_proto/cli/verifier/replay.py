@@ -11,9 +11,16 @@ from chutes_proto import quote as verifier
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Argument, Command, answer, full_option, json_option
 from chutes_proto.cli.describe import exits
-from chutes_proto.cli.verifier.fields import QUOTE_FORMS, read_quote_file, refusal, say_fields, say_verdict
-from chutes_proto.io.files import read_head
-from chutes_proto.quote._eventlog import MAX_SIZE
+from chutes_proto.cli.verifier.fields import (
+    LOG_FORMS,
+    QUOTE_FORMS,
+    parse_event_log,
+    read_event_log,
+    read_quote_file,
+    refusal,
+    say_fields,
+    say_verdict,
+)
 from chutes_proto.quote._plain import registers
 
 _NOT_FIELDS: Final = ("accepted", "parsed", "replayed", "refusals", "difference")
@@ -27,7 +34,7 @@ _NOT_FIELDS: Final = ("accepted", "parsed", "replayed", "refusals", "difference"
         "it does not, also where a file does not parse",
     ),
 )
-@click.argument("log", cls=Argument, metavar="LOG", help="a file with the event log: a CCEL's bytes, or dstack's JSON")
+@click.argument("log", cls=Argument, metavar="LOG", help=f"a file with the event log: {LOG_FORMS}")
 @click.option("--quote", metavar="QUOTE", required=True, help=f"a file with the quote: {QUOTE_FORMS}")
 @click.option("--against", metavar="GOOD", help="the event log of a known-good boot")
 @json_option
@@ -52,15 +59,12 @@ def command(log: str, quote: str, against: str | None) -> int:
 
 def _report(log_file: str, quote_file: str, good_file: str | None) -> dict[str, Any]:
     parsers: dict[str, Callable[[bytes], Any]] = {
-        "log": _parse_log,
+        "log": parse_event_log,
         "quote": verifier.parse_quote,
-        "good": _parse_log,
+        "good": parse_event_log,
     }
     names = {"log": log_file, "quote": quote_file, **({} if good_file is None else {"good": good_file})}
-    files = {
-        role: read_quote_file(name) if role == "quote" else read_head(name, MAX_SIZE + 1)
-        for role, name in names.items()
-    }
+    files = {role: read_quote_file(name) if role == "quote" else read_event_log(name) for role, name in names.items()}
     refusals: list[dict[str, str]] = []
     report: dict[str, Any] = {"accepted": False, "parsed": False, "replayed": False, "refusals": refusals}
     parsed: dict[str, Any] = {}
@@ -94,12 +98,6 @@ def _report(log_file: str, quote_file: str, good_file: str | None) -> dict[str, 
         refusals.append(refusal(exc.code, str(exc)))
     report["accepted"] = not refusals
     return report
-
-
-def _parse_log(data: bytes) -> verifier.EventLog:
-    """Read a log in either form; a CCEL begins with the number of a register. Raises `EventLogFormatError`."""
-    is_json = data.lstrip()[:1] in (b"[", b"{")
-    return verifier.parse_event_log_json(data) if is_json else verifier.parse_event_log(data)
 
 
 def _event(event: verifier.Event | None) -> dict[str, Any] | None:

@@ -17,8 +17,11 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, answer, at_option, full_option, json_option, one_of, parsed
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import (
+    LOG_FORMS,
     OTHER_ROOT,
     QUOTE_FORMS,
+    parse_event_log,
+    read_event_log,
     read_quote_file,
     refusal,
     root_option,
@@ -85,6 +88,12 @@ _READ: Final = (
     metavar="FILE",
     help="a policy in TOML: [tcb], [identity], [attributes] and [[profile]], or [[any_of]] or [[all_of]] of policies",
 )
+@click.option(
+    "--event-log",
+    "log_file",
+    metavar="LOG",
+    help=f"the TD's event log, for profiles with replayed registers: {LOG_FORMS}",
+)
 @stage_option
 @json_option
 @full_option
@@ -99,6 +108,7 @@ def command(
     root: str | None,
     report_data: bytes | None,
     policy_file: str | None,
+    log_file: str | None,
     stage: Any,
 ) -> int:
     """Verify quotes against collateral, and appraise them.
@@ -120,16 +130,19 @@ def command(
     one_of(collateral=collateral_file, fetch=True if fetch else None)
     if (services or ca_file) and not fetch:
         raise ConfigurationError("--service and --ca-file go with --fetch")
-    if len(quotes) > 1 and report_data is not None:
-        raise ConfigurationError("--report-data goes with one quote")
+    if len(quotes) > 1 and (report_data is not None or log_file is not None):
+        raise ConfigurationError("--report-data and --event-log go with one quote")
+    if log_file is not None and policy_file is None:
+        raise ConfigurationError("--event-log goes with --policy, whose profiles say which registers it explains")
     if collateral_file is not None and Path(collateral_file).is_dir():
         raise ConfigurationError(
             f"--collateral: {collateral_file} is a directory; name the file of the quote's platform"
         )
     trust = trusted_root(root)
     policy = _policy(policy_file)
-    task = _Task(collateral_file, services, ca_file, at, root, trust, report_data, policy, stage)
-    told = _Told(report_data is not None, policy_file is not None, _demands(policy, _floor), why)
+    log = None if log_file is None else read_event_log(log_file)
+    task = _Task(collateral_file, services, ca_file, at, root, trust, report_data, policy, log_file, log, stage)
+    told = _Told(report_data is not None, policy_file is not None, log_file is not None, _demands(policy, _floor), why)
     reports = [_report(task, quote) for quote in quotes]
     if len(reports) == 1:
         return answer(reports[0], lambda: _say(reports[0], told), ok=reports[0]["accepted"])
@@ -160,6 +173,8 @@ class _Task:
     trust: verifier.TrustedRoot
     report_data: bytes | None
     policy: verifier.AnyPolicy | BoundPolicies
+    log_file: str | None
+    log: bytes | None
     stage: Any
     fetched: dict[Family, verifier.Collateral] = field(factory=dict[Family, verifier.Collateral])
     """The collateral of platforms whose quotes have a chain."""
@@ -171,6 +186,7 @@ class _Told:
 
     is_bound: bool
     has_policy: bool
+    has_log: bool
     has_floor: bool
     why: bool
 
@@ -211,13 +227,18 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
                 "checked": verdict.checked,
             }
         )
-        accepted = task.policy.appraise(verdict, stage=task.stage)
+        log = None if task.log is None else parse_event_log(task.log)
+        accepted = task.policy.appraise(verdict, stage=task.stage, event_log=log)
         report |= {"accepted": True, "profile": accepted.matched.name if accepted.matched else None}
         is_pinned = accepted.quote.tee == "SGX" and _demands(task.policy, _enclave)
-        report["unpinned"] = [] if is_pinned else list(accepted.unpinned)
+        report |= {"unpinned": [] if is_pinned else list(accepted.unpinned), "replayed": list(accepted.replayed)}
     except verifier.AppraisalError as exc:
         report["refusals"] = [refusal(one.code, one.detail) for one in exc.refusals]
         report["explanation"] = exc.explain()
+        if task.log is None and any(one.code == "event_log" for one in exc.refusals):
+            report["hint"] = "Give the TD's event log with --event-log."
+    except verifier.EventLogFormatError as exc:
+        report["refusals"] = [refusal(exc.code, f"{task.log_file}: {exc}")]
     except verifier.QuoteFormatError as exc:
         hint = f"Is {'standard input' if quote == '-' else quote} a quote, and all of it? {_READ}"
         report |= {"refusals": [refusal(exc.code, str(exc))], "hint": hint}
@@ -359,6 +380,8 @@ def _say_open(told: _Told, report: dict[str, Any] | None = None) -> None:
         output.prose(_UNCHECKED)
     elif report is not None:
         _say_unpinned(report)
+    if told.has_log and report is not None and report["accepted"] and not report["replayed"]:
+        output.prose("The event log was not compared with anything, as the profile has no replayed register.")
     if not told.has_floor:
         output.prose(
             "The TCB recovery was not compared with anything: the supplier of the collateral chooses it; use"
