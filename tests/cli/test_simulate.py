@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 
 from chutes_proto import __version__
 from chutes_proto.cli.main import main
-from chutes_proto.testing._faults import FAULTS
+from chutes_proto.testing._faults import FAULTS, Fault
+from chutes_proto.testing._gpu_faults import GPU_FAULTS, GpuFault
 from chutes_proto.wire import openapi
 
 REPORT_DATA = bytes(range(64))
@@ -142,6 +144,16 @@ def test_a_platform_file_that_others_can_read_is_refused(tmp_path: Path, capsys:
 def test_the_faults_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--list-faults"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FAULTS)
+
+
+@pytest.mark.parametrize(("words", "faults"), [(["simulate"], FAULTS), (["gpu", "simulate"], GPU_FAULTS)])
+def test_the_faults_are_listed_as_json(
+    words: list[str], faults: Mapping[str, Fault | GpuFault], capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {fault.name: fault.what for fault in faults.values()}
+    for options in (["--list-faults", "--json"], ["--json", "--list-faults"]):
+        assert main([*words, *options]) == 0
+        assert json.loads(capsys.readouterr().out) == {"faults": listed}
 
 
 def test_the_api_is_what_the_server_answers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,12 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import click
 
 from chutes_proto import quote as verifier
-from chutes_proto.cli import output
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
@@ -38,6 +38,35 @@ root_option: Decorator = click.option("--root", metavar="DER", help="a root to t
 stage_option: Decorator = click.option(
     "--stage", type=click.Choice(("boot", "runtime")), default="boot", show_default=True, help="measurements of"
 )
+
+
+class _ListFaults(click.Option):
+    """Lists ``faults``, texts by name, in place of what the command does; then no other option is missing."""
+
+    def __init__(self, *args: Any, faults: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._faults = dict(faults)
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        if opts.get("list_faults") and not ctx.resilient_parsing:
+            if opts.get("json"):
+                console.say_json({"faults": self._faults})
+            else:
+                width = max(map(len, self._faults))
+                for name, told in self._faults.items():
+                    console.say(f"{name:{width}} {told}")
+            ctx.exit()
+        return super().handle_parse_result(ctx, opts, args)
+
+
+def list_faults_option(faults: Mapping[str, str]) -> Decorator:
+    """``--list-faults``, which is not passed to the function; ``faults`` are texts by name."""
+    told = "list the names for --fault, and do nothing else"
+    return click.option(
+        "--list-faults", cls=_ListFaults, faults=faults, is_flag=True, is_eager=True, expose_value=False, help=told
+    )
 
 
 _SHORTEST: Final = 1024

@@ -13,7 +13,7 @@ from attrs import evolve
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator, F, Group, answer, at_option, full_option, json_option, parsed
 from chutes_proto.cli.describe import exits
-from chutes_proto.cli.verifier.fields import say_fields
+from chutes_proto.cli.verifier.fields import list_faults_option, say_fields
 from chutes_proto.collateral.gpus import OCSP_SERVICE, RIM_SERVICE
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.gpu import (
@@ -461,13 +461,6 @@ def _fault(name: str) -> str:
     return name
 
 
-def _list_faults(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        for fault in GPU_FAULTS.values():
-            console.say(f"{fault.name:28} {fault.what}")
-        ctx.exit()
-
-
 @command.command("simulate", exits={0: "written", 2: "wrong usage, or files that cannot be written"})
 @click.option(
     "--nonce", metavar="HEX", required=True, callback=parsed(_nonce), help="32 bytes for the reports to be over"
@@ -485,14 +478,7 @@ def _list_faults(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     callback=parsed(_fault),
     help="make the first device, or the RIMs, wrong in this way; repeatable",
 )
-@click.option(
-    "--list-faults",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_faults,
-    help="list the names for --fault, and do nothing else",
-)
+@list_faults_option({fault.name: fault.what for fault in GPU_FAULTS.values()})
 @at_option("the time at which RIMs and OCSP answers are made")
 @json_option
 def simulate_command(nonce: bytes, out: str, count: int, arch: Any, faults: tuple[str, ...], at: int | None) -> int:

@@ -11,7 +11,7 @@ from attrs import evolve
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Command, Decorator, answer, at_option, json_option, parsed, platform_option
-from chutes_proto.cli.verifier.fields import stage_option
+from chutes_proto.cli.verifier.fields import list_faults_option, stage_option
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.quoters.simulated import open_platform, platform_directory
 from chutes_proto.quote._terms import rfc3339
@@ -41,13 +41,6 @@ def simulated_platform(directory: str | None, now: int) -> SimulatedPlatform:
     return open_platform(directory or platform_directory(os.environ), now).platform
 
 
-def _list_faults(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        for fault in FAULTS.values():
-            console.say(f"{fault.name:42} {fault.what}")
-        ctx.exit()
-
-
 @click.command("simulate", cls=Command, exits={0: "written", 2: "wrong usage, or files that cannot be written"})
 @click.option(
     "--report-data",
@@ -58,14 +51,7 @@ def _list_faults(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @click.option("--out", metavar="DIR", required=True, help="the directory for the files; made if missing")
 @fault_option
-@click.option(
-    "--list-faults",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_faults,
-    help="list the names for --fault, and do nothing else",
-)
+@list_faults_option({fault.name: fault.what for fault in FAULTS.values()})
 @click.option(
     "--form",
     type=click.Choice(("v4", "v5-td10", "v5-td15", "v5-td15ex")),
