@@ -245,6 +245,16 @@ def test_an_untrusted_server_gets_no_request(send: Sender, credentials: Credenti
 # --- what callers get wrong ---
 
 
+def test_a_client_that_is_closed_without_a_loop(credentials: Credentials) -> None:
+    """As on a loop: the connection of a request behind the block would stay open."""
+    with peer(credentials, answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")) as (url, _):
+        with HttpsSender(client_context(ca_pem=credentials.ca_pem), url, SHORT) as send:
+            assert send(REQUEST).status == 200
+        for late in (lambda: send(REQUEST), send.begin):
+            with pytest.raises(LocalProtocolError, match="the client is closed; make a request within its"):
+                _ = late()
+
+
 @pytest.mark.parametrize("loop", ["trio", "asyncio"])
 def test_a_client_that_is_closed(loop: str) -> None:
     async def main() -> None:

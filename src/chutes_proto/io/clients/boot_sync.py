@@ -62,8 +62,8 @@ class BootAgent(Connected):
 
     The methods raise `Refused` or `BadRequest` at the first final answer, and, after the last attempt, the last of
     `Unavailable`, `BadRequest` with status 408, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`. They raise
-    `LocalProtocolError`, before anything is sent, for values that no request can carry, and for a method of an exchange
-    that was not granted.
+    `LocalProtocolError`, before anything is sent, for values that no request can carry, for a method of an exchange
+    that was not granted, and after the block has ended.
     """
 
     def __init__(

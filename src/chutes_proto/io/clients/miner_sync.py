@@ -27,7 +27,7 @@ class MinerClient(Connected):
     limits each method, ``limits`` each request; ``log`` is called with every record, none of which holds a secret.
 
     The methods raise `Refusal`, `TransportError`, `RemoteProtocolError` for an answer that breaks the protocol, and,
-    before anything is sent, `LocalProtocolError` for values that no request can carry.
+    before anything is sent, `LocalProtocolError` for values that no request can carry, and after the block has ended.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
 
-from chutes_proto.errors import RemoteProtocolError, TransportError
+from chutes_proto.errors import LocalProtocolError, RemoteProtocolError, TransportError
 from chutes_proto.io import seconds_left
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 from chutes_proto.wire.origin import Origin
@@ -72,6 +72,7 @@ class HttpsSender:
         self._kept: _Connection | None = None
         self._begun: ssl.SSLSocket | None = None
         self._begun_at = 0.0
+        self._is_closed = False
 
     def __enter__(self) -> HttpsSender:
         return self
@@ -82,7 +83,8 @@ class HttpsSender:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; a request after that raises `LocalProtocolError`."""
+        self._is_closed = True
         kept, self._kept = self._kept, None
         begun, self._begun = self._begun, None
         for connection in (kept, begun):
@@ -124,7 +126,9 @@ class HttpsSender:
             self._begun_at = time.monotonic()
 
     def _begin(self, end: float) -> ssl.SSLSocket:
-        """Return a connection on which the client hello is sent. Raises `TransportError`."""
+        """Return a connection on which the client hello is sent. Raises `TransportError` and `LocalProtocolError`."""
+        if self._is_closed:
+            raise LocalProtocolError("the client is closed; make a request within its `with` block")
         with self._connecting():
             with _connected(_addresses(self._origin, end), end) as plain:  # the wrapped socket has another owner
                 stream = self._context.wrap_socket(
