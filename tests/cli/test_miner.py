@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -111,6 +112,14 @@ def test_the_life_of_a_server(
     removed = miner("servers", "remove", "vm-2")
     assert (removed.code, removed.out) == (0, "removed: vm-2; the keys of its VM are kept\n")
     assert miner("attest", "n1", *platform, "--json").json["code"] == "server_not_found"
+
+
+@pytest.mark.parametrize("away", [-3600, 3600])
+def test_a_clock_that_is_wrong_is_said(miner: Command, monkeypatch: pytest.MonkeyPatch, away: int) -> None:
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + away)
+    refused = miner("servers", "list")
+    assert refused.code == console.REFUSED
+    assert "are 10 minutes apart or more: set this one's first" in refused.out
 
 
 def test_a_registration_that_is_refused_says_why(register: Command) -> None:

@@ -13,6 +13,7 @@ import click
 from attrs import frozen
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.signing import WINDOW
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, F, answer, json_option, platform_option
@@ -26,6 +27,7 @@ from chutes_proto.io.quoters.choose import GpuTool, Quoter, make_quoter
 from chutes_proto.log import Record
 from chutes_proto.miner._flows import Miner
 from chutes_proto.quote import Stage
+from chutes_proto.wire.codes import Code
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -39,6 +41,9 @@ class MakePerformer(Protocol):
 
 _UNVERIFIED = "the certificate of {url} does not verify: {reason}; is its CA the one in --ca?"
 _NO_ANSWER = "no answer from {url}: {reason}; is the server running there, and its CA in --ca?"
+
+
+_CLOCK = f"The clocks of this machine and of the server are {WINDOW // 60} minutes apart or more: set this one's first."
 
 
 @frozen
@@ -102,6 +107,8 @@ class PeerCommand(Command):
 def _answer_refusal(refusal: Refusal) -> int:
     def people() -> None:
         output.prose(f"refused: {refusal}", "bad")
+        if refusal.code == Code.SIGNATURE_STALE:
+            output.prose(_CLOCK)
         if refusal.request_id:
             output.prose(f"the server's log has the reason under request {refusal.request_id}")
 
