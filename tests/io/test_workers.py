@@ -20,7 +20,7 @@ from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import tell_manager
 from chutes_proto.io.server.setup import make_setup
-from chutes_proto.io.server.workers import Supervisor
+from chutes_proto.io.server.workers import SignalsToStop, Supervisor
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.waiting import wait_until
@@ -32,6 +32,16 @@ def children() -> list[int]:
         with suppress(FileNotFoundError, ProcessLookupError):  # the thread ended meanwhile
             found += map(int, (task / "children").read_text().split())
     return found
+
+
+def test_a_second_signal_to_stop_is_another_number_or_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 10.001, 10.002, 10.003, 10.503, 10.504])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    term, interrupt = signal.SIGTERM, signal.SIGINT
+    to_stop = SignalsToStop()
+    assert [*map(to_stop.is_another, [term, term, interrupt, interrupt, interrupt, interrupt])] == [
+        True, False, True, False, True, False
+    ]  # fmt: skip
 
 
 def no_thread(_: object) -> None:

@@ -136,6 +136,23 @@ def test_a_signal_to_all_processes_is_one(premises: Premises) -> None:
     assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize(("options", "processes"), [((), 1), (("--workers", "2"), 3)], ids=["one", "workers"])
+def test_a_signal_that_comes_twice_at_once_is_one(premises: Premises, options: tuple[str, ...], processes: int) -> None:
+    """`timeout` sends it to its program, and to the group of that."""
+    premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
+    premises.start(*options)
+    vm = premises.vm()
+    token = vm.boot()["boot_token"]
+    assert premises.server is not None
+    process = premises.server.process
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+    _ = wait_until(lambda: len(records(premises, "stopping")) >= processes)
+    _ = vm.sync(token)
+    assert process.wait(60) == 0
+    assert {record.get("drain_seconds", 3600) for record in records(premises, "stopping")} == {3600}
+
+
 def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
     premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
     premises.start("--workers", "2")
@@ -144,7 +161,7 @@ def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
     process = premises.server.process
     process.send_signal(signal.SIGTERM)
     _ = wait_until(lambda: len(records(premises, "stopping")) >= 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
 
 

@@ -70,6 +70,7 @@ from chutes_proto.io.server.workers import (
     STOP_AT_ONCE,
     STOP_HANDED_OVER,
     Given,
+    SignalsToStop,
     Supervisor,
     in_background,
     obey,
@@ -508,10 +509,12 @@ def serve_until_stopped(
                     tell_manager("STOPPING=1")
                     _end_after(seconds + END_SECONDS, log, listeners)
 
-                def begin_to_stop(why: str, *, handed_over: bool) -> None:
+                to_stop = SignalsToStop()
+
+                def stop_at_signal(number: signal.Signals, *, handed_over: bool) -> None:
                     """The supervisor tells a worker, and so may a service manager or a terminal that tells all."""
-                    if not server.is_stopping:
-                        stop(why, handed_over=handed_over)
+                    if to_stop.is_another(number) and (held.life is None or not server.is_stopping):
+                        stop(number.name, handed_over=handed_over)
 
                 async def end_with_supervisor() -> None:
                     if held.life is not None:
@@ -529,8 +532,7 @@ def serve_until_stopped(
                     signal.SIGHUP: lambda: None if worker is not None else reload_at_signal(reloader.reload, log)
                 }
                 handed_over = held.by_manager and listeners.all_given
-                to_stop = stop if held.life is None else begin_to_stop
-                signals |= {number: partial(to_stop, number.name, handed_over=handed_over) for number in stops}
+                signals |= {number: partial(stop_at_signal, number, handed_over=handed_over) for number in stops}
                 if held.life is not None:
                     signals[STOP_HANDED_OVER] = partial(stop, "takeover", handed_over=True)
                     signals[STOP_AT_ONCE] = partial(stop, STOP_AT_ONCE.name, handed_over=handed_over)

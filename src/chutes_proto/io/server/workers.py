@@ -65,7 +65,25 @@ _PREPARE_SECONDS: Final = 60.0
 _COMMIT_SECONDS: Final = 10.0
 """How long all workers together may take to replace their set-ups, which is one assignment."""
 
+_SAME_SECONDS: Final = 0.5
+
 P = ParamSpec("P")
+
+
+class SignalsToStop:
+    """Tells a second signal from one that comes by two ways, as `timeout` sends it to a process and to its group."""
+
+    def __init__(self) -> None:
+        self._last: signal.Signals | None = None
+        self._until = 0.0
+
+    def is_another(self, number: signal.Signals) -> bool:
+        """Whether a signal that has arrived now is not the one before."""
+        now = time.monotonic()
+        if number == self._last and now < self._until:
+            return False
+        self._last, self._until = number, now + _SAME_SECONDS
+        return True
 
 
 @frozen
@@ -251,6 +269,7 @@ class Supervisor:
     """Events of the future, each after its time on the monotonic clock."""
     _workers: list[_Worker] = field(init=False, factory=list)
     _stopping: bool = field(init=False, default=False)
+    _to_stop: SignalsToStop = field(init=False, factory=SignalsToStop)
     _reloading: threading.Lock = field(init=False, factory=threading.Lock)
     """Held while workers reload or one is started, so that every worker runs by the same files."""
 
@@ -366,7 +385,7 @@ class Supervisor:
             match self._next():
                 case "signal", signal.SIGHUP:
                     reload_at_signal(self.reload, self.log)
-                case "signal", signal.Signals() as number:
+                case "signal", signal.Signals() as number if self._to_stop.is_another(number):
                     self._stop(number.name, STOP_AT_ONCE if self._stopping else signal.SIGTERM)
                 case "takeover", _:
                     was_taken_over = True
