@@ -122,6 +122,13 @@ def test_a_unit_leaves_the_memory_of_a_server_on_no_disk(file: Path) -> None:
     assert {"LimitCORE=0", "MemorySwapMax=0"} <= {*file.read_text().splitlines()}
 
 
+@pytest.mark.parametrize("file", [UNIT, ROOT / "docs/how-to/production.md"], ids=lambda file: str(file.name))
+def test_systemd_never_gives_up_on_a_server_that_cannot_start(file: Path) -> None:
+    """It does after 5 starts in 10 seconds, if nothing else is set, and takes the socket down with the service."""
+    (pause,) = re.findall(r"^RestartSec=(\d+)$", file.read_text(), re.MULTILINE)
+    assert 5 * int(pause) > 10
+
+
 def test_the_unit_hands_over_every_file_that_init_writes(command: Callable[..., Ended], tmp_path: Path) -> None:
     made = command("init", tmp_path, "--name", "keys.example", "--json").json["files"]
     handed = set(re.findall(r"^LoadCredential=(\S+):/etc/chutes-proto/\1$", UNIT.read_text(), re.MULTILINE))
