@@ -115,6 +115,32 @@ def test_a_coded_answer_is_not_undone(send: Sender, credentials: Credentials) ->
     assert talk(send, credentials, answering(head + bomb)).body == bomb
 
 
+@pytest.mark.parametrize("closes", [True, False])
+def test_an_answer_without_a_length_ends_with_a_tls_alert(send: Sender, credentials: Credentials, closes: bool) -> None:
+    """Whoever is between the two can cut a connection, but not close it."""
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        answering(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(40_000))(stream)
+        if closes:
+            _ = stream.unwrap()
+
+    if closes:
+        assert len(talk(send, credentials, behave).body) == 40_000
+    else:
+        with pytest.raises(TransportError, match=r"^the connection broke: the server closed the conn"):
+            _ = talk(send, credentials, behave)
+
+
+@pytest.mark.parametrize("loop", ["trio", "asyncio"])
+def test_an_answer_of_a_transport_without_connections(loop: str) -> None:
+    async def main() -> HttpResponse:
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=httpx.ByteStream(b"all")))
+        async with httpx.AsyncClient(transport=transport) as client:
+            return await HttpxSender(client, "https://keys.example", SHORT)(REQUEST)
+
+    assert on_loop(loop, main).body == b"all"
+
+
 # --- no answer ---
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, cast
 
 import anyio
@@ -57,6 +57,7 @@ async def whole_answer(
                 pieces += 1
                 if len(body) > MAX_ANSWER or pieces > MAX_PIECES:
                     scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
+            _check_end(response)
         finally:
             await response.aclose()
         if len(body) <= MAX_ANSWER and pieces <= MAX_PIECES:
@@ -67,6 +68,20 @@ async def whole_answer(
     if pieces > MAX_PIECES:
         raise TransportError(f"the server's answer has more than {MAX_PIECES} pieces", maybe_delivered=True)
     raise limits.exceeded(body)
+
+
+def _check_end(response: httpx.Response) -> None:
+    """Check that an answer which ends with its connection ends with an alert of TLS: httpcore does without.
+
+    Raises `ssl.SSLError`.
+    """
+    is_framed = response.status_code in (204, 304) or not response.http_version.startswith("HTTP/1.")
+    stream = response.extensions.get("network_stream")  # no transport for tests has one
+    if is_framed or stream is None or response.headers.keys() & {"content-length", "transfer-encoding"}:
+        return
+    tls: ssl.SSLObject | None = stream.get_extra_info("ssl_object")
+    with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+        _ = tls and tls.read(1)
 
 
 def origin(url: str) -> httpx.URL:
