@@ -5,25 +5,25 @@ from __future__ import annotations
 from attrs import frozen
 
 from chutes_proto.store import sql
-from chutes_proto.store._guard import Guard, _OfSeal
+from chutes_proto.store._guard import Guard, OfGuard
 from chutes_proto.store.rows import GenerationRow, Scan
 
 
 @frozen
-class Turn(_OfSeal[None]):
+class Turn(OfGuard[None]):
     """Change generations or facts by a statement."""
 
     statement: str
 
     def carry_out(self, guard: Guard) -> None:
-        _ = guard._run(None, self.statement, ())
-        if not guard.state[0]:
+        _ = guard.run(None, self.statement, ())
+        if guard.of_store.key is None:
             return
-        for name, value in guard._run(None, sql.READ_FACTS, ()):
-            guard.fact(name, value)
-        for row in sql.decode_rows(GenerationRow, guard._run(None, *sql.statement(Scan(GenerationRow)))):
+        for name, value in guard.run(None, sql.READ_FACTS, ()):
+            guard.of_store.note_fact(name, value)
+        for row in sql.decode_rows(GenerationRow, guard.run(None, *sql.statement(Scan(GenerationRow)))):
             values = sql.encode(row)
             key = " AND ".join(f"{name} = ?" for name in GenerationRow.KEY)
-            _ = guard._run(
-                None, f"UPDATE generation SET mac = ? WHERE {key}", (guard._seal(GenerationRow, values), *values[:4])
+            _ = guard.run(
+                None, f"UPDATE generation SET mac = ? WHERE {key}", (guard.seal(GenerationRow, values), *values[:4])
             )

@@ -29,8 +29,8 @@ from chutes_proto.keys.vault import Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.store import sql
-from chutes_proto.store._guard import ReadEpochs
 from chutes_proto.store._run import Ask, Script, Unit
+from chutes_proto.store._sealing import ReadEpochs
 from chutes_proto.store.rows import (
     AttestationRow,
     AuditRow,

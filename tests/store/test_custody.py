@@ -35,10 +35,16 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import _guard, rows, sql
-from chutes_proto.store._guard import RECENT_BOOTS, SEALED, Custody, Guard, InspectRows, ReadEpochs
+from chutes_proto.store._audit_rows import judged
+from chutes_proto.store._custody import Custody
+from chutes_proto.store._guard import Guard
+from chutes_proto.store._heads import RECENT_BOOTS
+from chutes_proto.store._inspection import InspectRows
 from chutes_proto.store._macs import EpochKey, epoch_of
 from chutes_proto.store._mark import Mark
 from chutes_proto.store._run import Ask, Store, Unit, unit_name
+from chutes_proto.store._sealing import SEALED, ReadEpochs
+from chutes_proto.store._store_group import StoreGroup
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.tlog.notes import Checkpoint
@@ -484,10 +490,11 @@ def test_every_bit_of_a_row_that_has_a_mac_counts() -> None:
         return store.connection.execute(text, values).fetchall()
 
     state = read(None, sql.READ_VERSION)[0][2]
-    guard = Guard(store.custody.session(state, lambda text: read(None, text)), read)
+    session = store.custody.session(state, lambda text: read(None, text))
+    guard = Guard(session, read)
 
     def check_row(kind: type[rows.Row], row: Any) -> None:
-        guard.check(kind, (row,))
+        guard.of_store.check(kind, (row,))
 
     whole: list[tuple[str, tuple[Any, ...], Callable[[Any], object]]] = []
     for kind in SEALED:
@@ -495,16 +502,19 @@ def test_every_bit_of_a_row_that_has_a_mac_counts() -> None:
         whole.append((kind.TABLE, row, partial(check_row, kind)))
 
     def judge(row: Any) -> None:
-        if guard.judged((7, *row)) != (7, *row):
+        if judged(guard.of_store, [(7, *row)]) != [(7, *row)]:
             raise RowNotAuthentic("audit", "7", "")
 
     def open_store_head(stored: Any) -> None:
-        guard._store = None
-        guard.store_head(stored)
+        _ = StoreGroup(session, read).head(stored)
 
     whole.append(("audit", read(None, *sql.statement(rows.ReadUnsequenced(1)))[0][1:], judge))
     whole.append(
-        ("head", read(None, sql.READ_HEAD, (*A_KEY, *A_KEY))[0][1:], lambda row: guard._opened(A_KEY, (None, *row)))
+        (
+            "head",
+            read(None, sql.READ_HEAD, (*A_KEY, *A_KEY))[0][1:],
+            lambda row: guard.of_vms.opened(A_KEY, (None, *row)),
+        )
     )
     whole.append(("store_head", read(None, sql.READ_STORE_HEAD)[0], open_store_head))
     flipped = 0
@@ -550,7 +560,7 @@ def test_a_mac_is_the_hmac_of_its_message(width: int) -> None:
 
 # --- real stores ---
 
-check = Guard.check
+check = StoreGroup.check
 OTHER_KEK = KeyEncryptionKey.from_bytes(bytes(range(1, 33)))
 BOTH = Vault(OTHER_KEK, VAULT.current)
 
@@ -995,11 +1005,11 @@ def test_all_candidates_are_doubted_in_one_pass(monkeypatch: pytest.MonkeyPatch)
         )
     asked: list[str] = []
 
-    def counted(guard: Guard, kind: type[rows.Row], found: Any) -> list[bytes]:
+    def counted(group: StoreGroup, kind: type[rows.Row], found: Any) -> list[bytes]:
         asked.append(kind.TABLE)
-        return check(guard, kind, found)
+        return check(group, kind, found)
 
-    monkeypatch.setattr(Guard, "check", counted)
+    monkeypatch.setattr(StoreGroup, "check", counted)
     store.transact(StoreRestored(NOW))
     assert asked.count("generation") == len(vms)
     assert all(row.provisional for row in store.transact(Ask(rows.Scan(rows.GenerationRow))))

@@ -12,8 +12,8 @@ from chutes_proto.errors import Refused, RowNotAuthentic
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults
-from chutes_proto.store import _guard
-from chutes_proto.store._guard import Custody
+from chutes_proto.store import _custody
+from chutes_proto.store._custody import Custody, SeenHeads
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import FindLastBoot, GenerationRow, Platform, Read, ReadUnclaimed, VmRow
 from chutes_proto.store.sql import columns
@@ -184,8 +184,8 @@ def test_of_heads_that_were_seen_the_newest_count_for_transactions_that_began_la
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A transaction at the same time as the commit finds what was there when it began."""
-    monkeypatch.setattr(_guard, "_REMEMBERED", 2)
-    seen, one, two, three = _guard.SeenHeads(), ("hotkey", "one"), ("hotkey", "two"), ("hotkey", "three")
+    monkeypatch.setattr(_custody, "REMEMBERED", 2)
+    seen, one, two, three = SeenHeads(), ("hotkey", "one"), ("hotkey", "two"), ("hotkey", "three")
     seen.note({one: 4}, 10.0)
     assert (seen.least(one, 9.0), seen.least(one, 10.0), seen.least(two, 10.0)) == (0, 4, 0)
     seen.note({two: 1}, 11.0)

@@ -27,7 +27,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.keys.vault import NONCE_SIZE
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
-from chutes_proto.store._guard import Custody
+from chutes_proto.store._custody import Custody
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
 from chutes_proto.store._run import Ask

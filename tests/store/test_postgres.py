@@ -26,7 +26,7 @@ from chutes_proto.errors import (
 from chutes_proto.io.stores import marks, postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
-from chutes_proto.store._guard import RECENT_BOOTS
+from chutes_proto.store._heads import RECENT_BOOTS
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync

@@ -8,7 +8,7 @@ Rules kept here:
 * what the rows of a table have in common is worked out and hashed once, at its first row (`TableMacs`);
 * nobody who can only write the database has the key, so a row that he made, changed or moved is not authentic.
 
-This module knows no rows that belong together; ``_guard.py`` does.
+This module knows no rows that belong together; ``_heads.py`` does.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Rules kept here:
   the rows that it reads, or leaves them out if another transaction has, in a dialect with several writers;
 * table and column names come from the row classes alone;
 * the rows of most tables have a MAC, as their last column, which no row class has: a `Seal` makes it, and the store
-  checks it before the rows are decoded (``_guard.py``);
+  checks it before the rows are decoded (``_store_group.py``);
 * types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; collations of TEXT differ, so whole results
   are sorted here, and only a page, which goes on where the one before ended, has the order of the database;
 * a release that changes the schema adds a `Step` to `STEPS`; the number of steps that made a database is its schema
@@ -414,7 +414,7 @@ READ_VERSION: Final = (
 """The statement that reads the schema version of a database, and the oldest version whose servers may use it.
 
 The second is NULL in versions 1 and 2, which have servers of their own version only. The third is the state of the
-seal (``_guard.py``), NULL there, too.
+seal (``_sealing.py``), NULL there, too.
 """
 READ_HORIZON: Final = "SELECT value FROM fact WHERE name = 'nonce_horizon'"
 """The statement that reads a fact that each database of ours has."""

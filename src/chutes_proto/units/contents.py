@@ -18,7 +18,7 @@ from attrs import define, evolve, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import rows as store
-from chutes_proto.store._guard import ROWS_KEY
+from chutes_proto.store._custody import ROWS_KEY
 from chutes_proto.store._run import Ask, Script, Store, Unit, untold
 
 PAGE: Final = 1000

@@ -1,4 +1,4 @@
-"""The seal of a store: a new one begins sealed, and an operator seals an older one once; see ``store/_guard.py``.
+"""The seal of a store: a new one begins sealed, and an operator seals an older one once; see ``store/_sealing.py``.
 
 Rules kept here:
 
@@ -24,8 +24,10 @@ from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-from chutes_proto.store._guard import (
-    ROWS_KEY,
+from chutes_proto.store._custody import ROWS_KEY
+from chutes_proto.store._inspection import InspectAudit, InspectLogged
+from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._sealing import (
     AdoptAudit,
     AdoptRows,
     AdoptVms,
@@ -33,12 +35,9 @@ from chutes_proto.store._guard import (
     BeginSeal,
     EndEpoch,
     EndSeal,
-    InspectAudit,
-    InspectLogged,
     ReadEpochs,
     ReadSeal,
 )
-from chutes_proto.store._run import Script, Unit
 
 ENTROPY_SIZE = KEY_SIZE + NONCE_SIZE
 

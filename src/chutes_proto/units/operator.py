@@ -23,7 +23,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store import rows as store
-from chutes_proto.store._guard import ROWS_KEY
+from chutes_proto.store._custody import ROWS_KEY
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.tlog.tiles import WIDTH
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of

@@ -41,8 +41,8 @@ from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._verify import remembered
 from chutes_proto.server._observing import Answered
 from chutes_proto.server._service import Service
-from chutes_proto.store._guard import SEALED
 from chutes_proto.store._run import Unit, unit_name
+from chutes_proto.store._sealing import SEALED
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from chutes_proto.io.stores.marks import Copy
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Vault
 from chutes_proto.store._copies import Copies
-from chutes_proto.store._guard import Custody
+from chutes_proto.store._custody import Custody
 from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Store, untold
 from chutes_proto.tlog.notes import Checkpoint

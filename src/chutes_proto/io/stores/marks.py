@@ -25,8 +25,9 @@ from attrs import evolve
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.store._copies import Copies
-from chutes_proto.store._guard import Custody, seal_of
+from chutes_proto.store._custody import Custody, seal_of
 from chutes_proto.store._mark import COLUMNS, LARGEST, Entry, Mark, View, find_loss
+from chutes_proto.store._store_group import check_fact, check_head
 from chutes_proto.store.rows import AuditRow, PurgeAudit
 from chutes_proto.tlog.merkle import root_hash
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
@@ -310,7 +311,7 @@ class MarkKeeper:
     def _check_decision(self, ask: Ask, view: View) -> None:
         """Refuse a decision that nobody made who holds the store's keys. Raises `StoreError`."""
         try:
-            self._custody.check_fact("loss_decided_at", view.decided_at, ask)
+            check_fact(self._custody, "loss_decided_at", view.decided_at, ask)
         except StoreError:
             with self._lock:
                 self._is_behind = True
@@ -480,7 +481,7 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
     head, head_mac = 0, ""
     try:
         if stored and type(stored[0]) is int and type(stored[2]) is bytes:
-            custody.check_head(seal, stored, decided_at, ask)
+            check_head(custody, seal, stored, decided_at, ask)
             head, head_mac = stored[0], stored[2].hex()
     except StoreError:  # every unit that reads it is refused; a mark must not have what nobody authenticated
         head, head_mac = (0, "") if mark is None else (mark.head, mark.head_mac)

@@ -53,7 +53,8 @@ from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._crowding import Crowding
-from chutes_proto.store._guard import Custody, Guard, Session, statements_ahead
+from chutes_proto.store._custody import Custody, Session
+from chutes_proto.store._guard import Guard, statements_ahead
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
@@ -769,7 +770,7 @@ class PostgresStore(MarkedStore):
             raise self._fault(str(exc)) from None
         if not all(is_read(text) for text, _ in ahead):
             raise RuntimeError(f"{unit_name(unit)} has not done what it said that it does")
-        connection.heads = guard.versions
+        connection.heads = guard.of_vms.versions
         return result
 
     def _send(self, connection: _Connection, *more: _Asked) -> Rows:

@@ -1,4 +1,4 @@
-"""The seal of a store (``store/_guard.py``): of a new one as soon as it is opened, of an older one step by step.
+"""The seal of a store (``store/_sealing.py``): of a new one as soon as it is opened, of an older one step by step.
 
 So is a new epoch of its MACs begun and ended, after a key-encryption key (KEK) was replaced.
 
@@ -16,18 +16,10 @@ from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows
-from chutes_proto.store._guard import (
-    SEALED,
-    AdoptAudit,
-    Custody,
-    InspectRows,
-    InspectStore,
-    InspectVms,
-    ReadSeal,
-    RenewHeads,
-    RenewMacs,
-)
+from chutes_proto.store._custody import Custody
+from chutes_proto.store._inspection import InspectRows, InspectStore, InspectVms
 from chutes_proto.store._run import Ask, Store, Unit, untold
+from chutes_proto.store._sealing import SEALED, AdoptAudit, ReadSeal, RenewHeads, RenewMacs
 from chutes_proto.store.rows import CountRows
 from chutes_proto.units.custody import (
     ENTROPY_SIZE,

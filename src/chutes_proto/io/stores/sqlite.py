@@ -36,9 +36,11 @@ from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.io.files import make_file
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
-from chutes_proto.store._guard import Custody, Guard, Remembered, Session
+from chutes_proto.store._custody import Custody, Session
+from chutes_proto.store._guard import Guard
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
+from chutes_proto.store._vm_groups import Remembered
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
 from chutes_proto.store.sql import READ_VERSION, LostFactError, Values, for_driver
 
@@ -468,8 +470,8 @@ class SqliteStore(MarkedStore):
         if not is_alone:
             _ = connection.execute("RELEASE unit")
         if job.fault is None:
-            guard.remember()
-            job.heads = guard.versions
+            guard.of_vms.remember()
+            job.heads = guard.of_vms.versions
         return guard.changed_state and job.fault is None
 
     # --- the file ---

@@ -1,0 +1,75 @@
+"""The rows that a database answers with: those that were asked for, each once, with values of the right types.
+
+A MAC says that a key server wrote a row, and not that it belongs into an answer. The owner of a database can change
+what "equal" means there, and have any row found by any value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from chutes_proto.errors import RowNotAuthentic
+from chutes_proto.store import rows as store
+from chutes_proto.store.rows import StoreOp
+from chutes_proto.store.sql import Rows, Values, columns, mistyped
+
+NOT_ASKED: Final = (
+    "it is not what was asked for: an index or an operator of the database was changed, or the search_path"
+)
+
+_ASKED_BY: Final[dict[type[StoreOp[Any]], tuple[str, ...]]] = {
+    **dict.fromkeys((store.ReadAll, store.ReadLiveGenerations, store.FindLastBoot), ("hotkey", "vm")),
+    store.FindLastBootFrom: ("hotkey", "peer_address"),
+    store.ReadBootVolumes: ("boot_id",),
+    store.ReadGpus: ("server_id",),
+    store.ReadRevocation: ("kind", "subject"),
+}
+"""The columns by which operations ask for rows: those on whose reply something depends.
+
+The rows of `ReadClaims` are only shown, and of the log's state, which `LockLog` reads, one row alone has a MAC.
+"""
+
+_PLACES: Final = {kind: {name: at for at, name in enumerate(columns(kind))} for kind in store.ROWS}
+
+
+def check_asked(op: StoreOp[Any], kind: type[store.Row], values: Values, rows: Rows) -> None:
+    """Compare authentic rows with the values by which an operation asked for them. Raises `RowNotAuthentic`.
+
+    These are the first ones of its statement.
+    """
+    names = _ASKED_BY.get(type(op), ())
+    if isinstance(op, store.Read):
+        names = (op.by,) if op.by else kind.KEY
+    places = _PLACES[kind]
+    for row in rows:
+        for name, value in zip(names, values, strict=False):
+            if row[places[name]] != value:
+                raise RowNotAuthentic(kind.TABLE, key_text(kind, row), NOT_ASKED)
+
+
+def check_once(kind: type[store.Row], rows: Rows) -> None:
+    """Require that no two rows have one key: of a table that inherits from another one there may be an older row, too.
+
+    Raises `RowNotAuthentic`.
+    """
+    seen: set[Sequence[Any]] = set()
+    for row in rows:
+        key = row[: len(kind.KEY)]
+        if key in seen:
+            raise RowNotAuthentic(kind.TABLE, key_text(kind, row), "it is there twice")
+        seen.add(key)
+
+
+def check_types(kind: type[store.Row], rows: Rows) -> None:
+    """Check the types of what no MAC authenticates. Raises `RowNotAuthentic`."""
+    for row in rows:
+        if wrong := mistyped(kind, row):
+            named = ", ".join(columns(kind)[at] for at in wrong)
+            raise RowNotAuthentic(kind.TABLE, key_text(kind, row), f"no key server writes such a value of {named}")
+
+
+def key_text(kind: type[store.Row], values: Sequence[Any]) -> str:
+    """The key of a row, as faults and the head of the store name it."""
+    key = values[: len(kind.KEY)]
+    return "/".join(part.hex() if isinstance(part, bytes) else str(part) for part in key)
