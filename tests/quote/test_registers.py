@@ -117,6 +117,9 @@ def test_a_name_counts_only_where_the_digest_covers_it() -> None:
     assert refused(ruled(values=(("compose-hash", (b"hash",)),)), logged(twice), twice) == ["event_value"]
     typed = parse_event_log_json(json.dumps([{**BOOT, "imr": 3, "event": "EV_SEPARATOR"}]))
     assert (typed.events[0].name, typed.events[0].value) == (None, bytes(4))
+    of_type_4 = sha384((4).to_bytes(4, "little") + b":compose-hash:hash").hexdigest()
+    other = parse_event_log_json(json.dumps([{**EVENTS[3], "event_type": 4, "digest": of_type_4}]))
+    assert (other.events[0].name, other.events[0].value) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,8 @@ def test_rules_in_toml() -> None:
         ('measurements = "unchecked"\n[tcb]\nmin_tcb_date = 1960-01-01', "tcb.min_tcb_date"),
         ('measurements = "unchecked"\n[identity]\nisv_prod_id = [1]', "identity.mr_signer"),
         ('measurements = "unchecked"\n[identity]\nisv_prod_id = []', "identity.isv_prod_id"),
+        ('measurements = "unchecked"\n[identity]\nisv_prod_id = [65536]', "identity.isv_prod_id"),
+        ('measurements = "unchecked"\n[identity]\nmin_isv_svn = 1', "identity.mr_signer"),
         ('measurements = "unchecked"\n[identity]\nmin_isv_svn = 65536', "identity.min_isv_svn"),
         ('measurements = "unchecked"\n[identity]\nmr_enclave = ["00"]', "identity.mr_enclave"),
     ],
@@ -228,6 +233,7 @@ def test_an_error_names_the_key(text: str, problem: str) -> None:
         {"stage": None},
         {"check": "some"},
         {"check": "any", "prefix": (ZERO,)},
+        {"check": "any", "events": ()},
         {"prefix": (b"",)},
         {"prefix": [ZERO]},
         {"events": ("a:b",)},
@@ -266,6 +272,7 @@ def test_a_register_has_a_value_or_one_rule() -> None:
         json.dumps([{**BOOT, "imr": True}]),
         json.dumps([{**BOOT, "event_type": -1}]),
         json.dumps([{**BOOT, "digest": "00"}]),
+        json.dumps([{**BOOT, "digest": "x" * 96}]),
         json.dumps([{**BOOT, "event_payload": 1}]),
         json.dumps([{**BOOT, "event_payload": "x"}]),
         "[" + ",".join(["0"] * 20_000) + "]",

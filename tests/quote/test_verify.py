@@ -43,6 +43,7 @@ from chutes_proto.quote._steps import (
     QeReportSignatureError,
     ReportDataMismatchError,
     RootMismatchError,
+    StatementSignatureError,
     UntrustedRootError,
 )
 from chutes_proto.quote._verify import (
@@ -306,6 +307,7 @@ def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
         (lambda: verify_quote(opened, verified, now=NOW), "check_signed"),  # type: ignore[arg-type]
         (lambda: verify_quote(impostor(signed), verified, now=NOW), "check_signed"),
         (lambda: verify_quote(signed, impostor(verified), now=NOW), "verify_collateral"),
+        (lambda: verify_collateral(impostor(COLLATERAL), now=NOW, root=ROOT), r"Collateral\.load"),
     ):
         with pytest.raises(TypeError, match=f"as of {maker}, not "):
             _ = stage()
@@ -458,6 +460,14 @@ def test_a_malleable_variant_is_another_one() -> None:
 
 
 # --- hostile bytes ---
+
+
+def test_a_signature_is_of_one_length() -> None:
+    """Zeros before s leave its value as it is."""
+    signature = COLLATERAL.tcb_info_signature
+    longer = attrs.evolve(COLLATERAL, tcb_info_signature=signature[:32] + bytes(2) + signature[32:])
+    with pytest.raises(StatementSignatureError):
+        _ = verify_collateral(longer, now=NOW, root=ROOT)
 
 
 def test_a_key_off_the_curve_does_not_load() -> None:
