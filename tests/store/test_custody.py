@@ -9,6 +9,7 @@ import json
 import os
 import sqlite3
 import struct
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cache, partial
@@ -1050,6 +1051,21 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
         store.transact(granted("last", A, 2000))
 
 
+def test_nobody_without_the_keys_decides_that_a_log_may_lack_what_was_signed(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row is missing, so the log alone tells it, and the same fact would let servers go on."""
+    monkeypatch.setattr("chutes_proto.io.stores.marks.MarkKeeper.is_due", lambda _: True)  # not only once a second
+    with closing(evolve(place, mark_file=place.base / "store.mark").open(migrate=True)) as store:
+        fill(store)
+        store.hold_checkpoint(Checkpoint("origin", 1, bytes(32)))
+        with pytest.raises(StoreError, match="its audit log has 0 entries, and a checkpoint of 1 was signed"):
+            store.transact(granted("last", A, 2000))
+        run(place, f"INSERT INTO fact (name, value) VALUES ('loss_decided_at', {int(time.time()) + 1000})")
+        with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
+            store.transact(granted("last", A, 2000))
+
+
 OF_STORE = ("revocation", "fact", "keyring", "store_head")
 """The tables of the store's own group, with its head."""
 
@@ -1102,6 +1118,14 @@ class RaiseAndFail(Unit[None]):
         raise LookupError
 
 
+class ReadAfterHead(Unit[rows.Times]):
+    """Read the times in a unit that has read the store's head before."""
+
+    def script(self) -> Generator[Any, Any, rows.Times]:
+        _ = yield from rows.ReadRevocation("hotkey", A.hotkey)
+        return (yield from rows.ReadTimes())
+
+
 @pytest.mark.parametrize(
     "forged",
     [
@@ -1118,8 +1142,9 @@ def test_a_server_that_found_the_times_authentic_sees_their_change(place: StoreP
         server.transact(granted("second", A, 1))
         back = [copied(place, table) for table in ("fact", "store_head")]
         run(place, forged)
-        with pytest.raises(RowNotAuthentic, match=r"table (fact|store_head)"):
-            server.transact(granted("third", A, 2))
+        for unit in (granted("third", A, 2), ReadAfterHead()):
+            with pytest.raises(RowNotAuthentic, match=r"table (fact|store_head)"):
+                server.transact(unit)
         for set_back in back:
             set_back()
         server.transact(granted("third", A, 2))
