@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ pytestmark = [
 BASE, IMAGE = "localhost/chutes-proto-base", "localhost/chutes-proto-test"
 PACKAGES = "python3,python3-venv,ca-certificates"
 FILE = ROOT / "examples/container/Containerfile"
+GUIDE = ROOT / "docs/how-to/container.md"
 SECONDS = 1800
 USER = 65532
 
@@ -59,6 +61,12 @@ def pip_files() -> set[str]:
     return {path for path in paths if Path(path).exists() and not path.startswith("/root/")}
 
 
+def options_of_the_guide() -> list[str]:
+    """What the guide builds the image with, beside its name and the file."""
+    (line,) = re.findall(r"^podman build (.*) -t chutes-proto -f \S+ \.$", GUIDE.read_text(), re.MULTILINE)
+    return shlex.split(line)
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Build the image from the files of the last commit."""
@@ -79,7 +87,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environ = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")]
     settings += [word for each in environ for word in ("--env", each)]
     file = checkout / FILE.relative_to(ROOT)
-    built = ["podman", "build", "--isolation", "chroot", "--network", "host", "--build-arg", f"BASE={BASE}", *settings]
+    built = ["podman", "build", *options_of_the_guide(), "--isolation", "chroot", "--network", "host"]
+    built += ["--build-arg", f"BASE={BASE}", *settings]
     for name, limit in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
         most = resource.getrlimit(limit)[1]
         built += ["--ulimit", f"{name}={most}:{most}"]  # higher ones are not for everybody to set
@@ -155,6 +164,9 @@ def entry(image: str) -> Sequence[str]:
 
 def test_it_serves_without_root_and_with_a_read_only_root(premises: Premises, image: str) -> None:
     assert run("podman", "inspect", "--format", "{{.Config.User}}", image).strip() == f"{USER}:{USER}"
+    root = Path(run("podman", "mount", run("podman", "create", image).strip()).strip())
+    in_image = (root / "var/lib/chutes-proto").stat()  # a new volume gets its owner and its mode
+    assert (in_image.st_uid, in_image.st_gid, in_image.st_mode & 0o777) == (USER, USER, 0o700)
     state = premises.directory.with_name("state")
     state.mkdir()
     premises.edit("sqlite:keys.db", "sqlite:/var/lib/chutes-proto/keys.db")
@@ -176,15 +188,15 @@ def test_it_serves_without_root_and_with_a_read_only_root(premises: Premises, im
             with httpx.Client(base_url="http://127.0.0.1:9464", trust_env=False, timeout=60) as admin:
                 assert admin.get("/livez").text == "ok\n"
                 assert admin.get("/readyz").json()["ready"] is True
-            assert run(*container.command(*health_check())) == ""
+            assert run(*container.command(*health_check(image))) == ""
         finally:
             server.terminate()
             _ = server.wait(60)
     assert '"stopped"' in log.read_text()
 
 
-def health_check() -> Sequence[str]:
+def health_check(image: str) -> Sequence[str]:
     """The command of the image's health check."""
-    (line,) = re.findall(r"^HEALTHCHECK .*? CMD (\[.*?\])$", FILE.read_text().replace("\\\n", ""), re.MULTILINE)
-    words: list[str] = json.loads(line)
-    return words
+    words: list[str] = json.loads(run("podman", "inspect", "--format", "{{json .HealthCheck.Test}}", image))
+    assert words[0] == "CMD"
+    return words[1:]
