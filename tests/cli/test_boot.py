@@ -81,6 +81,7 @@ def test_a_refusal_is_1_with_code_and_request_id(boot: Command) -> None:
     lines = boot("--hotkey", "5" * 48)
     assert lines.code == 1
     assert "403 hotkey_rejected" in lines.out
+    assert "hotkey_rejected: not a canonical SS58 address of prefix 42, or not known here\n" in lines.out
     assert "the server's log has the reason under request" in lines.out
 
 

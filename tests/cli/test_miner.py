@@ -108,7 +108,8 @@ def test_the_life_of_a_server(
         ended = miner(*arguments, hotkey="other")
         assert ended.code == console.REFUSED
         assert ended.out.startswith("refused: Server ")
-        assert "request" in ended.out.splitlines()[1]
+        assert ended.out.splitlines()[1] == "server_not_found: the hotkey has no such server"
+        assert "request" in ended.out.splitlines()[2]
     removed = miner("servers", "remove", "vm-2")
     assert (removed.code, removed.out) == (0, "removed: vm-2; the keys of its VM are kept\n")
     assert miner("attest", "n1", *platform, "--json").json["code"] == "server_not_found"
@@ -126,6 +127,7 @@ def test_a_registration_that_is_refused_says_why(register: Command) -> None:
     ended = register("--id", "n9", "--host", "10.0.0.1")
     assert ended.code == console.REFUSED
     assert "Invalid verification host provided. (400 host_invalid" in ended.out
+    assert "host_invalid: the host is not a public address, nor a name that has only public ones\n" in ended.out
     assert "memory is not 140 GB" in register("--id", "n9", "--host", "1.2.3.4", gpus=[GPU | {"memory": 1}]).out
 
 

@@ -107,8 +107,9 @@ class PeerCommand(Command):
 def _answer_refusal(refusal: Refusal) -> int:
     def people() -> None:
         output.prose(f"refused: {refusal}", "bad")
-        if refusal.code == Code.SIGNATURE_STALE:
-            output.prose(_CLOCK)
+        for code in Code:
+            if code == refusal.code:  # the text before is often that of deployed servers, which says little
+                output.prose(_CLOCK if code is Code.SIGNATURE_STALE else f"{code}: {code.meaning}")
         if refusal.request_id:
             output.prose(f"the server's log has the reason under request {refusal.request_id}")
 

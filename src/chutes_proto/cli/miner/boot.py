@@ -68,9 +68,10 @@ def command(
     the last confirmation was lost.
 
     Examples:
-      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1
       chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --vm vm-1
-      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1 \\
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --vm vm-1 \\
+          --hotkey 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --vm vm-1 \\
           --quoter 'my-quoter {report_data}' --keys keys
 
     See also: agent, serve, register
