@@ -80,6 +80,24 @@ def test_the_top_help_has_the_first_sentence_of_each_command() -> None:
     assert said == {name: f"{sentence}." for name, (_, sentence) in COMMANDS.items()}
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("verify --collateral", "verify "),
+        ("hotkey check --signature", "hotkey check "),
+        ("keys restore vm-1 storage x --config server.toml", "keys restore "),
+        ("vm nope", "vm "),
+        ("nope", ""),
+    ],
+)
+def test_a_wrong_command_line_is_told_which_help_says_more(
+    command: Callable[..., Ended], words: str, named: str
+) -> None:
+    ended = command(*words.split())
+    assert (ended.code, ended.out) == (console.USAGE, "")
+    assert ended.err.endswith(f"; see chutes-proto {named}--help\n")
+
+
 def test_manual_pages_have_every_command_and_no_fault(tmp_path: Path, require_program: Callable[[str], str]) -> None:
     files = [tmp_path / f"{name_of(told.words)}.1" for told in ALL]
     for file, told in zip(files, ALL, strict=True):

@@ -145,7 +145,8 @@ def run(argv: Sequence[str]) -> int:
         console.tell_lines(exc.format_message())
         return console.USAGE
     except click.ClickException as exc:
-        console.complain(_problem(exc))
+        message = exc.format_message().strip().rstrip(".")
+        console.complain(f"{message[:1].lower()}{message[1:]}; see {words_of(argv)} --help")
         return console.USAGE
     return code if isinstance(code, int) else console.GRANTED
 
@@ -160,11 +161,3 @@ def words_of(argv: Sequence[str]) -> str:
             break
         found += f" {word}"
     return found
-
-
-def _problem(exc: click.ClickException) -> str:
-    """A usage error, with the command whose help says more."""
-    message = exc.format_message().strip().rstrip(".")
-    ctx = exc.ctx if isinstance(exc, click.UsageError) else None
-    words = ctx.command_path if ctx else "chutes-proto"
-    return f"{message[:1].lower()}{message[1:]}; see {words} --help"
