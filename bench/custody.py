@@ -115,6 +115,6 @@ def _cpu(work: Callable[[], object]) -> float:
 
 def _spent_by_database(store: PostgresStore) -> float:
     """The CPU of the database's process for the only session of ``store``, in ms; 0 if the system does not tell."""
-    with store._connection() as connection:
+    with store._pool.reserve() as connection:
         told = Path(f"/proc/{connection.info.backend_pid}/schedstat")
     return int(told.read_text().split()[0]) / 1e6 if told.exists() else 0

@@ -277,16 +277,16 @@ def _beginning(url: str) -> None:
         def one_boot() -> None:
             boots(store, "alone", [0], next(numbers), [])
 
-        with store._connection() as connection:
+        with store._pool.reserve() as connection:
 
             def begun(queries: Sequence[tuple[bytes, tuple[Any, ...]]]) -> None:
-                _ = connection.wait(store._exchanged(connection, (), *queries))
+                _ = connection.wait(store._database._exchanged(connection, (), *queries))
                 _ = connection.execute("ROLLBACK")
 
             bare = partial(begun, [(b"BEGIN ISOLATION LEVEL SERIALIZABLE", ())])
             works = {
                 "bare": (nothing, bare),
-                "ours": (nothing, partial(begun, store._begin.queries)),
+                "ours": (nothing, partial(begun, store._database.serializable.queries)),
                 "look": (nothing, partial(store._look, connection)),
             }
             times = microseconds(works) | microseconds({"boot": (nothing, one_boot)}, turns=4, each=50)

@@ -41,7 +41,7 @@ from chutes_proto.boot import ClientIdentity, make_client_identity
 from chutes_proto.errors import ChutesError
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server.setup import make_setup
-from chutes_proto.io.stores.postgres import _Connection
+from chutes_proto.io.stores.postgres.connection import Connection
 from chutes_proto.keys.vault import Address
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
@@ -409,7 +409,7 @@ class Probe:
         url = f"{self.database}?host={address(node)}&connect_timeout=2&target_session_attrs=read-write"
         while True:
             try:
-                with _Connection.connect(url, autocommit=True) as connection:
+                with Connection.connect(url, autocommit=True) as connection:
                     connection.answer_seconds = 2.0
                     while True:
                         _ = connection.execute("INSERT INTO probe.probe DEFAULT VALUES")

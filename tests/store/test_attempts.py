@@ -19,9 +19,9 @@ from attrs import evolve, field, frozen
 
 from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, RowNotAuthentic, StoreAway, StoreError
-from chutes_proto.io.stores import marks, postgres, turns
+from chutes_proto.io.stores import marks, turns
 from chutes_proto.io.stores.attempts import NeedsThread
-from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm, VmRow
@@ -54,7 +54,7 @@ def url(cluster: Cluster) -> Iterator[str]:
 def store(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
     """A sealed store with one connection, whose key is open, and which was compared with the mark."""
     monkeypatch.setattr(marks, "LOOK_SECONDS", 3600)
-    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
     monkeypatch.setattr(turns, "ATTEMPT_SECONDS", 60.0)  # what takes no thread does so on a busy machine, too
     arguments: Any = {"connections": 1, "busy_seconds": 0.1, "migrate": True, "vault": VAULT}
     with closing(PostgresStore(proxy.url(url, cluster), **arguments)) as store:

@@ -213,10 +213,10 @@ def test_a_slot_goes_to_the_first_that_waits_and_one_that_left_is_passed_over(on
     threads = [threading.Thread(target=store.transact, args=(gate,))]
     threads[0].start()
     assert gate.inside.wait(60)
-    store._busy_seconds = 0.01
+    store._pool._busy_seconds = 0.01
     with pytest.raises(StoreBusy, match="other transactions take too long"):
         store.transact(Ask(ReadTimes()))
-    store._busy_seconds = 30
+    store._pool._busy_seconds = 30
     assert not store._pool.slots._waiting
 
     def follow(number: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from chutes_proto.io.stores.exchange import Prepared, Query, Rows, StatementError, exchange
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.postgres.exchange import Prepared, Query, Rows, StatementError, exchange
 from tests.store.test_postgres import ask
 from tests.waiting import wait_until
 
@@ -154,7 +154,7 @@ def test_a_caller_that_is_interrupted_leaves_nothing_that_runs(migrated_schema: 
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             queries = [BEGIN, (b"SELECT pg_sleep(600)", ()), (b"SELECT 1", ()), COMMIT]
-            _ = connection.wait(store._exchanged(connection, (), *queries))
+            _ = connection.wait(store._database._exchanged(connection, (), *queries))
         _ = wait_until(lambda: not ask(migrated_schema, active))
         assert carry_out(connection, Prepared(), [(b"ROLLBACK", ()), (b"SELECT 2", ())]) == [[], [(2,)]]
     finally:

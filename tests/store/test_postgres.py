@@ -23,8 +23,8 @@ from chutes_proto.errors import (
     StoreBusy,
     StoreError,
 )
-from chutes_proto.io.stores import marks, postgres
-from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores import marks
+from chutes_proto.io.stores.postgres import PostgresStore, has_secret, transactions
 from chutes_proto.store import sql
 from chutes_proto.store._heads import RECENT_BOOTS
 from chutes_proto.store._run import Ask, Script, Unit
@@ -179,12 +179,12 @@ def test_a_table_that_a_crash_empties_is_refused(
 
 
 def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(postgres._MUST_BE, "server_encoding", "EBCDIC")
+    monkeypatch.setitem(transactions._MUST_BE, "server_encoding", "EBCDIC")
     told(lambda: PostgresStore(database), "server_encoding is 'UTF8' there")
 
 
 def test_too_old_a_server_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "_OLDEST_SERVER", 99_00_00)
+    monkeypatch.setattr(transactions, "_OLDEST_SERVER", 99_00_00)
     told(lambda: PostgresStore(database), "PostgreSQL 99 or newer is needed")
 
 
@@ -243,7 +243,7 @@ def test_a_secret_on_a_command_line_is_refused_however_it_is_written(
 def test_newer_secrets_of_libpq_are_known(name: str) -> None:
     if name not in {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}:
         pytest.skip("this libpq does not know it")
-    assert postgres.has_secret(f"postgresql://host/keys?{name}=x")
+    assert has_secret(f"postgresql://host/keys?{name}=x")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_newer_secrets_of_libpq_are_known(name: str) -> None:
     ],
 )
 def test_no_secret_is_seen_where_none_is(address: str) -> None:
-    assert not postgres.has_secret(address)
+    assert not has_secret(address)
 
 
 def test_a_wrong_password_is_said_and_not_shown(cluster: Cluster) -> None:
@@ -425,14 +425,14 @@ def test_a_long_reading_may_pause_for_as_long_as_it_likes(url: str, monkeypatch:
     """`store copy` writes elsewhere between two pages; a unit that pauses holds others up, and is ended after 10 s."""
     with closing(PostgresStore(url)) as store:
         session = None
-        lift_limits = store._lift_limits
+        lift_limits = store._database.lift_limits
 
         def lift(connection: Any) -> None:
             nonlocal session
             session = connection
             lift_limits(connection)
 
-        monkeypatch.setattr(store, "_lift_limits", lift)
+        monkeypatch.setattr(store._database, "lift_limits", lift)
         with store.snapshot() as rows:
             rows.transact(Ask(ReadTimes()))
             assert session is not None

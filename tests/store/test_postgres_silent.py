@@ -19,8 +19,10 @@ import pytest
 from attrs import evolve, field, frozen
 
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
-from chutes_proto.io.stores import marks, postgres
-from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores import marks
+from chutes_proto.io.stores.postgres import PostgresStore, transactions
+from chutes_proto.io.stores.postgres.connection import Connection
+from chutes_proto.io.stores.postgres.url import parse
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
@@ -127,7 +129,7 @@ def proxy(cluster: Cluster) -> Iterator[Proxy]:
 @pytest.fixture
 def behind(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
     """A store with one connection, through the proxy."""
-    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
     with closing(PostgresStore(proxy.url(url, cluster), connections=1, busy_seconds=0.1)) as store:
         yield store
 
@@ -221,21 +223,21 @@ def test_a_roll_back_that_is_not_answered_keeps_nobody(behind: PostgresStore, pr
 
 def test_a_store_is_not_opened_where_nothing_is_answered(behind: PostgresStore, proxy: Proxy) -> None:
     """After a connection was made; until then libpq's own bound holds."""
-    connect = postgres._Connection.connect
+    connect = Connection.connect
 
-    def mute(*args: Any, **kwargs: Any) -> postgres._Connection:
+    def mute(*args: Any, **kwargs: Any) -> Connection:
         connection = connect(*args, **kwargs)
         proxy.mute.set()
         return connection
 
     behind._pool.drop()
     with pytest.MonkeyPatch.context() as patch, bounded():
-        patch.setattr(postgres._Connection, "connect", mute)
+        patch.setattr(Connection, "connect", mute)
         told(lambda: behind.transact(Ask(ReadTimes())), "no answer for", StoreAway)
 
 
 def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
     with closing(PostgresStore(url, connections=1, busy_seconds=0.1)) as store:
         stopped = store._pool.idle[0].info.backend_pid
         os.kill(stopped, signal.SIGSTOP)
@@ -255,7 +257,7 @@ def test_a_host_that_is_gone_is_noticed_by_the_kernel() -> None:
     def options(query: str) -> list[int]:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             address = f"postgresql://me@127.0.0.1:{listening.getsockname()[1]}/keys?sslmode=disable{query}"
-            connection = psycopg.pq.PGconn.connect_start(postgres._parse(address)[0].encode())
+            connection = psycopg.pq.PGconn.connect_start(parse(address)[0].encode())
             with listening.accept()[0], socket.socket(fileno=os.dup(connection.socket)) as used:
                 connection.connect_poll()
                 found = [used.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
@@ -286,8 +288,8 @@ def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;"
         "CREATE TRIGGER slow BEFORE UPDATE ON boot EXECUTE FUNCTION slow()",
     )
-    monkeypatch.setattr(postgres, "_WORK", 0.3)
-    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(transactions, "_WORK", 0.3)
+    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
     with closing(PostgresStore(url, connections=1, busy_seconds=0.1)) as store:
         yield store
 
@@ -328,8 +330,8 @@ def test_a_restore_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> 
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;"
         "CREATE TRIGGER slow BEFORE UPDATE ON generation EXECUTE FUNCTION slow()",
     )
-    monkeypatch.setattr(postgres, "_WORK", 0.3)
-    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(transactions, "_WORK", 0.3)
+    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
     with closing(PostgresStore(url, busy_seconds=0.1)) as store:
         assert store.transact(StoreRestored(NOW)).before == 0
 
@@ -339,8 +341,8 @@ def test_a_check_takes_its_time(slow: PostgresStore) -> None:
 
 
 def test_a_migration_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "_WORK", 0.3)
-    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(transactions, "_WORK", 0.3)
+    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
     monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, sql.Step("SELECT pg_sleep(1)")))
     monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
     with closing(PostgresStore(url, busy_seconds=0.1, migrate=True)) as store:

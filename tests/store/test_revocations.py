@@ -89,7 +89,7 @@ def is_waiting(store: Any) -> bool:
 
 def waiting(store: Any) -> int:
     """The number of sessions of PostgreSQL that wait for a lock."""
-    with closing(store._connect()) as connection:
+    with closing(store._database.connect()) as connection:
         waits = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         return len(connection.execute(waits).fetchall())
 
@@ -180,7 +180,7 @@ def test_a_backup_holds_no_revocation_up(request: pytest.FixtureRequest, tmp_pat
     """pg_dump holds its lock on every table for as long as it runs."""
     with closing(StorePlace(request.getfixturevalue("migrated_schema"), tmp_path).open()) as store:
         holder: Any = store
-        with closing(holder._connect()) as backup:
+        with closing(holder._database.connect()) as backup:
             _ = backup.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; LOCK TABLE fact IN ACCESS SHARE MODE")
             store.transact(REVOKE)
             _ = backup.execute("ROLLBACK")

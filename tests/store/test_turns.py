@@ -26,8 +26,7 @@ from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.metrics import MeteredPerformer, Metrics
-from chutes_proto.io.stores import postgres
-from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.log import Record
@@ -531,7 +530,7 @@ async def test_a_database_that_hangs_for_a_while_serves_all_that_waited(
 async def test_a_paused_database_is_asked_by_one_probe_once_it_is_known_to_be_away(
     url: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "_SILENCE", 0.2)
+    monkeypatch.setattr(transactions, "_SILENCE", 0.2)
     outcomes: list[object] = []
 
     async def ask_in_turn() -> None:
@@ -566,7 +565,7 @@ async def test_a_database_that_stays_away_is_asked_by_one_and_nobody_is_answered
     last_start, latest = 6.0, 8.0
     monkeypatch.setattr(_retry, "LAST_START_SECONDS", last_start)
     monkeypatch.setattr(_retry, "LATEST_ANSWER_SECONDS", latest)
-    monkeypatch.setattr(postgres, "_SILENCE", 0.5)
+    monkeypatch.setattr(transactions, "_SILENCE", 0.5)
     asked = Asked()
     with (
         closing(Proxy(cluster)) as proxy,

@@ -13,8 +13,8 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import StoreError
-from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.postgres import migration
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import (
@@ -244,7 +244,7 @@ def test_a_migration_that_gets_no_lock_says_who_has_it(
     with psycopg.connect(empty_schema, application_name="a report") as other, ThreadPoolExecutor() as threads:
         other.execute("SELECT count(*) FROM boot")
         with monkeypatch.context() as hasty:
-            hasty.setattr(postgres, "_MIGRATION_SECONDS", 0.0)
+            hasty.setattr(migration, "_MIGRATION_SECONDS", 0.0)
             state = r"\(a report, idle in transaction, in a transaction for \d+ s\)"
             held = rf"session {other.info.backend_pid} of \w+ {state} has boot; wait for it, or end it"
             with pytest.raises(StoreError, match=f"does not get the locks.*{held}"):
@@ -279,7 +279,7 @@ def test_an_expansion_that_takes_longer_by_itself_is_given_up(
     """Else every server would wait for the locks that it has."""
     place = StorePlace(empty_schema, tmp_path)
     place.open(migrate=True).close()
-    monkeypatch.setattr(postgres, "_MIGRATION_SECONDS", 0.0)
+    monkeypatch.setattr(migration, "_MIGRATION_SECONDS", 0.0)
     with monkeypatch.context() as newer:
         set_release(newer, *CURRENT, evolve(EXPANSION, change=f"{EXPANSION.change}; SELECT pg_sleep(3)"))
         with pytest.raises(StoreError, match="its own statements take longer than a second, for which servers would"):

@@ -40,11 +40,6 @@ class DurableStore(Store, Protocol):
     """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
     schema_version: int
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
-    clock_skew: int | None
-    """Seconds of this machine's clock minus the store's own, compared last; None for a store without a clock.
-
-    It is compared in every transaction, in one that is refused for it, too.
-    """
     custody: Custody
     """The key of its rows' MACs, and the rows that were not authentic."""
     audit_waits: float
@@ -53,6 +48,14 @@ class DurableStore(Store, Protocol):
     """Why what the audit log does not have yet matters, as its sequencer found last; empty while the log is in time."""
     rollbacks: Counter[str]
     """The number of repeated transactions of each unit, since it was opened."""
+
+    @property
+    def clock_skew(self) -> int | None:
+        """Seconds of this machine's clock minus the store's own, compared last; None for a store without a clock.
+
+        It is compared in every transaction, in one that is refused for it, too.
+        """
+        ...
 
     @property
     def callers(self) -> int:
