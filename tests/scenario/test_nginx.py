@@ -8,7 +8,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,6 +18,7 @@ from attrs import frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
+from chutes_proto.io.files import write_file
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -50,27 +51,33 @@ def site(
     _ = require_program("nginx")
     folder = tmp_path_factory.mktemp("site")
     write_server(folder, PLATFORM, int(time.time()))
-    port = free_port()
-    text = CONFIGURATION.read_text()
     with (folder / "server.toml").open("a") as file:
         _ = file.write("\n" + GUIDE[0].text)
-    _ = (folder / "nginx.conf").write_text(text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
     server = start_server("--config", folder / "server.toml", "--transport", request.param, ca=folder / "ca.pem")
     try:
         assert (folder / "keys.sock").is_socket()
-        (line,) = [line for line in GUIDE[1].text.splitlines() if line.startswith("nginx ")]
-        with subprocess.Popen(
-            ["sh", "-c", f"exec {line} -e stderr"], cwd=folder, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                until_served(port, process)
-                yield Site(f"https://localhost:{port}", folder, server.url)
-            finally:
-                process.terminate()
+        with nginx(folder, CONFIGURATION.read_text()) as url:
+            yield Site(url, folder, server.url)
     finally:
         server.process.terminate()
         _ = server.process.communicate(timeout=60)
     assert not (folder / "keys.sock").exists()
+
+
+@contextmanager
+def nginx(folder: Path, text: str) -> Iterator[str]:
+    """Runs as the guide starts it, with ``text`` as its configuration; its URL."""
+    port = free_port()
+    _ = (folder / "nginx.conf").write_text(text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
+    (line,) = [line for line in GUIDE[1].text.splitlines() if line.startswith("nginx ")]
+    with subprocess.Popen(
+        ["sh", "-c", f"exec {line} -e stderr"], cwd=folder, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            until_served(port, process)
+            yield f"https://localhost:{port}"
+        finally:
+            process.terminate()
 
 
 def until_served(port: int, process: subprocess.Popen[str]) -> None:
@@ -182,3 +189,31 @@ def test_past_nginx_nobody_is_believed(site: Site) -> None:
         assert code(attest(http, victim, forged)) == (400, "bad_request")
         assert code(attest(http, victim, {"x-attestation-proxy-auth": "guess"})) == (400, "bad_request")
         assert code(http.get("/servers/nonce", headers={"x-forwarded-for": "192.0.2.7"})) == (400, "bad_request")
+
+
+def test_over_a_network_nginx_gives_its_secret_to_the_server_alone(
+    tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
+    _ = require_program("nginx")
+    write_server(tmp_path, PLATFORM, int(time.time()))
+    with (tmp_path / "server.toml").open("a") as file:
+        _ = file.write("\n" + GUIDE[3].text.replace("10.0.0.7", "127.0.0.1"))
+        _ = file.write('certificate_header = "X-Client-Cert"\naddress_header = "X-Forwarded-For"\n')
+    secret = "s" * 32
+    write_file(tmp_path / "proxy-secret", secret.encode(), mode=0o600)
+    write_file(tmp_path / "secret.conf", f'proxy_set_header X-Attestation-Proxy-Auth "{secret}";'.encode(), mode=0o600)
+    (fence,) = (fence for fence in fences(DOCS / "how-to" / "nginx.md") if fence.language == "nginx")
+    lines = fence.text.replace("keys.example", "localhost")
+    server = start_server("--config", tmp_path / "server.toml", ca=tmp_path / "ca.pem")
+    try:
+        text = CONFIGURATION.read_text().replace("proxy_pass http:", "proxy_pass https:")
+        text = text.replace("unix:keys.sock", server.url.removeprefix("https://"))
+        text = re.sub(r"proxy_set_header X-Attestation-Proxy-Auth .*", lambda _: lines, text)
+        with nginx(tmp_path, text) as url, client(url, tmp_path, identity(1)) as http:
+            assert attest(http, identity(1)).status_code == 200
+        text = text.replace("proxy_ssl_name localhost;", "proxy_ssl_name another.example;")
+        with nginx(tmp_path, text) as url, client(url, tmp_path, None) as http:
+            assert http.get("/servers/nonce").status_code == 502
+    finally:
+        server.process.terminate()
+        _ = server.process.communicate(timeout=60)
