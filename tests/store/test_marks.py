@@ -361,9 +361,13 @@ def test_the_mark_of_another_store_is_refused_and_left_alone(place: StorePlace) 
         grant(store, "1")
     assert place.mark_file is not None
     content = place.mark_file.read_bytes()
-    refused(
-        evolve(place, address="sqlite:other.db").open, "it is not the store of this mark; the mark is in .*store.mark"
-    )
+    other = evolve(place, address="sqlite:other.db")
+    assert other.path is not None
+    refused(other.open, "it does not exist, so it is not the store of this mark; the mark is in .*store.mark")
+    assert not other.path.exists()
+    with keeping(evolve(other, mark_file=None)):
+        pass
+    refused(other.open, "it is not the store of this mark; the mark is in .*store.mark")
     assert place.mark_file.read_bytes() == content
 
 

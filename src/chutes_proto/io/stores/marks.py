@@ -63,6 +63,8 @@ _ROWS: Final = f"SELECT {COLUMNS} FROM audit"  # noqa: S608 - names of ours
 _ROW: Final = f"{_ROWS} WHERE id = ?"
 """A row by its number, a parameter: SQLite keeps a statement that has been prepared by its text."""
 
+_RIGHT_ONE: Final = "name the right store, or move the file away"
+
 Change: TypeAlias = "tuple[int, AuditRow] | PurgeAudit"
 """A change of audit rows: one that was added, with its number, or a purge."""
 Copy: TypeAlias = Callable[[Sequence[tuple[int, AuditRow]]], object]
@@ -204,6 +206,13 @@ class MarkKeeper:
             self.notes.append(note)
             del self.notes[:-_NOTES]
 
+    def refuse_new(self) -> None:
+        """Raise `StoreError` if there is a mark: a store that is made now is not the one that it is of."""
+        with self._lock:
+            mark = self._mark
+        if mark is not None:
+            raise self._refused(mark, "it does not exist, so it is not the store of this mark", _RIGHT_ONE)
+
     def compare(self, ask: Ask, timeline: int) -> None:
         """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""
         with self._lock:
@@ -211,7 +220,7 @@ class MarkKeeper:
         view = _view(ask, mark, timeline, self._custody)
         now = int(time.time())
         if mark is not None and view.store_id != mark.store_id:
-            raise self._refused(mark, "it is not the store of this mark", "name the right store, or move the file away")
+            raise self._refused(mark, "it is not the store of this mark", _RIGHT_ONE)
         if mark is not None and mark.is_sealed and not view.is_sealed:
             with self._lock:
                 self._is_behind = True

@@ -543,6 +543,8 @@ class SqliteStore(MarkedStore):
         if self._inode is not None:
             self._check_file()
             return
+        if not self.path.exists():
+            self._marks.refuse_new()  # before it is made: it would be in the way of the right one
         try:
             self._make_file()
             found = self.path.stat()
