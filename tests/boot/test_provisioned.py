@@ -117,6 +117,7 @@ def test_a_fresh_image_is_told_of_with_a_proof_only() -> None:
         {"root_next": ""},
         {"key_second": ""},
         {"boot_token": "11" * 32},
+        {"boot_token": "11" * 32, "luks_quote_nonce": None},
     ],
     ids=str,
 )

@@ -161,6 +161,13 @@ def test_a_confirmation_that_is_refused(status: int, code: str) -> None:
         _ = confirm((Send, talk.refused(status, code)))
 
 
+@pytest.mark.usefixtures("told_on_purpose")
+def test_a_confirm_nonce_that_a_server_repeats_is_in_no_error() -> None:
+    with pytest.raises(Refused) as caught:
+        _ = confirm((Send, talk.refused(401, "confirm_nonce_invalid", f"no: {CONFIRM}")))
+    assert CONFIRM not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
+
+
 def test_a_confirmation_that_stays_lost() -> None:
     with pytest.raises(TransportError):
         _ = confirm(*[(Send, LOST)] * talk.SETTINGS.retry.attempts)

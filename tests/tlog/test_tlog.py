@@ -269,6 +269,14 @@ def test_other_texts_are_not_checkpoints(old: str, new: str) -> None:
     refused(open_checkpoint, text.replace(old, new, 1).encode(), SIGNER.verifier)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [("text", "te\txt", "control characters"), ("\N{EM DASH} keys", "\N{EM DASH} ke+ys", "not a signature line")],
+)
+def test_other_texts_are_not_notes(old: str, new: str, why: str) -> None:
+    refused(Note.parse, str(SIGNER.sign("text\n")).replace(old, new).encode(), why=why)
+
+
 def test_too_much_is_refused() -> None:
     note = SIGNER.sign("text\n")
     refused(Note.parse, str(note.with_signatures(note.signatures * 64)).encode(), why="more than 64 signatures")

@@ -225,6 +225,11 @@ def test_an_answer_needs_a_request() -> None:
     connection.send_response(HttpResponse(200), 0.0)
     with pytest.raises(LocalProtocolError):
         connection.send_response(HttpResponse(200), 0.0)
+    slow = ServerConnection(0.0)
+    slow.receive_data(GET[:9], 0.0)
+    slow.expire(100.0)
+    with pytest.raises(LocalProtocolError):
+        slow.send_response(HttpResponse(408), 100.0)
 
 
 @pytest.mark.parametrize(
@@ -363,6 +368,7 @@ def test_a_body_that_is_announced_too_large_is_not_read() -> None:
     for size in (b"65537", b"99999999999999999999"):
         refusal(POST + b"Content-Length: " + size + b"\r\n\r\n", 413, "body_too_large")
         refusal(POST + b"Expect: 100-continue\r\nContent-Length: " + size + b"\r\n\r\n", 413, "body_too_large")
+    refusal(POST + b"Content-Length: 65537\r\n\r\n" + b"x" * 65537, 413, "body_too_large")  # sent ahead
 
 
 def test_a_chunked_body_has_the_same_limit() -> None:

@@ -409,6 +409,7 @@ def test_a_long_chain_is_accepted(tmp_path: Path) -> None:
         (IDENTITY.chain_pem, Secret(b""), "not a private key"),
         (IDENTITY.chain_pem, Secret(IDENTITY.chain_pem), "not a private key"),
         (IDENTITY.ca_pem, IDENTITY.key_pem, "does not match the certificate"),
+        (IDENTITY.chain_pem, Secret(key_pem(rsa.generate_private_key(65537, 2048))), "does not match the certificate"),
     ],
 )
 def test_contexts_that_cannot_be(chain: bytes, key: Secret, why: str) -> None:
