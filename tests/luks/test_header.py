@@ -161,6 +161,7 @@ REFUSED: list[tuple[str, Change]] = [
     ("keyslot_area", keyslot("area", offset=str(2 * AREA + 512))),
     ("keyslot_area", keyslot("area", offset=str((16 << 20) - 4096))),
     ("keyslot_area", keyslot("area", size="253952")),
+    ("keyslot_area", keyslot("area", size=str(258048 + 512))),
     ("keyslot_area", keyslot("area", size=str(MAX_SLOT + 4096))),
     ("keyslot_area", keyslot("area", offset=str((16 << 20) - 258048 + 4096))),
     ("keyslot_area", lambda v: v["keyslots"].update({"1": headers.slot(0)})),
@@ -279,7 +280,7 @@ def test_no_member_is_unknown(path: tuple[str, ...]) -> None:
         b"{",
         b"[]",
         b"null",
-        b"x" * (AREA - 4096),
+        json.dumps(told()).encode().ljust(AREA - 4096),  # ended by nothing
         json.dumps(told()).encode() + b"\0x",
         b" \0" + json.dumps(told()).encode(),
         json.dumps(told()).encode().replace(b'"tokens"', b'"tokens": {}, "tokens"'),
@@ -367,7 +368,9 @@ def test_copies_that_are_not_one_update_apart() -> None:
         moved,
     ):
         assert rejected(copies(told(), second)).reason == "copies"
-    assert rejected(copies(told(), told(), uuid=headers.UUID.replace("f", "e"))).reason == "copies"
+    for sequences in ((4, 3), (3, 3)):
+        renamed = copies(told(), told(), uuid=headers.UUID.replace("f", "e"), sequences=sequences)
+        assert rejected(renamed).reason == "copies"
     assert rejected(copies(told(2), told(1), sequences=(3, 3))).reason == "copies"
 
 
@@ -383,6 +386,9 @@ def test_the_second_copy_is_found_without_the_first() -> None:
     header = check(head)
     assert not header.whole
     assert header.area == check(both(told())).area
+    damaged = bytearray(head)
+    damaged[AREA + 600] ^= 1
+    assert rejected(bytes(damaged)).reason == "checksum", "it is no blank disk"
 
 
 def test_a_disk_that_is_smaller_than_its_header_says() -> None:

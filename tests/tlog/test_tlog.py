@@ -117,6 +117,8 @@ def test_every_proof_of_a_small_tree_is_verified_and_no_altered_one() -> None:
         for wrong in (path[:-1], (*path, path[0]), (bytes(32), *path[1:]), ()):
             refused(merkle.verify_consistency, old, roots[old], size, roots[size], wrong)
         refused(merkle.verify_consistency, old, roots[old + 1], size, roots[size], path)
+    path = merkle.consistency_proof(tree.read, 32, 64)
+    refused(merkle.verify_consistency, 32, roots[32], 70, roots[64], path, why="too few hashes")
     refused(merkle.verify_consistency, 70, roots[70], 70, roots[69], ())
     refused(merkle.verify_consistency, 0, roots[0], 70, roots[70], (bytes(32),))
     refused(merkle.verify_consistency, 70, roots[70], 69, roots[69], ())
