@@ -388,7 +388,6 @@ class AllOf(_Combined):
 
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
-        _check_appraised(verdict, stage, event_log)
         matched: Profile | None = None
         nearest: str | None = None
         refusals: list[Refusal] = []
@@ -416,7 +415,6 @@ class AnyOf(_Combined):
 
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
-        _check_appraised(verdict, stage, event_log)
         nearest: str | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
