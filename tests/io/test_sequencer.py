@@ -424,6 +424,20 @@ def test_a_decision_of_before_excuses_no_entries_that_were_lost_since(store: Dur
     assert store.transact(ReadLogKeys(VAULT)) == (key,)
 
 
+def test_a_key_that_was_made_since_a_decision_signs_no_less_than_it_has_signed(store: DurableStore, file: Path) -> None:
+    """The file is an older one by its time alone, as a restored one is."""
+    store.transact(StoreRestored(1, "before the log began"))
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
+    store.transact(Ask(Insert(row(0, 0))))
+    sequencer.sequence()
+    assert sequencer.checkpoint() is not None
+    (key,) = store.transact(ReadLogKeys(VAULT))
+    file.write_text(str(key.sign(Checkpoint(ORIGIN, 99, bytes(32)).text)))
+    os.utime(file, (0, 0))
+    with pytest.raises(LogError, match="does not extend one of 99"):
+        sequencer.checkpoint()
+
+
 def test_all_servers_sign_with_the_key_that_one_made_after_a_loss(store: DurableStore, tmp_path: Path) -> None:
     """Each server has a file of its own; one was stopped meanwhile."""
     one, two, three = servers = [Sequencer(store, lambda: VAULT, ORIGIN, tmp_path / str(number)) for number in range(3)]
