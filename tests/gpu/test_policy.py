@@ -30,9 +30,9 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import verify_chain
-from chutes_proto.gpu._revocation import answer_about
+from chutes_proto.gpu._revocation import answer_about, read_status
 from chutes_proto.testing import SimulatedGpus
-from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate
+from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, crl
 from chutes_proto.testing._pki import Keys, flipped, pem
 from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
 
@@ -169,6 +169,9 @@ def test_revocation_has_grace_hold_and_a_floor() -> None:
     assert verified(GPUS, revocation=Revocation.of(GPUS.crls(NOW)), policy=off).devices
     named = Revocation.of(GPUS.crls(NOW, "Simulated GH100 ICA"))
     assert refused(GPUS, revocation=named, policy=off).code == "certificate_revoked"
+    (signer, issuer), keys = ("Simulated RIM Signer", "Simulated Reference Value CA"), Keys(GPUS.seed)
+    of_rims = Revocation.of([crl(keys, issuer, issuer, (keys.serial(signer),), NOW)])
+    assert refused(GPUS, revocation=of_rims, policy=off).code == "certificate_revoked"
     forged = Revocation.of(SimulatedGpus(b"another world of GPUs").crls(NOW, "Simulated GH100 ICA"))
     assert refused(GPUS, revocation=forged, policy=off).code == "status_signature"
 
@@ -190,6 +193,11 @@ def test_an_answer_about_another_issuers_certificate_is_none() -> None:
         issuer = ocsp.load_der_ocsp_response(answer).issuer_key_hash
         answers.append(answer.replace(issuer, flipped(issuer)))
     assert refused(GPUS, revocation=Revocation.of(answers)).code == "status_missing"
+
+
+def test_an_answer_that_says_only_that_it_is_one_is_none() -> None:
+    with pytest.raises(steps.StatusFormatError, match="it cannot answer"):
+        _ = read_status(b"\x30\x03\x0a\x01\x00")
 
 
 def test_a_crl_is_no_answer_about_one_certificate() -> None:
@@ -342,6 +350,8 @@ def test_a_report_that_lacks_versions_has_no_rim() -> None:
 
 def test_a_rim_is_used_in_its_time_only() -> None:
     later = NOW + 3 * 365 * 86400
+    with pytest.raises(steps.CertificateExpiredError):
+        _ = verify_rim(GPUS.rims(NOW)[0], now=later, roots=GPUS.roots)
     old = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in GPUS.rims(NOW))
     options: dict[str, Any] = {"now": later, "policy": GpuPolicy(revocation="off")}
     assert refused(GPUS, rims=old, **options).code == "certificate_expired"

@@ -33,7 +33,7 @@ from chutes_proto.quote._der import DerError
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
-from chutes_proto.testing._pki import CrlDraft, Keys, nested, sgx_tcb
+from chutes_proto.testing._pki import CertificateDraft, CrlDraft, Keys, nested, sgx_tcb
 from tests.quote.simulated import NOW, PLATFORM, collateral_of
 
 CHAIN = PLATFORM.pck_chain()
@@ -103,7 +103,7 @@ def test_times(tag: int, text: str, unix: int) -> None:
         (0x17, "240101235960Z"),
         (0x17, "24010100000 Z"),
         (0x18, "20240101000000.5Z"),
-        (0x0C, "240101000000Z"),
+        (0x0C, "20240101000000Z"),
     ],
 )
 def test_times_that_are_none(tag: int, text: str) -> None:
@@ -205,7 +205,8 @@ def test_base64_has_one_text_for_each_value(text: str, value: bytes | None) -> N
 
 def test_a_root_must_be_a_self_signed_ca() -> None:
     assert TrustedRoot.from_der(CHAIN[2]) != INTEL_ROOT
-    for wrong in (CHAIN[0], CHAIN[1], CHAIN[2][:-1], CHAIN[2][:-1] + bytes([CHAIN[2][-1] ^ 1]), b""):
+    no_ca = CertificateDraft(common_name="own", key="own", issuer="own", signer="own").der(Keys(b""))
+    for wrong in (CHAIN[0], CHAIN[1], CHAIN[2][:-1], CHAIN[2][:-1] + bytes([CHAIN[2][-1] ^ 1]), no_ca, b""):
         with pytest.raises(PolicyError, match="root CA"):
             _ = TrustedRoot.from_der(wrong)
 

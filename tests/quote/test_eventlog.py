@@ -18,6 +18,7 @@ from chutes_proto.quote._eventlog import (
     ReplayedLog,
     first_difference,
     parse_event_log,
+    parse_event_log_json,
     replay,
 )
 from chutes_proto.quote._measurements import REGISTERS
@@ -271,6 +272,8 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(parse_event_log(log(*EVENTS[:2])).events) == 2
     with pytest.raises(EventLogFormatError, match="more than 2 events"):
         _ = parse_event_log(log(*EVENTS[:3]))
+    with pytest.raises(EventLogFormatError, match="more than 2 events"):
+        _ = parse_event_log_json("[0, 0, 0]")
     with pytest.raises(EventLogFormatError, match="more than 4194304 bytes"):
         _ = parse_event_log(bytes(eventlog.MAX_SIZE + 1))
 

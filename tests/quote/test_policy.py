@@ -542,6 +542,7 @@ def test_a_migratable_td_must_say_to_whom() -> None:
         lambda: TcbPolicy(min_tcb_info_version=True),
         lambda: TcbPolicy(platform_grace=1),
         lambda: TcbPolicy(qe_grace=1),
+        lambda: TcbPolicy(accepted_statuses=["OutOfDate"], qe_grace=-1),
         lambda: TcbPolicy(collateral_grace=-1),
         lambda: TcbPolicy(collateral_grace=True),
         lambda: IdentityPolicy(ppid=()),
@@ -554,6 +555,7 @@ def test_a_migratable_td_must_say_to_whom() -> None:
         lambda: AnyOf((TcbPolicy(),)),  # type: ignore[arg-type]
         lambda: Policy(tcb=None),  # type: ignore[arg-type]
         lambda: Policy(profiles=[PROFILE]),  # type: ignore[arg-type]
+        lambda: Policy(profiles=("8xh200",)),  # type: ignore[arg-type]
         lambda: Policy(identity=AttributePolicy()),  # type: ignore[arg-type]
         lambda: Policy(measurements="none"),  # type: ignore[arg-type]
         lambda: Policy(measurements="unchecked", profiles=(PROFILE,)),

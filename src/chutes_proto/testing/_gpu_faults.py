@@ -17,7 +17,6 @@ from chutes_proto.gpu._evidence import DeviceEvidence
 from chutes_proto.quote import _der as reader
 from chutes_proto.testing._gpu_drafts import (
     BEGIN,
-    CERT_SIGN,
     COMPOSITE_ID,
     END,
     TCB_INFO,
@@ -194,7 +193,7 @@ _TABLE = (
     GpuFault("leaf_p256", "a device key on P-256", leaf=_set(curve="P-256")),
     GpuFault("leaf_off_curve", "a device key that is not a point", leaf=_set(off_curve=True)),
     GpuFault("leaf_is_ca", "a device certificate of a CA", leaf=_set(ca=True)),
-    GpuFault("leaf_may_issue", "a device certificate that may issue", leaf=_set(usage=CERT_SIGN)),
+    GpuFault("leaf_may_issue", "a device certificate that may issue", leaf=_set(usage=bytes.fromhex("03020284"))),
     GpuFault("leaf_no_usage", "a device certificate without a key usage", leaf=_set(usage=None)),
     GpuFault("brom_not_ca", "the certificate of the key in the chip is not a CA's", brom=_set(ca=False)),
     GpuFault("brom_may_not_issue", "the key in the chip may not issue", brom=_set(usage=bytes.fromhex("03020780"))),
