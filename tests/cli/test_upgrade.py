@@ -18,8 +18,8 @@ from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
-from chutes_proto.store import sql
-from chutes_proto.store.sql import Step
+from chutes_proto.store import _schema
+from chutes_proto.store._schema import Step
 from chutes_proto.sync import BootAgent
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server
@@ -132,7 +132,7 @@ def test_a_server_that_a_migration_shuts_out_is_not_ready(
     _ = wait_until(lambda: not is_ready(server))
     with monkeypatch.context() as mending:
         set_release(mending, *CURRENT, Step(""), Step("", compatible_since=len(CURRENT)))
-        mending.setattr(sql, "compatible_since", lambda: len(CURRENT))
+        mending.setattr(_schema, "compatible_since", lambda: len(CURRENT))
         place.open(migrate=True).close()
     _ = wait_until(lambda: is_ready(server))
     said = server.stop(signal.SIGTERM).err

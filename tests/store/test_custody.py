@@ -935,7 +935,7 @@ def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
         with closing(place.open()) as store:
             seal_store(store, VAULT, "test")
         with monkeypatch.context() as before:
-            before.setattr("chutes_proto.store.sql.SCHEMA_VERSION", 2)
+            before.setattr("chutes_proto.store._schema.SCHEMA_VERSION", 2)
             with pytest.raises(StoreError, match="run the release that made it"):
                 older.transact(granted("last", A, 400))
 

@@ -23,7 +23,7 @@ from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.io.stores.postgres.connection import Connection
 from chutes_proto.io.stores.postgres.url import parse
-from chutes_proto.store import sql
+from chutes_proto.store import _schema
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
@@ -343,7 +343,7 @@ def test_a_check_takes_its_time(slow: PostgresStore) -> None:
 def test_a_migration_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "_WORK", 0.3)
     monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
-    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, sql.Step("SELECT pg_sleep(1)")))
-    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
+    monkeypatch.setattr(_schema, "STEPS", (*_schema.STEPS, _schema.Step("SELECT pg_sleep(1)")))
+    monkeypatch.setattr(_schema, "SCHEMA_VERSION", len(_schema.STEPS))
     with closing(PostgresStore(url, busy_seconds=0.1, migrate=True)) as store:
-        assert store.found_version == sql.SCHEMA_VERSION - 1
+        assert store.found_version == _schema.SCHEMA_VERSION - 1

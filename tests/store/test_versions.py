@@ -15,8 +15,9 @@ from attrs import evolve
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import migration
-from chutes_proto.store import sql
+from chutes_proto.store import _schema
 from chutes_proto.store._run import Ask
+from chutes_proto.store._schema import Step
 from chutes_proto.store.rows import (
     Claim,
     DeleteServer,
@@ -27,12 +28,11 @@ from chutes_proto.store.rows import (
     Scan,
     SetHorizon,
 )
-from chutes_proto.store.sql import Step
 from chutes_proto.testing.store_suite._parts import boot, dump, sync
 from tests.store.harness import Gate
 from tests.waiting import wait_until
 
-CURRENT = sql.STEPS
+CURRENT = _schema.STEPS
 EXPANSION = Step(
     "CREATE TABLE owner (name TEXT); ALTER TABLE vm ADD COLUMN note TEXT; ALTER TABLE boot ADD COLUMN note TEXT",
     compatible_since=len(CURRENT),
@@ -49,8 +49,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
 
 def set_release(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> None:
     """From here on this is a release with these steps."""
-    monkeypatch.setattr(sql, "STEPS", steps)
-    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(steps))
+    monkeypatch.setattr(_schema, "STEPS", steps)
+    monkeypatch.setattr(_schema, "SCHEMA_VERSION", len(steps))
 
 
 @pytest.mark.parametrize("version", range(1, len(CURRENT)))
@@ -149,7 +149,10 @@ def test_what_cannot_be_read_is_not_migrated(tmp_path: Path, damage: Callable[[P
         assert path.read_bytes() == content
     else:  # root may open what nobody may
         with closing(sqlite3.connect(path)) as connection:
-            assert connection.execute(sql.READ_VERSION).fetchone()[:2] == (sql.SCHEMA_VERSION, sql.compatible_since())
+            assert connection.execute(_schema.READ_VERSION).fetchone()[:2] == (
+                _schema.SCHEMA_VERSION,
+                _schema.compatible_since(),
+            )
 
 
 def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +189,7 @@ def test_who_begins_during_a_migration_waits_and_is_refused(
     place.open(migrate=True).close()
     with monkeypatch.context() as newer:
         set_release(newer, *CURRENT, Step(""))
-        migration = [*sql.schema("postgresql", len(CURRENT))]
+        migration = [*_schema.schema("postgresql", len(CURRENT))]
     with (
         closing(place.open()) as older,
         psycopg.connect(empty_schema, autocommit=True) as other,

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.store import rows as store
+from chutes_proto.store._columns import Rows, Values, columns, mistyped
 from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import Rows, Values, columns, mistyped
 
 NOT_ASKED: Final = (
     "it is not what was asked for: an index or an operator of the database was changed, or the search_path"

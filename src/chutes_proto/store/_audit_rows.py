@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from chutes_proto.store import rows as store
+from chutes_proto.store._columns import Rows, columns
 from chutes_proto.store._macs import is_same
 from chutes_proto.store._store_group import StoreGroup
-from chutes_proto.store.sql import Rows, columns
 
 VM_VERSION: Final = columns(store.AuditRow).index("vm_version")
 HOTKEY: Final = columns(store.AuditRow).index("hotkey")

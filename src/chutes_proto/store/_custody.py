@@ -23,8 +23,8 @@ from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, SealBroken, Sto
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._answers import NOT_ASKED
+from chutes_proto.store._columns import Rows, columns, decode_rows
 from chutes_proto.store._macs import EpochKey
-from chutes_proto.store.sql import Rows, columns, decode_rows
 
 ROWS_KEY: Final = "rows"
 """The kind of the key of the MACs in `KeyringRow`."""

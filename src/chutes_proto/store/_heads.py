@@ -26,7 +26,7 @@ from attrs import define, frozen
 from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.store import rows as store
 from chutes_proto.store._answers import key_text
-from chutes_proto.store.sql import Rows, Values, columns
+from chutes_proto.store._columns import Rows, Values, columns
 
 RECENT_SECONDS: Final = 1200
 """A boot that is older than the newest one of its VM by more than this has nothing that is alive."""

@@ -23,13 +23,14 @@ from chutes_proto.store import rows as store
 from chutes_proto.store import sql
 from chutes_proto.store._answers import key_text
 from chutes_proto.store._audit_rows import fault_of, written
+from chutes_proto.store._columns import Rows, Values, decode_rows, encode
 from chutes_proto.store._custody import rows_key
 from chutes_proto.store._guard import Guard, OfGuard
 from chutes_proto.store._heads import ENTER, OF_STORE, PLACE_OF, RECENT_SECONDS, VM_OF, Head, generation_tags, in_head
 from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, epoch_of
 from chutes_proto.store._store_group import StoreGroup
 from chutes_proto.store._vm_groups import WRITTEN, OfVms, boots_of, last_vm, next_heads, rows_of_vms
-from chutes_proto.store.sql import Rows, Values, decode_rows, encode, statement
+from chutes_proto.store.sql import statement
 
 SEALED: Final = tuple(kind for kind in store.ROWS if kind not in UNSEALED and kind is not store.AuditRow)
 """The kinds of rows that have MACs, but for audit rows, whose MACs count until they are sequenced."""

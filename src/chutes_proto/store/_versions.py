@@ -18,7 +18,7 @@ from typing import Any
 from attrs import frozen
 
 from chutes_proto.errors import StoreError
-from chutes_proto.store import sql
+from chutes_proto.store import _schema
 from chutes_proto.store.rows import ROWS
 
 MIGRATE = "chutes-proto store migrate"
@@ -29,15 +29,15 @@ class Versions:
     """One open database. ``execute`` runs a statement and returns its rows; ``name`` is the store's, for errors."""
 
     name: str
-    dialect: sql.Dialect
+    dialect: _schema.Dialect
     execute: Callable[[str], Sequence[Sequence[Any]]]
 
     def found(self) -> int | None:
         """The schema version; None for an empty database. Raises `StoreError` for a foreign or damaged one."""
-        tables = {name for (name,) in self.execute(sql.TABLES[self.dialect])}
+        tables = {name for (name,) in self.execute(_schema.TABLES[self.dialect])}
         if not tables:
             return None
-        rows = self.execute(sql.READ_VERSION) if "fact" in tables else ()
+        rows = self.execute(_schema.READ_VERSION) if "fact" in tables else ()
         if not rows and tables.issuperset(kind.TABLE for kind in ROWS):
             raise self._lost()
         if not rows:
@@ -51,35 +51,35 @@ class Versions:
         """Return the schema version. Raises `StoreError`, with what to do, unless we can use it and all facts exist."""
         if self.found() is None:
             raise self._unusable("it is empty", is_older=True)
-        version = self.check(self.execute(sql.READ_VERSION))
-        if not self.execute(sql.READ_HORIZON):
+        version = self.check(self.execute(_schema.READ_VERSION))
+        if not self.execute(_schema.READ_HORIZON):
             raise self._lost()
         return version
 
     def check(self, rows: Sequence[Sequence[Any]]) -> int:
-        """As `require`, for a store that was open: ``rows`` are the present result of `sql.READ_VERSION`."""
+        """As `require`, for a store that was open: ``rows`` are the present result of `READ_VERSION`."""
         if not rows or type(rows[0][0]) is not int:
             raise self._lost()
         found, since, *_ = rows[0]
-        if found != sql.SCHEMA_VERSION and not (
-            found > sql.SCHEMA_VERSION and type(since) is int and 0 < since <= sql.SCHEMA_VERSION
+        if found != _schema.SCHEMA_VERSION and not (
+            found > _schema.SCHEMA_VERSION and type(since) is int and 0 < since <= _schema.SCHEMA_VERSION
         ):
-            state = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"
-            raise self._unusable(state, is_older=0 < found < sql.SCHEMA_VERSION)
+            state = f"it has schema version {found}, and this release knows version {_schema.SCHEMA_VERSION}"
+            raise self._unusable(state, is_older=0 < found < _schema.SCHEMA_VERSION)
         version: int = found
         return version
 
     def require_indexes(self) -> None:
         """Raise `StoreError` if an index that PostgreSQL builds apart is not complete; a newer release needs others."""
-        for name, _ in sql.indexes() if self.found() == sql.SCHEMA_VERSION else ():
-            if list(self.execute(sql.INDEX_STATE.format(name=name))) != [(True,)]:
+        for name, _ in _schema.indexes() if self.found() == _schema.SCHEMA_VERSION else ():
+            if list(self.execute(_schema.INDEX_STATE.format(name=name))) != [(True,)]:
                 raise StoreError(f"store {self.name}: the index {name} is missing or incomplete; run `{MIGRATE}`")
 
     def migrate(self) -> int | None:
         """Migrate to our schema version; returns the previous one. Raises `StoreError` for an unknown version."""
         found = self.found()
-        if found is None or 0 < found < sql.SCHEMA_VERSION:
-            for statement in sql.schema(self.dialect, found or 0):
+        if found is None or 0 < found < _schema.SCHEMA_VERSION:
+            for statement in _schema.schema(self.dialect, found or 0):
                 _ = self.execute(statement)
         _ = self.require()
         return found
@@ -89,4 +89,4 @@ class Versions:
         return StoreError(f"store {self.name}: {state}; {remedy}; nothing in it was changed")
 
     def _lost(self) -> StoreError:
-        return StoreError(f"store {self.name}: {sql.LostFactError()}")
+        return StoreError(f"store {self.name}: {_schema.LostFactError()}")

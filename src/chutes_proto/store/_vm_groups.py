@@ -19,6 +19,7 @@ from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.store import rows as store
 from chutes_proto.store import sql
 from chutes_proto.store._answers import key_text
+from chutes_proto.store._columns import Rows, Values, columns
 from chutes_proto.store._custody import REMEMBERED, Session
 from chutes_proto.store._heads import (
     CREATED_AT,
@@ -36,7 +37,6 @@ from chutes_proto.store._heads import (
 )
 from chutes_proto.store._macs import TAG_SIZE, is_same
 from chutes_proto.store._store_group import Run, StoreGroup
-from chutes_proto.store.sql import Rows, Values, columns
 
 Remembered: TypeAlias = dict[tuple[str, str], tuple[int, bytes]]
 """The heads of VMs as they are stored: version and contents, which take less memory than a `Head`."""

@@ -20,7 +20,7 @@ from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.io.stores.postgres.connection import Connection, rows_of
 from chutes_proto.io.stores.postgres.faults import AGAIN, Again, translated
 from chutes_proto.io.stores.postgres.transactions import Beginning, Database
-from chutes_proto.store.sql import INDEX_STATE, compatible_since, indexes
+from chutes_proto.store._schema import INDEX_STATE, compatible_since, indexes
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
 
