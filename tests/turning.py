@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from chutes_proto.store import sql
+from chutes_proto.store import _guard_sql, sql
 from chutes_proto.store._guard import Guard, OfGuard
 from chutes_proto.store.rows import GenerationRow, Scan
 
@@ -19,7 +19,7 @@ class Turn(OfGuard[None]):
         _ = guard.run(None, self.statement, ())
         if guard.of_store.key is None:
             return
-        for name, value in guard.run(None, sql.READ_FACTS, ()):
+        for name, value in guard.run(None, _guard_sql.READ_FACTS, ()):
             guard.of_store.note_fact(name, value)
         for row in sql.decode_rows(GenerationRow, guard.run(None, *sql.statement(Scan(GenerationRow)))):
             values = sql.encode(row)

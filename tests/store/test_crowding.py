@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import StoreBusy
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sealing import seal_store
-from chutes_proto.store import sql
+from chutes_proto.store import _guard_sql, sql
 from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import (
@@ -144,8 +144,8 @@ INSERT INTO audit (at, actor, event, decision, reason, hotkey, vm, keys, peer_ad
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        (sql.READ_HEAD, ("hotkey", "vm-1") * 2),
-        sql.read_heads([("hotkey", "vm-1")]),
+        (_guard_sql.READ_HEAD, ("hotkey", "vm-1") * 2),
+        _guard_sql.read_heads([("hotkey", "vm-1")]),
         sql.statement(ReadVmVersions((Vm("hotkey", "vm-1"),))),
     ],
 )

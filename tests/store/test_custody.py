@@ -35,7 +35,7 @@ from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, 
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import _guard, rows, sql
+from chutes_proto.store import _guard, _guard_sql, rows, sql
 from chutes_proto.store._audit_rows import judged
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._guard import Guard
@@ -513,11 +513,11 @@ def test_every_bit_of_a_row_that_has_a_mac_counts() -> None:
     whole.append(
         (
             "head",
-            read(None, sql.READ_HEAD, (*A_KEY, *A_KEY))[0][1:],
+            read(None, _guard_sql.READ_HEAD, (*A_KEY, *A_KEY))[0][1:],
             lambda row: guard.of_vms.opened(A_KEY, (None, *row)),
         )
     )
-    whole.append(("store_head", read(None, sql.READ_STORE_HEAD)[0], open_store_head))
+    whole.append(("store_head", read(None, _guard_sql.READ_STORE_HEAD)[0], open_store_head))
     flipped = 0
     for table, row, use_row in whole:
         use_row(row)

@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.store import rows, sql
+from chutes_proto.store import _guard_sql, rows, sql
 from chutes_proto.store._macs import UNSEALED
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, Pin, Row, Scan, StoreOp, Vm, VolumeRow
 from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_rows, encode, for_driver, schema, statement
@@ -142,7 +142,7 @@ def test_a_stranger_is_no_operation() -> None:
 
 
 def vms_of_page(store: MemoryStore, after: tuple[str, str]) -> list[tuple[str, str]]:
-    return [(row[0], row[1]) for row in store.connection.execute(*sql.next_heads(after, 30))]
+    return [(row[0], row[1]) for row in store.connection.execute(*_guard_sql.next_heads(after, 30))]
 
 
 def test_a_page_of_vms_costs_no_more_in_a_larger_store() -> None:

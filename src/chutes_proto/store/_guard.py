@@ -27,8 +27,8 @@ from typing import Any, ClassVar, Final, TypeVar
 from attrs import evolve
 
 from chutes_proto.errors import RowNotAuthentic
+from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
-from chutes_proto.store import sql
 from chutes_proto.store._answers import check_asked, check_types
 from chutes_proto.store._audit_rows import VM_VERSION, judged, written
 from chutes_proto.store._columns import Rows, Values, columns, decode_rows, encode
@@ -38,7 +38,7 @@ from chutes_proto.store._macs import TAG_SIZE
 from chutes_proto.store._store_group import Run, StoreGroup
 from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups
 from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import READS_ROWS, decode, kind_read, statement
+from chutes_proto.store.sql import READS_ROWS, decode, kind_read, not_sealed, statement
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -80,7 +80,7 @@ class Guard:
                 return op.carry_out(self)
             if of_store.is_locked and (type(op) in _KEYED or type(op) in _CHANGES):
                 raise of_store.locked()
-            rows = self.run(op, *statement(op, self.seal if of_store.is_locked else sql.not_sealed))
+            rows = self.run(op, *statement(op, self.seal if of_store.is_locked else not_sealed))
             if (kind := kind_read(op)) is not None:
                 check_types(kind, rows)
             return decode(op, rows)
@@ -215,7 +215,7 @@ class Guard:
     def voided(self, op: store.VoidTokens) -> None:
         """Void all boots; one that is hidden meanwhile would have a live token when it is back."""
         vm = (op.vm.hotkey, op.vm.name)
-        rows = self.run(None, sql.READ_UNVOIDED, vm)
+        rows = self.run(None, _guard_sql.READ_UNVOIDED, vm)
         _ = self.of_store.check(store.BootRow, rows)
         rows = (*self.of_vms.listed_boots(vm), *rows)
         for row in {row.boot_id: row for row in decode_rows(store.BootRow, rows) if row.voided_at is None}.values():
@@ -225,7 +225,7 @@ class Guard:
         """A candidate that is not authentic stops its own VM, and no other one."""
         faults: list[RowNotAuthentic] = []
         after: Sequence[Any] = ("", "", "")
-        while rows := self.run(None, sql.READ_CANDIDATES, (*after, _PAGE)):
+        while rows := self.run(None, _guard_sql.READ_CANDIDATES, (*after, _PAGE)):
             after = rows[-1][:3]
             with suppress(RowNotAuthentic):  # the head that is not is read again with its row
                 self.of_vms.fetch((row[0], row[1]) for row in rows)
@@ -247,7 +247,7 @@ class Guard:
 
     def deleted(self, op: store.Delete) -> store.Delete:
         if op.kind is store.BootRow:
-            for boot_id, *vm in self.run(None, sql.vms_of(len(op.keys)), op.keys):
+            for boot_id, *vm in self.run(None, _guard_sql.vms_of(len(op.keys)), op.keys):
                 head = self.of_vms.head((vm[0], vm[1]))
                 if head is not None and head.of("boot").pop(boot_id, None) is not None:
                     head.is_changed = True
@@ -309,7 +309,7 @@ def statements_ahead(ops: Iterable[StoreOp[Any]], *, with_heads: bool) -> tuple[
     for op in ops:
         vm = getattr(op, _VMS[type(op)]) if type(op) in _VMS else None
         if with_heads and isinstance(vm, store.Vm):
-            found[sql.READ_HEAD, (vm.hotkey, vm.name) * 2] = None
+            found[_guard_sql.READ_HEAD, (vm.hotkey, vm.name) * 2] = None
         found[statement(op)] = None
     return tuple(found)
 

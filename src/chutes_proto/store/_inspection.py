@@ -13,12 +13,13 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import RowNotAuthentic
+from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
-from chutes_proto.store import sql
 from chutes_proto.store._audit_rows import HOTKEY, VM, VM_VERSION, fault_of
 from chutes_proto.store._columns import Rows, decode_rows
 from chutes_proto.store._guard import Guard, OfGuard, lacking
 from chutes_proto.store._heads import FACTS, Boots, Head, expect, in_head, name_of, numbers_of, of_number
+from chutes_proto.store._schema import READ_VERSION
 from chutes_proto.store._vm_groups import COMPARE, boots_of, gone, last_vm, next_heads, pair_of, rows_of_vms
 from chutes_proto.store.sql import statement
 
@@ -40,7 +41,7 @@ class InspectRows(OfGuard[tuple[tuple[RowNotAuthentic, ...], store.Row | None]])
         faults = _faults(guard, self.kind, rows)
         if self.kind is store.BootRow and rows:
             keys = tuple(row[0] for row in rows)
-            for boot_id, given, there in guard.run(None, sql.count_given(len(keys)), keys):
+            for boot_id, given, there in guard.run(None, _guard_sql.count_given(len(keys)), keys):
                 faults.append(lacking(boot_id, given, there))
         return tuple(faults), decode_rows(self.kind, rows[-1:])[0] if len(rows) == self.limit else None
 
@@ -63,14 +64,15 @@ class InspectAudit(OfGuard[tuple[tuple[RowNotAuthentic, ...], int | None]]):
     limit: int
 
     def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], int | None]:
-        rows = guard.run(None, sql.READ_QUEUE, (self.after, self.limit))
+        rows = guard.run(None, _guard_sql.READ_QUEUE, (self.after, self.limit))
         whys = [(row, fault_of(guard.of_store, row)) for row in rows]
         faults = [RowNotAuthentic("audit", str(row[0]), why) for row, why in whys if why]
         faults += _set_back(guard, [row for row, why in whys if row[-1] is not None and not why])
         last = rows[-1][0] if len(rows) == self.limit else None
         if last is None:
             why = "it has a place that the log has not given yet"
-            faults += [RowNotAuthentic("audit", str(row[0]), why) for row in guard.run(None, sql.READ_BEYOND, ())]
+            beyond = guard.run(None, _guard_sql.READ_BEYOND, ())
+            faults += [RowNotAuthentic("audit", str(row[0]), why) for row in beyond]
         return tuple(faults), last
 
 
@@ -153,7 +155,7 @@ class InspectLogged(OfGuard[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]
     limit: int
 
     def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
-        stored = guard.run(None, sql.NEXT_LOGGED, (*pair_of(self.after), self.limit))
+        stored = guard.run(None, _guard_sql.NEXT_LOGGED, (*pair_of(self.after), self.limit))
         faults = [gone((hotkey, name), known) for hotkey, name, known, is_gone in stored if is_gone]
         return tuple(faults), last_vm(stored) if len(stored) == self.limit else None
 
@@ -171,15 +173,15 @@ class InspectStore(OfGuard[tuple[RowNotAuthentic, ...]]):
         except RowNotAuthentic as exc:
             return (exc,)
         if head is not None:
-            facts = {name: of_number(value) for name, value in guard.run(None, sql.READ_FACTS, ())}
+            facts = {name: of_number(value) for name, value in guard.run(None, _guard_sql.READ_FACTS, ())}
             for name in sorted(facts.keys() | head.of(FACTS).keys(), key=str):
                 try:
                     expect(FACTS, name, facts.get(name), head.of(FACTS).get(name))
                 except RowNotAuthentic as exc:
                     faults.append(exc)
         # Not in the head, as a migration has no key. A wrong schema version ends each transaction before this one.
-        version, since, _ = guard.run(None, sql.READ_VERSION, ())[0]
-        if type(since) is not int or not sql.SEALS_SINCE <= since <= version:
+        version, since, _ = guard.run(None, READ_VERSION, ())[0]
+        if type(since) is not int or not _guard_sql.SEALS_SINCE <= since <= version:
             why = "no migration wrote it: servers may be let in that know no MACs"
             faults.append(RowNotAuthentic(FACTS, "compatible_since", why))
         for op in (store.Scan(store.RevocationRow), store.Scan(store.KeyringRow)):

@@ -19,8 +19,8 @@ from attrs import frozen
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.secret import Secret
+from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
-from chutes_proto.store import sql
 from chutes_proto.store._answers import key_text
 from chutes_proto.store._audit_rows import fault_of, written
 from chutes_proto.store._columns import Rows, Values, decode_rows, encode
@@ -59,8 +59,8 @@ class BeginSeal(OfGuard[None]):
     random: Secret
 
     def carry_out(self, guard: Guard) -> None:
-        _ = guard.run(None, sql.END_COMPATIBILITY, ())
-        _ = guard.run(None, sql.SET_SEAL, (2 * self.row.epoch,))
+        _ = guard.run(None, _guard_sql.END_COMPATIBILITY, ())
+        _ = guard.run(None, _guard_sql.SET_SEAL, (2 * self.row.epoch,))
         guard.changed_state = True
         guard.of_store.key, guard.of_store.is_locked = EpochKey(self.row.epoch, self.random), False
         guard.perform(store.Insert(self.row))
@@ -98,7 +98,7 @@ class AdoptVms(OfGuard[tuple[tuple[store.Vm, ...], store.Vm | None]]):
         found: dict[type[store.Row], OfVms] = {}
         if bare:
             found = rows_of_vms(guard.run, self.after, last_vm(stored))
-            newest = {(row[0], row[1]): row[2] for row in guard.run(None, *sql.newest_boots(bare))}
+            newest = {(row[0], row[1]): row[2] for row in guard.run(None, *_guard_sql.newest_boots(bare))}
             found[store.BootRow] = boots_of(guard.run, {vm: at - RECENT_SECONDS for vm, at in newest.items()})
         for vm in bare:
             head = Head(0, {}, is_changed=True)
@@ -133,11 +133,11 @@ class AdoptAudit(OfGuard[tuple[int, int | None]]):
 
     def carry_out(self, guard: Guard) -> tuple[int, int | None]:
         key = _key_of(guard.of_store)
-        rows = guard.run(None, sql.READ_QUEUE, (self.after, self.limit))
+        rows = guard.run(None, _guard_sql.READ_QUEUE, (self.after, self.limit))
         stale = [row for row in rows if epoch_of(row[-1]) != key.epoch and not fault_of(guard.of_store, row)]
         bare = [(row[0], key.of_row("audit", written(row[1:-1]))) for row in stale]
         for first in range(0, len(bare), WRITTEN):
-            _ = guard.run(None, *sql.set_audit_macs(bare[first : first + WRITTEN]))
+            _ = guard.run(None, *_guard_sql.set_audit_macs(bare[first : first + WRITTEN]))
         return len(bare), rows[-1][0] if len(rows) == self.limit else None
 
 
@@ -149,7 +149,7 @@ class EndSeal(OfGuard[None]):
         of_store = guard.of_store
         of_store.begin()
         epoch = 0 if of_store.key is None else of_store.key.epoch
-        _ = guard.run(None, sql.SET_SEAL, (2 * epoch + 1,))
+        _ = guard.run(None, _guard_sql.SET_SEAL, (2 * epoch + 1,))
         guard.changed_state = of_store.is_final = True
 
 
@@ -178,7 +178,7 @@ class BeginEpoch(OfGuard[None]):
         of_store = guard.of_store
         if of_store.head() is None or of_store.key is None or of_store.epochs != (self.row.epoch - 1,):
             raise of_store.locked()
-        _ = guard.run(None, sql.SET_SEAL, (2 * self.row.epoch + 1,))
+        _ = guard.run(None, _guard_sql.SET_SEAL, (2 * self.row.epoch + 1,))
         guard.changed_state = True
         of_store.key = EpochKey(self.row.epoch, self.random)
         guard.perform(store.Insert(self.row))  # the head is written under the new key
@@ -271,7 +271,7 @@ class EndEpoch(OfGuard[int]):
         newest, *older = guard.of_store.epochs
         head = guard.of_store.head()
         for epoch in older:
-            _ = guard.run(None, sql.DELETE_ROWS_KEY, (epoch,))
+            _ = guard.run(None, _guard_sql.DELETE_ROWS_KEY, (epoch,))
             if head is not None:
                 del head.of("keyring")[rows_key(epoch)]
                 head.is_changed = True
@@ -290,4 +290,4 @@ def _key_of(of_store: StoreGroup) -> EpochKey:
 def _set_macs(guard: Guard, kind: type[store.Row], macs: list[Values]) -> None:
     """Give rows MACs; each is a row's key, and its MAC."""
     for first in range(0, len(macs), WRITTEN):
-        _ = guard.run(None, *sql.set_macs(kind, macs[first : first + WRITTEN]))
+        _ = guard.run(None, *_guard_sql.set_macs(kind, macs[first : first + WRITTEN]))

@@ -17,14 +17,16 @@ from functools import lru_cache
 from typing import Any, Final, TypeAlias, cast
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
+from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
-from chutes_proto.store import sql
 from chutes_proto.store._answers import check_once, check_types, key_text
 from chutes_proto.store._columns import Rows, Values, columns, flags
 from chutes_proto.store._custody import ROWS_KEY, Custody, Session, rows_key
 from chutes_proto.store._heads import FACTS, OF_STORE, PLACE_OF, Head, expect, expect_all, of_number, store_tag
 from chutes_proto.store._macs import EpochKey, epoch_of, is_same
+from chutes_proto.store._schema import READ_VERSION
 from chutes_proto.store.rows import StoreOp
+from chutes_proto.store.sql import statement
 
 Run: TypeAlias = Callable[[StoreOp[Any] | None, str, Values], Rows]
 """Runs a statement, of an operation or of the guard's own, in the transaction of the unit."""
@@ -106,7 +108,7 @@ class StoreGroup:
         if self._head is None and self.key is not None and self.is_final:
             stored = stored or self._stored
             if stored is None:
-                rows = self.run(None, sql.READ_STORE_HEAD, ())
+                rows = self.run(None, _guard_sql.READ_STORE_HEAD, ())
                 stored = rows[0] if rows else (None, None, None)
             version, contents, mac = stored
             if version is None:
@@ -125,10 +127,10 @@ class StoreGroup:
 
     def begin(self) -> None:
         """Begin the head, with the facts and rows that are there."""
-        facts = {name: of_number(value) for name, value in self.run(None, sql.READ_FACTS, ())}
+        facts = {name: of_number(value) for name, value in self.run(None, _guard_sql.READ_FACTS, ())}
         self._head = Head(0, {FACTS: facts}, is_changed=True)
         for kind in OF_STORE:
-            rows = self.run(None, *sql.statement(store.Scan(kind)))
+            rows = self.run(None, *statement(store.Scan(kind)))
             for values, tag in zip(rows, self.check(kind, rows), strict=True):
                 self.enter(kind, tuple(values[:-1]), tag)
 
@@ -152,7 +154,7 @@ class StoreGroup:
         if head is not None and head.is_changed and self.key is not None:
             head.advance()
             mac = self.key.mac("store head", head.version, head.stored)
-            _ = self.run(None, sql.PUT_STORE_HEAD, (head.version, head.stored, mac))
+            _ = self.run(None, _guard_sql.PUT_STORE_HEAD, (head.version, head.stored, mac))
 
     # --- comparisons with the head ---
 
@@ -216,7 +218,7 @@ def check_fact(custody: Custody, name: str, value: int, read: Callable[[str], Ro
 
     ``read`` runs a statement in the transaction that read it.
     """
-    session = custody.session(read(sql.READ_VERSION)[0][2], read)
+    session = custody.session(read(READ_VERSION)[0][2], read)
     StoreGroup(session, lambda _op, text, _values: read(text)).expect_fact(name, value)
 
 

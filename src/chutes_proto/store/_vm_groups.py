@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 from chutes_proto.errors import RowNotAuthentic
+from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
-from chutes_proto.store import sql
 from chutes_proto.store._answers import key_text
 from chutes_proto.store._columns import Rows, Values, columns
 from chutes_proto.store._custody import REMEMBERED, Session
@@ -76,7 +76,7 @@ class VmGroups:
             return None
         known = self.remembered.pop(vm, None)
         if known is None:
-            (stored,) = self._of_store.run(None, sql.READ_HEAD, (*vm, *vm))
+            (stored,) = self._of_store.run(None, _guard_sql.READ_HEAD, (*vm, *vm))
             found = self._made(vm, self.opened(vm, stored))
         else:
             found = Head.of_stored(*known)
@@ -87,7 +87,7 @@ class VmGroups:
         """Read the heads of VMs at once that are about to be asked for one by one."""
         unread = sorted({*vms} - self.heads.keys(), key=str)
         if self._of_store.key is not None and unread:
-            for hotkey, name, *stored in self._of_store.run(None, *sql.read_heads(unread)):
+            for hotkey, name, *stored in self._of_store.run(None, *_guard_sql.read_heads(unread)):
                 vm = (hotkey, name)
                 _ = self.hold(vm, self._made(vm, self.opened(vm, stored)))
 
@@ -124,7 +124,8 @@ class VmGroups:
 
     def _made(self, vm: tuple[str, str], found: Head | None) -> Head | None:
         """The head, a new one for a VM without rows, and for every VM once all are sealed."""
-        if found is None and (self._of_store.is_final or not self._of_store.run(None, sql.IS_KNOWN, vm * 4)[0][0]):
+        of_store = self._of_store
+        if found is None and (of_store.is_final or not of_store.run(None, _guard_sql.IS_KNOWN, vm * 4)[0][0]):
             return Head(0, {})
         return found
 
@@ -147,7 +148,7 @@ class VmGroups:
                 values += (*vm, head.version, head.stored, key.mac("head", *vm, head.version, head.stored))
         for first in range(0, len(values), WRITTEN * _HEAD_WIDTH):
             some = values[first : first + WRITTEN * _HEAD_WIDTH]
-            _ = self._of_store.run(None, sql.put_heads(len(some) // _HEAD_WIDTH), tuple(some))
+            _ = self._of_store.run(None, _guard_sql.put_heads(len(some) // _HEAD_WIDTH), tuple(some))
 
     def remember(self) -> None:
         """Remember the heads that were written, or only read, after `finish`: the unit is not undone by itself."""
@@ -202,7 +203,7 @@ class VmGroups:
         head = self.head(vm)
         if head is None or not (entries := head.of("boot")):
             return ()
-        stored = self._of_store.run(None, sql.READ_BOOTS_SINCE, (*vm, Boots(entries).oldest()))
+        stored = self._of_store.run(None, _guard_sql.READ_BOOTS_SINCE, (*vm, Boots(entries).oldest()))
         self.compare_boots(vm, stored, self._of_store.check(store.BootRow, stored))
         return stored
 
@@ -274,20 +275,20 @@ def last_vm(rows: Rows) -> store.Vm:
 
 def next_heads(run: Run, after: store.Vm | None, limit: int) -> Rows:
     """The next VMs with any row or a head, each with what `VmGroups.opened` takes."""
-    return run(None, *sql.next_heads(pair_of(after), limit))
+    return run(None, *_guard_sql.next_heads(pair_of(after), limit))
 
 
 def rows_of_vms(run: Run, after: store.Vm | None, last: store.Vm) -> dict[type[store.Row], OfVms]:
     """The claims, volumes and generations of the VMs after ``after`` until ``last``."""
     return {
-        kind: _grouped(kind, run(None, sql.READ_OF_VMS[kind], (*pair_of(after), *pair_of(last))))
+        kind: _grouped(kind, run(None, _guard_sql.READ_OF_VMS[kind], (*pair_of(after), *pair_of(last))))
         for kind in (store.VmRow, store.VolumeRow, store.GenerationRow)
     }
 
 
 def boots_of(run: Run, since: dict[tuple[str, str], int]) -> OfVms:
     """The boots of each VM from a time on."""
-    return _grouped(store.BootRow, run(None, *sql.boots_since(since)) if since else ())
+    return _grouped(store.BootRow, run(None, *_guard_sql.boots_since(since)) if since else ())
 
 
 def _grouped(kind: type[store.Row], rows: Rows) -> OfVms:

@@ -1,6 +1,7 @@
 """The rows as SQL text: one set of statements for two dialects, without a connection.
 
-The schema is in ``_schema.py``, and rows become values and values rows in ``_columns.py``.
+The schema is in ``_schema.py``, rows become values and values rows in ``_columns.py``, and the guard has statements of
+its own in ``_guard_sql.py``.
 
 Rules kept here:
 
@@ -81,7 +82,7 @@ _GIVEN: Final = (
 _NEWEST: Final = "ORDER BY created_at DESC LIMIT 1"
 
 
-def _stored(kind: type[store.Row]) -> tuple[str, ...]:
+def stored_columns(kind: type[store.Row]) -> tuple[str, ...]:
     """The columns of a table: those of its row, and the MAC."""
     return columns(kind) if kind in UNSEALED else (*columns(kind), "mac")
 
@@ -91,12 +92,12 @@ def _sealed(row: store.Row, seal: Seal) -> Values:
     return values if kind in UNSEALED else (*values, seal(kind, values))
 
 
-def _select(kind: type[store.Row], rest: str, *others: str) -> str:
-    return f"SELECT {', '.join((*others, *_stored(kind)))} FROM {kind.TABLE} {rest}"  # noqa: S608 - names of ours
+def select(kind: type[store.Row], rest: str, *others: str) -> str:
+    return f"SELECT {', '.join((*others, *stored_columns(kind)))} FROM {kind.TABLE} {rest}"  # noqa: S608 - names of ours
 
 
 def _insert(kind: type[store.Row]) -> str:
-    names = _stored(kind)
+    names = stored_columns(kind)
     return f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
 
 
@@ -108,14 +109,14 @@ _FIXED: Final[Mapping[type[store.Row], tuple[str, ...]]] = {
 
 def _put(kind: type[store.Row]) -> str:
     fixed = (*kind.KEY, *_FIXED.get(kind, ()))
-    changes = ", ".join(f"{name} = excluded.{name}" for name in _stored(kind) if name not in fixed)
+    changes = ", ".join(f"{name} = excluded.{name}" for name in stored_columns(kind) if name not in fixed)
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
 def _insert_all(op: store.InsertAll | store.InsertBootVolumes, seal: Seal) -> tuple[str, Values]:
     kind: type[store.Row] = type(op.rows[0])
-    text = _insert(kind) + f", ({', '.join('?' * len(_stored(kind)))})" * (len(op.rows) - 1)
-    return text, _chained(_sealed(row, seal) for row in op.rows)
+    text = _insert(kind) + f", ({', '.join('?' * len(stored_columns(kind)))})" * (len(op.rows) - 1)
+    return text, chained(_sealed(row, seal) for row in op.rows)
 
 
 def _claim(kind: type[store.Row]) -> str:
@@ -124,14 +125,14 @@ def _claim(kind: type[store.Row]) -> str:
 
 @cache
 def _read(kind: type[store.Row], columns: tuple[str, ...]) -> str:
-    return _select(kind, f"WHERE {' AND '.join(f'{name} = ?' for name in columns)}")
+    return select(kind, f"WHERE {' AND '.join(f'{name} = ?' for name in columns)}")
 
 
 def _values(key: str | bytes | store.Vm) -> Values:
     return PARTS[store.Vm](key) if isinstance(key, store.Vm) else (key,)
 
 
-_SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in store.ROWS}
+_SCANS: Final = {kind: select(kind, "" if kind.KEY else "ORDER BY id") for kind in store.ROWS}
 
 
 # --- replies ---
@@ -226,11 +227,11 @@ def _write(
 
 
 def _one(kind: type[store.Row], where: str) -> _Query:
-    return _query(_select(kind, f"WHERE {where}"), partial(_first, kind))
+    return _query(select(kind, f"WHERE {where}"), partial(_first, kind))
 
 
 def _all(kind: type[store.Row], where: str) -> _Query:
-    return _query(_select(kind, f"WHERE {where}"), partial(_sorted, kind))
+    return _query(select(kind, f"WHERE {where}"), partial(_sorted, kind))
 
 
 def _count(kind: type[store.Row], where: str) -> _Query:
@@ -240,7 +241,7 @@ def _count(kind: type[store.Row], where: str) -> _Query:
 def _page(kind: type[store.Row], order: tuple[str, ...], where: str, *, is_first: bool) -> str:
     """The statement of one page: the values of the last row before it come after those of ``where``, then a limit."""
     beyond = "" if is_first else f" AND ({', '.join(order)}) > ({', '.join('?' * len(order))})"
-    return _select(kind, f"WHERE {where}{beyond} ORDER BY {', '.join(order)} LIMIT ?")
+    return select(kind, f"WHERE {where}{beyond} ORDER BY {', '.join(order)} LIMIT ?")
 
 
 def _read_page(op: store.ReadPage[Any]) -> tuple[str, Values]:
@@ -288,7 +289,7 @@ def _audit(wanted: tuple[str, ...], *, backwards: bool, through: bool) -> _Query
         *(_WANTED[name] for name in wanted),
     )
     return _query(
-        _select(store.AuditRow, f"WHERE {' AND '.join(within)} ORDER BY id{order} LIMIT :limit", "id"), _numbered
+        select(store.AuditRow, f"WHERE {' AND '.join(within)} ORDER BY id{order} LIMIT :limit", "id"), _numbered
     )
 
 
@@ -355,7 +356,7 @@ def _rewrap(op: store.RewrapGenerations, seal: Seal) -> tuple[str, Values]:
         (*encode(row)[: len(_KEY)], row.kek_id, row.wrapped_key, mac) for row, mac in zip(op.rows, macs, strict=True)
     )
     # NULLs alone have no type that PostgreSQL could know.
-    return _rewrap_many(len(op.rows), is_sealed=macs[0] is not None), _chained(rows)
+    return _rewrap_many(len(op.rows), is_sealed=macs[0] is not None), chained(rows)
 
 
 def _sequence(op: store.Sequence) -> tuple[str, Values]:
@@ -365,7 +366,7 @@ def _sequence(op: store.Sequence) -> tuple[str, Values]:
         # The sign keeps SQLite from scanning all rows without an index for each of these.
         " WHERE id = CAST(fresh.column1 AS BIGINT) AND +idx IS NULL RETURNING id"
     )
-    return text, _chained(op.rows)
+    return text, chained(op.rows)
 
 
 def _set_apart(op: store.SetApart) -> tuple[str, Values]:
@@ -374,10 +375,10 @@ def _set_apart(op: store.SetApart) -> tuple[str, Values]:
         "UPDATE audit SET idx = (SELECT coalesce(min(idx), 0) FROM audit WHERE idx < 0) - CAST(fresh.column2 AS BIGINT)"  # noqa: S608
         f" FROM (VALUES {', '.join(['(?, ?)'] * len(op.numbers))}) AS fresh WHERE id = CAST(fresh.column1 AS BIGINT)"
     )
-    return text, _chained((number, at) for at, number in enumerate(op.numbers, 1))
+    return text, chained((number, at) for at, number in enumerate(op.numbers, 1))
 
 
-def _logged_version(hotkey: str, vm: str) -> str:
+def logged_version(hotkey: str, vm: str) -> str:
     """The newest version of a VM's head that the log knows, or NULL, from one row of the index ``audit_version``.
 
     ``max`` reads all rows of the VM where PostgreSQL takes them for few: each boot reads more than the one before, and
@@ -389,16 +390,16 @@ def _logged_version(hotkey: str, vm: str) -> str:
     )
 
 
-_NAMED_VERSION: Final = _logged_version("CAST(column1 AS TEXT)", "CAST(column2 AS TEXT)")
+NAMED_VERSION: Final = logged_version("CAST(column1 AS TEXT)", "CAST(column2 AS TEXT)")
 
 
 def _read_vm_versions(op: store.ReadVmVersions) -> tuple[str, Values]:
     named = ", ".join(["(?, ?)"] * len(op.vms))
-    text = f"SELECT column1, column2, {_NAMED_VERSION} FROM (VALUES {named}) AS named"  # noqa: S608 - no names
-    return text, _chained(map(_values, op.vms))
+    text = f"SELECT column1, column2, {NAMED_VERSION} FROM (VALUES {named}) AS named"  # noqa: S608 - no names
+    return text, chained(map(_values, op.vms))
 
 
-def _chained(rows: Iterable[Values]) -> Values:
+def chained(rows: Iterable[Values]) -> Values:
     return tuple(chain.from_iterable(rows))
 
 
@@ -453,10 +454,10 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         lambda op, rows: _sorted(op.kind, rows),
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
-    store.ReadGpus: _query(_select(store.GpuRow, "WHERE server_id = :server_id"), partial(_sorted, store.GpuRow)),
+    store.ReadGpus: _query(select(store.GpuRow, "WHERE server_id = :server_id"), partial(_sorted, store.GpuRow)),
     store.FindDeclaration: _query("SELECT min(server_id) FROM gpu WHERE uuid = :uuid", lambda rows: rows[0][0]),
     store.ReadHostProfiles: _query(
-        _select(store.HostProfileRow, "ORDER BY created_at, fingerprint LIMIT :limit"),
+        select(store.HostProfileRow, "ORDER BY created_at, fingerprint LIMIT :limit"),
         partial(decode_rows, store.HostProfileRow),
     ),
     store.ReadPage: _Query(_read_page, lambda op, rows: decode_rows(op.kind, rows)),
@@ -563,7 +564,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
     store.VoidTokens: _query(f"UPDATE boot SET voided_at = :at WHERE voided_at IS NULL AND {_THE_VM}"),  # noqa: S608
     store.ReadBootVolumes: _query(
-        _select(store.BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"),
+        select(store.BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"),
         partial(decode_rows, store.BootVolumeRow),
     ),
     # keys and volumes
@@ -600,7 +601,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     store.ReadAudit: _Query(_read_audit, lambda _, rows: _numbered(rows)),
     store.LockLog: _one(store.LogStateRow, "log = 'audit'{lock}"),
     store.ReadUnsequenced: _query(
-        _select(store.AuditRow, "WHERE idx IS NULL AND id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered
+        select(store.AuditRow, "WHERE idx IS NULL AND id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered
     ),
     store.FindBeyond: _query(
         "SELECT id FROM audit WHERE idx >= :size ORDER BY idx LIMIT :limit", lambda rows: tuple(row[0] for row in rows)
@@ -613,7 +614,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     ),
     store.Sequence: _Query(_sequence, lambda _, rows: len(rows)),
     store.ReadLog: _query(
-        _select(store.AuditRow, "WHERE idx >= :first ORDER BY idx LIMIT :limit"), partial(decode_rows, store.AuditRow)
+        select(store.AuditRow, "WHERE idx >= :first ORDER BY idx LIMIT :limit"), partial(decode_rows, store.AuditRow)
     ),
     store.ReadTile: _one(store.LogTileRow, "level = :level AND tile = :tile"),
     store.FindRecent: _query(
@@ -682,173 +683,3 @@ def statement(op: store.StoreOp[Any], seal: Seal = not_sealed) -> tuple[str, Val
 def decode(op: store.StoreOp[Any], rows: Rows) -> Any:
     """The reply to an operation, from the rows that its statement returned, which may be none."""
     return _QUERIES[type(op)].reply(op, rows)
-
-
-# --- the seal ---
-
-READ_HEAD: Final = (
-    f"SELECT known.version, head.version, contents, mac FROM (SELECT {_logged_version('?', '?')} AS version) AS known"  # noqa: S608
-    " LEFT JOIN head ON head.hotkey = ? AND head.vm = ?"
-)
-"""The statement that reads the newest version of a VM's head that the log knows, and the head; NULLs without one."""
-READ_UNVOIDED: Final = _select(store.BootRow, "WHERE voided_at IS NULL AND hotkey = ? AND vm = ? ORDER BY created_at")
-READ_BOOTS_SINCE: Final = _select(store.BootRow, "WHERE hotkey = ? AND vm = ? AND created_at >= ? ORDER BY created_at")
-READ_CANDIDATES: Final = _select(
-    store.GenerationRow,
-    "WHERE state = 'candidate' AND NOT provisional AND (hotkey, vm, volume) > (?, ?, ?)"
-    " ORDER BY hotkey, vm, volume LIMIT ?",
-)
-"""The statement that reads the next candidates that are not in doubt; a volume has one at most."""
-
-
-def read_heads(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
-    """The statement that reads what `READ_HEAD` does, after the VM, of each of these VMs."""
-    return (
-        f"SELECT column1, column2, {_NAMED_VERSION}, head.version, contents, mac"  # noqa: S608
-        f" FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"
-        " LEFT JOIN head ON head.hotkey = CAST(column1 AS TEXT) AND head.vm = CAST(column2 AS TEXT)"
-    ), _chained(vms)
-
-
-_OF_VM: Final = ("vm", "generation", "volume", "boot")
-
-
-def _has_row(hotkey: str, vm: str) -> str:
-    return " OR ".join(
-        f"EXISTS (SELECT 1 FROM {of} WHERE {of}.hotkey = {hotkey} AND {of}.vm = {vm})"  # noqa: S608 - names of ours
-        for of in _OF_VM
-    )
-
-
-IS_KNOWN: Final = f"SELECT {_has_row('?', '?')}"
-"""The statement that tells whether a VM has any row."""
-_NEXT_VMS: Final = (
-    "SELECT hotkey, vm FROM ("  # noqa: S608
-    + " UNION ".join(
-        # Each table is read for one page alone, and not to its end for every page.
-        f"SELECT * FROM (SELECT DISTINCT hotkey, vm FROM {table} WHERE (hotkey, vm) > (?, ?)"  # noqa: S608
-        f" ORDER BY hotkey, vm LIMIT ?) AS next_of_{table}"
-        for table in (*_OF_VM, "head")
-    )
-    + ") AS every_vm ORDER BY hotkey, vm LIMIT ?"
-)
-NEXT_HEADS: Final = (
-    f"SELECT page.hotkey, page.vm, {_logged_version('page.hotkey', 'page.vm')}, head.version, contents, mac"  # noqa: S608
-    f" FROM ({_NEXT_VMS}) AS page LEFT JOIN head ON head.hotkey = page.hotkey AND head.vm = page.vm"
-    " ORDER BY page.hotkey, page.vm"
-)
-"""The statement of `next_heads`."""
-READ_OF_VMS: Final = {
-    kind: _select(kind, "WHERE (hotkey, vm) > (?, ?) AND (hotkey, vm) <= (?, ?)")
-    for kind in (store.VmRow, store.VolumeRow, store.GenerationRow)
-}
-"""The statements that read the rows of the VMs after one until another one."""
-
-
-@cache
-def put_heads(count: int) -> str:
-    """The statement that writes the heads of so many VMs."""
-    return (
-        f"INSERT INTO head (hotkey, vm, version, contents, mac) VALUES {', '.join(['(?, ?, ?, ?, ?)'] * count)}"  # noqa: S608
-        " ON CONFLICT (hotkey, vm)"
-        " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
-    )
-
-
-def next_heads(after: tuple[str, str], limit: int) -> tuple[str, Values]:
-    """The statement that reads what `READ_HEAD` does, after the VM, of the next VMs with any row or a head."""
-    return NEXT_HEADS, (*after, limit) * (len(_OF_VM) + 1) + (limit,)
-
-
-NEXT_LOGGED: Final = (
-    f"SELECT page.hotkey, page.vm, {_logged_version('page.hotkey', 'page.vm')},"  # noqa: S608
-    f" head.vm IS NULL AND NOT ({_has_row('page.hotkey', 'page.vm')})"
-    " FROM (SELECT DISTINCT hotkey, vm FROM audit WHERE (hotkey, vm) > (?, ?) AND idx >= 0 AND vm_version IS NOT NULL"
-    " ORDER BY hotkey, vm LIMIT ?) AS page"
-    " LEFT JOIN head ON head.hotkey = page.hotkey AND head.vm = page.vm ORDER BY page.hotkey, page.vm"
-)
-"""The statement that reads the next VMs of the log, the newest version of each, and whether it has no row and no head.
-
-It takes the VM after which to begin, and the most VMs to read.
-"""
-
-
-def boots_since(since: Mapping[tuple[str, str], int]) -> tuple[str, Values]:
-    """The statement that reads the boots of each VM from a time on, the oldest first."""
-    named = ", ".join(f"boot.{name}" for name in _stored(store.BootRow))
-    text = (
-        f"SELECT {named} FROM (VALUES {', '.join(['(?, ?, ?)'] * len(since))}) AS of"  # noqa: S608
-        " JOIN boot ON boot.hotkey = CAST(of.column1 AS TEXT) AND boot.vm = CAST(of.column2 AS TEXT)"
-        " AND boot.created_at >= CAST(of.column3 AS BIGINT) ORDER BY boot.created_at"
-    )
-    return text, _chained((*vm, at) for vm, at in since.items())
-
-
-def newest_boots(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
-    """The statement that reads the time of the newest boot of each VM that has any."""
-    text = (
-        f"SELECT hotkey, vm, max(created_at) FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"  # noqa: S608
-        " JOIN boot ON boot.hotkey = CAST(of.column1 AS TEXT) AND boot.vm = CAST(of.column2 AS TEXT)"
-        " GROUP BY hotkey, vm"
-    )
-    return text, _chained(vms)
-
-
-def set_macs(kind: type[store.Row], rows: Sequence[Values]) -> tuple[str, Values]:
-    """The statement that gives rows MACs; each is a row's key, and its MAC."""
-    types = ["BIGINT" if isinstance(value, int) else "TEXT" for value in rows[0][:-1]]
-    key = (f"{name} = CAST(fresh.column{at} AS {types[at - 1]})" for at, name in enumerate(kind.KEY, 1))
-    marks = f"({', '.join('?' * len(rows[0]))})"
-    text = (
-        f"UPDATE {kind.TABLE} SET mac = fresh.column{len(rows[0])}"  # noqa: S608
-        f" FROM (VALUES {', '.join([marks] * len(rows))}) AS fresh WHERE {' AND '.join(key)}"
-    )
-    return text, _chained(rows)
-
-
-READ_QUEUE: Final = _select(store.AuditRow, "WHERE idx IS NULL AND id > ? ORDER BY id LIMIT ?", "id")
-"""The statement that reads the next audit rows that are not sequenced, each after its number."""
-READ_BEYOND: Final = (
-    "SELECT id FROM audit WHERE idx >= coalesce((SELECT size FROM log_state WHERE log = 'audit'), 0)"
-    " ORDER BY idx LIMIT 1000"
-)
-"""The statement that reads the numbers of audit rows that claim a place which the log has not given yet."""
-
-
-def set_audit_macs(rows: Sequence[Values]) -> tuple[str, Values]:
-    """The statement that gives audit rows MACs; each is a row's number, and its MAC."""
-    text = (
-        "UPDATE audit SET mac = fresh.column2"  # noqa: S608
-        f" FROM (VALUES {', '.join(['(?, ?)'] * len(rows))}) AS fresh"
-        " WHERE id = CAST(fresh.column1 AS BIGINT)"
-    )
-    return text, _chained(rows)
-
-
-def vms_of(count: int) -> str:
-    """The statement that reads the VMs of boots."""
-    return f"SELECT boot_id, hotkey, vm FROM boot WHERE boot_id IN ({', '.join('?' * count)})"  # noqa: S608
-
-
-def count_given(count: int) -> str:
-    """The statement that reads those of some boots which were given another number of volumes than there are."""
-    return (
-        "SELECT boot_id, given, there FROM (SELECT boot_id, given,"  # noqa: S608
-        " (SELECT count(*) FROM boot_volume WHERE boot_volume.boot_id = boot.boot_id) AS there"
-        f" FROM boot WHERE given IS NOT NULL AND boot_id IN ({', '.join('?' * count)})) AS counted WHERE given <> there"
-    )
-
-
-READ_STORE_HEAD: Final = "SELECT version, contents, mac FROM store_head WHERE name = 'store'"
-PUT_STORE_HEAD: Final = (
-    "INSERT INTO store_head (name, version, contents, mac) VALUES ('store', ?, ?, ?) ON CONFLICT (name)"
-    " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
-)
-READ_FACTS: Final = "SELECT name, value FROM fact WHERE name NOT IN ('schema_version', 'compatible_since', 'seal')"
-"""The facts that the head of the store's own group has; ``seal`` is known from the keyring and the mark."""
-SET_SEAL: Final = "UPDATE fact SET value = ? WHERE name = 'seal'"
-DELETE_ROWS_KEY: Final = "DELETE FROM keyring WHERE kind = 'rows' AND epoch = ?"
-END_COMPATIBILITY: Final = f"UPDATE fact SET value = {SCHEMA_VERSION} WHERE name = 'compatible_since'"  # noqa: S608
-"""The statement after which servers of no older schema version use the database: they know nothing of MACs."""
-SEALS_SINCE: Final = 3
-"""The first schema version whose servers know MACs."""
