@@ -85,6 +85,32 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
     assert set(children()) <= others
 
 
+@pytest.mark.parametrize("all_are_told", [False, True], ids=["the supervisor", "every process"])
+def test_a_start_that_is_stopped_is_not_one_that_failed(tmp_path: Path, all_are_told: bool) -> None:
+    """systemd tells every process, a container runtime the first one. The start of a worker may take long."""
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    running = Running(make_setup(ServerConfig.load(tmp_path / "server.toml")))
+    others, log = set(children()), tmp_path / "log"
+
+    def stop() -> None:
+        _ = wait_until(lambda: len(set(children()) - others) == 2)
+        workers = set(children()) - others
+        os.kill(os.getpid(), signal.SIGUSR2)
+        for pid in workers if all_are_told else ():
+            os.kill(pid, signal.SIGTERM)
+
+    with log.open("wb") as file, closing(LogWriter(file.fileno())) as writer, ThreadPoolExecutor() as one:
+        told = one.submit(stop)
+        program = ["sleep", "60"]
+        supervisor = Supervisor(running, 2, program, [], False, writer, keeps_metrics=False, stop_seconds=60)
+        begun = time.monotonic()
+        assert supervisor.run([signal.SIGUSR2], lambda: pytest.fail("it serves"), None, "") is False
+        assert time.monotonic() - begun < 30
+        told.result()
+    assert set(children()) <= others
+    assert '"stopping"' in log.read_text()
+
+
 def test_a_signal_that_does_not_end_the_wait_is_carried_out(tmp_path: Path) -> None:
     """The kernel may hand it to another thread, or just before the wait: it then ends no system call."""
     write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))

@@ -30,6 +30,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from select import select
 from socket import recv_fds, send_fds, socket, socketpair
 from typing import Any, Final, ParamSpec
 
@@ -268,6 +269,8 @@ class Supervisor:
     _due: list[tuple[float, str, object]] = field(init=False, factory=list)
     """Events of the future, each after its time on the monotonic clock."""
     _workers: list[_Worker] = field(init=False, factory=list)
+    _is_told_to_stop: bool = field(init=False, default=False)
+    """Noted by the handler of a signal; `_stopping`, once the workers are told."""
     _stopping: bool = field(init=False, default=False)
     _to_stop: SignalsToStop = field(init=False, factory=SignalsToStop)
     _reloading: threading.Lock = field(init=False, factory=threading.Lock)
@@ -313,11 +316,16 @@ class Supervisor:
     def run(self, stops: Sequence[signal.Signals], ready: Callable[[], None], door: Door | None, store: str) -> bool:
         """Serve until stopped; ``ready`` is called once all workers serve. Returns whether the sockets were taken over.
 
-        Raises `StoreError` if the first workers do not start. Must run in the main thread.
+        Raises `StoreError` if the first workers do not start, and nobody stops them. Must run in the main thread.
         """
+
+        def hear(number: int, _: object) -> None:
+            self._is_told_to_stop |= number in stops
+            self._events.put(("signal", signal.Signals(number)))
+
         with ExitStack() as opened:
             for told in (*stops, signal.SIGHUP):
-                before = signal.signal(told, lambda found, _: self._events.put(("signal", signal.Signals(found))))
+                before = signal.signal(told, hear)
                 _ = opened.callback(signal.signal, told, before)
             life, ours = os.pipe()
             _ = opened.callback(os.close, life)
@@ -329,13 +337,25 @@ class Supervisor:
             _ = opened.callback(self._kill)
             for number in range(self.count):
                 self._start(number, life, environ)
-            for worker in self._workers:
-                if not _serves(worker):
-                    raise StoreError(f"worker {worker.number} did not start; the log says why")
-            ready()
-            if door is not None:
-                threading.Thread(target=self._await_successor, args=(door, store), daemon=True).start()
+            if all(map(self._serves, self._workers)):
+                ready()
+                if door is not None:
+                    threading.Thread(target=self._await_successor, args=(door, store), daemon=True).start()
             return self._supervise(life, environ)
+
+    def _serves(self, worker: _Worker) -> bool:
+        """Wait until a worker says its first URL; False if all are to stop. Raises `StoreError` if it ended before.
+
+        A service manager may tell it to stop, too, so it may have ended for that.
+        """
+        out = worker.process.stdout
+        while not self._is_told_to_stop and out is not None:
+            if select([out], [], [], _LOOK_SECONDS)[0]:
+                if out.readline():
+                    return True
+                if not self._is_told_to_stop:
+                    raise StoreError(f"worker {worker.number} did not start; the log says why")
+        return False
 
     def _start(self, number: int, life: int, environ: dict[str, str]) -> None:
         ours, theirs = socketpair()
@@ -462,9 +482,3 @@ class Supervisor:
 def worker_command(config: str, transport: str) -> list[str]:
     """The command of a worker."""
     return [sys.executable, "-m", "chutes_proto", "serve", "--config", config, "--transport", transport]
-
-
-def _serves(worker: _Worker) -> bool:
-    """Wait until a worker says its first URL; False if it ended before."""
-    out = worker.process.stdout
-    return out is not None and out.readline() != b""
