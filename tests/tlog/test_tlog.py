@@ -255,6 +255,7 @@ def test_a_receipt_with_one_bit_changed_is_refused() -> None:
         ("keys.example/audit\n3", "keys.example/audit\n-3"),
         ("keys.example/audit\n3", "keys.example/audit\n9223372036854775808"),
         ("keys.example/audit\n3", "\n3"),
+        ("keys.example/audit\n3", "keys.example\taudit\n3"),
         ("A=\n\n", "A=\nextension\n\n"),
         ("A=\n\n", "A\n\n"),
         ("AAA=\n\n", "AAB=\n\n"),
@@ -266,17 +267,10 @@ def test_a_receipt_with_one_bit_changed_is_refused() -> None:
     ],
 )
 def test_other_texts_are_not_checkpoints(old: str, new: str) -> None:
+    """Before a signature is looked at, which would be wrong as well."""
     text = str(SIGNER.sign(Checkpoint(SIGNER.name, 3, bytes(32)).text))
     assert old in text
-    refused(open_checkpoint, text.replace(old, new, 1).encode(), SIGNER.verifier)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "why"),
-    [("text", "te\txt", "control characters"), ("\N{EM DASH} keys", "\N{EM DASH} ke+ys", "not a signature line")],
-)
-def test_other_texts_are_not_notes(old: str, new: str, why: str) -> None:
-    refused(Note.parse, str(SIGNER.sign("text\n")).replace(old, new).encode(), why=why)
+    refused(lambda: Checkpoint.of(Note.parse(text.replace(old, new, 1).encode())))
 
 
 def test_too_much_is_refused() -> None:
