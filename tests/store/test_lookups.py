@@ -14,8 +14,8 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.store import _custody
 from chutes_proto.store._custody import Custody, SeenHeads
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import FindLastBoot, GenerationRow, Platform, Read, ReadUnclaimed, VmRow
+from chutes_proto.store._run import Ask, Unit
+from chutes_proto.store.rows import FindLastBoot, GenerationRow, Platform, Read, ReadRevocation, ReadUnclaimed, VmRow
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
@@ -122,8 +122,11 @@ def test_a_revocation_stays_where_the_mark_alone_is_shown_the_newest_head(empty_
     run(place, f"CREATE VIEW store_head AS {both}")
     run(place, "UPDATE fact SET value = 0 WHERE name = 'revocations'")
     run(place, "DELETE FROM revocation")
-    with closing(place.open()) as store, pytest.raises(RowNotAuthentic, match="it has version 1, and version 2 was"):
-        store.transact(boot("three"))
+    with closing(place.open()) as store:
+        units: tuple[Unit[object], ...] = (boot("three"), Ask(ReadRevocation("hotkey", VM.hotkey)))
+        for unit in units:
+            with pytest.raises(RowNotAuthentic, match="it has version 1, and version 2 was"):
+                _ = store.transact(unit)
 
 
 @pytest.mark.parametrize("given", ["an older one", "none"])
@@ -166,9 +169,12 @@ def test_a_server_serves_no_vm_that_is_older_than_it_has_seen(
             store.transact(again)
         for set_back in back:
             set_back()
+        operator.transact(Revoke(NOW, 8, "hotkey", "other", None, "a newer head of the store"))
+        run(place, f"INSERT INTO fact (name, value) VALUES ('loss_decided_at', {NOW - 1})")  # as nobody decided
         for _ in range(2):
             with pytest.raises(RowNotAuthentic, match=r"table head .* it has version 2, and version 4 was seen"):
                 store.transact(again)
+        run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
         assert {fault.table for fault in find_faults(store)} == {"head"}
         for table in groups:
             run(place, f"DELETE FROM {table}")
