@@ -182,7 +182,7 @@ def unbundle(data: bytes) -> tuple[bytes, ...]:
     at = 0
     while at < len(data):
         end = at + 2 + int.from_bytes(data[at : at + 2], "big")
-        if end > len(data) or at + 2 > len(data) or len(found) == WIDTH:
+        if end > len(data) or len(found) == WIDTH:
             raise LogError("not a bundle of entries: it ends within an entry, or has more than 256")
         found.append(data[at + 2 : end])
         at = end
