@@ -170,8 +170,6 @@ class Custody:
                 # what it reads now, unchecked, for true later.
                 if self._has_opened:
                     raise RowNotAuthentic("keyring", rows_key(epoch), str(exc)) from None
-            except SealBroken as exc:
-                raise RowNotAuthentic("keyring", rows_key(epoch), str(exc)) from None
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)
         self._has_opened = True
