@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -349,6 +350,24 @@ def test_a_signal_closes_what_was_opened_also_by_what_it_met(
     assert f"BOOT FAILED reason ended by {number.name} " in told
     assert (machine.closed, machine.mapped) == (MAPPINGS[::-1], [])
     assert (machine.folder / "boot.json").exists() == (action == "resume")  # for another try
+
+
+def test_a_signal_that_comes_twice_at_once_waits(machine: Held) -> None:
+    """`timeout` sends it to its program, and to the group of that."""
+    with machine.start("run") as agent:
+        machine.wait_for_the_second(agent)
+
+        def has_none_pending() -> bool:  # of two that are pending the kernel may make one
+            status = Path(f"/proc/{agent.pid}/status").read_text()
+            return re.search(r"^ShdPnd:\t0+$", status, re.MULTILINE) is not None
+
+        for _ in range(2):
+            agent.send_signal(signal.SIGTERM)
+            _ = wait_until(has_none_pending)
+        machine.go_on()
+        said = agent.communicate(timeout=60)[1]
+    assert agent.returncode == 143, said
+    assert (machine.closed, machine.mapped) == (MAPPINGS[::-1], [])
 
 
 def test_a_second_signal_does_not_wait(machine: Held) -> None:

@@ -20,7 +20,8 @@ from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import tell_manager
 from chutes_proto.io.server.setup import make_setup
-from chutes_proto.io.server.workers import SignalsToStop, Supervisor
+from chutes_proto.io.server.workers import Supervisor
+from chutes_proto.io.stop_signals import SignalsToStop
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.waiting import wait_until

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from chutes_proto.io.stop_signals import SignalsToStop
+
 if TYPE_CHECKING:
     from chutes_proto.auth.client_identity import ClientIdentity
     from chutes_proto.boot._agent import Booted
@@ -67,8 +69,11 @@ class Stops:
         self._ends_boot = False
         self._at_disk = False
         self._came: int | None = None
+        self._to_stop = SignalsToStop()
 
     def __call__(self, number: int, *_: object) -> None:
+        if not self._to_stop.is_another(number):
+            return
         waits = self._at_disk and self._came is None
         self._came = number
         if not waits:

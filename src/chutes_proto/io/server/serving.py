@@ -70,13 +70,13 @@ from chutes_proto.io.server.workers import (
     STOP_AT_ONCE,
     STOP_HANDED_OVER,
     Given,
-    SignalsToStop,
     Supervisor,
     in_background,
     obey,
     reload_at_signal,
     worker_command,
 )
+from chutes_proto.io.stop_signals import SignalsToStop
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT

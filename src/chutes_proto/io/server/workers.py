@@ -43,6 +43,7 @@ from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Prepared, Running, prepare, record, reported, why_refused
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.takeover import Door
+from chutes_proto.io.stop_signals import SignalsToStop
 from chutes_proto.log import Level, Record, Value
 
 STOP_HANDED_OVER: Final = signal.SIGUSR1
@@ -66,25 +67,7 @@ _PREPARE_SECONDS: Final = 60.0
 _COMMIT_SECONDS: Final = 10.0
 """How long all workers together may take to replace their set-ups, which is one assignment."""
 
-_SAME_SECONDS: Final = 0.5
-
 P = ParamSpec("P")
-
-
-class SignalsToStop:
-    """Tells a second signal from one that comes by two ways, as `timeout` sends it to a process and to its group."""
-
-    def __init__(self) -> None:
-        self._last: signal.Signals | None = None
-        self._until = 0.0
-
-    def is_another(self, number: signal.Signals) -> bool:
-        """Whether a signal that has arrived now is not the one before."""
-        now = time.monotonic()
-        if number == self._last and now < self._until:
-            return False
-        self._last, self._until = number, now + _SAME_SECONDS
-        return True
 
 
 @frozen

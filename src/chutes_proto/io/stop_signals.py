@@ -1,0 +1,24 @@
+"""Signals to stop a program that ends its work first, and at a second one ends at once."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+_SAME_SECONDS: Final = 0.5
+
+
+class SignalsToStop:
+    """Tells a second signal from one that comes by two ways, as `timeout` sends it to a process and to its group."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._until = 0.0
+
+    def is_another(self, number: int) -> bool:
+        """Whether a signal that has arrived now is not the one before."""
+        now = time.monotonic()
+        if number == self._last and now < self._until:
+            return False
+        self._last, self._until = number, now + _SAME_SECONDS
+        return True
