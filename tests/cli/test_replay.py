@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import Ended
-from tests.quote.logs import EVENTS, grub, log
+from tests.quote.logs import EVENTS, as_json, grub, log
 
 QUOTE = SimulatedPlatform(bytes(32)).quote(bytes(64))
 
@@ -53,23 +52,6 @@ def test_a_log_of_the_quote(replay: Callable[..., Ended]) -> None:
     assert told.code == 0
     assert told.out.startswith("ACCEPTED: the log replays to the RTMRs of the quote\n")
     assert "was not verified" in told.out
-
-
-def as_json(data: bytes) -> bytes:
-    """The same log as dstack writes it."""
-    events = [event for event in parse_event_log(data).events if event.register != "MRTD"]
-    return json.dumps(
-        [
-            {
-                "imr": int(event.register[-1]),
-                "event_type": event.type,
-                "digest": event.digest.hex(),
-                "event": "",
-                "event_payload": event.data.hex(),
-            }
-            for event in events
-        ]
-    ).encode()
 
 
 def test_a_log_in_json(replay: Callable[..., Ended]) -> None:

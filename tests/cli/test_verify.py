@@ -23,11 +23,11 @@ from chutes_proto.testing._directory import simulation_files
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
-from tests.cli.test_replay import GOOD, OTHER, as_json
+from tests.cli.test_replay import GOOD, OTHER
 from tests.collateral.network import PLATFORM as NETWORK_PLATFORM
 from tests.collateral.network import Upstream, running
 from tests.conftest import ROOT
-from tests.quote.logs import log
+from tests.quote.logs import as_json, log
 
 NOW = 1_780_000_000
 REPORT_DATA = bytes(range(64))

@@ -19,7 +19,7 @@ from chutes_proto.store.rows import Platform, Vm
 from chutes_proto.units.boot import RecordRefusal
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, Site
-from tests.quote.logs import EVENTS, grub, log
+from tests.quote.logs import EVENTS, as_json, grub, log
 
 site = test_operating.site
 
@@ -102,7 +102,7 @@ def test_an_event_log_names_the_event_that_differs(site: Site) -> None:
     found, expected = (parse_event_log(data).rtmrs[2].hex() for data in (other, good))
     differs = (Difference("RTMR2", found, expected), Difference("MRTD", "aa", "bb"))
     record(site, evolve(REFUSED, finding=evolve(FINDING, differences=differs).to_json()))
-    for name, data in (("CCEL", other), ("good", good), ("neither", log(*EVENTS[:3]))):
+    for name, data in (("CCEL", other), ("good", good), ("neither", log(*EVENTS[:3])), ("dstack.json", as_json(other))):
         _ = (site.directory / name).write_bytes(data)
     of_vm, against = ("--event-log", site.directory / "CCEL"), ("--against", site.directory / "good")
 
@@ -112,6 +112,9 @@ def test_an_event_log_names_the_event_that_differs(site: Site) -> None:
     assert "RTMR2: first event that differs: found event 8" in " ".join(said.split())
     assert "init=/bin/sh" in said
     assert "\x1b" not in said
+    of_dstack = ("--event-log", site.directory / "dstack.json")
+    (dstack,) = site.json("why", "vm-1", *of_dstack, *against)["refusals"][0]["event_log"]
+    assert (dstack["is_of_boot"], dstack["is_good"]) == (True, True)
     (alone,) = site.json("why", "vm-1", *of_vm)["refusals"][0]["event_log"]
     assert (alone["is_of_boot"], alone["is_good"]) == (True, None)
     (strange,) = site.json("why", "vm-1", "--event-log", site.directory / "neither")["refusals"][0]["event_log"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from hashlib import sha384
 from struct import pack
+
+from chutes_proto.quote._eventlog import parse_event_log
 
 NO_ACTION, SEPARATOR, TAG, PLATFORM_CONFIG, IPL, ACTION = 0x3, 0x4, 0x6, 0xA, 0xD, 0x80000007
 VARIABLE, VARIABLE_BOOT, APPLICATION = 0x80000001, 0x80000002, 0x80000003
@@ -61,3 +64,20 @@ EVENTS = (
 
 def log(*events: bytes, first: bytes | None = None, padding: bytes = b"\xff" * 64) -> bytes:
     return b"".join((spec() if first is None else first, *events, padding))
+
+
+def as_json(data: bytes) -> bytes:
+    """The same log as dstack writes it."""
+    events = [event for event in parse_event_log(data).events if event.register != "MRTD"]
+    return json.dumps(
+        [
+            {
+                "imr": int(event.register[-1]),
+                "event_type": event.type,
+                "digest": event.digest.hex(),
+                "event": "",
+                "event_payload": event.data.hex(),
+            }
+            for event in events
+        ]
+    ).encode()

@@ -17,10 +17,11 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, answer, parsed
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
+from chutes_proto.cli.verifier.fields import LOG_FORMS, parse_event_log, read_event_log
 from chutes_proto.errors import ConfigurationError, Refused
-from chutes_proto.io.files import read_head, read_lines
+from chutes_proto.io.files import read_lines
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.quote._eventlog import MAX_SIZE, EventLog, EventLogFormatError, parse_event_log
+from chutes_proto.quote import EventLog, EventLogFormatError
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._traces import Traced, trace
 from chutes_proto.server._why import Denial, Why, explain, recorded
@@ -57,7 +58,7 @@ class _Refusal:
 @click.option(
     "--last", metavar="N", callback=parsed(operating.count), default="1", help="only the N newest (default: 1)"
 )
-@click.option("--event-log", metavar="LOG", help="the event log of the VM that was refused")
+@click.option("--event-log", metavar="LOG", help=f"the event log of the VM that was refused: {LOG_FORMS}")
 @click.option("--against", metavar="GOOD", help="the event log of a known-good boot")
 @operating.shows
 def command(subject: str, log: str | None, last: int, event_log: str | None, against: str | None, config: str) -> int:
@@ -67,7 +68,7 @@ def command(subject: str, log: str | None, last: int, event_log: str | None, aga
     the values found and expected, the nearest profile, and what you can do. The server's log has the same text in each
     record of a refusal, under the key why.
 
-    With --event-log (CCEL; on Linux /sys/firmware/acpi/tables/data/CCEL of the VM) it says for each RTMR that differs
+    With --event-log (on Linux /sys/firmware/acpi/tables/data/CCEL of the VM) it says for each RTMR that differs
     whether the log leads to the value that was found, and with --against the first event that is not that of a
     known-good boot.
 
@@ -118,7 +119,7 @@ def _events(path: str | None) -> EventLog | None:
     if path is None:
         return None
     try:
-        return parse_event_log(read_head(path, MAX_SIZE + 1))
+        return parse_event_log(read_event_log(path))
     except EventLogFormatError as exc:
         raise ConfigurationError(f"{path}: {exc}") from None
 
