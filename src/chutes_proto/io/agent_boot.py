@@ -98,6 +98,7 @@ class Stops:
     def boot_has_ended(self) -> None:
         self._ends_boot = False
         self._came = None
+        self._to_stop = SignalsToStop()  # the next one ends the wait, however soon it comes
 
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
