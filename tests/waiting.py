@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -36,3 +40,14 @@ async def async_wait_until(
             return result
         assert time.monotonic() < end, f"not true within {limit_seconds:g} s: {holds}"
         await anyio.sleep(PAUSE_SECONDS)
+
+
+def send_twice(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process twice at once, as `timeout` does; of two that are pending the kernel may make one."""
+
+    def has_none_pending() -> bool:
+        return re.search(r"^ShdPnd:\t0+$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) is not None
+
+    for _ in range(2):
+        os.kill(pid, number)
+        _ = wait_until(has_none_pending)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -25,7 +24,7 @@ from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI
 from tests.dev_server import DevServer, dev_server
-from tests.waiting import wait_until
+from tests.waiting import send_twice, wait_until
 
 Command = Callable[..., Ended]
 
@@ -356,14 +355,7 @@ def test_a_signal_that_comes_twice_at_once_waits(machine: Held) -> None:
     """`timeout` sends it to its program, and to the group of that."""
     with machine.start("run") as agent:
         machine.wait_for_the_second(agent)
-
-        def has_none_pending() -> bool:  # of two that are pending the kernel may make one
-            status = Path(f"/proc/{agent.pid}/status").read_text()
-            return re.search(r"^ShdPnd:\t0+$", status, re.MULTILINE) is not None
-
-        for _ in range(2):
-            agent.send_signal(signal.SIGTERM)
-            _ = wait_until(has_none_pending)
+        send_twice(agent.pid, signal.SIGTERM)
         machine.go_on()
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 143, said

@@ -846,7 +846,10 @@ def test_an_interruption_is_a_failure_or_ends_the_wait(
             while text not in (line := agent.stderr.readline()):
                 assert line, f"it ended before {text}"
             agent.send_signal(number)
-        assert agent.wait(60) == code
+        try:
+            assert agent.wait(60) == code
+        finally:
+            agent.kill()  # a test that fails ends, too
     assert gone.exists()
 
 

@@ -20,7 +20,7 @@ from tests.cli.conftest import start_server
 from tests.scenario.premises import Premises
 from tests.scenario.test_admin import listen, over, series
 from tests.scenario.test_restarts import IS_SOAK, TRANSPORTS
-from tests.waiting import wait_until
+from tests.waiting import send_twice, wait_until
 
 pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
 LIMIT = 12
@@ -145,8 +145,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(premises: Premises, options: t
     token = vm.boot()["boot_token"]
     assert premises.server is not None
     process = premises.server.process
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
+    send_twice(process.pid, signal.SIGTERM)
     _ = wait_until(lambda: len(records(premises, "stopping")) >= processes)
     _ = vm.sync(token)
     assert process.wait(60) == 0
