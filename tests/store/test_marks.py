@@ -514,6 +514,15 @@ def test_standbys_of_which_none_is_synchronous_are_told_or_refused(
 # --- the comparison ---
 
 
+def test_the_mark_of_a_sealed_store_alone_lets_no_other_one_in(place: StorePlace) -> None:
+    """Before it is compared, and whoever has no key yet."""
+    with keeping(evolve(place, vault=VAULT)) as store:
+        grant(store, "1")
+    custody = Custody("keys")
+    _ = MarkKeeper("keys", place.mark_file, custody)
+    refused(lambda: custody.session(None, lambda _: ()), "it says that it is not sealed, and it was")
+
+
 def test_a_slow_look_at_an_old_primary_does_not_take_the_mark_back(place: StorePlace) -> None:
     with closing(place.open()) as store:
         grant(store, "1")

@@ -6,6 +6,7 @@ import time
 from typing import Final
 
 _SAME_SECONDS: Final = 0.5
+"""Longer than a busy machine takes for the two ways, shorter than a person takes to press a key again."""
 
 
 class SignalsToStop:

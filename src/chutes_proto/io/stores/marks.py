@@ -77,7 +77,8 @@ Find = Callable[[str, tuple[int]], Sequence[Sequence[Any]]]
 class MarkKeeper:
     """The mark of the store ``name``; ``path`` is its file, None to keep it in memory alone.
 
-    ``custody`` tells whether an operator's decision that the store has was made by one who holds its keys.
+    ``custody`` tells whether an operator's decision that the store has was made by one who holds its keys, and hears
+    here that the store of the mark was sealed.
 
     May be used from several threads. Raises `StoreError` for a file that is not a mark.
     """
@@ -108,6 +109,8 @@ class MarkKeeper:
         self._acknowledged: dict[int, tuple[Entry, float]] = {}
         self._ending = threading.Event()
         self._writer: threading.Thread | None = None
+        if self._mark is not None and self._mark.is_sealed:
+            custody.require_seal(max(self._mark.epoch, 1))
 
     @property
     def store_id(self) -> int:
@@ -116,19 +119,14 @@ class MarkKeeper:
             return self._mark.store_id if self._mark is not None else 0
 
     @property
-    def sealed_in(self) -> int:
-        """The epoch of the rows of the store, 0 if the mark is not of a sealed one."""
-        with self._lock:
-            return 0 if self._mark is None or not self._mark.is_sealed else max(self._mark.epoch, 1)
-
-    @property
     def head(self) -> int:
         """The highest version of the store's head that was seen, 0 if none was."""
         with self._lock:
             return 0 if self._mark is None else self._mark.head
 
     def seal(self, epoch: int) -> None:
-        """Note that the store is sealed, in this epoch."""
+        """Note that the store is sealed, in this epoch; one that is not is refused from now on."""
+        self._custody.require_seal(epoch)
         with self._lock:
             if self._mark is not None and not (self._mark.is_sealed and self._mark.epoch >= epoch):
                 self._mark = evolve(self._mark, is_sealed=True, epoch=epoch)
@@ -404,7 +402,6 @@ class MarkedStore:
         self._marks.note(changes)
         if sealed_in:
             self._marks.seal(sealed_in)
-            self.custody.require_seal(sealed_in)
 
     def keep_mark(self) -> None:
         """Write the file of the mark from now on, as a server does."""

@@ -159,8 +159,6 @@ class SqliteStore(MarkedStore):
         if vault is not None:
             self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file, self.custody)
-        if self._marks.sealed_in:
-            self.custody.require_seal(self._marks.sealed_in)
         self._migrate = migrate
         self._alone = alone
         self._busy_seconds = busy_seconds

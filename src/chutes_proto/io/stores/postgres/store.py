@@ -196,8 +196,6 @@ class PostgresStore(MarkedStore):
         if vault is not None:
             self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file, self.custody)
-        if self._marks.sealed_in:
-            self.custody.require_seal(self._marks.sealed_in)
         self._company = ""
         self._database = Database(
             conninfo,
