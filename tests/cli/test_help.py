@@ -258,12 +258,14 @@ def test_an_example_runs(
     example: str,
     command: Callable[..., Ended],
     prepared: Path,
+    require_program: Callable[[str], str],
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     example = example.replace("\\\n", "")
-    runs = "--check" in example or "agent run --config agent.toml --images" in example
+    opens_disks = "agent run --config agent.toml --images" in example
+    runs = "--check" in example or opens_disks
     if any(words in example for words in NOT_RUN) and not runs:
         parse(shlex.split(example, comments=True)[1:])
         return
@@ -275,6 +277,8 @@ def test_an_example_runs(
         examples.write_agent(folder, server)
         monkeypatch.setenv("XDG_STATE_HOME", str(state))
         monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if opens_disks:
+        _ = require_program("cryptsetup")
     if examples.URL in example:
         server, state = request.getfixturevalue("live")
         ended = examples.run_against(server, state, example, command, monkeypatch)
