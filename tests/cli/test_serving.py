@@ -300,6 +300,40 @@ def test_a_server_goes_on_and_drains_where_the_system_allows_no_thread_for_a_whi
             process.kill()
 
 
+HUNG_UP = """
+import os, signal, sys
+from chutes_proto.cli.main import program
+from chutes_proto.io.server import setup
+
+load, signals = setup.load_config, [signal.SIGHUP]
+
+def hang_up(*given):
+    while signals:  # at the start, and not at a reload
+        os.kill(0, signals.pop())
+    return load(*given)
+
+setup.load_config = hang_up
+sys.exit(program())
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_hangup_during_the_start_reloads_after_it(site: Path, transport: str, workers: str) -> None:
+    words = ["serve", "--config", str(site / "server.toml"), "--transport", transport, "--workers", workers]
+    command = [sys.executable, "-c", HUNG_UP, *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            server = Server(process, process.stdout.readline().strip(), site / "ca.pem", [])
+            assert wait_for("reloaded", server)["caller"] == "SIGHUP"
+            ended = server.stop(signal.SIGTERM)
+            assert ended.code == 0
+            assert "worker_ended" not in ended.err
+        finally:
+            process.kill()
+
+
 HANGING = """
 import os, time
 from contextlib import ExitStack

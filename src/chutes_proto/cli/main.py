@@ -24,6 +24,11 @@ from chutes_proto.cli import console
 
 def program() -> int:
     """Run the command line of this process, which ends with the result."""
+    if sys.argv[1:2] == ["serve"]:
+        import signal
+
+        # Until a server handles it, it would end the process, which systemd takes for a clean end: no restart follows.
+        _ = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     code = main()
     # Before it ends, Python looks for cycles among all that was imported: a quarter of the time that a command takes.
     gc.freeze()

@@ -62,7 +62,7 @@ def command(
     After a signal to stop, new boots are sent away, and the server ends as soon as the boots that it has granted are
     complete, after limits.drain_seconds at the latest. A second signal ends it at once. If the store hangs then, the
     process ends two seconds later: every transaction is done as a whole or not at all. SIGHUP lets it read
-    its files again, as `chutes-proto reload` does.
+    its files again, as `chutes-proto reload` does; one that comes during the start waits for its end.
 
     No boot is lost in a restart if systemd holds the listening sockets (socket activation), or if the configuration
     names a takeover socket: then a second serve takes the sockets of the running server over, which ends once the new

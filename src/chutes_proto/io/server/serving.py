@@ -491,6 +491,8 @@ def serve_until_stopped(
             _log_start(setup, store, warnings, listeners.urls, log, listeners.admin_urls)
             announce(listeners.urls)
             tell_manager("READY=1")
+            if worker is None:  # a worker's supervisor reloads it
+                hear_hangups()
 
         number = None if worker is None else worker.number
 
@@ -583,6 +585,7 @@ def supervise_until_stopped(
             held.begin()
             announce(held.listeners.urls)
             tell_manager("READY=1")
+            hear_hangups()
 
         held.listeners.handed_over = supervisor.run(stops, ready, held.door, name)
         log(Record(Level.INFO, "stopped", {}))
@@ -646,6 +649,11 @@ def tell_manager(state: str) -> None:
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket(AF_UNIX, SOCK_DGRAM) as manager, suppress(OSError):
             _ = manager.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def hear_hangups() -> None:
+    """Let SIGHUP reach its handler, one that came during the start first: the program blocks it from its beginning."""
+    _ = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:
