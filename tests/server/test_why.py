@@ -132,6 +132,16 @@ def test_the_remedy_for_a_schedule_is_not_to_accept_an_image(what: str) -> None:
     assert explain(evolve(denial, finding=both)).remedy == remedy("measurement_mismatch")
 
 
+def test_nobody_is_told_to_configure_a_text_that_is_not_a_hotkey(world: World) -> None:
+    """One that is a hotkey, and not known here, may be a new owner's."""
+    assert refusal(world.boot(miner_hotkey=HOTKEY[:-1] + "Z"))[1] == "hotkey_rejected"
+    told = refused(world)
+    assert "checksum" in told["reason"]
+    assert "not an SS58 address of prefix 42: correct it in the VM's settings" in told["why"]
+    assert "`hotkeys`" not in told["why"]
+    assert explain(Denial("hotkey_rejected", "", hotkey=HOTKEY)).remedy == remedy("hotkey_rejected")
+
+
 def test_nobody_is_told_to_boot_a_server_that_only_attests() -> None:
     """A reboot ends what runs on it, and mends nothing: another attestation does."""
     for code in RUNTIME_ATTESTATION.codes:

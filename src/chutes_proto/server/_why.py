@@ -15,6 +15,7 @@ from typing import Final, Literal
 from attrs import field, frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.quote._errors import AppraisalError, VerificationError, shown
 from chutes_proto.store.rows import AttestationRow, AuditRow, Vm
 from chutes_proto.wire import json
@@ -139,7 +140,7 @@ def explain(denial: Denial) -> Why:
         where,
         None if finding is None else finding.step,
         None if finding is None else finding.profile,
-        _of_schedule(finding) or remedy(denial.code),
+        _of_schedule(finding) or _of_hotkey(denial) or remedy(denial.code),
         () if finding is None else finding.differences,
     )
 
@@ -153,6 +154,16 @@ def _of_schedule(finding: Finding | None) -> str | None:
     """The remedy for a VM that its profile's schedule alone refuses: its image is known, so there is none to add."""
     differing = () if finding is None else finding.differences
     return _SCHEDULED.get(differing[0].what) if len(differing) == 1 else None
+
+
+def _of_hotkey(denial: Denial) -> str | None:
+    """The remedy for a text that is not a hotkey: `hotkeys` of the configuration does not take it."""
+    if denial.code == str(Code.HOTKEY_REJECTED):
+        try:
+            _ = Hotkey.parse(denial.hotkey)
+        except HotkeyError:
+            return _NOT_A_HOTKEY
+    return None
 
 
 def _text(value: object) -> str:
@@ -172,6 +183,9 @@ _PROXY: Final = "compare what ends TLS before the server with [proxy] of the con
 
 _ADD_HOTKEY: Final = (
     "add the hotkey to `hotkeys` of the configuration if you serve its owner, and run `chutes-proto reload`"
+)
+_NOT_A_HOTKEY: Final = (
+    "the VM's hotkey is not an SS58 address of prefix 42: correct it in the VM's settings or its config volume"
 )
 _FREE: Final = (
     "`chutes-proto registrations list` shows whose server that is: its owner frees it, or `registrations remove ID`"
