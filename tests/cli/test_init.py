@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,13 @@ def test_any_directory_may_have_the_state(command: Callable[..., Ended], tmp_pat
     state = tmp_path / 'a "quoted" \\ one'
     assert command("init", tmp_path, "--name", "keys.example", "--state", state).code == 0
     assert ServerConfig.load(tmp_path / "server.toml").store.url == f"sqlite:{state}/keys.db"
+
+
+def test_a_directory_of_the_state_that_no_configuration_can_name(command: Callable[..., Ended], tmp_path: Path) -> None:
+    refused = command("init", tmp_path / "other", "--name", "keys.example", "--state", os.fsdecode(b"/sta\xffte"))
+    assert refused.code == 1
+    assert r"--state: '/sta\udcffte' is not UTF-8" in refused.err
+    assert not (tmp_path / "other").exists()
 
 
 # --- the unit of the server ---

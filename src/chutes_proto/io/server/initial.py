@@ -108,8 +108,12 @@ def write_initial(directory: Path, name: str, state: Path | None = None) -> list
     key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     # A string of TOML has the escapes of JSON.
     prefix = "" if state is None else json.dumps(f"{state}/", ensure_ascii=False)[1:-1]
+    try:
+        configuration = _SERVER.format(state=prefix, pcs=_PCS, crl=_CRL).encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"--state: {str(state)!r} is not UTF-8, as a configuration is; name another") from None
     files = {
-        "server.toml": (_SERVER.format(state=prefix, pcs=_PCS, crl=_CRL).encode(), 0o600, "the configuration"),
+        "server.toml": (configuration, 0o600, "the configuration"),
         "kek": (os.urandom(32), 0o600, "the key-encryption key: store a copy in another place"),
         "server.key": (key_pem, 0o600, "the TLS key"),
         "server.csr": (_request(key, name), 0o644, "the request that your CA signs; save its answer as server.pem"),
