@@ -206,13 +206,16 @@ def test_a_server_is_set_up_for_production(tmp_path: Path, require_program: Call
 @in_a_file
 def test_a_certificate_is_renewed(premises: Premises, require_program: Callable[[str], str]) -> None:
     _ = require_program("openssl")
+    premises.edit('store = "sqlite:keys.db"', 'store = "sqlite:keys.db"\ncontrol = "control.sock"')
     premises.start()
-    assert premises.server is not None
     page, site = "renew-certificate", premises.directory
+    (reload,) = re.findall(
+        r"^ExecReload=/opt/chutes-proto/bin/(.+)$", text_of("production", "chutes-proto.service"), re.MULTILINE
+    )
     operator = Operator(
         site,
         {
-            "systemctl reload chutes-proto": f"kill -HUP {premises.server.process.pid}",
+            "systemctl reload chutes-proto": reload.replace("/etc/chutes-proto", str(site)),
             "keys.example:8443 -servername keys.example": premises.url.removeprefix("https://"),
         },
     )
@@ -230,8 +233,8 @@ def test_a_certificate_is_renewed(premises: Premises, require_program: Callable[
     assert "notAfter=" in renewed
     assert renewed != shown
     write_file(site / "new" / "server.key", make_server_identity(premises.now, os.urandom(32)).key_pem.reveal())
-    for part in (0, 1):
-        _ = operator.run(heading, part, page=page)
+    _ = operator.run(heading, 0, page=page)
+    assert "nothing was changed: " in operator.run(heading, 1, page=page, code=1)
     premises.wait_for_log("reload_refused", '"level":"error"')
     assert operator.run(heading, 2, page=page) == renewed
 
