@@ -32,7 +32,7 @@ from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent, MinerClient
 from tests.cli.conftest import HOTKEY, Server
 from tests.postgres import Cluster, schema
-from tests.small_disk import remount, small_disk
+from tests.small_disk import fill, remount, schema_on_small_disk, small_disk
 from tests.waiting import async_wait_until
 
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -203,6 +203,24 @@ async def test_a_database_that_stops(start: Start, cluster: Cluster, number: sig
         nothing_twice(site)
 
 
+async def test_a_database_whose_disk_is_full(start: Start, cluster: Cluster, tmp_path: Path) -> None:
+    """Reading works, and so does each change that finds room in a page: only a look at the disk tells."""
+    with schema_on_small_disk(cluster) as (disk, url):
+        site = make_site(tmp_path, url)
+        make_setup(ServerConfig.load(site / "server.toml")).store.open(migrate=True).close()
+        server = serve(start, site)
+        filler = fill(disk)
+        await refuses(server)
+        _ = await async_wait_until(lambda: probe(server) == 503)  # a balancer is told
+        filler.unlink()
+        _ = await async_wait_until(lambda: probe(server) == 200)
+        _ = await boot_and_sync(server)
+        told = refused(server)
+        assert told.count('"event":"store_refused"') == told.count('"event":"store_accepted"') == 1
+        assert "the database's disk is full; nothing was changed; make space" in told
+        nothing_twice(site)
+
+
 # --- SQLite ---
 
 
@@ -211,18 +229,8 @@ async def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
     with small_disk(site / "disk") as disk:
         server = serve(start, site)
         filler = disk / "filler"
-
-        def fill() -> None:
-            with filler.open("wb", buffering=0) as file:
-                for size in (65536, 1):
-                    try:
-                        while True:
-                            _ = file.write(bytes(size))
-                    except OSError:
-                        continue
-
-        await outlives(server, fill, lambda: filler.unlink(missing_ok=True), is_busy=False)
-        fill()
+        await outlives(server, lambda: fill(disk), lambda: filler.unlink(missing_ok=True), is_busy=False)
+        _ = fill(disk)
         await refuses(server)
         _ = await async_wait_until(lambda: probe(server) == 503)  # a balancer is told
         filler.unlink()

@@ -32,7 +32,7 @@ from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, 
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
 from chutes_proto.wire.codes import Code
 from tests.postgres import PASSWORD, Cluster, schema
-from tests.small_disk import remount, small_disk
+from tests.small_disk import fill, remount, schema_on_small_disk
 from tests.store.harness import Gate, together
 from tests.waiting import wait_until
 
@@ -694,31 +694,38 @@ def test_a_trigger_that_leaves_audit_rows_out_is_said(store: PostgresStore, url:
 
 
 def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
-    owner = cluster.folder.stat().st_uid
-    with small_disk(cluster.folder / "disk", owner=owner) as disk:
-        ask(cluster.url(), f"CREATE TABLESPACE small LOCATION '{disk}'")
-        with schema(cluster.url()) as url:
-            small = f"{url}%20-cdefault_tablespace%3Dsmall"
-            with closing(PostgresStore(small, migrate=True)) as store:
-                granted = boot("first")
-                store.transact(granted)
-                before = dump(store)
+    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, migrate=True)) as store:
+        granted = boot("first")
+        store.transact(granted)
+        before = dump(store)
 
-                @frozen
-                class Flood(Unit[None]):
-                    def script(self) -> Script[None]:
-                        for _ in range(4000):
-                            yield from Insert(AuditRow(NOW, "vm", "flood", "granted", reason="x" * 1000))
+        @frozen
+        class Flood(Unit[None]):
+            def script(self) -> Script[None]:
+                for _ in range(4000):
+                    yield from Insert(AuditRow(NOW, "vm", "flood", "granted", reason="x" * 1000))
 
-                told(lambda: store.transact(Flood()), "the database's disk is full; nothing was changed")
-                assert dump(store) == before
-                remount(disk, "size=32m")
-                assert not store.transact(sync(granted, "body", "storage")).replayed
-        ask(cluster.url(), "DROP TABLESPACE small")
+        told(lambda: store.transact(Flood()), "the database's disk is full; nothing was changed")
+        filler = fill(disk)  # what was rolled back is still there, or not
+        told(lambda: dump(store), "the database's disk is full")
+        filler.unlink()
+        remount(disk, "size=32m")
+        assert dump(store) == before
+        assert not store.transact(sync(granted, "body", "storage")).replayed
+
+
+def test_a_full_disk_is_said_before_anything_was_written(cluster: Cluster) -> None:
+    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, migrate=True)) as store:
+        store.check_writing()
+        filler = fill(disk)
+        told(store.check_writing, "the database's disk is full; nothing was changed; make space")
+        filler.unlink()
+        store.check_writing()
 
 
 def test_a_database_that_turns_read_only_is_said(store: PostgresStore) -> None:
     store._pool.idle[0].execute("SET default_transaction_read_only = on")
+    told(store.check_writing, "the database is read-only; nothing was changed; is its disk full")
     told(lambda: store.transact(boot("first")), "the database is read-only; nothing was changed")
 
 

@@ -29,8 +29,8 @@ _AWAY: Final = frozenset({"", "57P01", "57P02", "57P03", "08P01"})
 """Those of a database that answers nobody now; without one the driver says so, not the database."""
 
 FAULTS: Final = {
-    "53100": "the database's disk is full; nothing was changed",
-    "25006": "the database is read-only; nothing was changed",
+    "53100": "the database's disk is full; nothing was changed; make space, and servers go on by themselves",
+    "25006": "the database is read-only; nothing was changed; is its disk full, or default_transaction_read_only set?",
     "42501": "the database's user may not do that; it must own the tables, or be granted to read and write them",
     "42P01": "a table is missing; stop the server and restore a backup",
     "XX001": "the database is damaged; stop the server and restore a backup",

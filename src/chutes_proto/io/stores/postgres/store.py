@@ -241,7 +241,9 @@ class PostgresStore(MarkedStore):
 
         A read that it did not name, and a fault after which it may run again, end that with `NeedsThread`.
         """
-        if unit.ALONE or unit.READS_COMMITTED or unit.READS_FURTHER or self._marks.copy_waits or self._marks.is_due():
+        if unit.ALONE or unit.READS_COMMITTED or unit.READS_FURTHER or self._marks.copy_waits:
+            raise NeedsThread
+        if self._must_look:
             raise NeedsThread
         if not (ahead := self._ahead(unit)):
             raise NeedsThread
@@ -309,7 +311,10 @@ class PostgresStore(MarkedStore):
             raise exc.fault from exc.__cause__
 
     def check_writing(self) -> None:
-        """Check that the database's user has all rights that a server needs. Raises `StoreError`."""
+        """Check that a server can write: the rights of the database's user, and that the disk takes data.
+
+        Raises `StoreError`.
+        """
         self._with_retries("check", self._check_writing)
 
     def close(self) -> None:
@@ -391,11 +396,16 @@ class PostgresStore(MarkedStore):
         rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
         needed = [(table, right) for table in tables for right in rights]
         texts = (f"has_table_privilege('{table}', '{right}')" for table, right in needed)
-        found = rows_of(connection, f"SELECT {', '.join(texts)}")[0]
+        is_read_only, *found = rows_of(
+            connection, f"SELECT current_setting('transaction_read_only') = 'on', {', '.join(texts)}"
+        )[0]
+        if is_read_only:
+            raise fault_of(self.name, FAULTS["25006"])
         lacking = [f"{right} on {table}" for (table, right), has in zip(needed, found, strict=True) if not has]
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise fault_of(self.name, f"{FAULTS['42501']} (it lacks {lacking[0]}{more})")
+        self._database.require_space(connection)
 
     def _run(self, connection: Connection, unit: Unit[T]) -> T:
         changes: list[Change] = []
@@ -430,11 +440,16 @@ class PostgresStore(MarkedStore):
 
     # --- what was seen of the database ---
 
+    @property
+    def _must_look(self) -> bool:
+        """Whether the next transaction is preceded by a look at the database."""
+        return self._marks.is_due() or self._database.is_full
+
     @contextlib.contextmanager
     def _looked_at(self) -> Generator[Connection]:
         """Reserve a connection to a database that is not behind the mark."""
         with self._pool.reserve() as connection:
-            if not connection.is_looked_at or self._marks.is_due():
+            if not connection.is_looked_at or self._must_look:
                 self._look(connection)
             yield connection
 
@@ -460,6 +475,8 @@ class PostgresStore(MarkedStore):
                     " lose keys; name a synchronous standby",
                 )
             self._marks.compare(lambda text: rows_of(connection, text), connection.timeline)
+            if self._database.is_full:
+                self._database.require_space(connection)
         # Only now: one that is refused must not be what the other connections are held to.
         self._database.timeline = connection.timeline
         connection.is_looked_at = True

@@ -23,7 +23,16 @@ from chutes_proto.errors import FateUnknown, StoreAway, StoreError
 from chutes_proto.io.stores.attempts import UNKNOWN
 from chutes_proto.io.stores.postgres.connection import Asked, Connection, query_of, rows_of
 from chutes_proto.io.stores.postgres.exchange import Prepared, StatementError, exchange
-from chutes_proto.io.stores.postgres.faults import AGAIN, NOT_PREPARED, TEMPORARY, Again, fault_of, standby, translated
+from chutes_proto.io.stores.postgres.faults import (
+    AGAIN,
+    FAULTS,
+    NOT_PREPARED,
+    TEMPORARY,
+    Again,
+    fault_of,
+    standby,
+    translated,
+)
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.sql import READ_VERSION
@@ -73,6 +82,16 @@ _LOCK_ALONE: Final = "LOCK TABLE fact IN EXCLUSIVE MODE"
 _LOCK_READING: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
 """That of a long transaction which grants nothing: only a migration waits for it."""
 
+_TAKE_SPACE: Final = (
+    # A temporary file, as large as the one that SQLite's store tries, beside the tables. It leaves nothing behind, and
+    # no WAL: where that finds no space, PostgreSQL ends.
+    "SELECT set_config('work_mem', '64kB', true), set_config('temp_tablespaces', coalesce((SELECT quote_ident(spcname)"
+    " FROM pg_class JOIN pg_tablespace AS place ON place.oid = reltablespace WHERE pg_class.oid = 'audit'::regclass"
+    " AND has_tablespace_privilege(place.oid, 'CREATE')), ''), true);"
+    " SELECT count(*) FROM generate_series(1, 20000)"
+)
+"""The statements that fail where the disk of our tables is full, on which reading, and a row more in a page, works."""
+
 _READ_SETTINGS: Final = (
     # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.
     # A weaker setting is raised to `on`, because keys could be lost.
@@ -118,6 +137,8 @@ class Database:
         """This machine's clock minus the database's, in the last transaction."""
         self.timeline: int = 0
         """The timeline of the database that agreed with the mark last."""
+        self.is_full: bool = False
+        """Whether a write found the disk full, and none of `require_space` has found space since."""
         self._conninfo = conninfo
         self._custody, self._marks = custody, marks
         self._clock_difference_seconds = clock_difference_seconds
@@ -271,6 +292,14 @@ class Database:
             each.note(rows)
         return found
 
+    def require_space(self, connection: Connection) -> None:
+        """Require within a transaction that the disk takes data. Raises `StoreError`, always with the same text."""
+        try:
+            _ = rows_of(connection, _TAKE_SPACE)
+        except errors.DiskFull as exc:  # which names another file each time
+            raise fault_of(self.name, FAULTS[str(exc.sqlstate)]) from exc
+        self.is_full = False
+
     def lift_limits(self, connection: Connection) -> None:
         """Remove the time limits of this transaction, and of its statements."""
         _ = rows_of(connection, "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
@@ -314,6 +343,7 @@ class Database:
     def _meaning(self, connection: Connection, exc: psycopg.Error, *, has_ahead: bool) -> StoreError | Again:
         """Return what a fault of the present transaction means, which was rolled back."""
         begun = connection.has_begun
+        self.is_full |= isinstance(exc, errors.DiskFull)
         if connection.closed and connection.is_committing:
             return FateUnknown(f"store {self.name}: the connection was lost at the commit; {UNKNOWN}")
         if isinstance(exc, NOT_PREPARED):  # a pooler led to another session, and did not say so
