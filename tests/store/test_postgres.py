@@ -689,6 +689,7 @@ def test_a_trigger_that_leaves_audit_rows_out_is_said(store: PostgresStore, url:
     ask(url, "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
     ask(url, "CREATE TRIGGER skip BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION skip()")
     told(lambda: store.transact(boot("first")), "keeps no audit row, so a trigger")
+    assert ask(url, "SELECT count(*) FROM boot") == [(0,)]  # nothing is kept without its audit row
     ask(url, "DROP TRIGGER skip ON audit")
     store.transact(boot("second"))
 

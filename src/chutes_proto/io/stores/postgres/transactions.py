@@ -279,16 +279,16 @@ class Database:
         try:
             found = yield from exchange(connection, connection.prepared, [*(each.query for each in asked), *last])
         except StatementError as exc:
+            if isinstance(exc.error, errors.DivisionByZero) and exc.at < len(asked) and asked[exc.at].is_audit:
+                raise fault_of(
+                    self.name,
+                    "it keeps no audit row, so a trigger leaves them out; remove it (`\\d audit` of psql lists them)",
+                ) from exc.error
             if isinstance(exc.error, (psycopg.DataError, UnicodeEncodeError)):
                 whose = f" of {type(asked[exc.at].op).__name__}" if exc.at < len(asked) else ""
                 raise fault_of(self.name, f"a value{whose} cannot be stored: {type(exc.error).__name__}") from exc.error
             raise exc.error from None
         for each, rows in zip(asked, found, strict=False):
-            if each.is_audit and not rows:
-                raise fault_of(
-                    self.name,
-                    "it keeps no audit row, so a trigger leaves them out; remove it (`\\d audit` of psql lists them)",
-                )
             each.note(rows)
         return found
 
