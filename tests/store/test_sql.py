@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from functools import partial
 
 import attrs
@@ -13,8 +14,22 @@ from hypothesis import strategies as st
 
 from chutes_proto.store import _guard_sql, rows, sql
 from chutes_proto.store._macs import UNSEALED
-from chutes_proto.store.rows import ROWS, AuditRow, Insert, Pin, Row, Scan, StoreOp, Vm, VolumeRow
-from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_rows, encode, for_driver, schema, statement
+from chutes_proto.store.rows import (
+    ROWS,
+    AuditRow,
+    Insert,
+    KeyServer,
+    Pin,
+    ReadKeyServers,
+    ReadWhatIf,
+    Row,
+    Scan,
+    StoreOp,
+    Vm,
+    VolumeRow,
+    WhatIf,
+)
+from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode, decode_rows, encode, for_driver, schema, statement
 from tests.store.memory import MemoryStore
 
 
@@ -73,6 +88,13 @@ def test_a_number_that_stands_for_a_boolean_becomes_one() -> None:
     (row,) = decode_rows(VolumeRow, [("hotkey", "vm", "storage", 1, 0, None)])
     assert row.in_use is True
     assert row.format_allowed is False
+
+
+def test_values_of_other_types_are_empty_ones_in_tables_without_macs() -> None:
+    """SQLite takes any value in any column, and PostgreSQL in one that somebody changed."""
+    rows = [(None, 1, b"{}", Decimal("NaN")), ("one", "0.1.0", "{}", 7)]
+    assert decode(ReadKeyServers(0), rows) == (KeyServer("", "", "", 0), KeyServer("one", "0.1.0", "{}", 7))
+    assert decode(ReadWhatIf(), [(Decimal("1.5"), None)]) == WhatIf(0, "")
 
 
 def test_every_operation_has_its_query() -> None:

@@ -208,6 +208,12 @@ def _getter(paths: Sequence[str]) -> Callable[[Any], Values]:
     return lambda op: tuple([value(op) for value in one])
 
 
+def _typed(kind: type[Any], values: Sequence[Any]) -> Any:
+    """An object of a table without MACs; a value of a type that no server writes there is an empty one."""
+    pairs: Any = zip(values, attrs.fields(kind), strict=True)
+    return kind(*(value if type(value) is field.type else field.type() for value, field in pairs))
+
+
 def _query(text: str, reply: Callable[[Rows], Any] = _nothing) -> _Query:
     marked = re.sub(_PATH, "?", text)
     values = _getter(re.findall(_PATH, text))
@@ -468,7 +474,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
     ),
     store.ReadKeyServers: _query(
         "SELECT name, version, configuration, seen_at FROM key_server WHERE seen_at > :after ORDER BY name LIMIT 100",
-        lambda rows: tuple(sorted((store.KeyServer(*values) for values in rows), key=attrgetter("name"))),
+        lambda rows: tuple(sorted((_typed(store.KeyServer, values) for values in rows), key=attrgetter("name"))),
     ),
     store.ForgetKeyServers: _query("DELETE FROM key_server WHERE seen_at <= :until"),
     store.NoteWhatIf: _query(
@@ -476,7 +482,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         " ON CONFLICT (name) DO UPDATE SET tried_at = excluded.tried_at, found = excluded.found"
     ),
     store.ReadWhatIf: _query(
-        "SELECT tried_at, found FROM what_if", lambda rows: store.WhatIf(*rows[0]) if rows else None
+        "SELECT tried_at, found FROM what_if", lambda rows: _typed(store.WhatIf, rows[0]) if rows else None
     ),
     store.ReadFleet: _Query(_read_fleet, lambda _, rows: _fleet(rows)),
     store.ReadOld: _Query(_read_old, lambda op, rows: decode_rows(op.kind, rows)),
