@@ -399,7 +399,11 @@ def test_a_forged_row_hides_no_change_of_the_files(site: Site) -> None:
 def test_the_guide_is_followed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site.directory)
     said = key = ""
-    for line in (line for fence in fences(DOCS / "how-to" / "receipts.md") for line in fence.text.splitlines()):
+    page = list(fences(DOCS / "how-to" / "receipts.md"))
+    (witnesses,) = [fence.text for fence in page if fence.language == "toml"]
+    text = site.configuration.read_text().replace("\nstore = ", '\nstore.mark_file = "mark"\nstore.url = ')
+    assert ServerConfig.from_toml(f"{text}\n{witnesses}".encode()).audit.witnesses
+    for line in (line for fence in page if fence.language == "sh" for line in fence.text.splitlines()):
         words, _, file = line.replace(" 17 ", " 0 ").partition(" > ")
         if "receipt verify" in words:
             words = re.sub(r"--key \S+", f"--key {key} --root simulated-root.der", words)
