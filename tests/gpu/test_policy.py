@@ -57,6 +57,7 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"revocation": "grace"},
     {"revocation_grace": 5},
     {"revocation_grace": -1},
+    {"revocation": "grace", "revocation_grace": 1.5},
     {"allow_rim_signer_on_hold": 1},
     {"pinned": [1]},
 ]
@@ -231,7 +232,7 @@ def test_firmware_that_was_updated_does_not_make_two_devices_of_one() -> None:
 def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:
     assert not verified(GPUS, nonce=None).devices[0].is_fresh
     assert refused(GPUS, nonce=NONCE[:31] + b"\0").code == "nonce_mismatch"
-    for wrong in (NONCE[:31], NONCE + b"\0", NONCE.hex()):
+    for wrong in (NONCE[:31], NONCE + b"\0", NONCE.hex(), bytearray(NONCE)):
         with pytest.raises(TypeError, match=r"^nonce"):
             _ = verified(GPUS, nonce=wrong)
     with pytest.raises(GpuVerificationError, match="another nonce"):

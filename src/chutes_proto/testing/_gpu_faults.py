@@ -145,6 +145,10 @@ def _with_integer(data: bytes) -> bytes:
     return der.sequence(*_members(data), der.integer(1))
 
 
+def _with_large_extension(data: bytes) -> bytes:
+    return der.sequence(*_members(data), der.tlv(0xA1, bytes(70_000)))
+
+
 def _self_signed() -> bytes:
     keys = Keys(b"another world of simulated GPUs")
     return GpuCertificate(common_name="Other", key="other", issuer="Other", signer="other").der(keys)
@@ -169,7 +173,7 @@ _TABLE = (
     GpuFault("report_short", "the report ends inside the request", raw=lambda raw: raw[:20]),
     GpuFault("report_no_signature", "the report ends inside its signature", raw=lambda raw: raw[:-1]),
     GpuFault("report_trailing", "bytes after the signature", raw=lambda raw: raw + b"\0\1"),
-    GpuFault("report_large", "a report of 40 kB", raw=lambda raw: raw + bytes(40_000)),
+    GpuFault("report_large", "a report of 40 kB", report=_field(99, bytes(40_000))),
     GpuFault("request_version", "a request of SPDM 1.2", report=_set(versions=(0x12, 0x11))),
     GpuFault("response_version", "a response of SPDM 1.2", report=_set(versions=(0x11, 0x12))),
     GpuFault("blocks_fewer", "fewer measurements than the report says", report=_set(count=65)),
@@ -304,7 +308,7 @@ _TABLE = (
     # Revocation
     _status("status_unauthorized", "an OCSP service that does not know the certificate", status=6),
     GpuFault("status_garbage", "an OCSP answer that is not DER", answers=lambda answers: {**answers, "x": b"\x30\1x"}),
-    GpuFault("status_large", "an OCSP answer of 70 kB", answers=lambda answers: {**answers, "x": bytes(70_000)}),
+    _status("status_large", "an OCSP answer of 70 kB", signed=_with_large_extension),
     _status("status_digest", "an OCSP answer with an unknown digest", digest="1.2.3"),
     _status("status_state", "an OCSP answer with an unknown state", state=b"\x85\0"),
     GpuFault(
