@@ -82,6 +82,10 @@ def test_the_url_of_a_service(url: str, base: str) -> None:
     assert Upstream.parse(url, "https://crl/IntelSGXRootCA.der").root_ca_crl == "https://crl/IntelSGXRootCA.der"
 
 
+def test_intel_has_the_crl_of_its_root_elsewhere() -> None:
+    assert Upstream.parse(f"{pcs.INTEL_PCS}/sgx/certification/v4") == Upstream(pcs.INTEL_PCS, pcs.INTEL_ROOT_CA_CRL)
+
+
 @pytest.mark.parametrize(
     "url",
     [

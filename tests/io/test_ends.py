@@ -146,6 +146,11 @@ def test_signers_of_rims_and_answers_about_gpus_are_told(tmp_path: Path) -> None
     assert "gpu_rim" in {finding.what for finding in check_ends(setup)}
 
 
+def test_services_of_gpus_have_no_ends_without_files(tmp_path: Path) -> None:
+    services = 'rim_services = ["https://rims.example"]\nocsp_services = ["https://ocsp.example"]\n'
+    assert {"gpu_rim", "gpu_status"}.isdisjoint(states(set_up(tmp_path, f"[gpu_evidence]\n{services}"), NOW))
+
+
 def test_a_certificate_that_has_expired_stops_the_check_and_the_start(
     tmp_path: Path, command: Callable[..., Ended]
 ) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
-from chutes_proto.io.http.https import HttpsSender, TimeLimits
+from chutes_proto.io.http.https import HttpGetter, HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.origin import Origin
@@ -274,6 +274,23 @@ def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     error = unreachable(HttpsSender(client_context(), "https://keys.example"))
     assert str(error) == "no connection to keys.example: Name or service not known"
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("https://h", 443), ("https://h/x:8", 443), ("https://h:80/x", 80), ("http://[::1]/x", 80), ("http://h:81", 81)],
+)
+def test_the_port_of_a_service(url: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def unknown(_: object, port: object, **__: object) -> object:
+        asked.append(port)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(TransportError, match="no connection to "):
+        _ = HttpGetter(client_context())(url)
+    assert {*asked} == {port}
 
 
 # --- hostile servers ---
