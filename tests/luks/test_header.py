@@ -151,6 +151,7 @@ REFUSED: list[tuple[str, Change]] = [
     ("keyslot_type", keyslot(type="reencrypt")),
     ("members", keyslot(mode="reencrypt", direction="forward")),
     ("keyslot_priority", keyslot(priority=0)),
+    ("keyslot_priority", keyslot(priority=True)),
     ("key_size", keyslot(key_size=32)),
     ("key_size", keyslot(key_size="64")),
     ("keyslot_key_size", keyslot("area", key_size=32)),

@@ -503,8 +503,10 @@ def test_lingering_is_bounded() -> None:
     assert talk.connection.closed
     late = Talk()
     late.feed(b"\r\n\r\n")
+    why = late.connection.close_reason
     assert late.expire() == b""
     assert late.connection.closed
+    assert why == late.connection.close_reason != ""
 
 
 # --- any bytes, any cuts ---
