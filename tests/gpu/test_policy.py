@@ -163,8 +163,9 @@ def test_revocation_has_grace_hold_and_a_floor() -> None:
     assert refused(GPUS, revocation=late, policy=GpuPolicy(revocation="grace", revocation_grace=3000)).code == (
         "status_expired"
     )
-    held = GPUS.having("rim_signer_on_hold")
-    assert verified(held, policy=GpuPolicy(allow_rim_signer_on_hold=True)).devices
+    held, lenient = GPUS.having("rim_signer_on_hold"), GpuPolicy(allow_rim_signer_on_hold=True)
+    assert verified(held, policy=lenient).devices
+    assert refused(GPUS.having("rim_ca_on_hold"), policy=lenient).code == "certificate_revoked"
     off = GpuPolicy(revocation="off")
     assert not verified(GPUS, revocation=Revocation(), policy=off).devices[0].revocation_checked
     assert verified(GPUS, revocation=Revocation.of(GPUS.crls(NOW)), policy=off).devices

@@ -41,7 +41,7 @@ REFUSED = {
     "nonce_mismatch": "nonce_other",
     "rim_format": (
         "rim_doctype rim_comment rim_cdata rim_instruction rim_cut rim_large rim_deep rim_encoding rim_xml_attribute "
-        "rim_prefix rim_prefix_empty rim_attribute_twice"
+        "rim_prefix rim_prefix_xml rim_prefix_empty rim_attribute_twice"
     ),
     "rim_algorithm": (
         "rim_not_swid rim_unsigned rim_text_in_signature rim_no_key_info rim_not_certificate rim_certificate_id "
@@ -61,7 +61,7 @@ REFUSED = {
     "status_missing": "status_missing status_missing_rim status_unknown",
     "status_not_yet_valid": "status_future",
     "status_expired": "status_expired",
-    "certificate_revoked": "revoked revoked_reason device_on_hold rim_signer_on_hold",
+    "certificate_revoked": "revoked revoked_reason device_on_hold rim_signer_on_hold rim_ca_on_hold",
     "rim_product": "rim_other_product",
     "rim_missing": "rim_driver_missing rim_vbios_missing rims_none",
     "rim_conflict": "rim_conflict",

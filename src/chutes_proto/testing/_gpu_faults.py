@@ -166,6 +166,8 @@ _LONG_AGO: Final = BEGIN + 86400
 _OTHER: Final = bytes(47) + b"\2"
 _RESOURCE: Final = 'index="5" size="48"'
 _SIGNER: Final = "Simulated RIM Signer"
+_XML: Final = "http://www.w3.org/XML/1998/namespace"
+_RIM_CA: Final = "Simulated Reference Value CA"
 
 _TABLE = (
     # The report's form
@@ -250,6 +252,7 @@ _TABLE = (
     _form("rim_encoding", "a RIM in another encoding", "<Soft", '<?xml version="1.0" encoding="latin-1"?><Soft'),
     _form("rim_xml_attribute", "a RIM with an attribute of XML itself", "<Payload>", '<Payload xml:lang="en">'),
     _form("rim_prefix", "a RIM with an unknown prefix", "<Payload>", "<Payload><x:y/>"),
+    _form("rim_prefix_xml", "a RIM that declares the prefix xml", "<Payload>", f'<Payload xmlns:xml="{_XML}">'),
     _form("rim_prefix_empty", "a RIM with a prefix for nothing", "<Payload>", '<Payload xmlns:x="">'),
     _form(
         "rim_attribute_twice",
@@ -349,6 +352,7 @@ _TABLE = (
     _status("revoked_reason", "a CA that is revoked for a compromise", state=revoked(_LONG_AGO, 1)),
     _status("device_on_hold", "a key in a chip that is on hold", about="BROM", state=revoked(_LONG_AGO, 6)),
     _status("rim_signer_on_hold", "a RIM signer that is on hold", about=_SIGNER, state=revoked(_LONG_AGO, 6)),
+    _status("rim_ca_on_hold", "the CA of a RIM signer that is on hold", about=_RIM_CA, state=revoked(_LONG_AGO, 6)),
     # Measurements and the machine
     GpuFault("nvdec_state", "a decoder that is neither enabled nor disabled", report=_field(11, b"\0")),
     GpuFault("measurement", "another measurement at index 9", report=_measurement(10, _OTHER)),
