@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import re
 import socket
 import subprocess
 import sys
@@ -221,3 +222,14 @@ def test_haproxy_accepts_its_configuration(require_program: Callable[[str], str]
     """What it does in front of a cluster is shown in ``tests/cluster``, for minutes."""
     command = [require_program("haproxy"), "-c", "-f", str(ROOT / "examples" / "patroni" / "haproxy.cfg")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+CONTAINER = ROOT / "examples" / "container"
+
+
+def test_no_layer_of_the_image_has_the_keys_beside_the_checkout() -> None:
+    """The files of compose.yaml are made in the checkout: a KEK among them."""
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", (CONTAINER / "Containerfile").read_text(), re.MULTILINE)
+    copied = [ROOT / word for line in lines for word in line.split()]
+    assert ROOT / "src" in copied
+    assert not [path for path in copied if path == CONTAINER or path in CONTAINER.parents]
