@@ -22,6 +22,7 @@ from attrs import evolve
 
 from chutes_proto.boot import RetryPolicy
 from chutes_proto.errors import TransportError
+from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.miner import HotkeyPair
 from chutes_proto.secret import Secret
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
@@ -233,3 +234,11 @@ def test_no_layer_of_the_image_has_the_keys_beside_the_checkout() -> None:
     copied = [ROOT / word for line in lines for word in line.split()]
     assert ROOT / "src" in copied
     assert not [path for path in copied if path == CONTAINER or path in CONTAINER.parents]
+
+
+def test_compose_starts_a_service_after_the_one_whose_network_it_uses() -> None:
+    """podman-compose takes only depends_on for an order."""
+    services: Any = read_yaml((CONTAINER / "compose.yaml").read_bytes())
+    shared = [each for each in services["services"].values() if "network_mode" in each]
+    assert shared
+    assert all(each["network_mode"].removeprefix("service:") in each.get("depends_on", ()) for each in shared)
