@@ -626,7 +626,7 @@ def test_faults_are_found_in_every_page_of_vms(place: StorePlace, vms: int, monk
         run(place, "INSERT INTO head SELECT 'other', vm, version, contents, mac FROM head WHERE vm = 'vm-a'")
         found = sorted((fault.table, fault.key.removeprefix(f"{A.hotkey}/")) for fault in find_faults(store))
     assert found == [
-        ("boot", granted("second", B, 100).boot_id),
+        ("boot", f"vm-b/{granted('second', B, 100).boot_id}"),
         ("generation", "vm-a/cache/1"),
         ("head", "other/vm-a"),
         ("vm", "vm-0"),  # it has no MAC of its own,

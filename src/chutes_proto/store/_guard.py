@@ -36,7 +36,7 @@ from chutes_proto.store._custody import Session
 from chutes_proto.store._heads import CREATED_AT, ENTER, OF_STORE, VM_OF
 from chutes_proto.store._macs import TAG_SIZE
 from chutes_proto.store._store_group import Run, StoreGroup
-from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups
+from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups, boot_name
 from chutes_proto.store.rows import StoreOp
 from chutes_proto.store.sql import READS_ROWS, decode, kind_read, not_sealed, statement
 
@@ -280,7 +280,7 @@ class Guard:
         listed = self.of_vms.listed_boots((op.vm.hotkey, op.vm.name))
         newest = max(listed, key=itemgetter(CREATED_AT), default=None)
         if newest is not None and not (rows and rows[0][CREATED_AT] >= newest[CREATED_AT]):
-            raise RowNotAuthentic("boot", newest[0], "it is the newest one, and was not given as such")
+            raise RowNotAuthentic("boot", boot_name(newest), "it is the newest one, and was not given as such")
         return self.boots(op, kind, rows, tags)
 
     def boot_volumes(self, op: store.ReadBootVolumes, _kind: type[store.Row], rows: Rows, _tags: list[bytes]) -> Rows:

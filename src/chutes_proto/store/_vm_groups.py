@@ -196,7 +196,7 @@ class VmGroups:
             for row, tag in zip(rows, tags, strict=True):
                 if row[0] in boots.entries or not boots.is_full:
                     found[row[0]] = of_number(row[CREATED_AT]) + tag
-            expect_all("boot", found, boots.entries)
+            expect_all("boot", found, boots.entries, vm)
 
     def listed_boots(self, vm: tuple[str, str]) -> Rows:
         """The boots since the oldest one in the head of their VM, after all were compared with it."""
@@ -225,7 +225,7 @@ class VmGroups:
                 return True
             if boots.is_full:
                 return False
-        expect("boot", row[0], of_number(created_at) + tag, entry)
+        expect("boot", boot_name(row), of_number(created_at) + tag, entry)
         return True
 
     def check_generation(self, row: Sequence[Any]) -> None:
@@ -241,6 +241,11 @@ class VmGroups:
             listed = head.of("generation").get(f"{row[2]}/{row[3]}")
             if live or listed is not None:
                 expect("generation", key_text(store.GenerationRow, row), tag + LIVE[live], listed)
+
+
+def boot_name(row: Sequence[Any]) -> str:
+    """A boot, as faults of its group name it."""
+    return f"{name_of(VM_OF[store.BootRow](row))}/{row[0]}"
 
 
 def gone(vm: tuple[str, str], known: object) -> RowNotAuthentic:
