@@ -230,7 +230,9 @@ class MarkKeeper:
                 mark,
                 f"its rows are of epoch {view.epoch}, and rows of epoch {mark.epoch} were seen: it is from before a"
                 " key-encryption key (KEK) was rotated",
-                "restore a newer backup, or, if this one is right, move the mark's file away on every server",
+                "restore a newer backup, or, if this one is right, as after a fail-over that lost the rotation, stop"
+                " all servers, move the mark's file away on each, say what happened with `chutes-proto store restored`"
+                " or `chutes-proto store accept-loss`, start them and rotate again",
             )
         loss = None if mark is None else find_loss(mark, view, now)
         if loss is None:
