@@ -94,7 +94,7 @@ def test_as_written_it_says_what_is_missing(command: Callable[..., Ended], tmp_p
 
 
 def test_any_directory_may_have_the_state(command: Callable[..., Ended], tmp_path: Path) -> None:
-    state = tmp_path / 'a "quoted" \\ one'
+    state = tmp_path / 'a "quoted" \\ one\t\x7fé'
     assert command("init", tmp_path, "--name", "keys.example", "--state", state).code == 0
     assert ServerConfig.load(tmp_path / "server.toml").store.url == f"sqlite:{state}/keys.db"
 

@@ -106,8 +106,8 @@ def write_initial(directory: Path, name: str, state: Path | None = None) -> list
     """
     key = ec.generate_private_key(ec.SECP256R1())
     key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    # A string of TOML has the escapes of JSON.
-    prefix = "" if state is None else json.dumps(f"{state}/", ensure_ascii=False)[1:-1]
+    # A string of TOML has the escapes of JSON, and needs one more, for DEL.
+    prefix = "" if state is None else json.dumps(f"{state}/", ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f")
     try:
         configuration = _SERVER.format(state=prefix, pcs=_PCS, crl=_CRL).encode()
     except UnicodeEncodeError:
