@@ -42,7 +42,7 @@ unexport PYTHONDONTWRITEBYTECODE
 QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing test_purity.py test_public.py \
 	test_waits.py) --ignore tests/units/test_machine_postgres.py
 
-.PHONY: help install demo test coverage quick lint soak fuzz bench docs zipapp man constraints clean
+.PHONY: help install demo test oldest coverage quick lint soak fuzz bench docs zipapp man constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -66,6 +66,12 @@ demo: $(INSTALLED) ## a VM boots against a key server, and attacks are refused, 
 
 test: $(INSTALLED) ## all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+oldest: $(VENV)-uv ## the tests on the oldest releases that pyproject.toml takes of what users install
+	@$(PYTHON) -m venv --clear $(VENV)-oldest
+	@$(VENV)-oldest/bin/python -m pip $(PIP_OPTIONS) install --quiet --require-hashes --no-deps -r constraints.txt
+	@$(VENV)-uv/bin/uv pip install --quiet --upgrade --python $(VENV)-oldest/bin/python --resolution lowest-direct --editable '.[all]'
+	@$(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
 coverage: $(INSTALLED) ## all tests, measured, and the floor of coverage
 	@$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
@@ -114,9 +120,11 @@ $(DOCS_INSTALLED): tools/docs-requirements.txt $(INSTALLED)
 	@$(PIP) install --quiet --require-hashes --no-deps --requirement $<
 	@touch $@
 
-constraints: ## resolve all pins anew, for every Python from 3.11 on, and hash them
-	@$(PYTHON) -m venv $(VENV)-uv
-	@$(VENV)-uv/bin/python -m pip --disable-pip-version-check install --quiet uv
+$(VENV)-uv:
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip --disable-pip-version-check install --quiet uv
+
+constraints: $(VENV)-uv ## resolve all pins anew, for every Python from 3.11 on, and hash them
 	@$(RESOLVE) --all-extras --group build pyproject.toml --output-file constraints.txt
 	@$(RESOLVE) --group fuzz --output-file tests/fuzz/requirements.txt
 	@$(RESOLVE) --group docs --output-file tools/docs-requirements.txt
