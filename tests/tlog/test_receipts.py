@@ -18,6 +18,7 @@ from chutes_proto.tlog import merkle
 from chutes_proto.tlog.notes import Checkpoint, Signature, Signer, Verifier
 from chutes_proto.tlog.proofs import Proof
 from chutes_proto.tlog.receipts import FORM, Receipt
+from chutes_proto.tlog.witness import read_cosignature
 from tests.tlog.test_tlog import SIGNER, Tree, entry
 
 OTHER = Signer(SIGNER.name, Secret(bytes(32))).verifier
@@ -148,6 +149,28 @@ def test_a_cosignature_with_any_bit_changed_is_refused() -> None:
         changed[at // 8] ^= 1 << at % 8
         with pytest.raises(LogError):
             _ = Receipt.from_bytes(bytes(changed)).cosigned([WITNESS_KEY])
+
+
+def test_the_answer_of_a_witness_is_one_of_today() -> None:
+    note = receipt().proof.note
+    mine, day = cosignature(note.text), 86_400
+    namesake = evolve(mine, identifier=bytes(4))
+    for now in (AT - day, AT, AT + day):
+        assert read_cosignature(f"{namesake}{mine}".encode(), note, WITNESS_KEY, now) == mine
+    line = str(mine).encode()
+    for answer, now, why in (
+        (line, AT + day + 1, "more than a day from"),
+        (line, AT - day - 1, "more than a day from"),
+        (line[:-1], AT, "not one of signature lines"),
+        (b"", AT, "not one of signature lines"),
+        (line * 9, AT, "not one of signature lines"),
+        (line + bytes(8 * 1024), AT, "more than 8192 bytes"),
+        (b"\xff" + line, AT, "not UTF-8"),
+        (str(namesake).encode(), AT, "no signature of witness.example/w"),
+        (str(cosignature("another\n")).encode(), AT, "does not verify"),
+    ):
+        with pytest.raises(LogError, match=why):
+            _ = read_cosignature(answer, note, WITNESS_KEY, now)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"entry": 1}', b"[" * 100_000, b"x" * 1_000_000])

@@ -151,6 +151,9 @@ def test_draining_does_not_wait_long_for_a_request() -> None:
     talk.feed(GET[:9])  # one that is under way has its time
     assert talk.connection.deadline == talk.now + Limits().request_seconds
     assert answers(talk.feed(GET[9:]))[0].headers["connection"] == "close"
+    late = Talk()
+    late.connection.drain(late.now + 29.5)
+    assert late.connection.deadline == late.now + 30
     idle = Talk()
     idle.connection.drain(idle.now)
     assert idle.expire() == b""
