@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import socket
@@ -66,6 +67,20 @@ def test_another_request_is_refused(path: Path, callers: list[str]) -> None:
         stranger.sendall(b"restart")
         assert b"the only request is reload" in stranger.makefile("rb").readline()
     assert callers == []
+
+
+def test_a_server_without_a_free_descriptor_answers_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, faults = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    def scarce(listening: socket.socket) -> tuple[socket.socket, object]:
+        if faults:
+            raise faults.pop()
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", scarce)  # for the second: the first is waited for already
+    monkeypatch.setattr("chutes_proto.io.server.control.RELOAD_SECONDS", 20.0)
+    assert [ask_to_reload(path) for _ in range(2)] == [{"ok": True}] * 2
+    assert not faults
 
 
 def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
