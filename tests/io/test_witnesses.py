@@ -288,9 +288,10 @@ def test_a_checkpoint_that_another_server_has_overtaken_is_no_alarm(
 ) -> None:
     mine, another = (Witnesses(log.store, [witness], tmp_path / name) for name in ("mine", "another"))
     older, newer = log.grow(1), log.grow(1)
+    assert mine.round() == [], "before the first checkpoint"
     _ = (tmp_path / "mine").write_text(str(older))
-    assert another.ask(newer)[1] == []
-    assert mine.pause == 60.0
+    _ = (tmp_path / "another").write_text(str(newer))
+    assert (another.round(), another.pause, mine.pause) == ([], 60.0, 60.0)
     why = f"witness {witness.url}: it has signed a checkpoint of {Checkpoint.of(newer).size} entries already"
     assert mine.ask(older)[1] == [why], "an operator who asks is told"
     assert [(mine.round(), mine.pause) for _ in range(3)] == [([], 2.0), ([], 2.0), ([why], 60.0)]
