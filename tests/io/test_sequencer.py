@@ -396,6 +396,9 @@ def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: P
             sequencer.checkpoint()
         store.transact(StoreRestored(1 << 40, "root"))
         sequencer.sequence()
+        with pytest.raises(LogError, match="two logs of 3 entries have different roots"):
+            sequencer.checkpoint(writes=False)
+        assert file.read_bytes() == str(signed).encode(), "who only reads puts nothing aside"
         found = sequencer.checkpoint()
         assert found is not None
         assert signed is not None
