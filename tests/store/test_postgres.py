@@ -660,7 +660,6 @@ def fail_with(url: str, state: str) -> None:
 @pytest.mark.parametrize(
     ("state", "text", "kind"),
     [
-        ("53100", "the database's disk is full; nothing was changed", StoreError),
         ("25006", "the database is read-only; nothing was changed", StoreError),
         ("XX001", "the database is damaged", StoreError),
         ("42501", "the database's user may not do that", StoreError),

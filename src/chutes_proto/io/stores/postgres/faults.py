@@ -74,6 +74,9 @@ def translated(name: str, exc: psycopg.Error) -> StoreError:
     if fault := TEMPORARY.get(state):
         kind = StoreAway if state in _AWAY else StoreBusy
         return kind(f"store {name}: {fault} ({text})")
+    # The text names another file each time, and a server logs each new text as a new fault.
+    if isinstance(exc, errors.DiskFull):
+        return fault_of(name, FAULTS[state])
     return fault_of(name, f"{FAULTS.get(state, 'PostgreSQL refused')} ({text})")
 
 

@@ -25,7 +25,6 @@ from chutes_proto.io.stores.postgres.connection import Asked, Connection, query_
 from chutes_proto.io.stores.postgres.exchange import Prepared, StatementError, exchange
 from chutes_proto.io.stores.postgres.faults import (
     AGAIN,
-    FAULTS,
     NOT_PREPARED,
     TEMPORARY,
     Again,
@@ -293,11 +292,8 @@ class Database:
         return found
 
     def require_space(self, connection: Connection) -> None:
-        """Require within a transaction that the disk takes data. Raises `StoreError`, always with the same text."""
-        try:
-            _ = rows_of(connection, _TAKE_SPACE)
-        except errors.DiskFull as exc:  # which names another file each time
-            raise fault_of(self.name, FAULTS[str(exc.sqlstate)]) from exc
+        """Require within a transaction that the disk takes data. Raises `psycopg.errors.DiskFull`."""
+        _ = rows_of(connection, _TAKE_SPACE)
         self.is_full = False
 
     def lift_limits(self, connection: Connection) -> None:
