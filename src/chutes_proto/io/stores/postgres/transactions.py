@@ -23,15 +23,7 @@ from chutes_proto.errors import FateUnknown, StoreAway, StoreError
 from chutes_proto.io.stores.attempts import UNKNOWN
 from chutes_proto.io.stores.postgres.connection import Asked, Connection, query_of, rows_of
 from chutes_proto.io.stores.postgres.exchange import Prepared, StatementError, exchange
-from chutes_proto.io.stores.postgres.faults import (
-    AGAIN,
-    NOT_PREPARED,
-    TEMPORARY,
-    Again,
-    fault_of,
-    standby,
-    translated,
-)
+from chutes_proto.io.stores.postgres.faults import AGAIN, NOT_PREPARED, TEMPORARY, Again, fault_of, standby, translated
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.sql import READ_VERSION
