@@ -67,7 +67,7 @@ demo: $(INSTALLED) ## a VM boots against a key server, and attacks are refused, 
 test: $(INSTALLED) ## all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-oldest: $(VENV)-uv ## the tests on the oldest releases that pyproject.toml takes of what users install
+oldest: $(VENV)-uv ## all tests, with the oldest release that pyproject.toml takes of each dependency
 	@$(PYTHON) -m venv --clear $(VENV)-oldest
 	@$(VENV)-oldest/bin/python -m pip $(PIP_OPTIONS) install --quiet --require-hashes --no-deps -r constraints.txt
 	@$(VENV)-uv/bin/uv pip install --quiet --upgrade --python $(VENV)-oldest/bin/python --resolution lowest-direct --editable '.[all]'

@@ -209,7 +209,7 @@ def _getter(paths: Sequence[str]) -> Callable[[Any], Values]:
 
 
 def _typed(kind: type[Any], values: Sequence[Any]) -> Any:
-    """An object of a table without MACs; a value of a type that no server writes there is an empty one."""
+    """An object of a table without MACs, with an empty value in place of each that is of another type."""
     pairs: Any = zip(values, attrs.fields(kind), strict=True)
     return kind(*(value if type(value) is field.type else field.type() for value, field in pairs))
 

@@ -652,7 +652,7 @@ def tell_manager(state: str) -> None:
 
 
 def hear_hangups() -> None:
-    """Let SIGHUP reach its handler, one that came during the start first: the program blocks it from its beginning."""
+    """Let SIGHUP reach its handler: the program has blocked it until here, and one that came meanwhile arrives now."""
     _ = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 

@@ -129,7 +129,7 @@ class Database:
         self.timeline: int = 0
         """The timeline of the database that agreed with the mark last."""
         self.is_full: bool = False
-        """Whether a write found the disk full, and none of `require_space` has found space since."""
+        """Whether a write found the disk full, and `require_space` has found no space since."""
         self._conninfo = conninfo
         self._custody, self._marks = custody, marks
         self._clock_difference_seconds = clock_difference_seconds
