@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._eventlog import (
+    RUNTIME_EVENT,
     EventLogFormatError,
     EventLogMismatchError,
     ReplayedLog,
@@ -118,6 +119,24 @@ def test_registers_are_extended_from_zero() -> None:
 
 def test_an_event_of_no_action_extends_nothing() -> None:
     assert parse_event_log(log(event(2, NO_ACTION, b"x"), event(0, SEPARATOR, b"x"))).rtmrs == (bytes(48),) * 4
+
+
+@pytest.mark.parametrize(
+    "unvouched",
+    [
+        event(3, NO_ACTION, b"quiet"),
+        event(0, SEPARATOR, b"quiet"),
+        event(0, IPL, b"kernel_cmdline: quiet\0", b"quiet"),
+        event(0, RUNTIME_EVENT, b"quiet", RUNTIME_EVENT.to_bytes(4, "little") + b"::quiet"),
+    ],
+    ids=["no action", "of MRTD", "a text of MRTD", "a runtime event of MRTD"],
+)
+def test_a_replay_vouches_for_no_event_that_extends_no_rtmr(unvouched: bytes) -> None:
+    """A host can put such events into a log that replays."""
+    good = parse_event_log(log(*EVENTS))
+    added = replay(parse_event_log(log(*EVENTS, unvouched)), good.rtmrs).log.events[-1]
+    assert (added.name, added.value, added.measured, added.digest_verified) == (None, None, None, False)
+    assert not added.extends_rtmr
 
 
 @pytest.mark.parametrize("register", range(4))

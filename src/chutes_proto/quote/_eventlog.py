@@ -13,7 +13,8 @@ Rules kept here:
 * all four RTMRs are compared: one without events must be zero;
 * a replay vouches for digests and their order within a register, for nothing else: not for an event's type, its data or
   the order between registers. Data count only where a digest is theirs (`Event.measured`), and extractors use nothing
-  else. An event that is there was measured; an absent one proves nothing.
+  else. An event that is there was measured, unless it extends no RTMR: EV_NO_ACTION and those of MRTD are the word of
+  the log's writer only. An absent one proves nothing.
 
 Sources: TCG PC Client Platform Firmware Profile, 10 (crypto agile log; 10.4.5.1, Spec ID event); UEFI Specification,
 38.4 (virtual platform CC event log: register 0 is MRTD, 1 to 4 are RTMR0 to RTMR3); GNU GRUB manual, "Measuring boot
@@ -142,7 +143,9 @@ class Event:
         return None if (covered := self._covered()) is None else covered[1]
 
     def _covered(self) -> tuple[str, bytes] | None:
-        """Name and payload of a runtime event; None if its digest is not theirs."""
+        """Name and payload of a runtime event; None if its digest is not theirs, or extends no RTMR."""
+        if not self.extends_rtmr:
+            return None
         text = self.label.encode("utf-8", "surrogatepass") + b":" + self.data
         if self.type != RUNTIME_EVENT or sha384(self.type.to_bytes(4, "little") + b":" + text).digest() != self.digest:
             return None
@@ -157,21 +160,28 @@ class Event:
             return f"0x{self.type:x}"
 
     @property
+    def extends_rtmr(self) -> bool:
+        """Whether an RTMR is extended with its digest. A replay does not vouch for any other event."""
+        return self.type != EventType.NO_ACTION and self.register != "MRTD"
+
+    @property
     def digest_verified(self) -> bool:
         """Whether the digest is that of the whole data, so that the RTMR vouches for all of them."""
-        return sha384(self.data).digest() == self.digest
+        return self.extends_rtmr and sha384(self.data).digest() == self.digest
 
     @property
     def measured(self) -> bytes | None:
         """The part of the data that the digest covers; None if it covers none, as with images and files.
 
         It is the whole data, or the text after the label in GRUB's, the value in an EFI variable's, the payload in
-        TD-Shim's events. Nothing vouches for the bytes before it.
+        TD-Shim's events. Nothing vouches for the bytes before it, and for no byte where the event extends no RTMR.
         """
         return next((part for part in self._parts() if sha384(part).digest() == self.digest), None)
 
     def _parts(self) -> tuple[bytes, ...]:
         data = self.data
+        if not self.extends_rtmr:
+            return ()
         if self.type == EventType.IPL:
             return data, data.partition(b": ")[2].removesuffix(b"\0")
         if self.type == EventType.EFI_VARIABLE_BOOT and len(data) >= _VARIABLE.size:
@@ -195,15 +205,15 @@ class EventLog:
     events: tuple[Event, ...]
 
     def of(self, register: str) -> tuple[Event, ...]:
-        """The events that extend a register, in their order."""
-        return tuple(event for event in self.events if event.register == register and event.type != EventType.NO_ACTION)
+        """The events that extend an RTMR, in their order; none of MRTD."""
+        return tuple(event for event in self.events if event.register == register and event.extends_rtmr)
 
     @property
     def rtmrs(self) -> Rtmrs:
         """RTMR0 to RTMR3 after these events: from zero on, SHA-384(register ‖ digest) for each event."""
         values: dict[str, bytes] = dict.fromkeys(REGISTERS, bytes(48))
         for event in self.events:
-            if event.type != EventType.NO_ACTION:
+            if event.extends_rtmr:
                 values[event.register] = sha384(values[event.register] + event.digest).digest()
         return values["RTMR0"], values["RTMR1"], values["RTMR2"], values["RTMR3"]
 
