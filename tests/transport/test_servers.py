@@ -163,13 +163,14 @@ async def running(
     app: Echo | None = None,
     more: tuple[Listening, ...] = (),
     give_way: Callable[[], None] = lambda: None,
+    is_one_of_several: bool = False,
 ) -> AsyncIterator[Running]:
     app, log = app or Echo(), list[Record]()
     listening = [*listen_tls(("127.0.0.1", 0), lambda: CONTEXT), *more]
     port = listening[0].socket.getsockname()[1]
     async with anyio.create_task_group() as nursery:
         performer = Performer(log=log.append, give_way=give_way)
-        server = Server(app, performer, limits=limits, connections=connections)
+        server = Server(app, performer, limits=limits, connections=connections, is_one_of_several=is_one_of_several)
         ended = anyio.Event()
 
         async def serve() -> None:
@@ -515,6 +516,21 @@ async def test_a_server_that_handed_its_listener_over_answers_what_it_accepted()
         await server.ended.wait()
         for stream in (answered, fresh, busy):
             await anyio.aclose_forcefully(stream)
+
+
+async def test_a_worker_that_ends_hears_what_it_accepted() -> None:
+    """A VM comes for its keys, and meets a worker without open boots; the one that granted its boot serves on."""
+    async with running(app=Echo(drain=3600.0, open=set()), is_one_of_several=True) as server:
+        accepted = await server.plain()
+        _ = await async_wait_until(lambda: server.server.open_connections)
+        server.server.stop()
+        with pytest.raises(OSError):  # noqa: PT011 - no other process has this listener, so nobody listens
+            await server.plain()
+        stream = await shaken(accepted)
+        await stream.send(GET)
+        assert (await read_all(stream)).startswith(b"HTTP/1.1 200")
+        await server.ended.wait()
+        await anyio.aclose_forcefully(stream)
 
 
 async def test_what_is_not_done_in_time_is_cancelled() -> None:

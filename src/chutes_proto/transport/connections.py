@@ -7,8 +7,8 @@ Rules kept here:
 * of those that make the server wait, one ends at a time: the one whose phase began longest ago. A client that goes on
   (handshake, request, taking the answer) is younger than a peer that does not;
 * when the server ends, only connections with a pending request or answer stay, and of these none whose peer is slow;
-* when it ends because another process took its listeners over, each connection that was accepted may still send one
-  request: deployed clients send some only once, and nobody else has their connections;
+* when it ends and another process serves its listeners, each connection that was accepted may still send one request:
+  deployed clients send some only once, and nobody else has their connections;
 * an address with more than its share of all connections loses its own first, so that none keeps all others out. Below
   that share addresses do not count: many VMs may come from one, and an attacker from many;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.

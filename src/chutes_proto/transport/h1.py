@@ -56,7 +56,7 @@ LAST_CALL_SECONDS: Final = 1.0
 """The time that an idle connection stays open once the server drains, and a pending answer once the server ends."""
 
 FIRST_CALL_SECONDS: Final = 5.0
-"""The time that accepted connections have to send a request once another process has taken the listeners over."""
+"""The time that accepted connections have to send a request once only other processes serve the listeners."""
 
 _CLOSE: Final = ("connection", "close")
 

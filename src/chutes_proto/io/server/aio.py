@@ -32,6 +32,9 @@ class Server:
     ended. At most ``connections`` are open,
     and one more for each further listener. At the limit, a connection on which the server waits for the peer ends; if
     there is none, new ones wait in the listeners' queues.
+
+    ``is_one_of_several``: other processes accept at the same listeners, and may serve on when this one ends. A
+    connection that it has accepted by then is heard, because its peer, whose boot may be another's, cannot choose.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Server:
         limits: Limits = DEFAULT_LIMITS,
         connections: int = 1024,
         ended: Callable[[ServerConnection], None] | None = None,
+        is_one_of_several: bool = False,
     ) -> None:
         self._app = app
         self._performer = performer
@@ -54,6 +58,7 @@ class Server:
         self._peer: Callable[[socket, HasDeadline], Peer]  # of the loop
         self._handed_over = False
         self._ended = ended
+        self._is_one_of_several = is_one_of_several
         self._now: Callable[[], float] = anyio.current_time
 
     async def serve(self, listening: Sequence[Listening]) -> None:
@@ -65,7 +70,9 @@ class Server:
                     async with anyio.create_task_group() as listeners:
                         for listener in listening:
                             _ = listeners.start_soon(self._accept, listener, group)
-                if not self._handed_over:
+                if self._is_one_of_several:
+                    self._connections.hand_over(self._now())
+                elif not self._handed_over:
                     self._connections.finish(self._now())
 
     def stop(self, *, handed_over: bool = False) -> float:

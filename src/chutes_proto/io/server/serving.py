@@ -256,7 +256,13 @@ async def open_server(
         _watching(running, store, performer, log, worker),
     ):
         if not admin:
-            yield Server(running.follow(App(setup.service)), performer, limits=setup.limits, connections=connections)
+            yield Server(
+                running.follow(App(setup.service)),
+                performer,
+                limits=setup.limits,
+                connections=connections,
+                is_one_of_several=worker is not None,
+            )
             return
         from chutes_proto.io.server.admin import Admin
         from chutes_proto.io.server.metrics import MeteredPerformer, Metrics
@@ -269,6 +275,7 @@ async def open_server(
             limits=setup.limits,
             connections=connections,
             ended=lambda connection: metrics.handshake(done=connection.has_shaken_hands),
+            is_one_of_several=worker is not None,
         )
         watched = Admin(running, store, app, metrics, log)
         async with anyio.create_task_group() as beside:
