@@ -387,6 +387,7 @@ def test_kept_on_disk_and_verified_again(each: Loop, tmp_path: Path) -> None:
     assert (again.window, again.tcb_info) == (first.window, first.tcb_info)
     assert "no connection to " in none
     assert log[0].fields["files"] == 1
+    assert "collateral_not_restored" not in [record.event for record in log]
     text = (kept / name).read_bytes()
     (kept / name).write_bytes(text.replace(b"UpToDate", b"UptoDate"))
     (_, told), log = each.run(source(upstream, directory=kept), main)

@@ -159,9 +159,11 @@ def serving(small: SmallWitness) -> Iterator[Witness]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield Witness(f"http://127.0.0.1:{server.server_address[1]}/prefix/", small.key)
-        server.shutdown()
-        thread.join()
+        try:
+            yield Witness(f"http://127.0.0.1:{server.server_address[1]}/prefix/", small.key)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_witness_cosigns_a_log_that_grows_and_no_other(log: Log, witness: Witness) -> None:
@@ -253,6 +255,19 @@ def test_a_server_asks_again_and_again(log: Log, witness: Witness, monkeypatch: 
         size = Checkpoint.of(log.grow(1)).size
         wait_until(lambda: Checkpoint.of(Note.parse(witnessed_path(log.file).read_bytes())).size == size)
     assert told == []
+
+
+def test_a_witness_that_has_not_signed_is_asked_again_for_the_same_checkpoint(log: Log, witness: Witness) -> None:
+    late = SmallWitness(Verifier("another.example", bytes(32)), bytes(range(1, 33)), "witness.example/w2")
+    with serving(late) as second:
+        witnesses = Witnesses(log.store, [witness, second], log.file)
+        (fault,) = witnesses.round()
+        assert fault == f"witness {second.url}: status 403", "it does not know the log's key yet"
+        late.log = log.key
+        assert witnesses.round() == []
+    kept = read_witnessed(witnessed_path(log.file))
+    assert kept is not None
+    assert cosigned_by(kept, [witness.key, second.key]) == (witness.key, second.key)
 
 
 def test_processes_of_a_server_ask_by_turns(log: Log, small: SmallWitness, witness: Witness) -> None:
