@@ -40,7 +40,7 @@ def test_a_request_carries_the_client_certificate(bytewise: bool, tmp_path: Path
     carry(client, talk, bytewise=bytewise)
     assert client.ended
     talk.feed(b"")
-    assert (talk.connection.closed, talk.connection.close_reason) == (True, "")
+    assert talk.connection.closed
 
 
 def test_the_last_answer_is_followed_by_a_close() -> None:
@@ -72,7 +72,6 @@ def test_what_is_no_tls_ends_the_connection(data: bytes) -> None:
     talk = Talk(tls=session())
     sent = talk.feed(data)
     assert b"HTTP" not in sent
-    assert talk.connection.close_reason.startswith("TLS: ")
     assert talk.connection.deadline == (talk.now + 2.0 if sent else inf)  # an alert has time to arrive
     assert talk.connection.closed is not bool(sent)
     talk.feed(GET, b"")
@@ -84,7 +83,6 @@ def test_the_end_within_the_handshake() -> None:
     talk = Talk(tls=session())
     talk.feed(TlsClient(client_context()).data_to_send()[:100], b"")
     assert talk.connection.closed
-    assert "handshake" in talk.connection.close_reason
 
 
 def test_a_handshake_has_its_time() -> None:
@@ -93,7 +91,7 @@ def test_a_handshake_has_its_time() -> None:
     talk.feed(TlsClient(client_context()).data_to_send()[:100])
     assert talk.connection.deadline == 1005.0
     assert talk.expire() == b""
-    assert talk.connection.close_reason == "no TLS handshake in time"
+    assert talk.connection.closed
 
 
 def test_a_request_timeout_is_heard_through_tls() -> None:
@@ -111,7 +109,6 @@ def test_an_idle_peer_hears_the_close() -> None:
     carry(client, talk)
     client.receive_data(talk.expire())
     assert client.ended
-    assert talk.connection.close_reason == "no request in time"
 
 
 def test_a_damaged_record_after_a_request() -> None:
@@ -119,6 +116,5 @@ def test_a_damaged_record_after_a_request() -> None:
     client.send(GET)
     carry(client, talk)
     talk.feed(b"\x17\x03\x03\x00\x20" + bytes(32))
-    assert talk.connection.close_reason.startswith("TLS: ")
     talk.feed(b"")
     assert talk.connection.closed

@@ -349,8 +349,8 @@ def test_a_connection_within_another_handshake_ends() -> None:
     connection._inbox += b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
     assert isinstance(connection.next_request(0.0), HttpRequest)
     connection.send_response(HttpResponse(200), 0.0)
-    assert connection.close_reason
     assert connection.data_to_send() == b""
+    assert connection.closed
 
 
 def test_nothing_above_the_peers_own_certificate_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

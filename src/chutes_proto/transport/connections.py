@@ -174,7 +174,7 @@ class Connections:
         ended = next((each for each in found if each is not None), None)
         if ended is None:
             return ()
-        ended.abandon("all connections were in use and another one came; limits.connections bounds them")
+        ended.abandon()
         self.remove(ended)
         return (ended,)
 

@@ -147,8 +147,6 @@ class ServerConnection:
         """The time to stop waiting for the peer and call `expire`; infinity while the peer is not waited for."""
         self.sent_ahead: bool = False
         """A part of the latest request had come before the answer to the previous one was sent."""
-        self.close_reason: str = ""
-        """Why the connection ends before its time, for the operator; empty while it does not."""
         self._tls = tls
         self._limits = limits
         self._seconds: Mapping[_Phase, float] = {
@@ -230,8 +228,8 @@ class ServerConnection:
                 self._refuse(exc, now)
             except h11.RemoteProtocolError as exc:
                 self._refuse(_not_http(exc), now)
-            except RemoteProtocolError as exc:
-                self._finish(str(exc), now)
+            except RemoteProtocolError:
+                self._finish(now)
         request, self._ready = self._ready, None
         return request
 
@@ -244,8 +242,8 @@ class ServerConnection:
             raise LocalProtocolError("no request waits for an answer; call next_request first")
         try:
             self._answer(response, now, last=self._draining)
-        except RemoteProtocolError as exc:
-            self._finish(str(exc), now)
+        except RemoteProtocolError:
+            self._finish(now)
 
     def data_to_send(self) -> bytes:
         """Bytes to send to the peer now; they are given only once."""
@@ -275,15 +273,14 @@ class ServerConnection:
         """End the connection with the server: now, or within `LAST_CALL_SECONDS` if a request or answer is pending."""
         self._draining = True
         if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE):
-            self.abandon("the server ends")
+            self.abandon()
         elif self._phase is not _Phase.HANDLING:
             self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
 
-    def abandon(self, reason: str) -> None:
+    def abandon(self) -> None:
         """End the connection now, without telling the peer. Its deadline has passed then."""
         self._outbox.clear()
         self._inbox.clear()
-        self.close_reason = reason
         self._last = True
         self._phase, self.deadline = _Phase.CLOSED, -math.inf
 
@@ -292,12 +289,10 @@ class ServerConnection:
         if self._phase is _Phase.RECEIVING and not self._in_flight:
             self._refuse(BadRequest(Code.REQUEST_TIMEOUT, "Request timeout"), now)
         elif self._phase in (_Phase.HANDSHAKE, _Phase.IDLE) and not self._in_flight:
-            waited_for = "TLS handshake" if self._phase is _Phase.HANDSHAKE else "request"
-            self._finish(f"no {waited_for} in time", now)
+            self._finish(now)
         elif self._phase is not _Phase.HANDLING:
             # The peer did not take the bytes to send, or the time after the last answer is over.
             self._outbox.clear()
-            self.close_reason = self.close_reason or ("the peer does not read" if self._in_flight else "")
             self._enter(_Phase.CLOSED, now)
 
     # --- the work of the phases ---
@@ -321,8 +316,8 @@ class ServerConnection:
             return data
         try:
             plaintext = self._tls.receive_data(data)
-        except RemoteProtocolError as exc:
-            self._finish(str(exc), now)
+        except RemoteProtocolError:
+            self._finish(now)
             return b""
         self._outbox += self._tls.data_to_send()
         self._peer_ended = self._peer_ended or self._tls.peer_closed
@@ -333,7 +328,7 @@ class ServerConnection:
     def _parse(self, now: float) -> None:
         if self._reading is None:
             if not self._inbox:  # the peer has ended after a request
-                self._finish("", now)
+                self._finish(now)
                 return
             plain = take_plain(self._inbox, self._limits.head_bytes, self._limits.body_bytes)
             if plain is not None:
@@ -361,7 +356,7 @@ class ServerConnection:
                     self._enter(_Phase.HANDLING, now)
                     return
                 case h11.ConnectionClosed():
-                    self._finish("", now)
+                    self._finish(now)
                     return
                 case _:
                     return
@@ -431,7 +426,6 @@ class ServerConnection:
 
     def _refuse(self, refusal: BadRequest, now: float) -> None:
         self._draining = True
-        self.close_reason = refusal.reason
         self._ready = MalformedRequest(refusal, self.peer_address)
         self._enter(_Phase.HANDLING, now)
 
@@ -447,7 +441,7 @@ class ServerConnection:
         self._head, self._body, self._sending = None, bytearray(), response
         self._has_answered = True
         if is_last:
-            self._finish("", now)
+            self._finish(now)
         else:
             if reader is not None:
                 self._inbox[:0] = reader.trailing_data[0]
@@ -461,10 +455,9 @@ class ServerConnection:
             self._tls.send_data(data)
             self._outbox += self._tls.data_to_send()
 
-    def _finish(self, reason: str, now: float) -> None:
+    def _finish(self, now: float) -> None:
         """End our side: nothing follows the bytes in the outbox. Without any, all that ends it is that it is closed."""
         self._last = True
-        self.close_reason = self.close_reason or reason
         self._inbox.clear()
         if self._tls is not None:
             self._tls.close()
