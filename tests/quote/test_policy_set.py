@@ -275,8 +275,11 @@ def test_a_file_in_words() -> None:
     assert told["VMs of the profile old"] == (f"The machine's PPID must be {'07' * 16}.",)
     assert told["VMs of the hotkey me"] == ("The TCB status must be UpToDate or OutOfDate.",)
     assert explain(Policy(profiles=(OTHER, PROFILE)))[-1].startswith("The measurements must be those of other")
+    assert "VMs that name one of these hotkeys without proof" in told
     own = f"[[profile]]{PROFILE.to_toml().removeprefix('[[profile]]')}[per_profile.simulated]\n{NOBODY}"
-    assert dict(explain_set(parse_policy_set(own)))["VMs of the profile simulated"] == told["VMs of the profile old"]
+    by_profile = dict(explain_set(parse_policy_set(own)))
+    assert [*by_profile] == ["Every VM", "VMs of the profile simulated"], "and nothing of hotkeys"
+    assert by_profile["VMs of the profile simulated"] == told["VMs of the profile old"]
     either = explain(AnyOf((Policy(), AllOf((Policy(measurements="unchecked"),)))))
     assert either[0] == "It must be accepted by at least one of 2 policies:"
     assert "        Measurements are not checked." in either

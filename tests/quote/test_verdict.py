@@ -80,6 +80,15 @@ def test_the_date_is_the_earliest_of_the_parts(days: tuple[str, str, str]) -> No
     assert verdict.tcb_date == SECONDS[DAYS[0]]
 
 
+@pytest.mark.parametrize("days", [*permutations(DAYS[:2])])
+def test_the_date_is_the_earliest_of_both_parts_where_the_module_has_no_level(days: tuple[str, str]) -> None:
+    first = _quoting(lambda draft: evolve(draft, body=evolve(draft.body, tee_tcb_svn=tee_tcb_svn(module_version=0))))
+    verdict = verdict_of(PLATFORM.having(first, _dated(days[0], DAYS[2], days[1])))
+    assert verdict.module is None
+    assert [part.date for part in (verdict.platform, verdict.qe)] == [SECONDS[day] for day in days]
+    assert verdict.tcb_date == SECONDS[DAYS[0]]
+
+
 @pytest.mark.parametrize(("info", "identity"), [(17, 18), (18, 17)])
 def test_the_evaluation_number_is_the_lower_one(info: int, identity: int) -> None:
     def numbered(number: int) -> Callable[[Statement], None]:

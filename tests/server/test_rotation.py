@@ -364,6 +364,8 @@ def test_a_rotation_promotes_and_pins(world):
     assert answer(done)["volumes"] == {"storage": {"result": "promoted"}}
     assert states(world) == {1: "superseded", 2: "active provisional"}
     assert confirm(world, members["confirm_nonce"], storage=True).body == done.body  # the same again
+    told = [(row.decision, row.keys) for row in world.rows(AuditRow) if row.event == "confirm volumes"]
+    assert told[1:] == [("granted", "storage/1 retired, storage/2 active"), ("replayed", "storage promoted")]
     assert refusal(confirm(world, members["confirm_nonce"], storage=False))[:2] == (401, Code.CONFIRM_NONCE_INVALID)
     after = boot(world)
     assert after["volumes"]["storage"]["current"] == following
