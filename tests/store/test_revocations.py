@@ -14,7 +14,19 @@ from attrs import evolve, field, frozen
 from chutes_proto.errors import Refused
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Forget, Insert, Put, Read, ReadTimes, Scan, StoreOp, VmRow
+from chutes_proto.store.rows import (
+    AuditRow,
+    BootRow,
+    Forget,
+    Insert,
+    Platform,
+    Put,
+    Read,
+    ReadTimes,
+    Scan,
+    StoreOp,
+    VmRow,
+)
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot, read, sync
 from chutes_proto.units.revocations import (
     NO_REVOCATIONS,
@@ -135,13 +147,17 @@ class LaterRequest(Unit[None]):
         yield from check_boot_allowed(NO_REVOCATIONS, (yield from ReadTimes()), NOW, granted)
 
 
-def test_a_platform_is_revoked_by_its_boots_row_alone(store: DurableStore) -> None:
+ELSEWHERE = VmRow.of(VM, Platform(bytes(16), bytes(16)), NOW)
+
+
+@pytest.mark.parametrize("since", [Forget(VmRow, VM), Put(ELSEWHERE)], ids=["free", "another platform's"])
+def test_a_platform_is_revoked_by_its_boots_row_alone(store: DurableStore, since: StoreOp[None]) -> None:
     """The VM's name may be free, or another platform's, since that boot."""
     granted = boot("1")
     _ = store.transact(granted)
     store.transact(LaterRequest(granted.boot_id))
     store.transact(evolve(REVOKE, kind="platform", subject=str(granted.platform.pin)))
-    store.transact(Ask(Forget(VmRow, VM)))
+    store.transact(Ask(since))
     refused(store, LaterRequest(granted.boot_id))
 
 
