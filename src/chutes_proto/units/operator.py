@@ -482,11 +482,8 @@ class FindVerdict(Unit[store.AttestationRow | None]):
     row: store.AuditRow
 
     def script(self) -> Script[store.AttestationRow | None]:
-        for name in (self.row.request_id, f"{self.row.boot_id}-exchange"):
-            verdict = (yield from store.Read(store.AttestationRow, name)) if name else None
-            if verdict is not None and verdict.code is not None:
-                return verdict
-        return None
+        name = self.row.request_id
+        return (yield from store.Read(store.AttestationRow, name)) if name else None
 
 
 # --- registrations ---
