@@ -179,6 +179,13 @@ def _passphrases(text: str) -> Callable[[Path], None]:
             _edited('root_passphrase = "vm"', 'root_passphrase = "image"\nroot_passphrase_file = "none"'),
             r"measurements: .*/none: cannot be read",
         ),
+        (
+            _edited(
+                'root_passphrase = "vm"',
+                'root_passphrase_file = "one"\nroot_passphrases_file = "of-all"\nroot_passphrase = "image"',
+            ),
+            r"'simulated'.* needs root_passphrase_file or root_passphrases_file, one of them",
+        ),
         (_passphrases('{"0.9": "x"}'), r"'simulated': root_passphrases_file has no passphrase of version '1'"),
         (_passphrases('{"1": ""}'), r"'simulated': root_passphrases_file, version '1': must hold one line"),
         (_passphrases("[]"), r"'simulated': root_passphrases_file must hold a JSON object, version to passphrase"),

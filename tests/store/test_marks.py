@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import StoreAway, StoreError
+from chutes_proto.errors import ConfigurationError, StoreAway, StoreError
 from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.health import read_health
@@ -330,6 +331,17 @@ def test_a_file_that_is_not_a_whole_mark_is_refused_and_left_alone(place: StoreP
     refused(place.open, "mark_file .*: not a mark of a store, or not all of it; if the store is right, move the file")
     assert place.mark_file.read_bytes() == content
     assert Mark.from_bytes(whole).to_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"timeline": -1}, {"epoch": "1"}, {"head": 1.5}, {"decided_at": 1 << 63}, {"entries": (Row(True, NOW, "a"),)}],
+)
+def test_the_numbers_of_a_mark_are_numbers_of_a_store(changed: dict[str, Any]) -> None:
+    mark = Mark(7, 0, (Row(5, NOW, "a"),), is_sealed=True)
+    assert Mark.from_bytes(mark.to_bytes()) == mark
+    with pytest.raises(ConfigurationError, match="not a mark of a store"):
+        Mark.from_bytes(evolve(mark, **changed).to_bytes())
 
 
 def test_a_file_that_cannot_be_looked_for_is_refused(place: StorePlace) -> None:
