@@ -160,7 +160,8 @@ class Cluster:
 class Pooler:
     """A pgbouncer before ``cluster``. No session of the database outlives a second, if no client holds it.
 
-    It carries over no prepared statements, as none did before pgbouncer 1.21.
+    It carries over no prepared statements, as none did before pgbouncer 1.21, and takes a schema in the URL, as all do
+    from 1.26 on.
     """
 
     def __init__(self, cluster: Cluster, program: str, mode: str) -> None:
@@ -177,6 +178,7 @@ class Pooler:
             "admin_users": "owner",
             "default_pool_size": 60,
             "max_prepared_statements": 0,
+            "track_extra_parameters": "IntervalStyle, search_path",
             "server_lifetime": 1,
             "server_idle_timeout": 1,
             "server_login_retry": 1,

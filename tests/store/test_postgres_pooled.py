@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 
+import psycopg
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import FateUnknown, Refused, StoreAway, StoreError
+from chutes_proto.errors import FateUnknown, Refused, StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes, Vm
@@ -85,6 +86,23 @@ def test_a_pooler_that_keeps_no_transaction_together_is_refused(pooled: Callable
         )
 
 
-def test_a_schema_in_the_url_is_refused_by_a_pooler(pooler: Callable[[str], Pooler]) -> None:
-    url = pooler("transaction").url("postgres", options="-csearch_path=keys")
-    told(lambda: PostgresStore(url), "unsupported startup parameter in options: search_path", StoreAway)
+def test_a_schema_in_the_url_is_kept_by_a_pooler_or_refused(pooled: Callable[[str], str]) -> None:
+    """One that does not track it refuses it. One that does confuses sessions, if PostgreSQL (before 18) is silent."""
+    url = pooled("transaction")
+    PostgresStore(url, migrate=True).close()
+    with closing(psycopg.connect(url, autocommit=True, prepare_threshold=None)) as connection:
+        schemas = ("one", "other")
+        for schema in schemas:
+            connection.execute(f"CREATE SCHEMA {schema}".encode())
+        for turn in range(5):
+            for schema in schemas:
+                try:
+                    with closing(PostgresStore(f"{url}&options=-csearch_path%3D{schema}", migrate=True)) as store:
+                        store.transact(boot(f"{schema}-{turn}", vm=Vm(schema, VM.name)))
+                except StoreError as exc:
+                    assert "search_path" in str(exc)
+        where = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'boot'").fetchall()
+        assert ("public",) in where
+        for (schema,) in where:
+            found = connection.execute(f"SELECT DISTINCT hotkey FROM {schema}.boot".encode()).fetchall()
+            assert found in ([], [(schema,)])

@@ -90,7 +90,7 @@ _READ_SETTINGS: Final = (
     " CASE WHEN pg_is_in_recovery() THEN 0 ELSE"
     " ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END,"
     " set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
-    " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
+    " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), current_setting('search_path'), "
     + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
     + "".join(f", set_config('{name}', '{value}', true)" for name, value in _SET_LOCAL.items())
 )
@@ -215,9 +215,10 @@ class Database:
         connection.has_begun = True
         ((first,), *more) = found[begin.settings :]
         connection.ahead.update(zip(ahead, more[len(more) - len(ahead) :], strict=True))
-        backend, clock, timeline, _, *settings = first[: 4 + len(_MUST_BE)]
+        backend, clock, timeline, _, path, *settings = first[: 5 + len(_MUST_BE)]
         if not timeline:
             raise standby(self.name)
+        self._check_schema(connection, path)
         self._check_settings(connection, backend, settings)
         self._check_clock(asked_at, float(clock), time.time())
         if begin.reads_version:
@@ -242,6 +243,20 @@ class Database:
             connection.prepared.is_own = False
         elif connection.prepared.is_own is None:
             connection.prepared.is_own = True
+
+    def _check_schema(self, connection: Connection, found: str) -> None:
+        """Raise `StoreError` for a session with another ``search_path`` than the connection was told that it has.
+
+        A pooler may accept one in the URL, and confuse the sessions of two, because PostgreSQL before 18 does not
+        report it: pgbouncer 1.26 does.
+        """
+        told = connection.info.parameter_status("search_path")
+        if told is not None and found != told:
+            raise fault_of(
+                self.name,
+                f"the connection pooler gave out a session whose search_path is {found!r}, not {told!r}; take"
+                " search_path out of the URL, and give the store a database of its own or set the schema for its role",
+            )
 
     def _check_clock(self, before: float, clock: float, after: float) -> None:
         """Raise `StoreError` if ``clock``, the database's time at some moment between the others, is too far off."""
