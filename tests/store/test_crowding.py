@@ -160,8 +160,9 @@ def test_the_version_that_the_log_knows_is_one_row_however_often_a_vm_has_booted
         found = [line for (line,) in connection.execute(explained, values)]
         (row,) = connection.execute(sql.for_driver(text, "postgresql").encode(), values).fetchall()
     assert 300 in row
-    scans = [line for line in found if " on audit " in line]
-    assert [("audit_version" in line, "rows=1 " in line) for line in scans] == [(True, True)], found
+    (scan,) = [line for line in found if " on audit " in line]
+    # From PostgreSQL 18 on rows are counted with two decimals.
+    assert re.search(r"using audit_version on audit \(actual rows=1(\.00)? ", scan), found
 
 
 @pytest.mark.skipif(not SOAK, reason="it runs in make soak: a store is filled before")
