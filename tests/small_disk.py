@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ def small_disk(place: Path, *, owner: int = 0) -> Generator[Path]:
 
     It ends with the test, also with one that is killed: another process unmounts it when its input ends.
     """
-    place.mkdir()
+    place.mkdir(exist_ok=True)  # of a test that was skipped
     mount = ["mount", "-t", "tmpfs", "-o", f"size=2m,mode=700,uid={owner}", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
         pytest.skip("only root may mount a small disk, where the machine lets it")
     unmount = ["sh", "-c", 'cat; exec umount --lazy "$0"', str(place)]
     with subprocess.Popen(unmount, stdin=subprocess.PIPE, start_new_session=True) as keeper:
