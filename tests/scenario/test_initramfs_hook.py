@@ -109,10 +109,10 @@ def programs() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root makes a chroot")
     missing = [path for path in (str(FUNCTIONS), "/usr/sbin/cryptsetup", PYTHON) if not Path(path).exists()]
-    missing += [name for name in ("unshare", "chroot") if shutil.which(name, path=PATH) is None]
+    missing += [name for name in ("unshare", "chroot", "mount") if shutil.which(name, path=PATH) is None]
     if missing:
         refuse = pytest.fail if CI else pytest.skip
-        refuse(f"{', '.join(missing)} is missing (Debian: initramfs-tools-core, cryptsetup-bin)")
+        refuse(f"{', '.join(missing)} is missing (Debian: initramfs-tools-core, cryptsetup-bin, mount)")
 
 
 @pytest.fixture(scope="module")
