@@ -19,11 +19,11 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store._run import run_script
+from chutes_proto.store._run import Ask, run_script
 from chutes_proto.store.rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, VmRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.records import Quote
-from chutes_proto.units.servers import RecordRuntimeRefusal, RegisterServer
+from chutes_proto.units.servers import SERVERS_OF_HOTKEY, RecordRuntimeRefusal, RegisterServer
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpRequest, HttpResponse
@@ -922,6 +922,22 @@ def test_what_another_transaction_claims_meanwhile_is_tried_again(world):
     )
     with pytest.raises(StoreBusy, match="claimed meanwhile"):
         _ = run_script(unit.script(), lambda op: False if isinstance(op, Claim) else world.store.perform(op))
+
+
+def test_a_miner_has_so_many_servers(world):
+    """No evidence is needed for one, and while very many are listed the boots of others wait for the store."""
+    registered(register(world))
+    (first,) = world.rows(ServerRow)
+    for number in range(1, SERVERS_OF_HOTKEY):
+        more = {name: f"{name} {number}" for name in ("server_id", "registration", "name", "host", "address")}
+        assert world.store.transact(Ask(Claim(evolve(first, **more))))
+    one_more: dict[str, Any] = {"id": "n2", "name": "other", "host": "5.6.7.8", "gpus": [gpu("GPU-1")]}
+    status, code, detail = refusal(register(world, **one_more))
+    assert (status, code) == (409, Code.SERVERS_FULL)
+    assert detail == "1000 servers of this miner are registered, and no more may be. Please remove one."
+    registered(register(world, OTHER, **(one_more | {"id": "n3", "host": "5.6.7.9"})))
+    answer(world.ask_signed("DELETE", "/servers/n1"))
+    registered(register(world, **one_more))
 
 
 def test_a_verdict_on_a_server_that_was_registered_anew_is_not_its(world):

@@ -234,6 +234,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.HOST_TAKEN: _FREE,
     Code.SERVER_TAKEN: _FREE,
     Code.NAME_TAKEN: "the miner chooses another name, or renames or removes the server that has this one",
+    Code.SERVERS_FULL: "the miner removes servers that it does not need; `chutes-proto registrations list` shows them",
     Code.GPU_TAKEN: _FREE,
     Code.BOOT_REQUIRED: "boot the VM of this name, or from this address, before it is registered",
     Code.KEY_NOT_FOUND: "`chutes-proto keys history VM` shows which keys there are",

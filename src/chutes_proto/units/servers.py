@@ -10,6 +10,7 @@ Rules kept here:
   linked boot of a registration shows one thing, the address that it came from. It does not show ids, and of a time
   long ago not even that, because addresses change hands. A claim to anything else removes nothing;
 * removing a server keeps the keys of its VM;
+* a hotkey has so many servers at most: no evidence is needed for one, and a list of them is one transaction;
 * anyone else than the owner is told that the server does not exist.
 """
 
@@ -44,6 +45,9 @@ from chutes_proto.wire.codes import Code
 EVIDENCE_SECONDS = 86_400
 """How long a boot shows whose the address is that it came from."""
 
+SERVERS_OF_HOTKEY = 1000
+"""Servers that are kept of one hotkey."""
+
 _TAKEN = "Conflict with an existing server. Please contact support to resolve."
 
 
@@ -70,7 +74,8 @@ class RegisterServer(Unit[store.ServerRow]):
     platform, and a server without evidence yields its address. Otherwise it names no hotkey, and does neither.
 
     Raises `Refused` (``boot_required``, ``platform_mismatch``, ``gpu_taken``, ``host_taken``, ``server_taken``,
-    ``name_taken``, ``revoked``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
+    ``name_taken``, ``servers_full``, ``revoked``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not
+    expect.
     """
 
     now: int
@@ -194,7 +199,11 @@ class RegisterServer(Unit[store.ServerRow]):
         if holder is not None:
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
             raise _taken(Code.SERVER_TAKEN, text, holder)
-        yield from _check_name(self.hotkey, self.server_id, self.name)
+        servers = yield from store.ReadAll(store.ServerRow, self.hotkey)
+        _check_name(servers, self.server_id, self.name)
+        if len(servers) >= SERVERS_OF_HOTKEY:
+            text = f"{len(servers)} servers of this miner are registered, and no more may be. Please remove one."
+            raise Refused(Code.SERVERS_FULL, text)
 
     def _declared_before(self) -> Script[str]:
         """The first of the GPUs that another server has declared too, for the audit; nobody has signed a uuid."""
@@ -238,7 +247,7 @@ class RenameServer(Unit[store.ServerRow]):
         server = yield from read_own(self.hotkey, self.server_id)
         if server.name == self.name:
             return server
-        yield from _check_name(self.hotkey, self.server_id, self.name)
+        _check_name((yield from store.ReadAll(store.ServerRow, self.hotkey)), self.server_id, self.name)
         renamed = evolve(server, name=self.name, updated_at=self.now)
         yield from store.Put(renamed)
         yield from _audit(self, server, "rename server", f"renamed to {self.name}")
@@ -515,8 +524,8 @@ def _record(
     yield from records.audit("attest server", decision, f"server {server.server_id}{why}")
 
 
-def _check_name(hotkey: str, server_id: str, name: str) -> Script[None]:
-    for other in (yield from store.ReadAll(store.ServerRow, hotkey)):
+def _check_name(servers: tuple[store.ServerRow, ...], server_id: str, name: str) -> None:
+    for other in servers:
         if other.server_id == server_id:
             continue
         if name in (other.name, other.server_id) or server_id == other.name:

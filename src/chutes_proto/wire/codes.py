@@ -74,6 +74,7 @@ class Code(StrEnum):
     GPU_TAKEN = "gpu_taken", 409, "a GPU belongs to another server"
     SERVER_TAKEN = "server_taken", 409, "the server id is registered"
     NAME_TAKEN = "name_taken", 409, "the name is another server's name or id"
+    SERVERS_FULL = "servers_full", 409, "as many servers of this hotkey are registered as the server keeps"
     BODY_TOO_LARGE = "body_too_large", 413, "more body than the server reads"
     VALIDATION_ERROR = "validation_error", 422, "the detail lists each problem of the request"
     RATE_LIMITED = "rate_limited", 429, "more requests of one address than the server takes; try again"

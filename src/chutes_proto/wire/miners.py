@@ -210,6 +210,7 @@ REGISTER_SERVER = Endpoint(
         Code.GPU_TAKEN,
         Code.SERVER_TAKEN,
         Code.NAME_TAKEN,
+        Code.SERVERS_FULL,
         Code.STORE_UNAVAILABLE,
     ),
     status=201,
