@@ -83,11 +83,28 @@ def test_root_gives_away_nothing_that_a_link_leads_to(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "served", tmp_path / "elsewhere"
     folder.mkdir()
     os.chown(folder, SERVER, SERVER)
+    elsewhere.touch()
     (folder / "audit.jsonl").symlink_to(elsewhere)
-    FileSink(folder / "audit.jsonl").write(["{}"])
-    assert elsewhere.stat().st_uid == 0
     give_to_owner_of(folder, folder / "audit.jsonl")
     assert elsewhere.stat().st_uid == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes into files of all users")
+@pytest.mark.parametrize("is_there", [True, False])
+def test_root_writes_through_no_link_of_the_servers_user(tmp_path: Path, is_there: bool) -> None:
+    """An operator's command of root would write into any file, or make one anywhere; root's own links are followed."""
+    folder, elsewhere = tmp_path / "served", tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "audit.jsonl").symlink_to(elsewhere)
+    sinks = Sinks([FileSink(folder / "audit.jsonl")], required=False, tell=lambda _: None)
+    if is_there:
+        elsewhere.touch()
+        assert not sinks.write(["{}"])
+        elsewhere.write_text("")
+    os.chown(folder, SERVER, SERVER)
+    (failed,) = sinks.write(["{}"])
+    assert failed == f"audit.file: {folder}/audit.jsonl: not a plain file, but a link or a loop of links"
+    assert (elsewhere.read_text() if elsewhere.exists() else None) == ("" if is_there else None)
 
 
 SERVER = 65534

@@ -146,6 +146,14 @@ def give_to_owner_of(folder: Path, file: int | Path) -> None:
                 os.lchown(file, owner.st_uid, owner.st_gid)
 
 
+def no_links_of_others(folder: Path) -> int:
+    """Return the flag of `os.open` for a file that is in ``folder``: root follows no link that another user put there.
+
+    It would have him write into any file of root's, or make one anywhere. Raises `OSError`.
+    """
+    return os.O_NOFOLLOW if os.geteuid() == 0 and folder.stat().st_uid != 0 else 0
+
+
 def create_private(path: str | Path, data: bytes) -> None:
     """Make a file that only its owner can read, unless it exists; of several callers at once, one makes it.
 

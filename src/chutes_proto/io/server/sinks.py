@@ -28,7 +28,7 @@ from typing import Final, Protocol
 from attrs import define, field, frozen
 
 from chutes_proto.errors import StoreError
-from chutes_proto.io.files import make_file
+from chutes_proto.io.files import make_file, no_links_of_others, reason
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._copies import Copies
 from chutes_proto.store.rows import AuditRow
@@ -67,6 +67,7 @@ class FileSink:
         make_file(self.path, 0o640)
         # Nobody may read a pipe, or nobody any more: then it takes nothing, and is not waited for.
         access = os.O_WRONLY | os.O_NONBLOCK if self.path.is_fifo() else os.O_RDWR
+        access |= no_links_of_others(self.path.parent)
         descriptor = os.open(self.path, access | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             if _ends_within_line(descriptor):
@@ -163,7 +164,7 @@ class Sinks:
                 try:
                     sink.write(lines)
                 except OSError as exc:
-                    failed.append(f"{sink.name}: {exc.strerror or exc}")
+                    failed.append(f"{sink.name}: {reason(exc)}")
                     self.missed(sink.name, failed[-1], len(lines))
                 else:
                     self._worked(sink.name)
