@@ -730,6 +730,16 @@ def test_forged_verdicts_use_up_the_limit_of_a_day_and_are_named(place: StorePla
         assert len(forged) == REFUSALS_PER_DAY - 1
 
 
+def test_forged_rows_of_the_operators_page_are_believed(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        assert require_keys(store)
+        run(place, f"INSERT INTO what_if VALUES ('last', {NOW}, '{{}}')")
+        run(place, f"INSERT INTO key_server VALUES ('forged', '1.0', '{{}}', {NOW})")
+        assert store.transact(Ask(rows.ReadWhatIf())) == rows.WhatIf(NOW, "{}")
+        assert store.transact(Ask(rows.ReadKeyServers(0))) == (rows.KeyServer("forged", "1.0", "{}", NOW),)
+        assert not [*find_faults(store)]
+
+
 def test_a_boot_that_many_others_followed_is_found_by_its_id_and_opens_nothing() -> None:
     """A server that was registered from it stays bound to its VM, also when the others are purged."""
     store = SealedStore(VAULT)
