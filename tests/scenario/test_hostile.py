@@ -4,6 +4,7 @@ nothing changes."""
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from anyio.streams.tls import TLSStream
 
 from chutes_proto.auth.signing import body_message, purpose_message
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.wire import json
 from tests.scenario.operations import LOOPS, SERVER, Site, open_store, rows
 from tests.server.test_servers import server
@@ -45,6 +47,7 @@ def requests() -> dict[str, tuple[bytes, int]]:
     """Requests, and the status of each answer. Made again at each call: signatures expire."""
     again = f"X-Chutes-Hotkey: {MINER.hotkey.address}\r\n"
     token = {"X-Boot-Token": "0" * 64, "X-Chutes-Hotkey": HOTKEY} | JSON
+    bare = {"X-Boot-Token": "0" * 64} | JSON
     volumes = b'{"volumes":["storage"]}'
     good = json.encode(server())
     return {
@@ -71,6 +74,8 @@ def requests() -> dict[str, tuple[bytes, int]]:
         "a long name": (request(f"PATCH /servers/n1?server_name={LONG}", signed()), 422),
         "a long VM": (request(f"POST /servers/{LONG}/luks", token, volumes), 422),
         "NUL in an id": (request("GET /servers/a%00b", signed()), 422),
+        "NUL in a hotkey": (request("GET /servers/vm/luks?hotkey=a%00b", bare), 422),
+        "NUL in a sync's hotkey": (request("POST /servers/vm/luks?hotkey=%00", bare, volumes), 422),
         "a long path": (request(f"GET /{LONG}{LONG}", {}), 431),
         "a long id in a body": (registration(json.encode(server(id=LONG))), 422),
         "NUL in a body": (registration(json.encode(server(id="a\0"))), 422),
@@ -138,3 +143,15 @@ async def test_a_header_with_a_line_of_its_own(name: str, loop: str, tmp_path: P
         headers = signed() | {name: "a\rX-Chutes-Nonce: 1"}
         status, _, content = await ask(site, request("GET /servers/", headers))
         assert (status, content["code"]) == (400, "bad_request")
+
+
+async def test_a_text_that_postgresql_does_not_take_is_no_fault_of_the_store(
+    loop: str, tmp_path: Path, empty_schema: str
+) -> None:
+    with closing(StorePlace(empty_schema, tmp_path).open(migrate=True)) as store:
+        site = Site(LOOPS[loop], store)
+        async with site.serving():
+            for name, (data, expected) in requests().items():
+                if name.startswith("NUL"):
+                    assert (await ask(site, data))[0] == expected, name
+    assert not [record for record in site.log if record.fields.get("code") == "store_unavailable"]

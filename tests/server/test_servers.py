@@ -463,7 +463,7 @@ def test_gpus_are_held_against_the_linked_boots_profile(world, expected, count, 
         [gpu(verification_port=79)],
         [gpu(verification_port=65536)],
         [gpu(verification_host="")],
-        [gpu(verification_host="\x00")],
+        [gpu(verification_host="\x7f")],
     ],
 )
 def test_gpus_that_cannot_be(world, gpus):

@@ -221,6 +221,24 @@ def test_bad_names(name: str) -> None:
     assert problems(request) == [("string_pattern_mismatch", ["body", "vm_name"])]
 
 
+@pytest.mark.parametrize(
+    ("request_", "loc"),
+    [
+        (HttpRequest("GET", "/servers/nonce?miner_hotkey=a%00b"), ["query", "miner_hotkey"]),
+        (HttpRequest("GET", "/servers/vm/luks?hotkey=%00", (("x-boot-token", "t"),)), ["query", "hotkey"]),
+        (sync(b'{"volumes":["a\\u0000"]}'), ["body", "volumes", 0]),
+        (
+            HttpRequest(
+                "POST", "/servers/boot/attestation", (), b'{"quote":"","vm_name":"a","miner_hotkey":"\\u0000"}'
+            ),
+            ["body", "miner_hotkey"],
+        ),
+    ],
+)
+def test_no_text_has_a_nul_character(request_: HttpRequest, loc: list[object]) -> None:
+    assert problems(request_) == [("value_error", loc)]
+
+
 def test_an_error_never_repeats_the_input() -> None:
     request = sync(b'{"volumes":"s3cret","rekey":{"s3cret":1},"formatted":["x",{"s3cret":2}]}')
     with pytest.raises(BadRequest) as caught:

@@ -4,6 +4,7 @@ Rules kept here:
 
 * a request is decoded whole or not at all, and one 422 lists all of its problems, without repeating the input;
 * types are strict: a number is not a string, a string is not a list;
+* no text has a NUL character: PostgreSQL stores none and compares with none, so a stranger's would look like its fault;
 * members that a message does not know are ignored;
 * a declared header or query parameter that comes twice is a 400: two readers could see two callers;
 * an answer of the server that does not decode is a `RemoteProtocolError`, never half a value.
@@ -277,6 +278,13 @@ def _invalid_body(kind: str, msg: str) -> NoReturn:
 # --- strict structuring ---
 
 
+def _text(value: object, kind: object) -> str:
+    text = string(value, kind)
+    if "\0" in text:
+        raise MismatchError("value_error", "Input should have no NUL character")
+    return text
+
+
 def _name(value: object, _: object) -> str:
     text = string(value)
     if not _NAME.fullmatch(text):
@@ -297,7 +305,7 @@ def _passphrase(value: object) -> tuple[str, Secret]:
 
 
 _CONVERTER = StrictConverter(
-    {Name: _name, Secret: _secret, tuple[tuple[str, Secret], ...]: list_of(_passphrase)},
+    {str: _text, Name: _name, Secret: _secret, tuple[tuple[str, Secret], ...]: list_of(_passphrase)},
     plain={Secret: lambda secret: secret.reveal().decode("ascii")},
     omit_none=True,
 )
