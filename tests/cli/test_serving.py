@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from attrs import field, frozen
 
+from chutes_proto.auth import client_identity
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
@@ -424,6 +425,17 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting(
 def put(site: Path, identity: ServerIdentity) -> None:
     _ = (site / "server.pem").write_bytes(identity.chain_pem)
     _ = (site / "server.key").write_bytes(identity.key_pem.reveal())
+
+
+def test_a_certificate_of_which_a_library_warns_adds_no_line_to_the_log(
+    serve: Callable[[int], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_identity, "derived_serial", lambda *_: 0)
+    server = serve(0)
+    _ = Vm(server).boot()
+    server.process.send_signal(signal.SIGTERM)
+    said = server.process.communicate(timeout=60)[1]
+    assert "boot_granted" in [json.loads(line)["event"] for line in said.splitlines()]
 
 
 def test_a_new_certificate_is_taken_and_a_bad_one_is_not(serve: Callable[[int], Server], site: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,6 +172,10 @@ def _serve(
 
 
 def _run(serve: Callable[[], None]) -> int:
+    from cryptography.utils import CryptographyDeprecationWarning
+
+    # It is about certificates that will not be read one day. A stranger may present one, and the log is JSON alone.
+    warnings.filterwarnings("ignore", category=CryptographyDeprecationWarning)
     try:
         serve()
     except (ConfigurationError, StoreError) as exc:
