@@ -122,7 +122,7 @@ def _check_owner(owner: tuple[str, str, str], caller: Hotkey, now: int, host: st
 
 
 def _check_issuer(leaf: x509.Certificate, root_ca: x509.Certificate, host: str, address: str) -> None:
-    """Raise `Refused` unless ``root_ca`` signed the certificate of the connection; names are not compared."""
+    """Raise `Refused` unless ``root_ca`` is the issuer of the connection's certificate, by name and signature."""
     try:
         if leaf.public_key() == root_ca.public_key():
             raise ValueError("it is the root CA itself")
