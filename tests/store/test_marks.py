@@ -346,6 +346,9 @@ def test_the_numbers_of_a_mark_are_numbers_of_a_store(changed: dict[str, Any]) -
 
 def test_a_file_that_cannot_be_looked_for_is_refused(place: StorePlace) -> None:
     refused(evolve(place, mark_file=place.base / ("long" * 99)).open, "mark_file .*: .*File name too long")
+    loop = place.base / "loop"
+    loop.symlink_to(loop)
+    refused(evolve(place, mark_file=loop).open, "mark_file .*: .*Too many levels of symbolic links")
 
 
 def test_a_file_that_cannot_be_written_is_noted_until_it_can(tmp_path: Path) -> None:

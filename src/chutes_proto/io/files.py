@@ -28,6 +28,18 @@ def read_file(path: str | os.PathLike[str], *, limit: int = MAX_SIZE) -> bytes:
     return _bounded(path, read_head(path, limit + 1), limit)
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or directory. Raises `OSError` where that cannot be found out.
+
+    `Path.exists` says no then, from Python 3.14 on: a mark on a disk that fails would be taken for a new one.
+    """
+    try:
+        _ = Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     """Return the absolute path, from the working directory."""
     return str(Path(path).absolute())

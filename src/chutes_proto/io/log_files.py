@@ -10,7 +10,7 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
-from chutes_proto.io.files import make_directory, read_file, write_file
+from chutes_proto.io.files import is_there, make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
 from chutes_proto.tlog.check import Report, check_log
@@ -180,7 +180,7 @@ def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note
 
 
 def _write_new(path: Path, data: bytes) -> int:
-    if path.exists():
+    if is_there(path):
         return 0
     _ = make_directory(path.parent)
     write_file(path, data)
@@ -214,4 +214,4 @@ class LogDirectory:
 
     def _read(self, place: Place, limit: int) -> bytes:
         path = self.path / str(place)
-        return read_file(path, limit=limit) if path.exists() else b""
+        return read_file(path, limit=limit) if is_there(path) else b""

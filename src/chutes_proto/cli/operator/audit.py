@@ -18,6 +18,7 @@ from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError, LogError, PurgedMeanwhile, StoreError
+from chutes_proto.io.files import is_there
 from chutes_proto.io.log_files import (
     CHECKPOINT,
     LogDirectory,
@@ -299,7 +300,7 @@ def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) ->
         file = checkpoint_path(setup.mark_file)  # read before the log: it grows meanwhile
         mine = () if file is None else (file, witnessed_path(file))
         try:
-            known += [read_checkpoint(path, keys) for path in mine if path.exists()]
+            known += [read_checkpoint(path, keys) for path in mine if is_there(path)]
         except LogError as exc:
             raise LogError(f"{exc}; if the log is right, move the file away") from None
         with store.snapshot() as rows, output.waiting("entries checked") as tell:

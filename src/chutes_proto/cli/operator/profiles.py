@@ -19,7 +19,7 @@ from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.files import Files, read_file, write_file
+from chutes_proto.io.files import Files, is_there, read_file, write_file
 from chutes_proto.io.server.setup import read_profiles
 from chutes_proto.io.server.store_setup import Problems, make_store_setup
 from chutes_proto.io.yaml_file import read_yaml
@@ -91,13 +91,13 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     """
     data = _fetched(source, ca_file) if "://" in source else read_file(source)
     new = _parsed(source, data)
-    old = _parsed(into, read_file(into)) if Path(into).exists() else ProfileFile(())
+    old = _parsed(into, read_file(into)) if is_there(into) else ProfileFile(())
     changes = _changes(old, new)
     members: dict[str, object] = {
         "changes": [console.plain(change) for change in changes],
         "not_served": list(new.not_served),
     }
-    if not changes and Path(into).exists():
+    if not changes and is_there(into):
         return answer({"ok": True, "imported": False, **members}, f"{into} has these values already")
     if not wants("json"):
         _show(changes, new)

@@ -17,6 +17,7 @@ from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, KeyUnavailable, RowNotAuthentic, StoreBusy, StoreError
+from chutes_proto.io.files import is_there
 from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
@@ -228,7 +229,7 @@ def _compared_with_mark(place: StorePlace, mark_file: Path | None) -> dict[str, 
     """The finding of a server that opens the store with its mark."""
     if mark_file is None:
         return {"mark": NO_FILE}
-    if not mark_file.exists():
+    if not is_there(mark_file):
         return {"mark": f"{mark_file}: not made yet; a server begins it"}
     try:
         with closing(evolve(place, mark_file=mark_file).open()) as opened:

@@ -34,7 +34,7 @@ from chutes_proto.errors import (
     StoreError,
     where_raised,
 )
-from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.files import is_there, read_file, write_file
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.keys.vault import NONCE_SIZE, Vault
 from chutes_proto.quote._terms import rfc3339
@@ -270,7 +270,7 @@ class Sequencer:
 
     def _held(self, signer: Signer) -> tuple[Checkpoint | None, Note | None, Signer]:
         """The checkpoint in the file, and the key that signed it: ``signer``, or another one of the log."""
-        if self._file is None or not self._file.exists():
+        if self._file is None or not is_there(self._file):
             return None, None, signer
         data = read_file(self._file, limit=LARGEST_NOTE)
         try:

@@ -27,7 +27,7 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, LogError, StoreError, TransportError
-from chutes_proto.io.files import make_file, read_file, unavailable, write_file
+from chutes_proto.io.files import is_there, make_file, read_file, unavailable, write_file
 from chutes_proto.io.http.https import HttpGetter, TimeLimits
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.store._run import Ask, Store
@@ -66,7 +66,7 @@ def witnessed_path(checkpoint: Path) -> Path:
 
 def read_witnessed(path: Path | None) -> Note | None:
     """The note in a file, of which nothing is verified; None if there is none. Raises `LogError`."""
-    if path is None or not path.exists():
+    if path is None or not is_there(path):
         return None
     try:
         return Note.parse(read_file(path, limit=LARGEST_NOTE))

@@ -20,7 +20,7 @@ from typing import Protocol
 from attrs import field, frozen
 
 from chutes_proto.errors import StoreError
-from chutes_proto.io.files import name_file
+from chutes_proto.io.files import is_there, name_file
 from chutes_proto.io.stores.marks import Copy
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Vault
@@ -176,7 +176,7 @@ class StorePlace:
         if path is None:
             return True
         try:
-            if path.exists() and path.stat().st_size > 0:
+            if is_there(path) and path.stat().st_size > 0:
                 return True
         except OSError as exc:
             raise StoreError(f"store {path}: {exc.strerror}") from None

@@ -26,7 +26,7 @@ from typing import Any, Final, TypeAlias, get_args
 from attrs import asdict, define, frozen
 
 from chutes_proto.errors import ConfigurationError, RowNotAuthentic, StoreError
-from chutes_proto.io.files import give_to_owner_of, read_lines, write_file
+from chutes_proto.io.files import give_to_owner_of, is_there, read_lines, write_file
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
@@ -129,7 +129,7 @@ def _plain(row: ErasureRow, store_id: int) -> dict[str, object]:
 def _read(path: Path, store_id: int) -> _Noted:
     """Read the lines of a store, and keep those of other stores as they are."""
     try:
-        lines = [*read_lines(path, limit=LONGEST)] if path.exists() else []
+        lines = [*read_lines(path, limit=LONGEST)] if is_there(path) else []
     except (ConfigurationError, OSError) as exc:
         raise StoreError(f"erasures: {exc}") from None
     noted = _Noted({}, {}, [])

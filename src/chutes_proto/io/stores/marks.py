@@ -23,7 +23,7 @@ from typing import Any, Final, TypeAlias
 from attrs import evolve
 
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
-from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.files import is_there, read_file, write_file
 from chutes_proto.store._copies import Copies
 from chutes_proto.store._custody import Custody, seal_of
 from chutes_proto.store._mark import COLUMNS, LARGEST, Entry, Mark, View, find_loss
@@ -293,7 +293,7 @@ class MarkKeeper:
         path = checkpoint_path(self._path)
         if path is None:
             return
-        if not path.exists():
+        if not is_there(path):
             made = ask("SELECT min(created_at) FROM keyring WHERE kind = 'audit'")[0][0]
             is_new = type(made) is int and abs(time.time() - made) < FIRST_CHECKPOINT_SECONDS
             if self._written is None or made is None:
@@ -367,7 +367,7 @@ class MarkKeeper:
         if self._path is None:
             return None
         try:
-            if not self._path.exists():
+            if not is_there(self._path):
                 return None
             return Mark.from_bytes(read_file(self._path, limit=LARGEST))
         except (ConfigurationError, OSError) as exc:
@@ -383,7 +383,7 @@ class MarkKeeper:
 def is_of_sealed(path: Path | None) -> bool:
     """Whether the file is the mark of a sealed store. One that cannot be read says nothing: servers refuse it."""
     try:
-        return path is not None and path.exists() and Mark.from_bytes(read_file(path, limit=LARGEST)).is_sealed
+        return path is not None and is_there(path) and Mark.from_bytes(read_file(path, limit=LARGEST)).is_sealed
     except (ConfigurationError, OSError):
         return False
 
@@ -455,7 +455,7 @@ def _read_checkpoint(mark_file: Path | None) -> tuple[Checkpoint, int] | None:
     """The checkpoint beside a mark, and when it was written; None if there is none that can be read."""
     path = checkpoint_path(mark_file)
     try:
-        if path is None or not path.exists():
+        if path is None or not is_there(path):
             return None
         return Checkpoint.of(Note.parse(read_file(path, limit=LARGEST_NOTE))), int(path.stat().st_mtime)
     except (ConfigurationError, LogError, OSError):

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
-from chutes_proto.io.files import make_file
+from chutes_proto.io.files import is_there, make_file
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.store._custody import Custody, Session
@@ -541,9 +541,9 @@ class SqliteStore(MarkedStore):
         if self._inode is not None:
             self._check_file()
             return
-        if not self.path.exists():
-            self._marks.refuse_new()  # before it is made: it would be in the way of the right one
         try:
+            if not is_there(self.path):
+                self._marks.refuse_new()  # before it is made: it would be in the way of the right one
             self._make_file()
             found = self.path.stat()
         except OSError as exc:
