@@ -286,6 +286,8 @@ def test_a_release_candidate_is_for_proven_hotkeys_that_it_names(world):
     unauthorized = refusal(boot(world))
     mismatch = "Quote does not match expected measurements. Ensure you are running a supported VM. (RTMR1)"
     assert unproven == unauthorized == (403, Code.MEASUREMENT_MISMATCH, mismatch)
+    proven = [json.decode(row.evidence.encode())["hotkey_proven"] for row in world.rows(AuditRow)]
+    assert proven == [True, True, False, True], "without it, nobody could judge the entries again"
     reason = world.log[-1].fields["reason"]
     assert reason.startswith(f"release candidate {PROFILE.name} 1.5.0, and no authorized hotkey is proven")
     listed = answer(world.ask("GET", "/servers/tee/measurements"))

@@ -407,6 +407,9 @@ def test_audit_rows_are_read_in_pages(store: MemoryStore) -> None:
     last = store.transact(ReadAuditPage(backwards=True, beyond=rest.beyond, span=5))
     assert [row.reason for row in last.rows] == ["0"]
     assert store.transact(ReadAuditPage(backwards=True, beyond=last.beyond, span=5)).beyond is None
+    refused = store.transact(ReadAuditPage(AuditWanted(refused=True), span=4))
+    assert refused.rows == ()
+    assert refused.beyond is not None, "no index finds the refusals of all, so there is more to look at"
 
 
 # --- a VM that is decommissioned ---
