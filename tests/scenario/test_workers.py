@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import socket
+import ssl
 import time
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,23 @@ def test_a_signal_that_comes_twice_at_once_is_one(premises: Premises, options: t
     _ = vm.sync(token)
     assert process.wait(60) == 0
     assert {record.get("drain_seconds", 3600) for record in records(premises, "stopping")} == {3600}
+
+
+def test_workers_that_end_hear_what_they_accepted(premises: Premises) -> None:
+    """A VM may come for its keys to a worker without open boots, while the one that granted its boot serves on."""
+    premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
+    premises.start("--workers", "2")
+    assert premises.server is not None
+    process, url = premises.server.process, httpx.URL(premises.url)
+    with (
+        socket.create_connection((url.host, url.port or 443), 30) as accepted,
+        ssl.create_default_context(cafile=premises.ca).wrap_socket(accepted, server_hostname="localhost") as stream,
+    ):
+        process.send_signal(signal.SIGTERM)
+        _ = wait_until(lambda: len(children(premises)) == 1)  # the other one has accepted nobody
+        stream.sendall(b"GET /servers/nonce HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert b'"code":"draining"' in stream.recv(1000)  # a boot would begin, and none does any more
+    assert process.wait(60) == 0
 
 
 def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
