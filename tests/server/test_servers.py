@@ -934,7 +934,7 @@ def test_a_miner_has_so_many_servers(world):
     one_more: dict[str, Any] = {"id": "n2", "name": "other", "host": "5.6.7.8", "gpus": [gpu("GPU-1")]}
     status, code, detail = refusal(register(world, **one_more))
     assert (status, code) == (409, Code.SERVERS_FULL)
-    assert detail == "1000 servers of this miner are registered, and no more may be. Please remove one."
+    assert detail == "This miner has 1000 servers, and may have no more. Please remove one."
     registered(register(world, OTHER, **(one_more | {"id": "n3", "host": "5.6.7.9"})))
     answer(world.ask_signed("DELETE", "/servers/n1"))
     registered(register(world, **one_more))

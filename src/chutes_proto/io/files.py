@@ -31,7 +31,7 @@ def read_file(path: str | os.PathLike[str], *, limit: int = MAX_SIZE) -> bytes:
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file or directory. Raises `OSError` where that cannot be found out.
 
-    `Path.exists` says no then, from Python 3.14 on: a mark on a disk that fails would be taken for a new one.
+    `Path.exists` says no then, from Python 3.14 on: a mark on a disk that fails would pass for one that is missing.
     """
     try:
         _ = Path(path).stat()

@@ -202,7 +202,7 @@ class RegisterServer(Unit[store.ServerRow]):
         servers = yield from store.ReadAll(store.ServerRow, self.hotkey)
         _check_name(servers, self.server_id, self.name)
         if len(servers) >= SERVERS_OF_HOTKEY:
-            text = f"{len(servers)} servers of this miner are registered, and no more may be. Please remove one."
+            text = f"This miner has {len(servers)} servers, and may have no more. Please remove one."
             raise Refused(Code.SERVERS_FULL, text)
 
     def _declared_before(self) -> Script[str]:
