@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,28 @@ def test_a_signal_that_comes_twice_at_once_is_one(premises: Premises, options: t
     _ = vm.sync(token)
     assert process.wait(60) == 0
     assert {record.get("drain_seconds", 3600) for record in records(premises, "stopping")} == {3600}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[:1])
+@pytest.mark.parametrize("options", [(), ("--workers", "2")], ids=["one", "workers"])
+def test_no_signal_ends_a_process_that_ends(premises: Premises, options: tuple[str, ...], transport: str) -> None:
+    """`timeout` and systemd send theirs twice, maybe just when it ends: it would lose its log, and leave its files."""
+    listen(premises, 'unix = "admin.sock"')
+    premises.start(*options, "--transport", transport)
+    workers = children(premises)
+    assert premises.server is not None
+    process = premises.server.process
+
+    def has_ended() -> bool:
+        for each in (*workers, process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGTERM)
+        return process.poll() is not None
+
+    _ = wait_until(has_ended)
+    assert process.returncode == 0
+    assert len(records(premises, "stopped")) == 1 + len(workers)
+    assert not (premises.directory / "admin.sock").exists()
 
 
 def test_workers_that_end_hear_what_they_accepted(premises: Premises) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterable
 from typing import Final
 
 _SAME_SECONDS: Final = 0.5
@@ -23,3 +25,12 @@ class SignalsToStop:
             return False
         self._last, self._until = number, now + _SAME_SECONDS
         return True
+
+
+def ignore(numbers: Iterable[int]) -> None:
+    """Let signals do nothing to this process, which ends: ended by one, it would lose its log and leave its files.
+
+    Python sets a handler back to the default before the process has ended, and lets this be.
+    """
+    for number in numbers:
+        _ = signal.signal(number, signal.SIG_IGN)

@@ -7,6 +7,7 @@ answers and the time to end.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
@@ -20,6 +21,7 @@ import anyio.lowlevel
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.loops import clock, open_group, peer
 from chutes_proto.io.server.sockets import ACCEPT_IN_A_ROW, ACCEPT_PAUSE, Listening
+from chutes_proto.io.stop_signals import ignore
 from chutes_proto.io.waits import Group, HasDeadline, Peer
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
@@ -185,8 +187,10 @@ async def run_until_stopped(
     """Serve until the server is stopped; call the function in ``signals`` at each signal.
 
     ``ready`` is called once signals are handled. Each of ``background`` runs beside the server, and is cancelled at its
-    end. Must run in the main thread.
+    end. From then on the process ignores the signals, because it is to end. Must run in the main thread.
     """
+    for number in signals:  # trio puts these handlers back at the end, where the default would end the process
+        _ = signal.signal(number, lambda number, _: signals[Signals(number)]())
     with anyio.open_signal_receiver(*signals) as received:
         ready()
         async with anyio.create_task_group() as nursery:
@@ -195,6 +199,7 @@ async def run_until_stopped(
                 _ = nursery.start_soon(run)
             await server.serve(listening)
             nursery.cancel_scope.cancel()
+    ignore(signals)
 
 
 async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable[[], None]]) -> None:

@@ -43,7 +43,7 @@ from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Prepared, Running, prepare, record, reported, why_refused
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.takeover import Door
-from chutes_proto.io.stop_signals import SignalsToStop
+from chutes_proto.io.stop_signals import SignalsToStop, ignore
 from chutes_proto.log import Level, Record, Value
 
 STOP_HANDED_OVER: Final = signal.SIGUSR1
@@ -299,7 +299,8 @@ class Supervisor:
     def run(self, stops: Sequence[signal.Signals], ready: Callable[[], None], door: Door | None, store: str) -> bool:
         """Serve until stopped; ``ready`` is called once all workers serve. Returns whether the sockets were taken over.
 
-        Raises `StoreError` if the first workers do not start, and nobody stops them. Must run in the main thread.
+        At its end the process ignores signals from then on, because it is to end. Raises `StoreError` if the first
+        workers do not start, and nobody stops them. Must run in the main thread.
         """
 
         def hear(number: int, _: object) -> None:
@@ -308,8 +309,8 @@ class Supervisor:
 
         with ExitStack() as opened:
             for told in (*stops, signal.SIGHUP):
-                before = signal.signal(told, hear)
-                _ = opened.callback(signal.signal, told, before)
+                _ = signal.signal(told, hear)
+            _ = opened.callback(ignore, (*stops, signal.SIGHUP))
             life, ours = os.pipe()
             _ = opened.callback(os.close, life)
             _ = opened.callback(os.close, ours)
