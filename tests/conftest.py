@@ -71,6 +71,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+_HANDLERS = {number: signal.getsignal(number) for number in _SIGNALS}
+
+
+def pytest_runtest_teardown() -> None:
+    """Put handlers of signals back: a program that runs in this process leaves them ignored, because it is to end."""
+    for number, handler in _HANDLERS.items():
+        _ = signal.signal(number, handler)
+
+
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Has a line about how much a test tried printed at the end of the run."""

@@ -197,6 +197,23 @@ def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, aw
     assert gone.exists()
 
 
+def test_a_signal_after_the_boot_does_not_change_how_it_ended(tmp_path: Path) -> None:
+    """The initramfs would take a machine whose disks are open for one whose boot failed."""
+
+    def has_ended() -> bool:
+        agent.terminate()
+        return agent.poll() is not None
+
+    with dev_server(tmp_path / "platform") as server, (tmp_path / "disk").open("wb") as disk:
+        _ = disk.truncate(20 << 20)
+        settings = write_settings(tmp_path, server, {"volumes.storage.device": disk.name})
+        command = [*PROGRAM, "agent", "run", "--images", "--config", str(settings)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as agent:
+            heard(agent, "DONE")
+            _ = wait_until(has_ended)
+    assert agent.returncode == 0
+
+
 def test_a_signal_before_the_boot_begins_is_a_failure(
     command: Command, write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

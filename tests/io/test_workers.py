@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -26,15 +25,6 @@ from chutes_proto.io.stop_signals import SignalsToStop
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.waiting import wait_until
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A supervisor leaves them ignored, because its process is to end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        _ = signal.signal(number, handler)
 
 
 def children() -> list[int]:

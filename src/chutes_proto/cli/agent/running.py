@@ -3,7 +3,8 @@
 Rules kept here:
 
 * every failure, also a fault of the agent's own and a signal that ends it, is told, closes what this run opened, and
-  ends as the settings say.
+  ends as the settings say;
+* once it has ended, no signal changes how: the initramfs would take open disks for those of a failed boot.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
 from chutes_proto.io.agent_boot import IMAGES, StoppedError, Stops, boot, disks, identity_of, is_simulated, resume
+from chutes_proto.io.stop_signals import ignore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from chutes_proto.log import Value
 
 _MAX_SETTINGS = 64 * 1024
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _SIGNALLED = 128  # what a shell adds to the number of a signal that ended a program
 
 
@@ -38,12 +41,12 @@ def run(options: argparse.Namespace) -> int:
         return _foresee(options, settings)
     progress = Progress(as_json=options.json, seconds=settings.retry.deadline_seconds)
     stops = Stops()
-    before = {number: signal.signal(number, stops) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in _STOPS:
+        _ = signal.signal(number, stops)
     try:
         return _done(options, settings, progress, stops)
     finally:
-        for number, handler in before.items():
-            _ = signal.signal(number, handler)
+        ignore(_STOPS)
 
 
 def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: Stops) -> int:
