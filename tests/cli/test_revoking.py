@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing
 
+import psycopg
 import pytest
 
 from chutes_proto.errors import FileUnavailable, Refused
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
+from chutes_proto.io.server.store_setup import make_store_setup
+from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import Vm
 from tests.cli import test_operating
 from tests.cli.test_erase import marked, setup_of
@@ -177,3 +182,48 @@ def test_each_change_counts_as_later_than_the_one_before(site: Site, monkeypatch
     with open_store(Running(setup_of(site))) as (_, warnings):
         assert not any("repeated" in warning for warning in warnings)
     assert in_force(site) == []
+
+
+_LEAVE_OUT = {
+    "sqlite": "CREATE TRIGGER kept_{table} BEFORE INSERT ON {table} BEGIN SELECT raise(IGNORE); END;"
+    " CREATE TRIGGER kept_too_{table} BEFORE UPDATE ON {table} BEGIN SELECT raise(IGNORE); END",
+    "postgresql": "CREATE TRIGGER kept BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION left_out()",
+}
+"""A trigger on a table that leaves out what is written."""
+_FUNCTION = "CREATE FUNCTION left_out() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+
+
+def leave_out(site: Site, tables: tuple[str, ...]) -> None:
+    """Have the database leave out what is written to tables, but say that it was written."""
+    place = make_store_setup(ServerConfig.load(site.configuration)).store
+    if place.path is not None:
+        with closing(sqlite3.connect(place.path)) as file, file:
+            for table in tables:
+                _ = file.executescript(_LEAVE_OUT["sqlite"].format(table=table))
+    else:
+        with psycopg.connect(place.address, autocommit=True) as database:
+            _ = database.execute(_FUNCTION.encode())
+            for table in tables:
+                _ = database.execute(_LEAVE_OUT["postgresql"].format(table=table).encode())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vm", "revoke", "vm-1"),
+        ("hotkey", "revoke", HOTKEY),
+        ("hotkey", "allow", "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"),
+        ("store", "restored"),
+        ("vm", "erase", "vm-1", "--yes"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_change_that_the_database_does_not_keep_is_not_told_as_done(site: Site, words: tuple[str, ...]) -> None:
+    """Nothing else would tell: the log has it, and all rows agree with a head that was never replaced."""
+    site.boot("1")
+    assert site.do("hotkey", "revoke", "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty").code == 0
+    leave_out(site, ("store_head", "revocation", "fact"))
+    ended = site.do(*words)
+    assert (ended.code, ended.out) == (1, "")
+    assert "the database has not kept it" in ended.err
+    assert "it has version 2, and version 3 was seen" in ended.err

@@ -19,7 +19,7 @@ from chutes_proto.store.rows import FindLastBoot, GenerationRow, Platform, Read,
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
-from chutes_proto.units.revocations import Revoke
+from chutes_proto.units.revocations import ReadRevocations, Revoke
 from tests.store.test_custody import BOTH, copied, run
 
 if TYPE_CHECKING:
@@ -184,6 +184,26 @@ def test_a_server_serves_no_vm_that_is_older_than_it_has_seen(
             set_back()
         operator.transact(StoreRestored(NOW, "the backup is right"))
         assert store.transact(Ask(Read(VmRow, VM)))
+
+
+@pytest.mark.parametrize("seen_by", ["a read", "a write"])
+def test_a_server_takes_no_head_of_the_store_that_is_older_than_it_has_seen(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch, seen_by: str
+) -> None:
+    """The mark learns of a head once a second: who sets it back in between undoes a revocation unseen."""
+    tables = ("store_head", "revocation", "fact")
+    with closing(place.open(migrate=True)) as store, closing(place.open()) as operator:
+        store.transact(boot("one"))
+        monkeypatch.setattr(marks.MarkKeeper, "compare", lambda *_: None)
+        back = [copied(place, table) for table in tables]
+        (operator if seen_by == "a read" else store).transact(Revoke(NOW, 8, "hotkey", VM.hotkey, None, "stolen"))
+        if seen_by == "a read":
+            assert store.transact(ReadRevocations()).version == 8
+        for set_back in back:
+            set_back()
+        for _ in range(2):
+            with pytest.raises(RowNotAuthentic, match=r"table store_head .* it has version 1, and version 2 was seen"):
+                store.transact(boot("three"))
 
 
 def test_of_heads_that_were_seen_the_newest_count_for_transactions_that_began_later(

@@ -6,7 +6,7 @@ Rules kept here:
   that it is not sealed, or of an older epoch, after one was seen sealed, is refused (`Custody.require_seal`);
 * the key of an epoch is a row of the keyring, which the KEK opens, and no other row stands in for it;
 * a key that was opened is held while the store is open, but not one of a transaction that was not committed;
-* a head of a VM is not older than one that this process has seen in a committed transaction (`SeenHeads`).
+* a head is not older than one that this process has seen in a committed transaction (`SeenHeads`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ ROWS_KEY: Final = "rows"
 
 REMEMBERED: Final = 25_000
 """How many heads are remembered from one transaction to the next; one takes 0.7 kB, and 2 of a VM that boots often."""
+THE_STORE: Final = ("", "")
+"""The head of the store itself among those of VMs, none of which has such a name."""
 _KEYRING: Final = f"SELECT {', '.join(columns(store.KeyringRow))} FROM keyring"  # noqa: S608
 
 
 @define
 class SeenHeads:
-    """The versions of heads of VMs that this process has seen in committed transactions, the newest of many.
+    """The versions of heads that this process has seen in committed transactions, the newest of many.
 
-    The log knows them, too, but its entries are rows that an attacker can delete. Several threads may ask for `least`
-    at once; the others are called by one at a time.
+    Of VMs the log knows them, too, but its entries are rows that an attacker can delete; of the store the mark does,
+    which is compared once a second. Several threads may ask for `least` at once; the rest is called by one at a time.
     """
 
     _versions: dict[tuple[str, str], tuple[int, float]] = field(factory=dict[tuple[str, str], tuple[int, float]])
@@ -109,7 +111,7 @@ class Custody:
     faults: Counter[str] = field(factory=Counter[str], init=False)
     """The number of faults, by table."""
     seen: SeenHeads = field(factory=SeenHeads, init=False)
-    """The versions of heads of VMs that this process has seen."""
+    """The versions of heads that this process has seen."""
     _unwrap: Callable[[store.KeyringRow], Secret] | None = field(default=None, init=False)
     _keys: dict[int, EpochKey] = field(factory=dict[int, EpochKey], init=False)
     _has_opened: bool = field(default=False, init=False)

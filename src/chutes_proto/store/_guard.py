@@ -107,6 +107,11 @@ class Guard:
         self.of_vms.finish()
         self.of_store.finish()
 
+    @property
+    def versions(self) -> dict[tuple[str, str], int]:
+        """The versions of the heads that were written, or only read, after `finish`."""
+        return self.of_vms.versions | self.of_store.versions
+
     # --- ways of carrying out an operation ---
 
     def carry_out(self, op: StoreOp[Any]) -> Any:

@@ -6,7 +6,7 @@ Guarantees:
   store lists. So one that was forged, changed or copied to another place is not authentic. Until all rows of a store
   are sealed, one without a MAC is accepted;
 * the head of the store is under the newest key alone, so nobody who has an older one can say that it counts; and it is
-  not older than the mark knew it when the transaction began;
+  not older than the mark knew it when the transaction began, nor than one that this process has seen;
 * facts, revocations and keyring are those of that head: none is missing, superfluous, or older than the newest.
 """
 
@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeAlias, cast
 
+from attrs import evolve
+
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
 from chutes_proto.store._answers import check_once, check_types, key_text
 from chutes_proto.store._columns import Rows, Values, columns, flags
-from chutes_proto.store._custody import ROWS_KEY, Custody, Session, rows_key
+from chutes_proto.store._custody import ROWS_KEY, THE_STORE, Custody, Session, rows_key
 from chutes_proto.store._heads import FACTS, OF_STORE, PLACE_OF, Head, expect, expect_all, of_number, store_tag
 from chutes_proto.store._macs import EpochKey, epoch_of, is_same
 from chutes_proto.store._schema import READ_VERSION
@@ -47,6 +49,8 @@ class StoreGroup:
         self.run: Run = run
         self._older = session.older
         self._least_head = session.least_head
+        if session.seen is not None:
+            self._least_head = max(self._least_head, session.seen.least(THE_STORE, session.began_at))
         self._head: Head | None = None
         self._stored: Sequence[Any] | None = None  # the row of that head, if it was read with the times
 
@@ -156,6 +160,13 @@ class StoreGroup:
             mac = self.key.mac("store head", head.version, head.stored)
             _ = self.run(None, _guard_sql.PUT_STORE_HEAD, (head.version, head.stored, mac))
 
+    @property
+    def versions(self) -> dict[tuple[str, str], int]:
+        """The version of the head that was written, or only read, after `finish`, as `VmGroups.versions` has them."""
+        if self._head is not None:
+            return {THE_STORE: self._head.version}
+        return {} if self._stored is None else {THE_STORE: self._stored[0]}
+
     # --- comparisons with the head ---
 
     def expect_fact(self, name: str, value: int | None) -> None:
@@ -218,7 +229,7 @@ def check_fact(custody: Custody, name: str, value: int, read: Callable[[str], Ro
 
     ``read`` runs a statement in the transaction that read it.
     """
-    session = custody.session(read(READ_VERSION)[0][2], read)
+    session = evolve(custody.session(read(READ_VERSION)[0][2], read), seen=None)  # an operator may have decided
     StoreGroup(session, lambda _op, text, _values: read(text)).expect_fact(name, value)
 
 
@@ -229,6 +240,7 @@ def check_head(
 
     ``stored`` are its version, contents and MAC, ``state`` the state of the seal. Raises `StoreError`.
     """
-    group = StoreGroup(custody.session(state, read), lambda _op, text, _values: read(text))
+    session = evolve(custody.session(state, read), seen=None)  # an operator may have decided to go on with an older one
+    group = StoreGroup(session, lambda _op, text, _values: read(text))
     _ = group.head(stored)
     group.expect_fact("loss_decided_at", decided_at)

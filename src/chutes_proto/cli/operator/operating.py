@@ -25,13 +25,13 @@ from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, Decorator, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.describe import exits
-from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
+from chutes_proto.errors import KeyUnavailable, Refusal, Refused, RowNotAuthentic, SealBroken, StoreError
 from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
+from chutes_proto.store.rows import Pin, ReadNames, ReadTimes, StoreOp, Vm
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
 
@@ -77,6 +77,20 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
             store.custody.require_seal(1)
         copy_audit(setup.config, setup.store.base, store)
         yield setup, store
+
+
+def require_kept(store: DurableStore) -> None:
+    """Require that the store has what this process has just changed in it as a whole. Raises `StoreError`.
+
+    A trigger may leave it out: then all rows agree with the older head.
+    """
+    try:
+        _ = store.transact(Ask(ReadTimes()))
+    except RowNotAuthentic as exc:
+        raise StoreError(
+            f"the database has not kept it, or somebody set it back: {exc.finding}; look for triggers (`\\d store_head`"
+            " of psql lists them), remove them, and run the command again"
+        ) from None
 
 
 def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:

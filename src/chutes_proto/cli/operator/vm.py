@@ -318,6 +318,7 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
         done = store.transact(EraseVm(operating.now(), erasure_id, version, named, reason, yes))
         path = erasures_file(setup.config)
         if yes:
+            operating.require_kept(store)
             with revoking.told_with("its keys are destroyed in the store, and copies are not", "run the command again"):
                 _ = keep_erasures(store, path)
     values = [value for row in done.keys for value in (row.sealed, row.wrapped_key) if value]

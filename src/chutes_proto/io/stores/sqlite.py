@@ -469,7 +469,7 @@ class SqliteStore(MarkedStore):
             _ = connection.execute("RELEASE unit")
         if job.fault is None:
             guard.of_vms.remember()
-            job.heads = guard.of_vms.versions
+            job.heads = guard.versions
         return guard.changed_state and job.fault is None
 
     # --- the file ---

@@ -435,7 +435,7 @@ class PostgresStore(MarkedStore):
             raise fault_of(self.name, str(exc)) from None
         if not all(is_read(text) for text, _ in ahead):
             raise RuntimeError(f"{unit_name(unit)} has not done what it said that it does")
-        connection.heads = guard.of_vms.versions
+        connection.heads = guard.versions
         return result
 
     # --- what was seen of the database ---
