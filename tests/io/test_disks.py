@@ -678,6 +678,14 @@ def test_the_program_is_found_where_only_root_looks(bench: Bench, monkeypatch: p
     assert find_cryptsetup() == bench.program
 
 
+def test_a_folder_of_the_path_in_which_nobody_may_look_hides_no_program(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `runuser`, which leaves root's PATH; here a name is too long, because root may look everywhere."""
+    monkeypatch.setenv("PATH", f"/{'x' * 300}:{os.environ['PATH']}")
+    assert find_cryptsetup() == bench.program
+
+
 # --- block devices ---
 
 

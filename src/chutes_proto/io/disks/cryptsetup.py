@@ -265,7 +265,8 @@ def find_cryptsetup() -> str | None:
     """Return the path of the installed program, also in directories that are only in root's PATH."""
     folders = (*os.get_exec_path(), "/usr/local/sbin", "/usr/sbin", "/sbin")
     paths = (Path(folder, "cryptsetup") for folder in folders)
-    return next((str(path) for path in paths if path.is_file() and os.access(path, os.X_OK)), None)
+    # `access` says no in a folder in which this user may not look, and `is_file` raises.
+    return next((str(path) for path in paths if os.access(path, os.X_OK) and path.is_file()), None)
 
 
 def environment(udev: str = "/run/udev/control") -> dict[str, str]:
