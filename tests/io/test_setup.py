@@ -51,6 +51,23 @@ def test_a_setting_that_is_wrong_is_named(tmp_path: Path, line: str, text: str) 
 
 
 @pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("root_pasphrase", r"root_pasphrase: unknown key, .*; did you mean root_passphrase\?"),
+        ("name", "name: unknown key, or one that has no default"),
+    ],
+)
+def test_a_default_of_no_profile_is_named_where_it_stands(tmp_path: Path, key: str, problem: str) -> None:
+    """And not in the files of measurements, which lack it."""
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    configuration = tmp_path / "server.toml"
+    given = configuration.read_text()
+    _ = configuration.write_text(given.replace("[profile_defaults]\n", f'[profile_defaults]\n{key} = "vm"\n'))
+    with pytest.raises(ConfigurationError, match=rf"^{re.escape(str(configuration))}: profile_defaults\.{problem}$"):
+        _ = make_setup(ServerConfig.load(configuration))
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("[tcb]\nplatform_grace = 1", "tcb.platform_grace: goes with an OutOfDate status"),

@@ -121,6 +121,8 @@ def test_a_toml_file_has_defaults_of_its_own() -> None:
     for key in ("name", "mrtd", "boot", "typo"):
         with pytest.raises(PolicyError, match=f"profile_defaults.{key}"):
             _ = parse_profiles_toml(f"[profile_defaults]\n{key} = 1\n".encode() + _toml(_entry()).encode())
+    with pytest.raises(PolicyError, match=r"profile_defaults\.gpu_cont: .*; did you mean gpu_count\?"):
+        _ = parse_profiles_toml(b"[profile_defaults]\ngpu_cont = 1\n" + _toml(_entry()).encode())
 
 
 def test_attributes_of_a_profile() -> None:

@@ -19,7 +19,16 @@ from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeAlias, 
 
 from attrs import astuple, evolve, field, fields_dict, frozen
 
-from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, integer, list_of, string
+from chutes_proto._converter import (
+    Hook,
+    MismatchError,
+    ProblemsError,
+    StrictConverter,
+    integer,
+    list_of,
+    nearest,
+    string,
+)
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._errors import PolicyError, Refusal, mismatch
@@ -334,9 +343,18 @@ def read_profiles(
 ) -> tuple[ProfileAndExtras, ...]:
     """Read profiles from tables, each with its keys that are in ``extra_keys``. Raises `PolicyError`."""
     own = tables.profile_defaults
-    if unknown := own.keys() - _DEFAULTABLE - extra_keys:
-        raise PolicyError(f"profile_defaults.{min(unknown)}: unknown key, or one that has no default")
+    _ = own_defaults(own, extra_keys)
     return _profiles(tables.profile, _IN_TOML, extra_keys, {**(defaults or {}), **own})
+
+
+def own_defaults(defaults: Mapping[str, object], extra_keys: frozenset[str]) -> dict[str, object]:
+    """The defaults that are not in ``extra_keys``. Raises `PolicyError` for a key that can have none."""
+    known = _DEFAULTABLE | extra_keys
+    for name in sorted(defaults.keys() - known):
+        near = nearest(name, known)
+        hint = f"; did you mean {near}?" if near else ""
+        raise PolicyError(f"profile_defaults.{name}: unknown key, or one that has no default{hint}")
+    return {key: value for key, value in defaults.items() if key not in extra_keys}
 
 
 def _profiles(

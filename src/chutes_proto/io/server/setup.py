@@ -44,7 +44,7 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._errors import PolicyError
-from chutes_proto.quote._measurements import Schedule, check_distinct
+from chutes_proto.quote._measurements import Schedule, check_distinct, own_defaults
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet, parse_policy_set
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
@@ -469,8 +469,11 @@ def read_profiles(
 
     served: list[ServedProfile] = []
     not_served: list[str] = []
+    where = config.path or "configuration"  # the files of measurements lack a default that is wrong
+    defaults = problems.attempt(where, partial(own_defaults, config.profile_defaults, EXTRA_KEYS))
+    if defaults is None:
+        return [], ()
     served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
-    defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}
     for name in config.measurements:
         data = problems.attempt("measurements", partial(files.read, base / name))
         if data is None:
