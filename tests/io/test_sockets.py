@@ -123,7 +123,7 @@ def test_given_sockets_are_taken_by_the_settings_that_name_them(tmp_path: Path) 
         assert given.take_tcp("listen", address) == []
         assert given.take_unix("proxy.unix", tmp_path / "s") == [unix]
         given.check_all_taken()
-        with pytest.raises(ConfigurationError, match="the configuration does not name it"):
+        with pytest.raises(ConfigurationError, match=rf"a socket at 127\.0\.0\.1:{address[1]} was given by"):
             GivenSockets([("", tcp)]).check_all_taken()
 
 

@@ -100,7 +100,7 @@ class GivenSockets:
 
     def check_all_taken(self) -> None:
         """Close the others. Raises `ConfigurationError` if there is one."""
-        names = [each.getsockname() for _, each in self._left]
+        names = [_named(each) for _, each in self._left]
         for _, each in self._left:
             each.close()
         if names:
@@ -241,16 +241,18 @@ def allowed_connections(connections: int) -> int:
 
 def urls(listening: list[Listening], scheme: str = "https") -> list[str]:
     """Return the addresses for clients: ``https://host:port`` or ``unix:path``."""
-    found: list[str] = []
-    for each in listening:
-        match each.socket.getsockname():
-            case str(path):
-                found.append(f"unix:{path}")
-            case (str(host), port, *_):
-                found.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
-            case other:
-                raise LocalProtocolError(f"socket address {other!r}: give a TCP or Unix socket to serve on")
-    return found
+    named = (_named(each.socket) for each in listening)
+    return [name if name.startswith("unix:") else f"{scheme}://{name}" for name in named]
+
+
+def _named(given: socket.socket) -> str:
+    match given.getsockname():
+        case str(path):
+            return f"unix:{path}"
+        case (str(host), port, *_):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        case other:
+            raise LocalProtocolError(f"socket address {other!r}: give a TCP or Unix socket to serve on")
 
 
 _Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, "tuple[str, int] | tuple[str, int, int, int]"]
