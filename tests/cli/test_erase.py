@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import time
@@ -174,6 +175,8 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str, is_k
     else:
         with open_store(Running(setup_of(site))) as (_, warnings):
             assert any("1 VMs were erased again" in warning for warning in warnings)
+    (row,) = site.json("audit", "list", "--event", "vm erased again")["rows"]
+    assert re.fullmatch(r"erased at \d{4}-\S+Z; repeated, because the store had lost that", row["reason"])
     assert [row.vm.name for row in site.rows() if row.sealed] == ["vm-2"] * 2
     assert [vm["vm"] for vm in site.json("vm", "list")["vms"]] == ["vm-2"]
     with closing(setup_of(site).store.open()) as opened:

@@ -18,6 +18,7 @@ from typing import Any, cast
 from attrs import frozen
 
 from chutes_proto.errors import Refused
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.revocations import subject_of
@@ -100,7 +101,7 @@ class RepeatErasure(Unit[int | None]):
         keys = [row for row in old if row.sealed is not None]
         if is_known and not keys:
             return None
-        reason = f"erased at {record.erased_at}; repeated, because the store had lost that"
+        reason = f"erased at {rfc3339(record.erased_at)}; repeated, because the store had lost that"
         kept = yield from store.ReadAll(store.EvidenceRow, record.vm)
         evidence = [row for row in kept if row.received_at <= record.erased_at]
         if not is_known:
