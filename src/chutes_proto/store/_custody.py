@@ -171,7 +171,9 @@ class Custody:
                 # Without its KEK no server starts (`check_keys`), and nobody writes. One that has started would take
                 # what it reads now, unchecked, for true later.
                 if self._has_opened:
-                    raise RowNotAuthentic("keyring", rows_key(epoch), str(exc)) from None
+                    # A reload cannot cure it: its audit row needs this key.
+                    why = f"{exc}; if you rotated it, restart this server with it"
+                    raise RowNotAuthentic("keyring", rows_key(epoch), why) from None
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)
         self._has_opened = True
