@@ -86,12 +86,23 @@ def test_a_server_without_a_free_descriptor_answers_later(path: Path, monkeypatc
 def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"control: .*No such file"):
         _ = Control(tmp_path / "nowhere" / "control", lambda _: {})
-    (tmp_path / "folder").mkdir()
-    control = Control(tmp_path / "folder", lambda _: {})
-    with pytest.raises(ConfigurationError, match=r"control: .*folder: Is a directory"):
-        control.open()
-    control.close(is_successors=False)
-    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "a link"])
+def test_what_is_not_a_socket_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    """A mistyped path may be that of a key."""
+    path = tmp_path / "kek"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a link":
+        path.symlink_to("elsewhere")
+    else:
+        path.touch()
+    before = path.lstat()
+    with pytest.raises(ConfigurationError, match=r"control: .*kek: it is not a socket; name another path, or remove"):
+        _ = Control(path, lambda _: {})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.lstat() == before
 
 
 def test_the_path_of_a_successor_is_left_alone(tmp_path: Path) -> None:

@@ -186,6 +186,8 @@ class PrivateSocket:
         self._made = path.with_name(f"{path.name}.{os.getpid()}")
         before = os.umask(0o177)
         try:
+            if os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
+                raise OSError(errno.EEXIST, "it is not a socket; name another path, or remove it")
             self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
             self.socket.bind(str(self._made))
             self.socket.listen()
