@@ -18,6 +18,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.server.control import Control, ask_to_reload
 
 SYSTEM = "/usr/bin/python3"
+DONE: dict[str, object] = {"ok": True, "changes": [], "needs_restart": []}
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def callers() -> list[str]:
 def path(tmp_path: Path, callers: list[str]) -> Iterator[Path]:
     def reload(caller: str) -> dict[str, object]:
         callers.append(caller)
-        return {"ok": True}
+        return DONE
 
     control = Control(tmp_path / "control", reload)
     control.open()
@@ -40,7 +41,7 @@ def path(tmp_path: Path, callers: list[str]) -> Iterator[Path]:
 
 def test_the_server_answers_and_knows_who_asks(path: Path, callers: list[str]) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
-    assert ask_to_reload(path) == {"ok": True}
+    assert ask_to_reload(path) == DONE
     assert callers == [f"uid {os.geteuid()}"]
 
 
@@ -79,7 +80,7 @@ def test_a_server_without_a_free_descriptor_answers_later(path: Path, monkeypatc
 
     monkeypatch.setattr(socket.socket, "accept", scarce)  # for the second: the first is waited for already
     monkeypatch.setattr("chutes_proto.io.server.control.RELOAD_SECONDS", 20.0)
-    assert [ask_to_reload(path) for _ in range(2)] == [{"ok": True}] * 2
+    assert [ask_to_reload(path) for _ in range(2)] == [DONE] * 2
     assert not faults
 
 
@@ -106,16 +107,24 @@ def test_what_is_not_a_socket_is_not_replaced(tmp_path: Path, kind: str) -> None
 
 
 def test_the_path_of_a_successor_is_left_alone(tmp_path: Path) -> None:
-    before = Control(tmp_path / "control", lambda _: {"ok": "before"})
+    before = Control(tmp_path / "control", lambda _: DONE)
     before.open()
-    after = Control(tmp_path / "control", lambda _: {"ok": "after"})
+    after = Control(tmp_path / "control", lambda _: {**DONE, "changes": ["after"]})
     after.open()
     before.close(is_successors=True)
-    assert ask_to_reload(tmp_path / "control") == {"ok": "after"}
+    assert ask_to_reload(tmp_path / "control")["changes"] == ["after"]
     after.close(is_successors=False)
 
 
-@pytest.mark.parametrize("said", [b"", b"220 mail ESMTP\r\n", b"x" * (1024 * 1024 + 70_000)], ids=len)
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(b"", b"220 mail ESMTP\r\n", b"x" * (1024 * 1024 + 70_000)),
+        *(b"[]", b"{}", b'{"ok": true}', b'{"ok": false}', b'{"ok": 1, "changes": [], "needs_restart": []}'),
+        *(b'{"ok": true, "changes": "all", "needs_restart": []}', b'{"ok": true, "changes": [1], "needs_restart": []}'),
+    ],
+    ids=lambda said: said[:60].decode(),
+)
 def test_another_program_is_not_taken_for_a_server(tmp_path: Path, said: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "control"))

@@ -36,6 +36,38 @@ def test_a_strangers_sockets_are_not_taken(tmp_path: Path) -> None:
             _ = take_over(path, "sqlite:keys.db")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_a_stranger_gets_no_sockets_also_where_the_file_lets_him(tmp_path: Path) -> None:
+    """The access list of a folder may say more than the mode of the file."""
+    path, heard = tmp_path / "door", list[str]()
+    tmp_path.chmod(0o755)
+    ask = "import os, socket, sys; s = socket.socket(fileno=int(sys.argv[1])); os.setuid(int(sys.argv[2]));"
+    ask += " s.connect(sys.argv[3]); said, sockets, *_ = socket.recv_fds(s, 99, 9); print(said, len(sockets))"
+
+    def asking(user: int) -> None:
+        with socket.socket(socket.AF_UNIX) as asker:
+            words = [sys.executable, "-I", "-S", "-c", ask, str(asker.fileno()), str(user), path.name]
+            with subprocess.Popen(
+                words, pass_fds=[asker.fileno()], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+            ) as process:
+                heard.append(process.communicate(timeout=60)[0])
+
+    async def main() -> None:
+        with socket.socket() as listening:
+            async with anyio.create_task_group() as group:
+                _ = group.start_soon(door.successor, "keys", [("listen", listening)])
+                for user in (STRANGER, 0):
+                    await anyio.to_thread.run_sync(asking, user)
+                group.cancel_scope.cancel()
+
+    door = Door(path)
+    door.open()
+    path.chmod(0o666)
+    on_loop("trio", main)
+    door.close(is_successors=False)
+    assert heard == ["b'' 0\n", """b'{"store": "keys", "sockets": ["listen"]}' 1\n"""]
+
+
 @pytest.mark.parametrize("loop", ["trio", "asyncio"])
 def test_sockets_go_to_a_successor_with_the_same_store(tmp_path: Path, loop: str) -> None:
     path = tmp_path / "door"

@@ -8,16 +8,15 @@ Rules kept here:
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.server.sockets import PrivateSocket, peer_user
+from chutes_proto.io.server.sockets import PrivateSocket, StrangerError, check_peer
 
 RELOAD_SECONDS: Final = 120.0
 """How long a command waits for a reload: a database may be slow, and every worker reads its files."""
@@ -60,8 +59,10 @@ class Control(PrivateSocket):
                 connection.sendall(json.dumps(self._answer(connection)).encode() + b"\n")
 
     def _answer(self, connection: socket.socket) -> Mapping[str, object]:
-        if (user := peer_user(connection)) not in (0, os.geteuid()):
-            return {"ok": False, "error": f"user {user} may not ask; ask as the server's user or as root"}
+        try:
+            user = check_peer(connection)
+        except StrangerError as exc:
+            return {"ok": False, "error": f"user {exc.user} may not ask; ask as the server's user or as root"}
         if connection.recv(len(_ASKED), socket.MSG_WAITALL) != _ASKED:
             return {"ok": False, "error": "the only request is reload"}
         return self._reload(f"uid {user}")
@@ -79,7 +80,7 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
                 said += piece
                 if len(said) > _MOST:
                     break
-            answer: dict[str, Any] = json.loads(said)
+            answer = _answer_of(json.loads(said))
         except PermissionError:
             raise ConfigurationError(
                 f"control: {path}: only root and the server's user may ask; run it as one of them"
@@ -89,3 +90,16 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
         except ValueError:
             raise ConfigurationError(f"control: {path}: no key server answers there; name another path") from None
         return answer
+
+
+def _answer_of(said: Any) -> dict[str, Any]:
+    """The answer of a key server. Raises `ValueError` for anything else."""
+    match said:
+        case {"ok": True, "changes": [*changes], "needs_restart": [*names]}:
+            if all(isinstance(text, str) for text in (*changes, *names)):
+                return cast("dict[str, Any]", said)
+        case {"ok": False, "error": str()}:
+            return cast("dict[str, Any]", said)
+        case _:
+            pass
+    raise ValueError("not the answer of a key server")

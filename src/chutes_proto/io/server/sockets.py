@@ -6,8 +6,8 @@ Rules kept here:
   mode is 0660;
 * a Unix socket that a server left behind is replaced; one on which a server answers is not, nor is any other file;
 * a socket that was given, by a service manager or a running server, is used only where the configuration names it;
-* a private socket is for the server's user alone: its mode is 0600. Its path belongs to the latest server that serves,
-  so a successor replaces it only then;
+* a private socket is for the server's user and root: its mode is 0600, and the kernel says who is at the other end. Its
+  path belongs to the latest server that serves, so a successor replaces it only then, and never what is not a socket;
 * a server has no more connections than the system allows it open files.
 """
 
@@ -215,9 +215,22 @@ class PrivateSocket:
         return ConfigurationError(f"{self._key}: {self._path}: {exc.strerror or exc}")
 
 
-def peer_user(connection: socket.socket) -> int:
-    """Return the user of the process at the other end of a Unix socket. Source: unix(7), SO_PEERCRED."""
+class StrangerError(Exception):
+    """The process at the other end of a private socket is of another ``user`` than the server's and root."""
+
+    def __init__(self, user: int) -> None:
+        super().__init__(user)
+        self.user = user
+
+
+def check_peer(connection: socket.socket) -> int:
+    """Return the user of the process at the other end of a Unix socket: this process's, or root.
+
+    Raises `StrangerError` for another one. Source: unix(7), SO_PEERCRED.
+    """
     _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
+    if user not in (0, os.geteuid()):
+        raise StrangerError(user)
     return int(user)
 
 

@@ -11,7 +11,6 @@ Rules kept here:
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
@@ -22,7 +21,7 @@ import anyio
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.server.sockets import ACCEPT_PAUSE, PrivateSocket, peer_user
+from chutes_proto.io.server.sockets import ACCEPT_PAUSE, PrivateSocket, StrangerError, check_peer
 
 START_SECONDS: Final = 60.0
 """How long a running server waits for a successor that has taken its sockets and does not serve yet."""
@@ -56,12 +55,16 @@ def take_over(path: Path, store: str) -> TakenOver | None:
         connection.settimeout(START_SECONDS)
         try:
             connection.connect(str(path))
-            _check_user(path, connection)
+            _ = check_peer(connection)  # a stranger could go on accepting on his sockets
             data, descriptors, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_SOCKETS)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         except ConnectionResetError:  # it handed over to another one while we waited for our turn, or it has ended
             return take_over(path, store)
+        except StrangerError as exc:
+            raise ConfigurationError(
+                f"takeover: {path}: a process of user {exc.user} answers there; name another path"
+            ) from None
         except OSError as exc:
             raise ConfigurationError(f"takeover: {path}: {exc.strerror or exc}") from None
         sockets = [opened.enter_context(socket.socket(fileno=descriptor)) for descriptor in descriptors]
@@ -78,12 +81,6 @@ def take_over(path: Path, store: str) -> TakenOver | None:
             )
         _ = opened.pop_all()
         return TakenOver(named, connection)
-
-
-def _check_user(path: Path, connection: socket.socket) -> None:
-    """Refuse the sockets of a stranger, who could go on accepting on them."""
-    if (user := peer_user(connection)) not in (0, os.geteuid()):
-        raise ConfigurationError(f"takeover: {path}: a process of user {user} answers there; name another path")
 
 
 class Door(PrivateSocket):
@@ -107,7 +104,8 @@ class Door(PrivateSocket):
             except OSError:  # the other went away, or there are no file descriptors left
                 await anyio.sleep(ACCEPT_PAUSE)
                 continue
-            with suppress(OSError), closing(connection), anyio.move_on_after(START_SECONDS):
+            with suppress(OSError, StrangerError), closing(connection), anyio.move_on_after(START_SECONDS):
+                _ = check_peer(connection)
                 connection.setblocking(False)
                 _ = socket.send_fds(connection, [message], descriptors)
                 await anyio.wait_readable(connection)
