@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
@@ -687,10 +688,27 @@ def test_each_fault_is_said_and_nothing_changes(url: str, state: str, text: str,
 def test_a_trigger_that_leaves_audit_rows_out_is_said(store: PostgresStore, url: str) -> None:
     ask(url, "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
     ask(url, "CREATE TRIGGER skip BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION skip()")
-    told(lambda: store.transact(boot("first")), "keeps no audit row, so a trigger")
+    told(lambda: store.transact(boot("first")), "keeps no audit row, or gives it a number below 1")
     assert ask(url, "SELECT count(*) FROM boot") == [(0,)]  # nothing is kept without its audit row
     ask(url, "DROP TRIGGER skip ON audit")
     store.transact(boot("second"))
+
+
+@pytest.mark.parametrize("number", [0, -1, -(1 << 63)])
+def test_a_number_of_an_audit_row_that_no_mark_can_have_is_refused(url: str, tmp_path: Path, number: int) -> None:
+    """Else the file of the mark could not be read again, and who wrote the database would be rid of the mark."""
+    with closing(PostgresStore(url, mark_file=tmp_path / "mark")) as store:
+        store.transact(boot("first"))
+        store.keep_mark()
+        ask(
+            url,
+            f"ALTER SEQUENCE audit_id_seq INCREMENT BY -1 MINVALUE {-(1 << 63)} MAXVALUE 1000 RESTART WITH {number}",
+        )
+        told(lambda: store.transact(boot("second")), "keeps no audit row, or gives it a number below 1")
+    assert ask(url, "SELECT count(*) FROM boot") == [(1,)]
+    with closing(PostgresStore(url, mark_file=tmp_path / "mark")) as store:
+        ask(url, "ALTER SEQUENCE audit_id_seq INCREMENT BY 1 RESTART WITH 1000")
+        store.transact(boot("second"))
 
 
 def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:

@@ -112,11 +112,12 @@ class Asked:
     def query(self) -> tuple[bytes, Values]:
         """The statement for the driver, and its values.
 
-        Where an audit row is left out, the division fails, and with it the COMMIT that is sent in the same round trip.
+        Where an audit row is left out, or has a number that no mark can have, the division fails, and with it the
+        COMMIT that is sent in the same round trip.
         """
         text = self.text
         if self.is_audit:
-            text = f"WITH added AS ({text} RETURNING id) SELECT max(id), 1 / count(*) FROM added"  # noqa: S608 - of ours
+            text = f"WITH added AS ({text} RETURNING id) SELECT max(id), 1 / count(*) FROM added WHERE id > 0"  # noqa: S608 - of ours
         return query_of(text), self.values
 
     def note(self, rows: Rows) -> None:

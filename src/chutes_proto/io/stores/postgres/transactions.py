@@ -288,7 +288,8 @@ class Database:
             if isinstance(exc.error, errors.DivisionByZero) and exc.at < len(asked) and asked[exc.at].is_audit:
                 raise fault_of(
                     self.name,
-                    "it keeps no audit row, so a trigger leaves them out; remove it (`\\d audit` of psql lists them)",
+                    "it keeps no audit row, or gives it a number below 1: a trigger, or the sequence of the numbers,"
+                    " was changed; put it right (`\\d audit` and `TABLE audit_id_seq` of psql show them)",
                 ) from exc.error
             if isinstance(exc.error, (psycopg.DataError, UnicodeEncodeError)):
                 whose = f" of {type(asked[exc.at].op).__name__}" if exc.at < len(asked) else ""
