@@ -21,7 +21,7 @@ from attrs import define, evolve
 
 from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Effect, FetchCollateral
-from chutes_proto.errors import LogError
+from chutes_proto.errors import LogError, VerdictError
 from chutes_proto.io.files import Files
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.reload import Running, prepare, record
@@ -361,6 +361,17 @@ def test_an_entry_that_contradicts_its_evidence_is_refused(site: Site, index: in
     members = json.loads(shown.entry)
     assert verified(members).code == 0
     assert verified(members | lie).code == 15
+
+
+def test_reference_values_that_are_nested_too_deeply_are_refused(site: Site) -> None:
+    """A server that lies wrote the entry, too, with their digest: a checker's program must not end by them."""
+    shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
+    bundle, members = Bundle.of(shown.evidence), json.loads(shown.entry)
+    root = TrustedRoot.from_der((site.directory / "simulated-root.der").read_bytes())
+    deep = evolve(bundle, documents=evolve(bundle.documents, reference_values=50_000 * b"["))
+    members["evidence"] = json.dumps(json.loads(members["evidence"]) | deep.digests)
+    with pytest.raises(VerdictError, match=r"cannot be read: .*recursion"):
+        _ = judge_again(members, deep, read_yaml, root)
 
 
 def test_the_time_of_an_entry_is_about_that_of_its_verdict(site: Site) -> None:
