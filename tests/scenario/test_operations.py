@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.from_thread
+import httpx
 import pytest
 import trio
 from attrs import define
@@ -210,7 +211,8 @@ async def asked(vm: Vm, operation: str) -> tuple[HttpRequest, str]:
         if operation == "read":
             assert (await vm.sync(proof)).status_code == 200
             proof = (await vm.boot())["boot_token"]
-        target, body = "/servers/vm-1/luks", json.dumps({"volumes": VOLUMES}, separators=(",", ":"))
+        target = "/servers/vm-1/luks"
+        body = httpx.Request("POST", target, json={"volumes": VOLUMES}).content.decode()  # as `Vm.sync` sends it again
         headers = [("x-boot-token", proof), ("x-chutes-hotkey", HOTKEY)]
     assert vm.identity is not None
     request = HttpRequest(
