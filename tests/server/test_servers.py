@@ -20,8 +20,9 @@ from chutes_proto.server._app import App
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store._run import Ask, run_script
-from chutes_proto.store.rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, VmRow
+from chutes_proto.store.rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, StoreOp, VmRow
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.fleet import ReadServers, ReadServersAndGpus
 from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import SERVERS_OF_HOTKEY, RecordRuntimeRefusal, RegisterServer
 from chutes_proto.wire import json
@@ -938,6 +939,29 @@ def test_a_miner_has_so_many_servers(world):
     registered(register(world, OTHER, **(one_more | {"id": "n3", "host": "5.6.7.9"})))
     answer(world.ask_signed("DELETE", "/servers/n1"))
     registered(register(world, **one_more))
+
+
+@pytest.mark.parametrize("unit", [ReadServers, ReadServersAndGpus])
+def test_a_list_takes_as_many_questions_for_many_servers_as_for_one(world, unit):
+    """With PostgreSQL each is a round trip, and other boots wait."""
+
+    def questions() -> int:
+        asked: list[object] = []
+
+        def perform(op: StoreOp[Any]) -> Any:
+            asked.append(op)
+            return world.store.perform(op)
+
+        assert len(run_script(unit(first.hotkey).script(), perform)) == len(world.rows(ServerRow))
+        return len(asked)
+
+    registered(register(world))
+    (first,) = world.rows(ServerRow)
+    before = questions()
+    for number in range(40):
+        more = {name: f"{name} {number}" for name in ("server_id", "registration", "name", "host", "address")}
+        assert world.store.transact(Ask(Claim(evolve(first, **more))))
+    assert questions() == before
 
 
 def test_a_verdict_on_a_server_that_was_registered_anew_is_not_its(world):

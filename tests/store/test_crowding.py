@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import psycopg
@@ -27,6 +28,7 @@ from chutes_proto.store.rows import (
     AuditWanted,
     FindLastBoot,
     FindLastBootFrom,
+    FindLastBoots,
     Read,
     ReadAudit,
     ReadLiveGenerations,
@@ -129,6 +131,26 @@ def test_each_question_finds_its_rows_by_an_index(migrated_schema: str) -> None:
             scans = [line for (line,) in found if "Scan" in line]
             assert scans
             assert all(re.search(rf"(using|on) {index}\b", line) for line in scans if "Bitmap Heap" not in line), found
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sql.statement(FindLastBoots(tuple(Vm("hotkey", f"vm-{n}") for n in range(30)))),
+        _guard_sql.boots_since({("hotkey", f"vm-{n}"): 1 for n in range(30)}),
+    ],
+    ids=["newest", "since"],
+)
+def test_a_list_of_servers_reads_not_all_boots(migrated_schema: str, statement: tuple[str, tuple[Any, ...]]) -> None:
+    """Every boot that is granted meanwhile would conflict with it."""
+    text, values = statement
+    with psycopg.connect(migrated_schema, cursor_factory=psycopg.RawCursor) as connection:
+        connection.execute(MANY.format(many=10_000).encode())
+        connection.execute(b"SET LOCAL enable_seqscan = off")
+        found = connection.execute(f"EXPLAIN {sql.for_driver(text, 'postgresql')}".encode(), values).fetchall()
+    scans = [(line, after) for (line,), (after,) in pairwise(found) if "Scan using boot" in line]
+    assert scans
+    assert all("Index Cond" in after for _, after in scans), found
 
 
 LOGGED = """

@@ -12,10 +12,21 @@ from chutes_proto.errors import Refused, RowNotAuthentic
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults
-from chutes_proto.store import _custody
+from chutes_proto.store import _custody, sql
 from chutes_proto.store._custody import Custody, SeenHeads
 from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import FindLastBoot, GenerationRow, Platform, Read, ReadRevocation, ReadUnclaimed, VmRow
+from chutes_proto.store.rows import (
+    BootRow,
+    FindLastBoot,
+    FindLastBoots,
+    GenerationRow,
+    Platform,
+    Read,
+    ReadRevocation,
+    ReadUnclaimed,
+    Vm,
+    VmRow,
+)
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
@@ -129,17 +140,23 @@ def test_a_revocation_stays_where_the_mark_alone_is_shown_the_newest_head(empty_
                 _ = store.transact(unit)
 
 
+@pytest.mark.parametrize(
+    "question", [FindLastBoot(VM), FindLastBoots((VM, Vm(VM.hotkey, "other")))], ids=["of one", "of several"]
+)
 @pytest.mark.parametrize("given", ["an older one", "none"])
-def test_no_older_boot_stands_in_for_the_newest_one(given: str, empty_schema: str, tmp_path: Path) -> None:
+def test_no_older_boot_stands_in_for_the_newest_one(
+    given: str, question: FindLastBoot | FindLastBoots, empty_schema: str, tmp_path: Path
+) -> None:
     """Both are authentic, and in the head: a server would be registered as what its VM was before."""
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
     older, newest = boot("older"), boot("newest", now=NOW + 1)
     with closing(place.open(migrate=True)) as store:
         store.transact(older)
         store.transact(newest)
-        found = store.transact(Ask(FindLastBoot(VM)))
-        assert found is not None
-        assert found.boot_id == newest.boot_id
+        found = store.transact(Ask(question))
+        (row,) = found if isinstance(found, tuple) else (found,)
+        assert row is not None
+        assert row.boot_id == newest.boot_id
     hidden = f"boot_id = '{newest.boot_id}'" if given == "an older one" else "TRUE"
     run(place, "ALTER TABLE boot RENAME TO boots")
     of_newest = "current_query() LIKE '%ORDER BY created_at DESC LIMIT 1%'"
@@ -148,7 +165,39 @@ def test_no_older_boot_stands_in_for_the_newest_one(given: str, empty_schema: st
         closing(place.open()) as store,
         pytest.raises(RowNotAuthentic, match=f"{newest.boot_id} of table boot .* it is the newest one, and was not"),
     ):
-        _ = store.transact(Ask(FindLastBoot(VM)))
+        _ = store.transact(Ask(question))
+
+
+@pytest.mark.parametrize("question", [FindLastBoot(VM), FindLastBoots((VM,))], ids=["of one", "of several"])
+def test_a_boot_that_is_missing_is_found_by_the_question_for_the_newest_one(
+    question: FindLastBoot | FindLastBoots, place: StorePlace
+) -> None:
+    older = boot("older")
+    with closing(place.open(migrate=True)) as store:
+        store.transact(older)
+        store.transact(boot("newest", now=NOW + 1))
+        run(place, f"DELETE FROM boot WHERE boot_id = '{older.boot_id}'")
+        with pytest.raises(RowNotAuthentic, match=f"{older.boot_id} of table boot .* missing"):
+            _ = store.transact(Ask(question))
+
+
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [("hotkey = ? AND vm <> ?", "not what was asked for"), ("hotkey = ? AND vm = ?", "more than one boot was given")],
+)
+def test_boots_beside_the_newest_ones_are_refused(
+    where: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are authentic: a list of servers would show the version of another VM, or one that this VM had."""
+    query = sql._QUERIES[FindLastBoots]
+    other = sql._Query(lambda _: (sql.select(BootRow, f"WHERE {where}"), (VM.hotkey, VM.name)), query.reply)
+    theirs = evolve(boot("of another VM"), vm=Vm(VM.hotkey, "other"))
+    with closing(StorePlace("sqlite:keys.db", tmp_path, vault=VAULT).open(migrate=True)) as store:
+        for granted in (boot("older"), boot("newest", now=NOW + 1), theirs):
+            store.transact(granted)
+        monkeypatch.setitem(sql._QUERIES, FindLastBoots, other)
+        with pytest.raises(RowNotAuthentic, match=fault):
+            _ = store.transact(Ask(FindLastBoots((VM,))))
 
 
 def test_a_server_serves_no_vm_that_is_older_than_it_has_seen(

@@ -112,7 +112,9 @@ A_VERDICT = rows.AttestationRow("a", "boot", A_VM, Pin("ppid", b""), None, "", N
     ("op", "index"),
     [
         (rows.FindLastBoot(A_VM), "boot_vm_newest"),
+        (rows.FindLastBoots((A_VM, A_VM)), "boot_vm_newest"),
         (rows.FindLastBootFrom("hotkey", "192.0.2.1"), "boot_address_newest"),
+        (rows.ReadGpus(("n0", "n1")), "gpu_server"),
         (rows.ReadNames("vm"), "generation_name"),
         (rows.ReadAudit(0, 9, wanted=rows.AuditWanted(name="vm")), "audit_vm"),
         (rows.ReadAudit(1 << 62, 9, True, wanted=rows.AuditWanted(hotkey="hotkey", name="vm")), "audit_vm"),

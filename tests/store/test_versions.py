@@ -88,7 +88,7 @@ def test_declared_gpus_are_kept_and_are_nobodys_from_version_3_on(
         claims = [store.transact(Ask(Claim(evolve(row, server_id=server)))) for server in ("n0", "n2")]
         assert claims == [False, True]
         assert store.transact(Ask(FindDeclaration("gpu"))) == "n0"
-        assert store.transact(Ask(ReadGpus("n0"))) == (row,)
+        assert store.transact(Ask(ReadGpus(("n0",)))) == (row,)
         store.transact(Ask(DeleteServer("n0")))
         assert [gpu.server_id for gpu in store.transact(Ask(Scan(GpuRow)))] == ["n2", "n1"]
 

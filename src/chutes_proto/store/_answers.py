@@ -22,13 +22,18 @@ _ASKED_BY: Final[dict[type[StoreOp[Any]], tuple[str, ...]]] = {
     **dict.fromkeys((store.ReadAll, store.ReadLiveGenerations, store.FindLastBoot), ("hotkey", "vm")),
     store.FindLastBootFrom: ("hotkey", "peer_address"),
     store.ReadBootVolumes: ("boot_id",),
-    store.ReadGpus: ("server_id",),
     store.ReadRevocation: ("kind", "subject"),
 }
 """The columns by which operations ask for rows: those on whose reply something depends.
 
 The rows of `ReadClaims` are only shown, and of the log's state, which `LockLog` reads, one row alone has a MAC.
 """
+
+_ASKED_AMONG: Final[dict[type[StoreOp[Any]], tuple[str, ...]]] = {
+    store.FindLastBoots: ("hotkey", "vm"),
+    store.ReadGpus: ("server_id",),
+}
+"""The same for operations that ask for the rows of several: their values are all those of the statement."""
 
 _PLACES: Final = {kind: {name: at for at, name in enumerate(columns(kind))} for kind in store.ROWS}
 
@@ -38,13 +43,18 @@ def check_asked(op: StoreOp[Any], kind: type[store.Row], values: Values, rows: R
 
     These are the first ones of its statement.
     """
-    names = _ASKED_BY.get(type(op), ())
+    names, among = _ASKED_BY.get(type(op), ()), _ASKED_AMONG.get(type(op), ())
     if isinstance(op, store.Read):
         names = (op.by,) if op.by else kind.KEY
     places = _PLACES[kind]
     for row in rows:
         for name, value in zip(names, values, strict=False):
             if row[places[name]] != value:
+                raise RowNotAuthentic(kind.TABLE, key_text(kind, row), NOT_ASKED)
+    if among:
+        asked = {values[at : at + len(among)] for at in range(0, len(values), len(among))}
+        for row in rows:
+            if tuple(row[places[name]] for name in among) not in asked:
                 raise RowNotAuthentic(kind.TABLE, key_text(kind, row), NOT_ASKED)
 
 

@@ -36,7 +36,7 @@ from chutes_proto.store._custody import Session
 from chutes_proto.store._heads import CREATED_AT, ENTER, OF_STORE, VM_OF
 from chutes_proto.store._macs import TAG_SIZE
 from chutes_proto.store._store_group import Run, StoreGroup
-from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups, boot_name
+from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups, boot_name, pair_of
 from chutes_proto.store.rows import StoreOp
 from chutes_proto.store.sql import READS_ROWS, decode, kind_read, not_sealed, statement
 
@@ -282,10 +282,17 @@ class Guard:
 
     def last_boot(self, op: store.FindLastBoot, kind: type[store.Row], rows: Rows, tags: list[bytes]) -> Rows:
         """The newest boot; all those of the head are compared: where one was deleted, its token is not just unknown."""
-        listed = self.of_vms.listed_boots((op.vm.hotkey, op.vm.name))
-        newest = max(listed, key=itemgetter(CREATED_AT), default=None)
-        if newest is not None and not (rows and rows[0][CREATED_AT] >= newest[CREATED_AT]):
-            raise RowNotAuthentic("boot", boot_name(newest), "it is the newest one, and was not given as such")
+        check_newest(self.of_vms.listed_boots((op.vm.hotkey, op.vm.name)), rows)
+        return self.boots(op, kind, rows, tags)
+
+    def last_boots(self, op: store.FindLastBoots, kind: type[store.Row], rows: Rows, tags: list[bytes]) -> Rows:
+        """The newest boot of each VM, compared as that of one."""
+        of_vm = {VM_OF[kind](row): row for row in rows}
+        if len(of_vm) < len(rows):
+            raise RowNotAuthentic("boot", boot_name(rows[0]), "more than one boot was given as the newest one of a VM")
+        vms = [pair_of(vm) for vm in op.vms]
+        for vm, listed in self.of_vms.listed_boots_of(vms).items():
+            check_newest(listed, [of_vm[vm]] if vm in of_vm else ())
         return self.boots(op, kind, rows, tags)
 
     def boot_volumes(self, op: store.ReadBootVolumes, _kind: type[store.Row], rows: Rows, _tags: list[bytes]) -> Rows:
@@ -301,6 +308,13 @@ class Guard:
     def revocation(self, op: store.ReadRevocation, _kind: type[store.Row], rows: Rows, tags: list[bytes]) -> Rows:
         self.of_store.compare_revocation(f"{op.kind}/{op.subject}", rows, tags)
         return rows
+
+
+def check_newest(listed: Rows, given: Rows) -> None:
+    """Require that of the boots in the head of a VM none is newer than the given one. Raises `RowNotAuthentic`."""
+    newest = max(listed, key=itemgetter(CREATED_AT), default=None)
+    if newest is not None and not (given and given[0][CREATED_AT] >= newest[CREATED_AT]):
+        raise RowNotAuthentic("boot", boot_name(newest), "it is the newest one, and was not given as such")
 
 
 def lacking(boot_id: str, given: int, there: int) -> RowNotAuthentic:
@@ -357,6 +371,7 @@ _GROUPS: Final[dict[tuple[type[StoreOp[Any]], type[store.Row]], _OfGroup]] = {
     (store.Read, store.VmRow): Guard.part,
     (store.Read, store.BootRow): Guard.boots,
     (store.FindLastBoot, store.BootRow): Guard.last_boot,
+    (store.FindLastBoots, store.BootRow): Guard.last_boots,
     (store.FindLastBootFrom, store.BootRow): Guard.boots,
     (store.ReadAll, store.GenerationRow): Guard.part,
     (store.ReadLiveGenerations, store.GenerationRow): Guard.part,

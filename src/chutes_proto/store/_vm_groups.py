@@ -207,6 +207,18 @@ class VmGroups:
         self.compare_boots(vm, stored, self._of_store.check(store.BootRow, stored))
         return stored
 
+    def listed_boots_of(self, vms: Iterable[tuple[str, str]]) -> OfVms:
+        """The same for several VMs at once; those whose head lists no boot are left out."""
+        vms = tuple(vms)
+        self.fetch(vms)
+        heads = {vm: head for vm in vms if (head := self.head(vm)) is not None and head.of("boot")}
+        since = {vm: Boots(head.of("boot")).oldest() for vm, head in heads.items()}
+        stored = boots_of(self._of_store.run, since)
+        for vm in since:
+            rows = stored.get(vm, ())
+            self.compare_boots(vm, rows, self._of_store.check(store.BootRow, rows))
+        return stored
+
     # --- single rows ---
 
     def is_newest(self, row: Sequence[Any], tag: bytes, *, is_by_id: bool) -> bool:

@@ -35,7 +35,8 @@ else:
 
 __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim"]
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
-__all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
+__all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom"]
+__all__ += ["FindLastBoots", "FleetVm", "GenerationRow"]
 __all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
 __all__ += ["DecideLoss", "ReadVmVersions"]
 __all__ += ["Insert", "InsertAll", "InsertBootVolumes", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
@@ -945,6 +946,13 @@ class FindLastBoot(StoreOp[BootRow | None]):
 
 
 @frozen
+class FindLastBoots(StoreOp[tuple[BootRow, ...]]):
+    """The newest granted boot of each of ``vms``, of which there is one at least, that has any."""
+
+    vms: tuple[Vm, ...]
+
+
+@frozen
 class FindLastBootFrom(StoreOp[BootRow | None]):
     """The newest granted boot that names a hotkey and came from an address."""
 
@@ -1107,9 +1115,9 @@ class ReadAll(StoreOp[tuple[R, ...]], Generic[R]):
 
 @frozen
 class ReadGpus(StoreOp[tuple[GpuRow, ...]]):
-    """The GPUs of a server, by uuid."""
+    """The GPUs of one or more servers, by uuid."""
 
-    server_id: str
+    server_ids: tuple[str, ...]
 
 
 @frozen

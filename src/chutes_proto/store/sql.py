@@ -405,6 +405,22 @@ def _read_vm_versions(op: store.ReadVmVersions) -> tuple[str, Values]:
     return text, chained(map(_values, op.vms))
 
 
+_NEWEST_OF_NAMED: Final = (
+    "SELECT boot_id FROM boot AS own WHERE own.hotkey = CAST(column1 AS TEXT) AND own.vm = CAST(column2 AS TEXT)"  # noqa: S608
+    f" {_NEWEST}"
+)
+
+
+def _find_last_boots(op: store.FindLastBoots) -> tuple[str, Values]:
+    named = ", ".join(["(?, ?)"] * len(op.vms))
+    of_named = f"boot_id IN (SELECT ({_NEWEST_OF_NAMED}) FROM (VALUES {named}) AS named)"  # noqa: S608 - no names
+    return select(store.BootRow, f"WHERE {of_named}"), chained(map(_values, op.vms))
+
+
+def _read_gpus(op: store.ReadGpus) -> tuple[str, Values]:
+    return select(store.GpuRow, f"WHERE server_id IN ({', '.join('?' * len(op.server_ids))})"), op.server_ids
+
+
 def chained(rows: Iterable[Values]) -> Values:
     return tuple(chain.from_iterable(rows))
 
@@ -460,7 +476,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         lambda op, rows: _sorted(op.kind, rows),
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
-    store.ReadGpus: _query(select(store.GpuRow, "WHERE server_id = :server_id"), partial(_sorted, store.GpuRow)),
+    store.ReadGpus: _Query(_read_gpus, lambda _, rows: _sorted(store.GpuRow, rows)),
     store.FindDeclaration: _query("SELECT min(server_id) FROM gpu WHERE uuid = :uuid", lambda rows: rows[0][0]),
     store.ReadHostProfiles: _query(
         select(store.HostProfileRow, "ORDER BY created_at, fingerprint LIMIT :limit"),
@@ -567,6 +583,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query | _Write]] = {
         ),
     ),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
+    store.FindLastBoots: _Query(_find_last_boots, lambda _, rows: decode_rows(store.BootRow, rows)),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
     store.VoidTokens: _query(f"UPDATE boot SET voided_at = :at WHERE voided_at IS NULL AND {_THE_VM}"),  # noqa: S608
     store.ReadBootVolumes: _query(
@@ -640,6 +657,7 @@ _READ: Final[dict[type[store.StoreOp[Any]], type[store.Row] | Literal["its kind"
     store.ReadRevocation: store.RevocationRow,
     store.ReadClaims: store.VmRow,
     store.FindLastBoot: store.BootRow,
+    store.FindLastBoots: store.BootRow,
     store.FindLastBootFrom: store.BootRow,
     store.ReadBootVolumes: store.BootVolumeRow,
     store.ReadLiveGenerations: store.GenerationRow,

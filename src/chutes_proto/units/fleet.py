@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from attrs import evolve, frozen
 
@@ -22,8 +22,10 @@ from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.records import NO_QUOTE, Records
-from chutes_proto.units.servers import not_found
+from chutes_proto.units.servers import SERVERS_OF_HOTKEY, not_found
 from chutes_proto.wire.codes import Code
+
+T = TypeVar("T")
 
 HOSTS = 256
 """Host profiles that are kept, and of one hotkey."""
@@ -121,10 +123,11 @@ class ReadServersAndGpus(Unit[tuple[tuple[FleetServer, tuple[store.GpuRow, ...]]
 
     def script(self) -> Script[tuple[tuple[FleetServer, tuple[store.GpuRow, ...]], ...]]:
         servers = yield from _servers(self.hotkey)
-        gpus: list[tuple[store.GpuRow, ...]] = []
-        for server in servers:
-            gpus += [(yield from store.ReadGpus(server.row.server_id))]
-        return tuple(zip(servers, gpus, strict=True))
+        gpus: dict[str, list[store.GpuRow]] = {server.row.server_id: [] for server in servers}
+        for part in _parts([*gpus]):
+            for gpu in (yield from store.ReadGpus(part)):
+                gpus[gpu.server_id].append(gpu)
+        return tuple((server, tuple(gpus[server.row.server_id])) for server in servers)
 
 
 @frozen
@@ -256,11 +259,16 @@ class RemoveHost(Unit[store.HostProfileRow]):
 
 def _servers(hotkey: str) -> Script[tuple[FleetServer, ...]]:
     rows = yield from store.ReadAll(store.ServerRow, hotkey)
-    found: list[FleetServer] = []
-    for row in sorted(rows, key=lambda row: row.created_at, reverse=True):
-        boot = yield from store.FindLastBoot(row.vm)
-        found.append(FleetServer(row, None if boot is None else boot.profile_version))
-    return tuple(found)
+    versions: dict[store.Vm, str] = {}
+    for part in _parts([row.vm for row in rows]):
+        versions |= {boot.vm: boot.profile_version for boot in (yield from store.FindLastBoots(part))}
+    newest_first = sorted(rows, key=lambda row: row.created_at, reverse=True)
+    return tuple(FleetServer(row, versions.get(row.vm)) for row in newest_first)
+
+
+def _parts(of: Sequence[T]) -> list[tuple[T, ...]]:
+    """Parts that one question may name: an older store may have more servers of a hotkey than there may be now."""
+    return [tuple(of[at : at + SERVERS_OF_HOTKEY]) for at in range(0, len(of), SERVERS_OF_HOTKEY)]
 
 
 def _host(prefix: str) -> Script[store.HostProfileRow]:

@@ -297,7 +297,7 @@ class ReadDeclared(Unit[tuple[store.ServerRow, tuple[store.GpuRow, ...]]]):
 
     def script(self) -> Script[tuple[store.ServerRow, tuple[store.GpuRow, ...]]]:
         server = yield from read_own(self.hotkey, self.server_id)
-        return server, (yield from store.ReadGpus(server.server_id))
+        return server, (yield from store.ReadGpus((server.server_id,)))
 
 
 @frozen

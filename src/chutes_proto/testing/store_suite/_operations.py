@@ -32,6 +32,7 @@ from chutes_proto.store.rows import (
     FindDeclaration,
     FindLastBoot,
     FindLastBootFrom,
+    FindLastBoots,
     FindNumber,
     FindRecent,
     FleetVm,
@@ -535,6 +536,8 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
         found = ask(newest)
         expect(found and found.boot_id, "b1", "the newest boot")
     expect(ask(FindLastBoot(Vm(VM.hotkey, "vm-1"))), None, "a boot of another name")
+    several = ask(FindLastBoots((VM, Vm(VM.hotkey, "vm-1"), stranger.vm)))
+    expect(sorted(boot.boot_id for boot in several), ["b1", "b2"], "the newest boots of several VMs")
     expect(ask(FindLastBootFrom(VM.hotkey, "")), None, "a boot from another address")
     expect(ask(Claim(_SERVER)), True, "a new server")
     fresh_server = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="5.6.7.8")
@@ -560,8 +563,9 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Read(ServerRow, "5.6.7.8", "address")), fresh_server, "the server at an address")
     expect(ask(Read(ServerRow, "5.6.7.9", "address")), None, "the server at no address")
     expect(ask(ReadAll(ServerRow, VM.hotkey)), (_SERVER, fresh_server), "servers of a hotkey")
-    expect(ask(ReadGpus("n1")), (_GPU,), "the GPUs of a server")
-    expect(ask(ReadGpus("n3")), (), "the GPUs of no server")
+    expect(ask(ReadGpus(("n1",))), (_GPU,), "the GPUs of a server")
+    expect(ask(ReadGpus(("n3",))), (), "the GPUs of no server")
+    expect(ask(ReadGpus(("n3", "n1"))), (_GPU,), "the GPUs of several servers")
     expect(ask(Claim(evolve(_GPU, server_id="n2"))), True, "a GPU that two servers declare")
     expect(ask(FindDeclaration("gpu-1")), "n1", "the first server that declares a GPU")
     expect(ask(FindDeclaration("gpu-2")), None, "a GPU that is not there")
@@ -583,7 +587,7 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Read(ServerRow, "n1")), renamed, "a server after a name that is taken")
     ask(DeleteServer("n1"))
     expect(ask(Read(ServerRow, "n1")), None, "a deleted server")
-    expect(ask(ReadGpus("n1")), (), "the GPUs of a deleted server")
+    expect(ask(ReadGpus(("n1",))), (), "the GPUs of a deleted server")
     expect(ask(FindDeclaration("gpu-1")), "n2", "the other server that declares a GPU of a deleted one")
     expect(ask(Read(GpuDeviceRow, "41A0")), None, "a device of a deleted server")
     expect(len(ask(Scan(AttestationRow))), 4, "verdicts after their server is gone")
