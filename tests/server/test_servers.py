@@ -722,6 +722,22 @@ def test_one_set_of_headers_serves_for_several_calls(world):
         answer(world.ask_signed("GET", "/servers/n1", nonce=str(NOW - 599)))
 
 
+@pytest.mark.parametrize("policy", ["compatible", "request"])
+def test_a_signed_request_counts_again_at_any_server_while_its_time_is_near(world, policy):
+    """The message has the time, and no server's name."""
+    kept: list[HttpRequest] = []
+    good, world.app = world.app, _Catch(kept)
+    world.ask_signed("POST", "/servers/", server(), coverage="body", policy=policy)
+    world.ask_signed("DELETE", "/servers/n1", policy=policy)
+    world.app = good
+    register_it, remove_it = kept
+    for place in (world, World(), world):
+        for request, status in ((register_it, 201), (remove_it, 200)):
+            assert run(place.app.handle(request), place.perform).status == status
+    world.now += 600
+    assert refusal(run(world.app.handle(register_it), world.perform))[:2] == (401, Code.SIGNATURE_STALE)
+
+
 def test_a_real_wallets_signature(world, vectors):
     """The rows with a body are registrations; each must decide as it says, up to the check that comes next."""
     rows = stdlib_json.loads((vectors / "signing.json").read_text())["rows"]
