@@ -20,9 +20,11 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
 from chutes_proto.auth.signing import purpose_message
-from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Resolve, Transact
+from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Log, Resolve, Transact
 from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
 from chutes_proto.keys.generations import CALLER_VOLUME
+from chutes_proto.quote._files import UnixTime
+from chutes_proto.quote._measurements import Schedule
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._callbacks import SECONDS
@@ -108,6 +110,19 @@ def test_a_host_shows_its_quote(world):
     assert "GPU evidence NOT verified" in audit.reason
     assert hashlib.sha256(b"[]").hexdigest() in audit.reason
     assert (audit.pin, audit.quote_digest) == (row.pin, row.quote_digest)
+
+
+def test_a_profile_that_ends_after_its_quote_was_accepted_is_no_fault():
+    """The quote was judged by the time at which it came."""
+    ending = evolve(PROFILE, schedule=Schedule(not_after=UnixTime(NOW + 1)))
+    world = make_world(profiles={ending.identity: ServedProfile(ending, None, False, False)})
+
+    def pass_time(effect: Effect[Any]) -> None:
+        if isinstance(effect, Log):
+            world.now = NOW + 1
+
+    world.before = pass_time
+    registered(register(world))
 
 
 def test_what_a_host_shows_proves_no_owner(world):

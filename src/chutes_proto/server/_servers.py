@@ -56,7 +56,8 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             profiles={
                 identity: profile.measurements
                 for identity, profile in service.profiles.items()
-                if profile.measurements.schedule.accepts(now)
+                # That of the host's quote counted when the quote came, and may have ended since.
+                if profile.measurements.schedule.accepts(now) or (shown is not None and identity == shown.profile)
             },
             peer_address=call.request.peer_address,
             evidence=service.registration_evidence,
