@@ -22,27 +22,30 @@ from tests.server.test_whatif import RECOVERY
 site = test_operating.site
 
 
-def fleet(site: Site) -> None:
-    """Two VMs, of which one is on a platform that is out of date, one without evidence, and one that was refused."""
-    setup = make_setup(ServerConfig.load(site.configuration))
-    refused = RecordRefusal(
+def refusal(request_id: str, vm: str, code: str) -> RecordRefusal:
+    return RecordRefusal(
         now=NOW,
-        request_id="r",
-        vm=Vm(HOTKEY, "vm-new"),
+        request_id=request_id,
+        vm=Vm(HOTKEY, vm),
         platform=Platform(None, bytes(16)),
-        code="measurement_mismatch",
-        reason="RTMR1",
+        code=code,
+        reason="why",
         quote_digest=bytes(32),
         peer_address="",
         kept=Kept(PLATFORM.quote(bytes(64)), "{}"),
     )
+
+
+def fleet(site: Site) -> None:
+    """Two VMs, of which one is on a platform that is out of date, one without evidence, and one that was refused."""
+    setup = make_setup(ServerConfig.load(site.configuration))
     with closing(setup.store.open()) as store:
         for name, fault in (("good", ""), ("old", "tcb_out_of_date"), ("silent", None)):
             quote = None if fault is None else (PLATFORM.having(fault) if fault else PLATFORM).quote(bytes(64))
             kept = None if quote is None else Kept(quote, "{}")
             unit = evolve(boot(name, now=NOW, vm=Vm(HOTKEY, f"vm-{name}")), vault=setup.service.vault, kept=kept)
             _ = store.transact(unit)
-        assert store.transact(refused)
+        assert store.transact(refusal("r", "vm-new", "measurement_mismatch"))
 
 
 def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
@@ -72,6 +75,16 @@ def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
     said = site.do("policy", "try").out
     assert "refused from then on:" in said
     assert "tcb_rejected" in said
+
+
+def test_no_policy_grants_what_the_store_refused(site: Site) -> None:
+    """A revocation and the claim on a name refuse under each policy; and a VM of several quotes is told once."""
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
+        codes = ("revoked", "platform_mismatch", "exchange_downgrade", "tcb_rejected", "tcb_rejected")
+        for number, code in enumerate(codes):
+            assert store.transact(refusal(f"r{number}", f"vm-{code}", code))
+    told = site.do("policy", "try", "--json").json
+    assert [(vm["vm"], vm["was_refused"]) for vm in told["vms"]] == [("vm-tcb_rejected", True)]
 
 
 def test_a_store_that_nobody_made_is_not_tried(site: Site) -> None:

@@ -11,7 +11,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
@@ -29,6 +29,9 @@ from chutes_proto.store.rows import EvidenceRow
 from chutes_proto.wire.codes import Code
 
 State: TypeAlias = Literal["granted", "warned", "refused", "not judged"]
+
+NOT_JUDGED: Final = frozenset({Code.REVOKED, Code.PLATFORM_MISMATCH, Code.EXCHANGE_MISMATCH, Code.EXCHANGE_DOWNGRADE})
+"""The codes of refusals for what the store or the request says of a genuine quote: under each policy they stand."""
 
 
 @frozen

@@ -28,7 +28,7 @@ from chutes_proto.quote._policy_words import explain_set, policy_notes
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._profiles import EXTRA_KEYS
-from chutes_proto.server._whatif import Judged, judge
+from chutes_proto.server._whatif import NOT_JUDGED, Judged, judge
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import CountRows, NoteWhatIf, Vm, VmRow, WhatIf
 from chutes_proto.units.evidence import ReadEvidence
@@ -209,6 +209,7 @@ def try_command(
         return known[family]
 
     tried: list[_Tried] = []
+    pardoned: set[Vm] = set()  # of a VM several quotes may have been refused
     shared: dict[Judged, Judged] = {}  # most VMs have one of a few
     counts, judged_vms, later = Counter[str](), 0, 0
     with operating.opened(config) as (_, store), output.progress("VMs judged") as tell:
@@ -216,7 +217,7 @@ def try_command(
         while page := store.transact(ReadEvidence(after, _PAGE)):
             for kept in page:
                 row = kept.row
-                if row.code is None and not kept.is_bound:
+                if row.code in NOT_JUDGED or (row.code is None and not kept.is_bound):
                     continue
                 try:
                     found = judge(setup.service, row, choose, date, proven=kept.proven, until=date + days * DAY)
@@ -227,8 +228,10 @@ def try_command(
                     counts[found.state] += 1
                     judged_vms += 1
                     later += found.state in ("granted", "warned") and found.refused_from is not None
-                is_news = found.state != "granted" or found.refused_from is not None
-                if is_news if row.code is None else found.state in ("granted", "warned"):
+                    is_news = found.state != "granted" or found.refused_from is not None
+                elif is_news := found.state in ("granted", "warned") and row.vm not in pardoned:
+                    pardoned.add(row.vm)
+                if is_news:
                     tried.append(_Tried(row.vm, row.code is not None, shared.setdefault(found, found)))
             after = page[-1].row
             tell(judged_vms, max(total, judged_vms))
