@@ -384,11 +384,12 @@ def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
     moved = premises.directory / "postgres.toml"
     write_file(moved, premises.configuration.read_bytes().replace(b"sqlite:keys.db", empty_schema.encode()), mode=0o600)
     before = (premises.directory / "keys.db").read_bytes()
-    with pytest.raises(AssertionError, match="not made yet"):
-        _ = follow(premises, MOVE, 0, misspelt={"sqlite:keys.db": "sqlite:keys.bd"})
+    with pytest.raises(AssertionError, match=r"sever\.toml: cannot be read"):
+        _ = follow(premises, MOVE, 0, misspelt={"--from-config server.toml": "--from-config sever.toml"})
     assert (premises.directory / "keys.db").read_bytes() == before
     said = follow(premises, MOVE, 0)
     assert f"copied from: {premises.directory}/keys.db" in said
+    assert "is not compared with a mark" not in said
     assert not list(premises.directory.glob("keys.db*"))
     assert (premises.directory / "moved" / "keys.db").stat().st_size
     assert empty_schema in premises.configuration.read_text()
