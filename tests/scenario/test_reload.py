@@ -141,6 +141,20 @@ def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> 
     assert (checked.code, policy in checked.out, none_counts in checked.err) == (1, True, True)
 
 
+def test_who_names_another_file_is_told_which_one_the_server_reads(
+    site: Premises, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.start()
+    mine = site.configuration
+    assert (reload(site)["configuration"], "the server reads" in site.here("reload").out) == (str(mine), False)
+    link, other = site.directory / "link.toml", site.directory / "other.toml"
+    link.symlink_to(mine)
+    write_file(other, mine.read_bytes(), mode=0o600)
+    for named, is_told in ((link, False), (other, True)):
+        monkeypatch.setattr(Premises, "configuration", named)
+        assert (f"note: the server reads {mine}, and not {named}" in site.here("reload").out) == is_told
+
+
 def test_what_cannot_be_used_changes_nothing_and_says_why(site: Premises) -> None:
     site.start()
     say_policy(site, OUTDATED)

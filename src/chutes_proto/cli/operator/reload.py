@@ -45,10 +45,10 @@ def command(config: str) -> int:
     found = ask_to_reload(Path(loaded.path or config).parent / loaded.control)
     if not found["ok"]:
         console.complain(f"nothing was changed: {found['error']}")
-    return answer(found, lambda: _say(found), ok=bool(found["ok"]))
+    return answer(found, lambda: _say(found, str(loaded.path)), ok=bool(found["ok"]))
 
 
-def _say(found: Mapping[str, Any]) -> None:
+def _say(found: Mapping[str, Any], config: str) -> None:
     if not found["ok"]:
         return
     for change in found["changes"]:
@@ -57,5 +57,7 @@ def _say(found: Mapping[str, Any]) -> None:
         console.say("nothing has changed")
     for name in found["needs_restart"]:
         output.prose(f"not applied until a restart: {name}", "warn")
+    if Path(found.get("configuration", config)).resolve() != Path(config).resolve():
+        output.prose(f"note: the server reads {found['configuration']}, and not {config}", "warn")
     for warning in found.get("warnings", ()):  # of this release on
         output.prose(f"note: {warning}", "warn")

@@ -286,6 +286,7 @@ def reported(caller: str, log: Callable[[Record], None], attempt: Callable[[], P
         return {"ok": False, "error": error}
     fields: dict[str, Value] = {"caller": caller, "changes": list(done.changes), "before": done.before}
     fields |= {"after": done.after, "needs_restart": list(done.needs_restart)}
+    fields["configuration"] = done.setup.config.path
     found = (*check_policy(done.setup), *check_ends(done.setup, kept=False))
     fields["warnings"] = [str(each) for each in found if each.state != "ok"]
     log(Record(Level.INFO, "reloaded", fields))
