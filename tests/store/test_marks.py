@@ -171,6 +171,21 @@ def test_a_forged_row_is_in_no_mark_that_could_not_be_read_again(place: StorePla
     assert len(Mark.from_bytes(place.mark_file.read_bytes()).entries) == 4
 
 
+@pytest.mark.parametrize("number", ["-5", "'another'", "1.5", "x'00'"])
+def test_a_forged_number_of_a_store_is_in_no_mark_that_could_not_be_read_again(place: StorePlace, number: str) -> None:
+    """Who moves such a file away forgets all that it has seen."""
+    evolve(place, mark_file=None).open(migrate=True).close()
+    with closing(sqlite3.connect(place.base / "keys.db")) as file, file:
+        _ = file.execute(f"UPDATE fact SET value = {number} WHERE name = 'store_id'")
+    for label in ("first", "second"):
+        with closing(place.open()) as store:
+            store.keep_mark()
+            store.transact(boot(label))
+            assert "somebody changed the number of the store" in store.mark_warning
+    assert place.mark_file is not None
+    assert not place.mark_file.exists()
+
+
 def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
     with keeping(place) as running:
         running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))

@@ -63,6 +63,8 @@ _ROWS: Final = f"SELECT {COLUMNS} FROM audit"  # noqa: S608 - names of ours
 _ROW: Final = f"{_ROWS} WHERE id = ?"
 """A row by its number, a parameter: SQLite keeps a statement that has been prepared by its text."""
 
+_NO_NUMBER: Final = -1
+"""In place of a number of a store that no release draws: a file with one could not be read again."""
 _RIGHT_ONE: Final = "name the right store, or move the file away"
 
 Change: TypeAlias = "tuple[int, AuditRow] | PurgeAudit"
@@ -357,6 +359,10 @@ class MarkKeeper:
         if self._path is None or mark is None or mark == self._written:
             return
         try:
+            if mark.store_id == _NO_NUMBER:
+                raise ConfigurationError(
+                    f"{self._path} is not written: somebody changed the number of the store, which is the fact store_id"
+                )
             write_file(self._path, mark.to_bytes(), mode=0o600)
         except (ConfigurationError, OSError) as exc:
             self.warning = f"store.mark_file: {exc}"
@@ -504,6 +510,8 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
             has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
     epoch, is_sealed = seal_of(seal)
+    if store_id is not None and not (type(store_id) is int and store_id >= 0):
+        store_id = _NO_NUMBER
     return View(store_id or 0, timeline, decided_at or 0, entries, has_older, is_sealed, head, head_mac, epoch)
 
 
