@@ -56,6 +56,17 @@ def in_terminal(columns: int, *arguments: str, **environment: str) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.parametrize("lines", [1, 9])
+def test_a_reader_that_has_seen_enough_is_no_check_that_failed(lines: int) -> None:
+    """Before the server runs, and while it does."""
+    with subprocess.Popen([*PROGRAM, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(lines):
+            assert process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(timeout=60), process.stderr and process.stderr.read()) == (141, b"")
+
+
 def test_everything_goes_as_it_should_in_time_and_leaves_nothing(
     tmp_path: Path, require_program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

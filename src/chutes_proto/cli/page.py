@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from rich.console import Console
 from rich.padding import Padding
@@ -26,11 +26,17 @@ _INDENT: Final = (0, 0, 0, 3)
 _ASCII: Final = str.maketrans({"✓": "ok", "✗": "NO", "…": "..", "≠": "!=", "→": "->", "─": "-"})
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise what rich hides: its own exit code, 1, says that a check failed."""
+        raise  # noqa: PLE0704 - rich calls this while it handles the BrokenPipeError
+
+
 def make_console(*, plain: bool) -> Console:
     """A console for standard output, without escape codes where ``NO_COLOR`` is set or nobody looks."""
-    found = Console(highlight=False)
+    found = _Console(highlight=False)
     styled = found.is_terminal and not plain and not os.environ.get("NO_COLOR")
-    return Console(highlight=False, width=min(found.width, _WIDEST), color_system="auto" if styled else None)
+    return _Console(highlight=False, width=min(found.width, _WIDEST), color_system="auto" if styled else None)
 
 
 class Page:
