@@ -144,10 +144,10 @@ def test_a_server_has_its_sockets_its_door_and_its_control_as_long_as_it_serves(
 ) -> None:
     with _listeners(Running(setup), "the store") as held:
         assert (held.by_manager, held.taken) == (False, None)
-        held.answer(setup.control_socket, lambda caller: {"ok": True, "caller": caller})
+        held.answer(setup.control_socket, lambda caller: {"ok": False, "error": caller})
         assert not (tmp_path / "control").exists()
         held.begin()
-        assert ask_to_reload(tmp_path / "control") == {"ok": True, "caller": f"uid {os.geteuid()}"}
+        assert ask_to_reload(tmp_path / "control") == {"ok": False, "error": f"uid {os.geteuid()}"}
         assert (tmp_path / "door").exists()
         (url,) = held.listeners.urls
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 60).close()
