@@ -122,6 +122,8 @@ def test_the_path_of_a_successor_is_left_alone(tmp_path: Path) -> None:
         *(b"", b"220 mail ESMTP\r\n", b"x" * (1024 * 1024 + 70_000)),
         *(b"[]", b"{}", b'{"ok": true}', b'{"ok": false}', b'{"ok": 1, "changes": [], "needs_restart": []}'),
         *(b'{"ok": true, "changes": "all", "needs_restart": []}', b'{"ok": true, "changes": [1], "needs_restart": []}'),
+        *(b'{"ok": true, "changes": [], "needs_restart": [], "warnings": %s}' % each for each in (b"1", b"[1]")),
+        b'{"ok": true, "changes": [], "needs_restart": [], "configuration": null}',
     ],
     ids=lambda said: said[:60].decode(),
 )

@@ -94,12 +94,19 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
 
 def _answer_of(said: Any) -> dict[str, Any]:
     """The answer of a key server. Raises `ValueError` for anything else."""
-    match said:
-        case {"ok": True, "changes": [*changes], "needs_restart": [*names]}:
-            if all(isinstance(text, str) for text in (*changes, *names)):
-                return cast("dict[str, Any]", said)
-        case {"ok": False, "error": str()}:
-            return cast("dict[str, Any]", said)
-        case _:
+    since: dict[str, object] = {"warnings": [], "configuration": ""}  # an older release does not say these
+    found: Any = since | cast("dict[str, Any]", said) if isinstance(said, dict) else since
+    match found:
+        case {
+            "ok": True,
+            "changes": [*changes],
+            "needs_restart": [*names],
+            "warnings": [*warnings],
+            "configuration": str(),
+        } if all(isinstance(text, str) for text in (*changes, *names, *warnings)):
             pass
-    raise ValueError("not the answer of a key server")
+        case {"ok": False, "error": str()}:
+            pass
+        case _:
+            raise ValueError("not the answer of a key server")
+    return cast("dict[str, Any]", said)
