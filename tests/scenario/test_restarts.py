@@ -227,7 +227,7 @@ def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
     _ = other.write_text(text.replace("127.0.0.1:0", "0.0.0.0:0"))
     ended = premises.run("serve", "--config", other)
     assert ended.code == 1
-    assert "listen: a socket at ('127.0.0.1', " in ended.err
+    assert "listen: a socket at 127.0.0.1:" in ended.err
     _ = other.write_text(text.replace('"kek"', '"none"'))
     assert premises.run("serve", "--config", other).code == 1
     assert (premises.directory / "admin.sock").is_socket()
