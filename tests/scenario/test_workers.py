@@ -162,7 +162,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(premises: Premises, options: t
     assert {record.get("drain_seconds", 3600) for record in records(premises, "stopping")} == {3600}
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[:1])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("options", [(), ("--workers", "2")], ids=["one", "workers"])
 def test_no_signal_ends_a_process_that_ends(premises: Premises, options: tuple[str, ...], transport: str) -> None:
     """`timeout` and systemd send theirs twice, maybe just when it ends: it would lose its log, and leave its files."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager
+from socket import socket, socketpair
 from typing import Final
 
 _SAME_SECONDS: Final = 0.5
@@ -34,3 +36,27 @@ def ignore(numbers: Iterable[int]) -> None:
     """
     for number in numbers:
         _ = signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def heard(numbers: Collection[int]) -> Generator[socket]:
+    """A socket whose bytes are the numbers of signals that come from now on; at the end they are ignored.
+
+    An event loop that stops to listen for a signal sets the default for a moment. Must be entered in the main thread.
+    """
+    reader, writer = socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            for number in numbers:
+                _ = signal.signal(number, _noted)
+            yield reader
+        finally:
+            ignore(numbers)
+            _ = signal.set_wakeup_fd(before)
+
+
+def _noted(*_: object) -> None:
+    """Python has written the number to the socket."""

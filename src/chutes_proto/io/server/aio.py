@@ -7,8 +7,7 @@ answers and the time to end.
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from signal import Signals
@@ -21,7 +20,7 @@ import anyio.lowlevel
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.loops import clock, open_group, peer
 from chutes_proto.io.server.sockets import ACCEPT_IN_A_ROW, ACCEPT_PAUSE, Listening
-from chutes_proto.io.stop_signals import ignore
+from chutes_proto.io.stop_signals import heard
 from chutes_proto.io.waits import Group, HasDeadline, Peer
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
@@ -189,22 +188,22 @@ async def run_until_stopped(
     ``ready`` is called once signals are handled. Each of ``background`` runs beside the server, and is cancelled at its
     end. From then on the process ignores the signals, because it is to end. Must run in the main thread.
     """
-    for number in signals:  # trio puts these handlers back at the end, where the default would end the process
-        _ = signal.signal(number, lambda number, _: signals[Signals(number)]())
-    with anyio.open_signal_receiver(*signals) as received:
+    with heard(signals) as numbers:
         ready()
         async with anyio.create_task_group() as nursery:
-            _ = nursery.start_soon(_call, received, signals)
+            _ = nursery.start_soon(_call, numbers, signals)
             for run in background:
                 _ = nursery.start_soon(run)
             await server.serve(listening)
             nursery.cancel_scope.cancel()
-    ignore(signals)
 
 
-async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable[[], None]]) -> None:
-    async for number in received:
-        signals[Signals(number)]()
+async def _call(numbers: socket, signals: Mapping[Signals, Callable[[], None]]) -> None:
+    while True:
+        await anyio.wait_readable(numbers)
+        for number in numbers.recv(4096):
+            if call := signals.get(Signals(number)):
+                call()
 
 
 async def _accepted(listener: socket, *, after_others: bool) -> tuple[socket, Any]:
