@@ -31,7 +31,8 @@ from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import Pin, ReadNames, ReadTimes, StoreOp, Vm
+from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
+from chutes_proto.units.revocations import ReadRevocations
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
 
@@ -79,18 +80,23 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
         yield setup, store
 
 
-def require_kept(store: DurableStore) -> None:
-    """Require that the store has what this process has just changed in it as a whole. Raises `StoreError`.
+def require_kept(store: DurableStore, *more: StoreOp[Any]) -> None:
+    """Require that the database has kept what this process has just committed. Raises `StoreError`.
 
-    A trigger may leave it out: then all rows agree with the older head.
+    A trigger may leave it out: the rows then agree with older heads. ``more`` read what is compared with those of VMs,
+    beside the head of the store, its facts and the revocations.
     """
     try:
-        _ = store.transact(Ask(ReadTimes()))
+        _ = store.transact(ReadRevocations())
+        for op in more:
+            _ = store.transact(Ask(op))
     except RowNotAuthentic as exc:
         raise StoreError(
-            f"the database has not kept it, or somebody set it back: {exc.finding}; look for triggers (`\\d store_head`"
-            " of psql lists them), remove them, and run the command again"
+            f"the database has not kept it, or somebody set it back: {exc.finding}; look for triggers"
+            f" (`\\d {exc.table}` of psql lists them), remove them, and run the command again"
         ) from None
+    except StoreError as exc:
+        raise StoreError(f"it is done, unless the database has not kept it: {exc}; run the command again") from None
 
 
 def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:

@@ -28,7 +28,9 @@ from chutes_proto.store.rows import (
     CountRows,
     FindLastBoot,
     FleetVm,
+    GenerationRow,
     Platform,
+    Read,
     ReadAll,
     ReadFleet,
     ReadPage,
@@ -318,7 +320,7 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
         done = store.transact(EraseVm(operating.now(), erasure_id, version, named, reason, yes))
         path = erasures_file(setup.config)
         if yes:
-            operating.require_kept(store)
+            operating.require_kept(store, Read(VmRow, named), ReadAll(GenerationRow, named))
             with revoking.told_with("its keys are destroyed in the store, and copies are not", "run the command again"):
                 _ = keep_erasures(store, path)
     values = [value for row in done.keys for value in (row.sealed, row.wrapped_key) if value]
