@@ -78,11 +78,13 @@ def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
 
 
 def test_no_policy_grants_what_the_store_refused(site: Site) -> None:
-    """A revocation and the claim on a name refuse under each policy; and a VM of several quotes is told once."""
+    """A revocation and the claim on a name refuse under each policy. The newest refusal of a VM counts."""
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
         codes = ("revoked", "platform_mismatch", "exchange_downgrade", "tcb_rejected", "tcb_rejected")
         for number, code in enumerate(codes):
             assert store.transact(refusal(f"r{number}", f"vm-{code}", code))
+        for number, code in enumerate(("tcb_rejected", "revoked")):
+            assert store.transact(evolve(refusal(f"s{number}", "vm-that-was-revoked", code), now=NOW + number))
     told = site.do("policy", "try", "--json").json
     assert [(vm["vm"], vm["was_refused"]) for vm in told["vms"]] == [("vm-tcb_rejected", True)]
 

@@ -209,7 +209,7 @@ def try_command(
         return known[family]
 
     tried: list[_Tried] = []
-    pardoned: set[Vm] = set()  # of a VM several quotes may have been refused
+    refused: dict[Vm, tuple[int, Judged | None]] = {}  # the newest refusal of each VM, and what would be granted of it
     shared: dict[Judged, Judged] = {}  # most VMs have one of a few
     counts, judged_vms, later = Counter[str](), 0, 0
     with operating.opened(config) as (_, store), output.progress("VMs judged") as tell:
@@ -217,24 +217,30 @@ def try_command(
         while page := store.transact(ReadEvidence(after, _PAGE)):
             for kept in page:
                 row = kept.row
-                if row.code in NOT_JUDGED or (row.code is None and not kept.is_bound):
+                if row.code is None and not kept.is_bound:
                     continue
-                try:
-                    found = judge(setup.service, row, choose, date, proven=kept.proven, until=date + days * DAY)
-                except CollateralUnavailable as exc:
-                    found = Judged("not judged", "collateral_unavailable", str(exc))
-                found = evolve(found, reason=found.reason[:_REASON_LENGTH])
-                if row.code is None:
+                found: Judged | None = None
+                if row.code not in NOT_JUDGED:
+                    try:
+                        found = judge(setup.service, row, choose, date, proven=kept.proven, until=date + days * DAY)
+                    except CollateralUnavailable as exc:
+                        found = Judged("not judged", "collateral_unavailable", str(exc))
+                    found = evolve(found, reason=found.reason[:_REASON_LENGTH])
+                    found = shared.setdefault(found, found)
+                granted = found if found is not None and found.state in ("granted", "warned") else None
+                if row.code is not None:
+                    if row.received_at >= refused.get(row.vm, (0, None))[0]:
+                        refused[row.vm] = row.received_at, granted
+                elif found is not None:
                     counts[found.state] += 1
                     judged_vms += 1
-                    later += found.state in ("granted", "warned") and found.refused_from is not None
-                    is_news = found.state != "granted" or found.refused_from is not None
-                elif is_news := found.state in ("granted", "warned") and row.vm not in pardoned:
-                    pardoned.add(row.vm)
-                if is_news:
-                    tried.append(_Tried(row.vm, row.code is not None, shared.setdefault(found, found)))
+                    later += granted is not None and granted.refused_from is not None
+                    if found.state != "granted" or found.refused_from is not None:
+                        tried.append(_Tried(row.vm, False, found))
             after = page[-1].row
             tell(judged_vms, max(total, judged_vms))
+        tried += [_Tried(vm, True, found) for vm, (_, found) in refused.items() if found is not None]
+        tried.sort(key=lambda one: (one.vm.hotkey, one.vm.name))
         is_fine = not counts["refused"] and not counts["not judged"]
         told: dict[str, object] = {"ok": is_fine, "at": date, "judged": judged_vms}
         told |= {"without_evidence": total - judged_vms}
