@@ -186,7 +186,7 @@ class PrivateSocket:
         self._made = path.with_name(f"{path.name}.{os.getpid()}")
         before = os.umask(0o177)
         try:
-            if os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
+            if not _may_be_replaced(path):
                 raise OSError(errno.EEXIST, "it is not a socket; name another path, or remove it")
             self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
             self.socket.bind(str(self._made))
@@ -213,6 +213,14 @@ class PrivateSocket:
 
     def _unusable(self, exc: OSError) -> ConfigurationError:
         return ConfigurationError(f"{self._key}: {self._path}: {exc.strerror or exc}")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether there is a socket itself, no link to one, or nothing any more: a predecessor may just be ending."""
+    try:
+        return stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 class StrangerError(Exception):
