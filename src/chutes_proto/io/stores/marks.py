@@ -161,7 +161,7 @@ class MarkKeeper:
             _ = self.copy(added)
 
     def note_heads(self, heads: Mapping[tuple[str, str], int]) -> None:
-        """Note the versions of heads of VMs in a transaction that was committed."""
+        """Note the versions of heads in a transaction that was committed."""
         with self._lock:
             self._custody.seen.note(heads, time.monotonic())
 

@@ -122,7 +122,7 @@ class _Job:
     changes: list[Change] = field(factory=list[Change])
     """Its changes to audit rows."""
     heads: dict[tuple[str, str], int] = field(factory=dict[tuple[str, str], int])
-    """The versions of the heads of VMs."""
+    """The versions of its heads."""
 
 
 class SqliteStore(MarkedStore):

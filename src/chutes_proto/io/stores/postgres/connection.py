@@ -59,7 +59,7 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
         self.held: list[Asked] = []
         """Writes that are sent with the next read, or with the commit."""
         self.heads: dict[tuple[str, str], int] = {}
-        """The versions of the heads of VMs in the present transaction, or in the last one."""
+        """The versions of the heads in the present transaction, or in the last one."""
 
     def begin_anew(self, answer_seconds: float) -> None:
         """Forget the last transaction."""
