@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from socket import socket, socketpair
 from typing import Final
 
+STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+
 _SAME_SECONDS: Final = 0.5
 """Longer than a busy machine takes for the two ways, shorter than a person takes to press a key again."""
 

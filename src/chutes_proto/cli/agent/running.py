@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
 from chutes_proto.io.agent_boot import IMAGES, StoppedError, Stops, boot, disks, identity_of, is_simulated, resume
-from chutes_proto.io.stop_signals import ignore
+from chutes_proto.io.stop_signals import STOPS, ignore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from chutes_proto.log import Value
 
 _MAX_SETTINGS = 64 * 1024
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 _SIGNALLED = 128  # what a shell adds to the number of a signal that ended a program
 
 
@@ -41,12 +40,12 @@ def run(options: argparse.Namespace) -> int:
         return _foresee(options, settings)
     progress = Progress(as_json=options.json, seconds=settings.retry.deadline_seconds)
     stops = Stops()
-    for number in _STOPS:
+    for number in STOPS:
         _ = signal.signal(number, stops)
     try:
         return _done(options, settings, progress, stops)
     finally:
-        ignore(_STOPS)
+        ignore(STOPS)
 
 
 def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: Stops) -> int:

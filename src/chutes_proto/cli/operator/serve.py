@@ -21,6 +21,7 @@ from chutes_proto.cli.base import Command, one_of, platform_option
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.extras import need
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
+from chutes_proto.io.stop_signals import STOPS
 from chutes_proto.server import ServerConfig
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from chutes_proto.io.server.workers import Given
 
 _HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
-
-
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _EXITS = exits(
     "stopped by a signal, or --check found nothing wrong", "the configuration, or something that it names, is wrong"
@@ -138,7 +136,7 @@ def command(
     if workers > 1:
         from chutes_proto.io.server.serving import supervise_until_stopped
 
-        return _run(lambda: supervise_until_stopped(workers, transport, setup, _announce, _STOPS))
+        return _run(lambda: supervise_until_stopped(workers, transport, setup, _announce, STOPS))
     return _serve(transport, setup, setup.collateral, _announce, given=given)
 
 
@@ -167,7 +165,7 @@ def _serve(
 ) -> int:
     from chutes_proto.io.server.serving import serve_until_stopped
 
-    stops = (*_STOPS, *map(signal.Signals, more))
+    stops = (*STOPS, *map(signal.Signals, more))
     return _run(lambda: serve_until_stopped(transport, setup, collateral, announce, stops, given))
 
 
