@@ -337,25 +337,26 @@ async def test_what_a_caller_leaves_is_committed_in_a_thread(store: PostgresStor
 async def test_a_caller_that_leaves_as_its_turn_begins_keeps_no_turn(
     store: PostgresStore, hang: Callable[[], None]
 ) -> None:
-    first, second, left = Probe(hang, at_end=True), Probe(), anyio.CancelScope()
-
-    async def ask_in_turn(turns: Any) -> None:
-        with left:
-            await turns.transact(Transact(second, turn_seconds=60))
+    second, left = Probe(), anyio.CancelScope()
 
     async with opened(store, threads_after=1) as turns, anyio.create_task_group() as group:
         begin = turns._begin
+
+        async def ask_in_turn() -> None:
+            with left:
+                await turns.transact(Transact(second, turn_seconds=60))
 
         def begin_and_leave() -> None:
             begin()
             if not turns._jobs:
                 left.cancel()
 
-        group.start_soon(turns.transact, Transact(first))
-        await async_wait_until(lambda: first.runs)
-        group.start_soon(ask_in_turn, turns)
-        await async_wait_until(lambda: turns._jobs)
-        turns._begin = begin_and_leave
+        def hang_and_ask() -> None:
+            hang()
+            turns._begin = begin_and_leave
+            group.start_soon(ask_in_turn)  # which asks before this turn can end: that takes another round of the loop
+
+        await turns.transact(Transact(Probe(hang_and_ask, at_end=True)))
     assert left.cancelled_caught
     assert second.runs == [7]
 
