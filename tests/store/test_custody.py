@@ -937,6 +937,28 @@ def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) ->
             server.transact(sync(granted("last", A, 400), "body", "storage"))
 
 
+def test_a_store_that_takes_macs_away_again_is_not_sealed(place: StorePlace) -> None:
+    """As by a trigger: its rows could not be told from forged ones."""
+    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+        fill(store)
+    if place.path is not None:
+        run(place, "CREATE TRIGGER bare AFTER UPDATE OF mac ON volume BEGIN UPDATE volume SET mac = NULL; END")
+    else:
+        run(
+            place,
+            "CREATE FUNCTION bare() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.mac := NULL; RETURN NEW; END';"
+            " CREATE TRIGGER bare BEFORE UPDATE ON volume FOR EACH ROW EXECUTE FUNCTION bare();"
+            " ALTER TABLE volume ENABLE ALWAYS TRIGGER bare",
+        )
+    with closing(place.open()) as store:
+        for _ in range(2):
+            with pytest.raises(RowNotAuthentic, match=r"of table volume.*its MAC was removed meanwhile"):
+                seal_store(store, VAULT, "test")
+        run(place, "DROP TRIGGER bare" + ("" if place.path is not None else " ON volume"))
+        assert seal_store(store, VAULT, "test") is not None
+        assert not list(find_faults(store))
+
+
 def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
     place: StorePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
