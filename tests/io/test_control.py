@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.control import Control, ask_to_reload
+from chutes_proto.log import Record
 
 SYSTEM = "/usr/bin/python3"
 DONE: dict[str, object] = {"ok": True, "changes": [], "needs_restart": []}
@@ -32,7 +34,7 @@ def path(tmp_path: Path, callers: list[str]) -> Iterator[Path]:
         callers.append(caller)
         return DONE
 
-    control = Control(tmp_path / "control", reload)
+    control = Control(tmp_path / "control", reload, log_record)
     control.open()
     yield tmp_path / "control"
     control.close(is_successors=False)
@@ -48,18 +50,23 @@ def test_the_server_answers_and_knows_who_asks(path: Path, callers: list[str]) -
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask as another user")
 @pytest.mark.skipif(not Path(SYSTEM).exists(), reason="another user may not run this Python")
 def test_another_user_is_refused_also_where_the_file_lets_him() -> None:
-    nobody = pwd.getpwnam("nobody").pw_uid
+    """He fills no log either: of each user, twenty lines at once."""
+    nobody, logged = pwd.getpwnam("nobody").pw_uid, list[Record]()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path = Path(folder) / "control"
-        control = Control(path, lambda _: {"ok": True})
+        control = Control(path, lambda _: {"ok": True}, logged.append)
         control.open()
         path.chmod(0o666)
-        program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(999))"
+        program = "import socket, sys\nfor _ in range(30):\n    s = socket.socket(socket.AF_UNIX)\n"
+        program += "    s.connect(sys.argv[1])\n    print(s.recv(999))"
         asking = [SYSTEM, "-I", "-c", program, str(path)]
         said = subprocess.run(asking, user=nobody, cwd="/", capture_output=True, text=True, check=True).stdout
         control.close(is_successors=False)
-    assert f"user {nobody} may not ask" in said
+    assert said.count(f"user {nobody} may not ask") == 30
+    assert {record.event for record in logged} == {"stranger_refused"}
+    assert f"control: {path}: a process of user {nobody} asked there and was refused" in str(logged[0].fields)
+    assert 20 <= len(logged) < 30
 
 
 def test_another_request_is_refused(path: Path, callers: list[str]) -> None:
@@ -86,7 +93,7 @@ def test_a_server_without_a_free_descriptor_answers_later(path: Path, monkeypatc
 
 def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"control: .*No such file"):
-        _ = Control(tmp_path / "nowhere" / "control", lambda _: {})
+        _ = Control(tmp_path / "nowhere" / "control", lambda _: {}, log_record)
 
 
 @pytest.mark.parametrize("kind", ["a file", "a folder", "a link"])
@@ -101,15 +108,15 @@ def test_what_is_not_a_socket_is_not_replaced(tmp_path: Path, kind: str) -> None
         path.touch()
     before = path.lstat()
     with pytest.raises(ConfigurationError, match=r"control: .*kek: it is not a socket; name another path, or remove"):
-        _ = Control(path, lambda _: {})
+        _ = Control(path, lambda _: {}, log_record)
     assert list(tmp_path.iterdir()) == [path]
     assert path.lstat() == before
 
 
 def test_the_path_of_a_successor_is_left_alone(tmp_path: Path) -> None:
-    before = Control(tmp_path / "control", lambda _: DONE)
+    before = Control(tmp_path / "control", lambda _: DONE, log_record)
     before.open()
-    after = Control(tmp_path / "control", lambda _: {**DONE, "changes": ["after"]})
+    after = Control(tmp_path / "control", lambda _: {**DONE, "changes": ["after"]}, log_record)
     after.open()
     before.close(is_successors=True)
     assert ask_to_reload(tmp_path / "control")["changes"] == ["after"]

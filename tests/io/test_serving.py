@@ -15,6 +15,7 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server import workers
 from chutes_proto.io.server.control import ask_to_reload
 from chutes_proto.io.server.development import write_server
@@ -144,7 +145,7 @@ def test_a_server_has_its_sockets_its_door_and_its_control_as_long_as_it_serves(
 ) -> None:
     with _listeners(Running(setup), "the store") as held:
         assert (held.by_manager, held.taken) == (False, None)
-        held.answer(setup.control_socket, lambda caller: {"ok": False, "error": caller})
+        held.answer(setup.control_socket, lambda caller: {"ok": False, "error": caller}, log_record)
         assert not (tmp_path / "control").exists()
         held.begin()
         assert ask_to_reload(tmp_path / "control") == {"ok": False, "error": f"uid {os.geteuid()}"}
@@ -174,7 +175,7 @@ def test_a_worker_has_the_sockets_of_its_supervisor_and_answers_no_operator(setu
         assert (worker.number, worker.workers, worker.files.content) == (1, 2, {"kek": b"secret"})
         assert not any(map(os.get_inheritable, (life, worker.channel.fileno())))
         with _listeners(Running(setup), "the store", worker) as held:
-            held.answer(setup.control_socket, lambda _: {"ok": True})
+            held.answer(setup.control_socket, lambda _: {"ok": True}, log_record)
             held.begin()
             assert (held.by_manager, held.life, held.control, held.door) == (True, life, None, None)
             assert held.listeners.sockets[0].socket.getsockname() == given.getsockname()

@@ -18,7 +18,9 @@ import anyio.to_thread
 import pytest
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.takeover import Door, take_over
+from chutes_proto.log import Record
 from tests.loops import on_loop
 
 STRANGER = 65534
@@ -39,7 +41,7 @@ def test_a_strangers_sockets_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_a_stranger_gets_no_sockets_also_where_the_file_lets_him(tmp_path: Path) -> None:
     """The access list of a folder may say more than the mode of the file."""
-    path, heard = tmp_path / "door", list[str]()
+    path, heard, logged = tmp_path / "door", list[str](), list[Record]()
     tmp_path.chmod(0o755)
     ask = "import os, socket, sys; s = socket.socket(fileno=int(sys.argv[1])); os.setuid(int(sys.argv[2]));"
     ask += " s.connect(sys.argv[3]); said, sockets, *_ = socket.recv_fds(s, 99, 9); print(said, len(sockets))"
@@ -55,7 +57,7 @@ def test_a_stranger_gets_no_sockets_also_where_the_file_lets_him(tmp_path: Path)
     async def main() -> None:
         with socket.socket() as listening:
             async with anyio.create_task_group() as group:
-                _ = group.start_soon(door.successor, "keys", [("listen", listening)])
+                _ = group.start_soon(door.successor, "keys", [("listen", listening)], logged.append)
                 for user in (STRANGER, 0):
                     await anyio.to_thread.run_sync(asking, user)
                 group.cancel_scope.cancel()
@@ -66,6 +68,9 @@ def test_a_stranger_gets_no_sockets_also_where_the_file_lets_him(tmp_path: Path)
     on_loop("trio", main)
     door.close(is_successors=False)
     assert heard == ["b'' 0\n", """b'{"store": "keys", "sockets": ["listen"]}' 1\n"""]
+    (record,) = logged
+    assert record.event == "stranger_refused"
+    assert f"takeover: {path}: a process of user {STRANGER} asked there and was refused; let only" in str(record.fields)
 
 
 @pytest.mark.parametrize("loop", ["trio", "asyncio"])
@@ -90,7 +95,7 @@ def test_sockets_go_to_a_successor_with_the_same_store(tmp_path: Path, loop: str
             with anyio.fail_after(60):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(anyio.to_thread.run_sync, ask)
-                    await door.successor("keys", [("listen", listening)])
+                    await door.successor("keys", [("listen", listening)], log_record)
 
         on_loop(loop, main)
     door.close(is_successors=True)
@@ -105,7 +110,7 @@ def test_one_that_waits_while_another_takes_over_asks_that_one(tmp_path: Path) -
 
     async def main() -> None:
         with anyio.move_on_after(20):
-            await second.successor("keys", [("listen", listening)])
+            await second.successor("keys", [("listen", listening)], log_record)
 
     def ask() -> None:
         found = take_over(path, "keys")
@@ -161,7 +166,7 @@ def test_without_file_descriptors_it_waits_and_does_not_spin(tmp_path: Path) -> 
     async def ask() -> float:
         began = time.process_time()
         with anyio.move_on_after(1):
-            await door.successor("", [])
+            await door.successor("", [], log_record)
         return time.process_time() - began
 
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

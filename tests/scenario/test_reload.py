@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.files import Files, write_file
 from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.development import write_gpus
@@ -449,7 +450,7 @@ def test_a_file_is_read_once(tmp_path: Path) -> None:
 
 
 def test_the_control_socket_outlives_a_lack_of_descriptors(tmp_path: Path) -> None:
-    control = Control(path := tmp_path / "control", lambda _: {"ok": True})
+    control = Control(path := tmp_path / "control", lambda _: {"ok": True}, log_record)
     control.open()
     limits = getrlimit(RLIMIT_NOFILE)
     with ExitStack() as opened:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.server.sockets import PrivateSocket, StrangerError, check_peer
+from chutes_proto.io.server.sockets import PrivateSocket, StrangerError
+from chutes_proto.log import Record
 
 RELOAD_SECONDS: Final = 120.0
 """How long a command waits for a reload: a database may be slow, and every worker reads its files."""
@@ -33,8 +34,11 @@ class Control(PrivateSocket):
     Until `open` it has another name. Raises `ConfigurationError` for a path that cannot be used.
     """
 
-    def __init__(self, path: Path, reload: Callable[[str], Mapping[str, object]]) -> None:
+    def __init__(
+        self, path: Path, reload: Callable[[str], Mapping[str, object]], log: Callable[[Record], None]
+    ) -> None:
         super().__init__("control", path)
+        self._log = log
         self._reload = reload
         self._closed = threading.Event()
         threading.Thread(target=self._serve, name="control", daemon=True).start()
@@ -60,7 +64,7 @@ class Control(PrivateSocket):
 
     def _answer(self, connection: socket.socket) -> Mapping[str, object]:
         try:
-            user = check_peer(connection)
+            user = self.peer(connection, self._log)
         except StrangerError as exc:
             return {"ok": False, "error": f"user {exc.user} may not ask; ask as the server's user or as root"}
         if connection.recv(len(_ASKED), socket.MSG_WAITALL) != _ASKED:

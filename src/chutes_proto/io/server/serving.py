@@ -488,7 +488,7 @@ def serve_until_stopped(
     ):
         listeners = held.listeners
         reloader = Reloader(running, store, log)
-        held.answer(setup.control_socket, reloader.reload)
+        held.answer(setup.control_socket, reloader.reload, log)
 
         if worker is not None:
             in_background(obey, worker.channel, partial(prepare, running, None), running.replace)
@@ -533,7 +533,7 @@ def serve_until_stopped(
 
                 async def end_after_takeover() -> None:
                     if held.door is not None:
-                        await held.door.successor(store.name, listeners.keyed)
+                        await held.door.successor(store.name, listeners.keyed, log)
                         listeners.handed_over = True
                         stop("takeover", handed_over=True)
 
@@ -586,7 +586,7 @@ def supervise_until_stopped(
             stop_seconds=seconds,
         )
 
-        held.answer(setup.control_socket, supervisor.reload)
+        held.answer(setup.control_socket, supervisor.reload, log)
 
         def ready() -> None:
             held.begin()
@@ -610,10 +610,12 @@ class _Held:
     """Readable once the supervisor of this worker has ended; None if it has none."""
     control: Control | None = None
 
-    def answer(self, path: Path | None, reload: Callable[[str], Mapping[str, object]]) -> None:
+    def answer(
+        self, path: Path | None, reload: Callable[[str], Mapping[str, object]], log: Callable[[Record], None]
+    ) -> None:
         """Listen for requests to reload; those that come before `begin` go to the predecessor."""
         if path is not None and self.life is None:  # a worker's supervisor is asked
-            self.control = Control(path, reload)
+            self.control = Control(path, reload, log)
 
     def begin(self) -> None:
         """Note that this process serves: a successor asks it from now on, and its predecessor ends."""

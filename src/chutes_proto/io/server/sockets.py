@@ -6,8 +6,9 @@ Rules kept here:
   mode is 0660;
 * a Unix socket that a server left behind is replaced; one on which a server answers is not, nor is any other file;
 * a socket that was given, by a service manager or a running server, is used only where the configuration names it;
-* a private socket is for the server's user and root: its mode is 0600, and the kernel says who is at the other end. Its
-  path belongs to the latest server that serves, so a successor replaces it only then, and never what is not a socket;
+* a private socket is for the server's user and root: its mode is 0600, and the kernel says who is at the other end. A
+  stranger who got there, as by an access list, is refused and logged. Its path belongs to the latest server that
+  serves, so a successor replaces it only then, and never what is not a socket;
 * a server has no more connections than the system allows it open files.
 """
 
@@ -18,6 +19,7 @@ import os
 import resource
 import socket
 import stat
+import time
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from struct import calcsize, unpack
@@ -26,6 +28,8 @@ from typing import Final, cast
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
+from chutes_proto.log import Level, Record, Value
+from chutes_proto.server._limits import LogThrottle
 from chutes_proto.transport.tls import ServerContext, TlsSession
 
 ACCEPT_PAUSE: Final = 0.2
@@ -183,6 +187,7 @@ class PrivateSocket:
         self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._key = key
         self._path = path
+        self._refusals = LogThrottle()
         self._made = path.with_name(f"{path.name}.{os.getpid()}")
         before = os.umask(0o177)
         try:
@@ -204,6 +209,19 @@ class PrivateSocket:
         except OSError as exc:
             raise self._unusable(exc) from None
         self._made = self._path
+
+    def peer(self, connection: socket.socket, log: Callable[[Record], None]) -> int:
+        """Return the user of the process that asks. Raises `StrangerError` as `check_peer` does, and logs it."""
+        try:
+            return check_peer(connection)
+        except StrangerError as exc:
+            if (held_back := self._refusals.admits(str(exc.user), time.monotonic())) is not None:
+                about = f"{self._key}: {self._path}: a process of user {exc.user} asked there and was refused"
+                remedy = "let only the server's user reach it: chmod 600, and no access list for others (getfacl)"
+                fields: dict[str, Value] = {"about": f"{about}; {remedy}"}
+                fields |= {"held_back": held_back} if held_back else {}
+                log(Record(Level.WARNING, "stranger_refused", fields, is_noise=True))
+            raise
 
     def close(self, *, is_successors: bool) -> None:
         """Close it, and remove its file unless the path ``is_successors``."""

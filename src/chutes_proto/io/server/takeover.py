@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,7 @@ from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, PrivateSocket, StrangerError, check_peer
+from chutes_proto.log import Record
 
 START_SECONDS: Final = 60.0
 """How long a running server waits for a successor that has taken its sockets and does not serve yet."""
@@ -93,7 +94,9 @@ class Door(PrivateSocket):
         super().__init__("takeover", path)
         self.socket.setblocking(False)
 
-    async def successor(self, store: str, sockets: Sequence[tuple[str, socket.socket]]) -> None:
+    async def successor(
+        self, store: str, sockets: Sequence[tuple[str, socket.socket]], log: Callable[[Record], None]
+    ) -> None:
         """Offer ``sockets``, each with its setting, to all who ask; return once one of them serves on them."""
         message = json.dumps({"store": store, "sockets": [key for key, _ in sockets]}).encode()
         descriptors = [each.fileno() for _, each in sockets]
@@ -105,7 +108,7 @@ class Door(PrivateSocket):
                 await anyio.sleep(ACCEPT_PAUSE)
                 continue
             with suppress(OSError, StrangerError), closing(connection), anyio.move_on_after(START_SECONDS):
-                _ = check_peer(connection)
+                _ = self.peer(connection, log)
                 connection.setblocking(False)
                 _ = socket.send_fds(connection, [message], descriptors)
                 await anyio.wait_readable(connection)

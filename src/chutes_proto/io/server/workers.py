@@ -380,7 +380,7 @@ class Supervisor:
         self._events.put(("ended", worker))
 
     def _await_successor(self, door: Door, store: str) -> None:
-        anyio.run(door.successor, store, self.sockets, backend="asyncio")
+        anyio.run(door.successor, store, self.sockets, self.log, backend="asyncio")
         self._events.put(("takeover", None))
 
     def _supervise(self, life: int, environ: dict[str, str]) -> bool:
