@@ -143,7 +143,7 @@ def setup(write: Write, monkeypatch: pytest.MonkeyPatch) -> ServerSetup:
 def test_a_server_has_its_sockets_its_door_and_its_control_as_long_as_it_serves(
     setup: ServerSetup, tmp_path: Path
 ) -> None:
-    with _listeners(Running(setup), "the store") as held:
+    with _listeners(Running(setup)) as held:
         assert (held.by_manager, held.taken) == (False, None)
         held.answer(setup.control_socket, lambda caller: {"ok": False, "error": caller}, log_record)
         assert not (tmp_path / "control").exists()
@@ -174,7 +174,7 @@ def test_a_worker_has_the_sockets_of_its_supervisor_and_answers_no_operator(setu
         assert worker is not None
         assert (worker.number, worker.workers, worker.files.content) == (1, 2, {"kek": b"secret"})
         assert not any(map(os.get_inheritable, (life, worker.channel.fileno())))
-        with _listeners(Running(setup), "the store", worker) as held:
+        with _listeners(Running(setup), worker=worker) as held:
             held.answer(setup.control_socket, lambda _: {"ok": True}, log_record)
             held.begin()
             assert (held.by_manager, held.life, held.control, held.door) == (True, life, None, None)

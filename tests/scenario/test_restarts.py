@@ -220,10 +220,13 @@ def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
     _ = premises.vm().nonce()
     other = premises.directory / "other.toml"
     text = premises.configuration.read_text()
-    _ = other.write_text(text.replace("keys.db", "other.db"))
-    ended = premises.run("serve", "--config", other)
-    assert ended.code == 1
-    assert "takeover: the running server uses the store" in ended.err
+    _ = other.write_text(text.replace('"sqlite:keys.db"', '{ url = "sqlite:other.db", mark_file = "mark" }'))
+    before = sorted(premises.directory.iterdir())
+    for workers in ("1", "2"):
+        ended = premises.run("serve", "--config", other, "--workers", workers)
+        assert ended.code == 1
+        assert "takeover: the running server uses the store" in ended.err
+        assert sorted(premises.directory.iterdir()) == before  # no other store, and no mark of it
     _ = other.write_text(text.replace("127.0.0.1:0", "0.0.0.0:0"))
     ended = premises.run("serve", "--config", other)
     assert ended.code == 1

@@ -480,10 +480,11 @@ def serve_until_stopped(
     if find_spec(transport) is None:
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
     running = Running(setup)
+    inherited = [] if worker is not None else _inherited(setup)
     source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
     with (
         open_store(running, worker) as (store, warnings),
-        _listeners(running, store.name, worker) as held,
+        _listeners(running, inherited, worker) as held,
         closing(LogWriter()) as log,
     ):
         listeners = held.listeners
@@ -571,10 +572,11 @@ def supervise_until_stopped(
     if setup.config.path is None:
         raise ConfigurationError("--workers: a worker reads the configuration from its file; name one")
     running = Running(setup)
-    with open_store(running) as (store, _):
-        name = store.name
+    inherited = _inherited(setup)
+    with open_store(running):
+        pass  # opened again by each worker
     seconds = setup.config.limits.drain_seconds + 2 * END_SECONDS
-    with _listeners(running, name) as held, closing(LogWriter()) as log:
+    with _listeners(running, inherited) as held, closing(LogWriter()) as log:
         supervisor = Supervisor(
             running,
             workers,
@@ -594,7 +596,7 @@ def supervise_until_stopped(
             tell_manager("READY=1")
             hear_hangups()
 
-        held.listeners.handed_over = supervisor.run(stops, ready, held.door, name)
+        held.listeners.handed_over = supervisor.run(stops, ready, held.door, setup.store.name)
         log(Record(Level.INFO, "stopped", {}))
 
 
@@ -628,15 +630,26 @@ class _Held:
             self.listeners.owns_given = True
 
 
+def _inherited(setup: ServerSetup) -> list[socket]:
+    """Take the sockets of the service manager. Without any, check that the running server uses the same store.
+
+    That is before this one's is opened: a start that is refused makes no other store, and no mark of it. Raises
+    `ConfigurationError`.
+    """
+    inherited, path = inherited_sockets(os.environ), setup.takeover_socket
+    if not inherited and path is not None and (taken := take_over(path, setup.store.name)) is not None:
+        taken.leave()  # taken only when the store is open: the other waits for nobody meanwhile
+    return inherited
+
+
 @contextmanager
-def _listeners(running: Running, store: str, worker: Given | None = None) -> Generator[_Held]:
+def _listeners(running: Running, inherited: Sequence[socket] = (), worker: Given | None = None) -> Generator[_Held]:
     if worker is not None:
         with closing(Listeners(running, worker.sockets)) as listeners:
             yield _Held(listeners, worker.handed_over, life=worker.life)
         return
-    inherited = inherited_sockets(os.environ)
     path = running.setup.takeover_socket
-    taken = None if path is None or inherited else take_over(path, store)
+    taken = None if path is None or inherited else take_over(path, running.setup.store.name)
     given = [("", each) for each in inherited] if taken is None else taken.sockets
     with ExitStack() as opened:
         if taken is not None:

@@ -45,6 +45,11 @@ class TakenOver:
         with suppress(OSError), self.connection:  # it may have ended meanwhile
             self.connection.sendall(_SERVES)
 
+    def leave(self) -> None:
+        """Leave the sockets to the other server, which goes on."""
+        for each in (self.connection, *(each for _, each in self.sockets)):
+            each.close()
+
 
 def take_over(path: Path, store: str) -> TakenOver | None:
     """Return the sockets of the server that answers at ``path``; None if none does.
