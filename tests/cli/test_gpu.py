@@ -134,6 +134,7 @@ def test_what_was_fetched_is_a_bundle_for_offline_use(tmp_path: Path, command: C
         services.down = True
         refused = command(*fetch)
         assert (refused.code, refused.json["fetched"], refused.json["files"]) == (1, False, [])
+        assert refused.json["hint"] is None
     kept = ("--rim", bundle / "rims", "--revocation", bundle / "status")
     verify = ("gpu", "verify", tmp_path / "evidence.json", "--nonce", NONCE.hex(), *kept, "--count", 2)
     assert command(*verify, *trust, "--json").json["accepted"]
@@ -151,6 +152,19 @@ def test_what_was_fetched_is_a_bundle_for_offline_use(tmp_path: Path, command: C
     spoilt = command(*check)
     assert (spoilt.code, len(spoilt.json["problems"])) == (1, 1)
     assert command("gpu", "check", tmp_path / "nowhere").code == 2
+
+
+def test_roots_are_named_where_evidence_and_rims_are_under_others(
+    tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    gpus, nothing = tmp_path / "gpus", tmp_path / "nothing"
+    assert command("gpu", "simulate", "--nonce", NONCE.hex(), "--out", gpus).code == 0
+    for words in (("fetch", gpus / "evidence.json", "--out", nothing), ("check", gpus)):
+        refused = command("gpu", *words)
+        said = refused.out + refused.err
+        assert (refused.code, said.count("root certificate: untrusted")) == (1, 2)
+        assert said.count("or than that of --roots, which names others to trust") == 1
+        assert "--roots" in command("gpu", *words, "--json").json["hint"]
 
 
 @pytest.mark.skipif(not GPU.is_dir(), reason=ABSENT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu._plain import claimed_fields, device_fields, rim_fields
 from chutes_proto.gpu._rim import authenticate_rim
+from chutes_proto.gpu._steps import UntrustedRootError
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, make_gpu_directory, read_gpu_roots
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.quote._errors import spans
@@ -50,8 +52,8 @@ _FETCH: Final = (
     "Fetch RIMs and OCSP answers with `chutes-proto gpu fetch EVIDENCE --out DIR`; they are in DIR/rims and DIR/status."
 )
 _HINTS: Final = {
-    "untrusted_root": "The evidence is under another root than NVIDIA's, or than that of --roots, which names others to"
-    " trust (those of simulated GPUs are beside the evidence that `gpu simulate` writes).",
+    UntrustedRootError.code: "The evidence, or a RIM, is under another root than NVIDIA's, or than that of --roots,"
+    " which names others to trust (those of simulated GPUs are beside the evidence that `gpu simulate` writes).",
     **dict.fromkeys(("rim_missing", "status_missing", "status_expired"), _FETCH),
 }
 """The remedies of refusals that are not the devices' fault."""
@@ -341,6 +343,12 @@ def _shown(evidence: DeviceEvidence) -> dict[str, Any]:
 # --- fetch and check ---
 
 
+def _hint(problems: Iterable[str]) -> str | None:
+    """The remedy where a root is not trusted: services and directories keep only the words of an error."""
+    is_untrusted = any(UntrustedRootError.rule in problem for problem in problems)
+    return _HINTS[UntrustedRootError.code] if is_untrusted else None
+
+
 @command.command("fetch", exits=exits("all of it was fetched", "something is missing"))
 @_shared
 @click.option("--out", metavar="DIR", required=True, help="the directory for the files; made if missing")
@@ -390,17 +398,18 @@ def fetch_command(
     fetched = performer.run(flow)
     directory = make_gpu_directory(out)
     files = [str(keep_piece(directory, key, data)) for key, data in fetched.pieces.items()]
+    hint = _hint(fetched.problems)
     return answer(
-        {"fetched": not fetched.problems, "files": files, "problems": fetched.problems},
-        lambda: _say_fetched(files, fetched.problems),
+        {"fetched": not fetched.problems, "files": files, "problems": fetched.problems, "hint": hint},
+        lambda: _say_fetched(files, fetched.problems, hint),
         ok=not fetched.problems,
     )
 
 
-def _say_fetched(files: list[str], problems: list[str]) -> None:
+def _say_fetched(files: list[str], problems: list[str], hint: str | None) -> None:
     for file in files:
         console.say(file)
-    for problem in problems:
+    for problem in (*problems, *([] if hint is None else [hint])):
         console.complain(problem)
 
 
@@ -439,6 +448,7 @@ def check_command(directory: str, roots: str | None, at: int | None) -> int:
         for name, begin, end in pieces
     ]
     is_valid = bool(told) and all(one["valid"] for one in told) and not source.problems
+    hint = _hint(source.problems)
 
     def people() -> None:
         for one in told:
@@ -446,10 +456,11 @@ def check_command(directory: str, roots: str | None, at: int | None) -> int:
             output.prose(f"{mark}  {one['piece']}: {one['from']} to {one['until']}", state)  # type: ignore[arg-type]
         for problem in source.problems:
             output.prose(f"cannot be used: {problem}", "bad")
+        if hint is not None:
+            output.prose(hint)
 
-    return answer(
-        {"valid": is_valid, "at": rfc3339(now), "pieces": told, "problems": [*source.problems]}, people, ok=is_valid
-    )
+    report = {"valid": is_valid, "at": rfc3339(now), "pieces": told, "problems": [*source.problems], "hint": hint}
+    return answer(report, people, ok=is_valid)
 
 
 # --- simulate ---
