@@ -165,6 +165,7 @@ def test_roots_are_named_where_evidence_and_rims_are_under_others(
         assert (refused.code, said.count("root certificate: untrusted")) == (1, 2)
         assert said.count("or than that of --roots, which names others to trust") == 1
         assert "--roots" in command("gpu", *words, "--json").json["hint"]
+    assert not nothing.exists()
 
 
 @pytest.mark.skipif(not GPU.is_dir(), reason=ABSENT)

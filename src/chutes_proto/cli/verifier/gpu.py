@@ -396,8 +396,7 @@ def fetch_command(
         devices, RimCache([rims], roots=trust), StatusCache([status]), now=int(time.time()), roots=trust
     )
     fetched = performer.run(flow)
-    directory = make_gpu_directory(out)
-    files = [str(keep_piece(directory, key, data)) for key, data in fetched.pieces.items()]
+    files = [str(keep_piece(Path(out), key, data)) for key, data in fetched.pieces.items()]
     hint = _hint(fetched.problems)
     return answer(
         {"fetched": not fetched.problems, "files": files, "problems": fetched.problems, "hint": hint},
