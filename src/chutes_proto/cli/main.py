@@ -5,6 +5,7 @@ Rules kept here:
 * exit code 0: done, granted, accepted; 1: refused; 2: wrong usage, or a file that cannot be opened; a command's help
   says what else it means by them;
 * an error is readable and says what to do, never a traceback; an interruption ends quietly;
+* a result that cannot be written is an error, also where standard output is closed; a server and a boot go on;
 * `agent` runs in an initramfs: argparse reads its options, and neither click nor rich is imported for it;
 * an extra that is not installed is named here, for every command.
 """
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     """The exit code of ``run``, or that of the error that ended it, which is printed."""
-    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
+    # A service may be started without; of another command the output is the result. To read alone: writing fails.
+    missing = os.O_WRONLY if words[:1] in (["serve"], ["agent"]) else os.O_RDONLY
+    sys.stdout, sys.stderr = sys.stdout or _in_place(missing), sys.stderr or _in_place(os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -88,9 +91,9 @@ def _named(words: Sequence[str]) -> str:
     return words_of(words)
 
 
-def _nowhere() -> TextIO:
-    """In place of a stream that the process was started without (``>&-``)."""
-    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+def _in_place(mode: int) -> TextIO:
+    """A stream in place of one that the process was started without (``>&-``)."""
+    return os.fdopen(os.open(os.devnull, mode), "w", encoding="utf-8")
 
 
 def _run(words: Sequence[str]) -> int:
