@@ -116,6 +116,14 @@ def test_no_text_repeats_a_value() -> None:
     )
 
 
+def test_the_author_of_a_file_hears_of_tables() -> None:
+    """Of a message, the text is a part of the wire."""
+    converter = StrictConverter(own_file=True)
+    for value in (3, {"name": "n", "parts": [3]}, {"name": "n", "named": 3}, {"name": "n", "named": {"a": 3}}):
+        with pytest.raises(ProblemsError, match=r"Input should be a table of names and values$"):
+            _ = converter.structure(value, Whole)
+
+
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.sampled_from(["", "a", "b", "text"]),
     lambda inner: (

@@ -68,8 +68,9 @@ class StrictConverter:
 
     Args:
         hooks: how types of the caller's own are made, beside the usual ones.
-        own_file: the input is its author's own file: unknown names are problems, and problems tell names. Otherwise
-            unknown names are ignored, and a mapping's names, which are input, appear in paths as their position.
+        own_file: the input is its author's own file: unknown names are problems, and problems tell names and speak of
+            tables, as TOML does. Otherwise unknown names are ignored, and a mapping's names, which are input, appear in
+            paths as their position; deployed peers know the texts.
         refusal: the error that a class raises for fields that contradict each other; its text begins with the field's
             name and ``: ``.
         names: how fields are called in plain data, where not by their own name.
@@ -89,7 +90,9 @@ class StrictConverter:
         plain: Mapping[type[Any], Callable[[Any], object]] | None = None,
         omit_none: bool = False,
     ) -> None:
-        self._hooks: dict[Any, Hook] = {**_USUAL, **(hooks or {})}
+        self._object = _file_table if own_file else _object
+        whole: dict[Any, Hook] = {Mapping[str, object]: lambda value, _: self._object(value)}
+        self._hooks: dict[Any, Hook] = {**_USUAL, **whole, **(hooks or {})}
         self._own_file = own_file
         self._refusal = refusal
         self._names = names or {}
@@ -175,7 +178,7 @@ class StrictConverter:
                 return lambda value, _: tuple([hook(member, item) for member in _list(value)])
             case (origin, (key, item)) if origin is Mapping and key is str:
                 hook = converter.get_structure_hook(item)
-                return _mapping_of(lambda value: hook(value, item), tell_names=self._own_file)
+                return _mapping_of(lambda value: hook(value, item), self._object, tell_names=self._own_file)
             case _:
                 raise TypeError(f"nothing makes a {kind}")
 
@@ -186,11 +189,11 @@ class StrictConverter:
         renamed: dict[str, Any] = {field: override(rename=name) for field, name in self._names.items()}
         make = make_dict_structure_fn(attrs.resolve_types(kind), converter, _cattrs_use_linecache=False, **renamed)
         if not converter.detailed_validation:
-            return lambda value, _: make(_object(value), kind)
+            return lambda value, _: make(self._object(value), kind)
 
         def hook(value: object, _: object) -> Any:
             try:
-                return make(_object(value), kind)
+                return make(self._object(value), kind)
             except ClassValidationError as exc:
                 raise ProblemsError(self._problems(exc)) from None
 
@@ -292,13 +295,15 @@ integer = exactly(int, "int_type", "Input should be a valid integer")
 boolean = exactly(bool, "bool_type", "Input should be a valid boolean")
 _list: Callable[..., list[object]] = exactly(list, "list_type", "Input should be a valid list")
 _object: Callable[..., dict[str, object]] = exactly(dict, "dict_type", "Input should be a valid dictionary")
+_file_table: Callable[..., dict[str, object]] = exactly(
+    dict, "dict_type", "Input should be a table of names and values"
+)
 
 _USUAL: Final[Mapping[Any, Hook]] = {
     str: string,
     int: integer,
     bool: boolean,
     float: number,
-    Mapping[str, object]: lambda value, _: _object(value),
 }
 
 
@@ -306,9 +311,9 @@ def _refuse(_: object, kind: object) -> Any:
     raise TypeError(f"nothing makes a {kind}")
 
 
-def _mapping_of(item: Callable[[object], T], *, tell_names: bool) -> Hook:
+def _mapping_of(item: Callable[[object], T], whole: Callable[[object], dict[str, object]], *, tell_names: bool) -> Hook:
     def hook(value: object, _: object) -> dict[str, T]:
-        table = _object(value)
+        table = whole(value)
         places = table if tell_names else range(len(table))
         return dict(zip(table, _each(zip(places, table.values(), strict=True), item), strict=True))
 
