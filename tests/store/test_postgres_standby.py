@@ -13,16 +13,17 @@ import pytest
 import trio
 
 import chutes_proto_trio
-from chutes_proto.errors import FateUnknown
-from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.errors import FateUnknown, StoreBusy
+from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import ReadTimes, Vm
 from chutes_proto.testing.store_suite._parts import VM, boot
 from tests.postgres import PASSWORD, Cluster
 from tests.scenario import operations
 from tests.scenario.operations import Site, code
 from tests.store.harness import together
-from tests.store.test_postgres import ask
+from tests.store.test_postgres import ask, told
 from tests.waiting import wait_until
 
 STREAMING = {"wal_level": "replica", "max_wal_senders": "4"}
@@ -93,6 +94,29 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
     with closing(PostgresStore(standby.url())) as store:
         for name in list(acknowledged):
             boots(store, name)
+
+
+def test_what_waits_for_a_standby_that_is_away_names_it(
+    clusters: tuple[Cluster, Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as `pg_receivewal`. PostgreSQL says only that the commit, or a lock that it holds, takes too long."""
+    primary, standby = clusters
+    url = primary.url()
+    monkeypatch.setattr(transactions, "_SILENCE", 1)
+    with closing(PostgresStore(url, busy_seconds=0.5, migrate=True)) as store:
+        make_synchronous(url)
+        standby.stop()
+        _ = wait_until(lambda: store.transact(Ask(ReadTimes())) and "0 stream" in store.replication.hint)
+        names = r".*synchronous_standby_names names, and 0 stream: does that one run\?"
+        told(lambda: store.transact(boot("1")), f"lost at the commit.*{names}", FateUnknown)
+        told(lambda: store.transact(boot("2")), f"another transaction takes too long.*{names}", StoreBusy)
+        (note,) = store.notes
+        assert note == store.replication_warning
+        assert note.startswith("store: no standby streams, and synchronous_standby_names names one")
+        standby.start()
+        _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        assert store.transact(boot("3")).root is not None
+        _ = wait_until(lambda: store.transact(Ask(ReadTimes())) and not store.notes)
 
 
 @pytest.mark.trio

@@ -121,7 +121,7 @@ class DurableStore(Store, Protocol):
 
     @property
     def replication_warning(self) -> str:
-        """Why a fail-over would lose what was acknowledged, as found last; empty where none is in sight."""
+        """Why a fail-over would lose what was acknowledged, or no commit ends, as found last; else empty."""
         ...
 
     @property

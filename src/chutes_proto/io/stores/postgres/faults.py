@@ -28,6 +28,9 @@ TEMPORARY: Final = {
 _AWAY: Final = frozenset({"", "57P01", "57P02", "57P03", "08P01"})
 """Those of a database that answers nobody now; without one the driver says so, not the database."""
 
+_WAITED: Final = frozenset({"55P03", "57014"})
+"""Those of a statement that was cancelled because it waited for another transaction, which may wait for a standby."""
+
 FAULTS: Final = {
     "53100": "the database's disk is full; nothing was changed; make space, and servers go on by themselves",
     "25006": "the database is read-only; nothing was changed; is its disk full, or default_transaction_read_only set?",
@@ -64,8 +67,11 @@ class Again(Exception):
         self.is_ahead = is_ahead
 
 
-def translated(name: str, exc: psycopg.Error) -> StoreError:
-    """Return our error for PostgreSQL's; with only the first line of its text, because others quote rows."""
+def translated(name: str, exc: psycopg.Error, hint: str = "") -> StoreError:
+    """Return our error for PostgreSQL's; with only the first line of its text, because others quote rows.
+
+    ``hint`` is added where a statement has waited for too long.
+    """
     state = exc.sqlstate or ""
     lines = str(exc).splitlines()
     text = exc.diag.message_primary or (lines[0] if lines else type(exc).__name__)
@@ -73,7 +79,7 @@ def translated(name: str, exc: psycopg.Error) -> StoreError:
         return fault_of(name, f"{text}; set pool_mode of the connection pooler to transaction or session")
     if fault := TEMPORARY.get(state):
         kind = StoreAway if state in _AWAY else StoreBusy
-        return kind(f"store {name}: {fault} ({text})")
+        return kind(f"store {name}: {fault} ({text}){hint if state in _WAITED else ''}")
     # The text names another file each time, and a server logs each new text as a new fault.
     if isinstance(exc, errors.DiskFull):
         return fault_of(name, FAULTS[state])

@@ -140,14 +140,28 @@ class Replication:
     is_synchronous: bool = field(kw_only=True)
 
     @property
-    def is_safe(self) -> bool:
-        """Whether no fail-over is in sight that loses what was acknowledged."""
-        return self.is_synchronous or not self.streaming
-
-    def __str__(self) -> str:
+    def warning(self) -> str:
+        """Why a fail-over would lose what was acknowledged, or why nothing is; empty where neither is in sight."""
+        if self.is_synchronous and not self.streaming:
+            return (
+                "store: no standby streams, and synchronous_standby_names names one: no commit ends, and no boot is"
+                " granted, before it does; start it"
+            )
+        if self.is_synchronous or not self.streaming:
+            return ""
         return (
             f"store: {self.streaming} standbys stream and none is synchronous: a fail-over to one that is behind loses"
             " keys; set synchronous_standby_names, or store.require_synchronous to refuse such a database"
+        )
+
+    @property
+    def hint(self) -> str:
+        """The end of the text of a fault that a missing standby may have caused: only a monitor may see whether."""
+        if not self.is_synchronous:
+            return ""
+        return (
+            "; each commit waits for a standby that synchronous_standby_names names, and"
+            f" {self.streaming} stream: does that one run?"
         )
 
 
@@ -334,8 +348,8 @@ class PostgresStore(MarkedStore):
 
     @property
     def replication_warning(self) -> str:
-        """Why a fail-over would lose what was acknowledged; empty where none is in sight."""
-        return "" if self.replication.is_safe else str(self.replication)
+        """See `Replication.warning`."""
+        return self.replication.warning
 
     @property
     def notes(self) -> list[str]:
@@ -468,6 +482,7 @@ class PostgresStore(MarkedStore):
                     f" lost; say ALTER TABLE {unlogged} SET LOGGED",
                 )
             self.replication = Replication(streaming, is_synchronous=has_synchronous)
+            self._database.hint = self.replication.hint
             if self._require_synchronous and not has_synchronous:
                 raise fault_of(
                     self.name,

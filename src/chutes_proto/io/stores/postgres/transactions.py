@@ -130,6 +130,8 @@ class Database:
         """The timeline of the database that agreed with the mark last."""
         self.is_full: bool = False
         """Whether a write found the disk full, and `require_space` has found no space since."""
+        self.hint: str = ""
+        """Added to the text of a fault where transactions wait for each other, or a commit is not answered."""
         self._conninfo = conninfo
         self._custody, self._marks = custody, marks
         self._clock_difference_seconds = clock_difference_seconds
@@ -349,7 +351,7 @@ class Database:
         begun = connection.has_begun
         self.is_full |= isinstance(exc, errors.DiskFull)
         if connection.closed and connection.is_committing:
-            return FateUnknown(f"store {self.name}: the connection was lost at the commit; {UNKNOWN}")
+            return FateUnknown(f"store {self.name}: the connection was lost at the commit; {UNKNOWN}{self.hint}")
         if isinstance(exc, NOT_PREPARED):  # a pooler led to another session, and did not say so
             connection.prepared.is_own = False
         # A standby has no SERIALIZABLE; and a statement that was prepared before a column changed its type fails so.
@@ -357,7 +359,7 @@ class Database:
         is_standby = not begun and is_unknown
         if is_unknown and connection.prepared.names:
             connection.close()
-        fault = standby(self.name) if is_standby else translated(self.name, exc)
+        fault = standby(self.name) if is_standby else translated(self.name, exc, self.hint)
         is_again = connection.closed or isinstance(exc, (*AGAIN, *NOT_PREPARED))
         # A fault of what is read ahead is met where the unit asks for it, after the version was looked at.
         is_ahead = has_ahead and not (begun or is_again or is_standby or exc.sqlstate in TEMPORARY)
