@@ -205,12 +205,17 @@ def test_what_the_backup_lacks(premises: Premises, require_program: Callable[[st
 
 
 @pytest.mark.parametrize(
-    "archive", ["whole", *(pytest.param(harm, marks=LONG) for harm in ("missing", "truncated", "foreign"))]
+    "archive",
+    [
+        "whole",
+        *(pytest.param(case, marks=LONG) for case in ("packaged", "earlier", "missing", "truncated", "foreign")),
+    ],
 )
 def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: str) -> None:
     """The database is killed after the last commit, with its disk lost; what was acknowledged is recovered.
 
-    Where the archive does not have it all, the database does not start, or servers refuse what it recovered.
+    Where the archive does not have it all, or it stops at an earlier time, the database does not start, or servers
+    refuse what it recovered.
     """
     title = "Point-in-time recovery in PostgreSQL"
     settings = {"wal_level": "replica", "max_wal_senders": "4"}
@@ -226,7 +231,7 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
         receiving = cluster.begin(f"{again}exec {RECIPES[title][1]}")
         stack.callback(receiving.wait, 60)
         stack.callback(receiving.kill)
-        for statement in text_of_sql(title).split(";")[:2]:
+        for statement in text_of(title, "sql").split(";")[:2]:
             with psycopg.connect(cluster.url(), autocommit=True) as database:
                 _ = database.execute(statement.encode())
         with psycopg.connect(cluster.url(), autocommit=True) as database:
@@ -237,8 +242,12 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
             store.keep_mark()
             store.transact(boot("before"))
             cluster.shell(again + RECIPES[title][2])
-            for label in ("between", "last"):
-                store.transact(boot(label))
+            next(cluster.folder.glob("base-*")).rename(cluster.folder / "base-2000-01-01")
+            cluster.shell(again + RECIPES[title][2])  # the next day's
+            store.transact(boot("between"))
+            with psycopg.connect(cluster.url()) as database:
+                ((then,),) = database.execute("SELECT clock_timestamp()::text").fetchall()
+            store.transact(boot("last"))
             cluster.stop(signal.SIGKILL)
         shutil.rmtree(cluster.folder / "data")
         receiving.kill()
@@ -248,6 +257,16 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
             "touch", f"cat {cluster.folder}/here >> recovered/postgresql.auto.conf\ntouch"
         )
         here = {"listen_addresses": "", "unix_socket_directories": str(cluster.folder), "max_connections": "120"}
+        if archive == "packaged":  # as with Debian's packages
+            start = "pg_ctl --pgdata recovered --wait start"
+            assert start in recover
+            there = text_of(title, "bash").replace("/etc/postgresql/15/main", f"{cluster.folder}/etc")
+            recover = recover.replace(start, f"{PACKAGED}\n{there}")
+        if archive == "earlier":
+            last = "synchronous_standby_names = ''\n"
+            lines_of_time = re.sub(r"(?<=time = ').*(?=')", then, text_of(title, "text"))
+            assert (last in recover, then in lines_of_time) == (True, True)
+            recover = recover.replace(last, f"{last}{lines_of_time}\n")
         lines = [f"{name} = '{value}'\n" for name, value in {**settings, **here}.items()]
         _ = (cluster.folder / "here").write_text("".join(lines))
         script = f"PATH={postgres_programs}:$PATH\n{recover.replace('--wait', '--wait --log log')}"
@@ -257,7 +276,7 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
             return
         cluster.shell(script)
         stack.callback(cluster.shell, f"{postgres_programs}/pg_ctl --pgdata recovered --mode immediate stop")
-        if archive != "whole":
+        if archive not in {"whole", "packaged"}:
             with pytest.raises(StoreError, match="it lacks"):
                 _ = place.open()
             assert (cluster.folder / "mark").read_bytes() == mark
@@ -267,6 +286,17 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
                 boot(label).boot_id for label in ("before", "between", "last")
             }
             _ = store.transact(StoreRestored(0, "recovered"))
+
+
+PACKAGED = """
+mkdir etc
+mv recovered/postgresql.conf recovered/pg_hba.conf recovered/pg_ident.conf etc
+cat >> etc/postgresql.conf <<END
+data_directory = '/var/lib/postgresql/15/main'
+hba_file = '$PWD/etc/pg_hba.conf'
+ident_file = '$PWD/etc/pg_ident.conf'
+END"""
+"""Leave a base backup as one of Debian's packages is, whose configuration names the old database's directory."""
 
 
 def harm(wal: Path, archive: str, programs: Path) -> None:
@@ -287,9 +317,9 @@ def harm(wal: Path, archive: str, programs: Path) -> None:
             pass
 
 
-def text_of_sql(title: str) -> str:
+def text_of(title: str, language: str) -> str:
     found = fences(DOCS / "how-to" / "backup-restore.md")
-    return next(fence.text for fence in found if (fence.heading, fence.language) == (title, "sql"))
+    return next(fence.text for fence in found if (fence.heading, fence.language) == (title, language))
 
 
 @pytest.mark.parametrize("premises", ["sqlite", "postgresql"], indirect=True)
