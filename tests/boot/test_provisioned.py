@@ -145,11 +145,19 @@ def test_the_root_key_is_confirmed_before_the_rotation_of_volumes() -> None:
         _ = Playbook(aside=talk.calm()).run(session.confirm_root())
 
 
-def act(kind: type[Any], reply: object = None) -> tuple[Any, object]:
-    return lambda effect: isinstance(effect, ActOnDisk) and isinstance(effect.action, kind), reply
-
-
+KEYS = {Key.CURRENT: Secret(talk.ROOT.encode()), Key.NEXT: Secret(b"next"), Key.SECOND: Secret(b"s")}
 LOST = [(Send, TransportError("lost", maybe_delivered=True))] * 3
+
+
+def act(kind: type[Any], reply: object = None) -> tuple[Any, object]:
+    """An action of this kind, with all three keys, each of which may open the disk."""
+
+    def expected(effect: Any) -> bool:
+        if not isinstance(effect, ActOnDisk) or not isinstance(effect.action, kind) or effect.keys != KEYS:
+            return False
+        return not isinstance(effect.action, Open) or effect.action.keys == tuple(KEYS)
+
+    return expected, reply
 
 
 @pytest.mark.parametrize(
@@ -169,3 +177,13 @@ def test_the_root_disk_opens_whatever_becomes_of_its_rotation(disk: object, scri
     """A key is taken off it only when the server has said that the next one is active."""
     flow = unlock_root(SETTINGS, ROOT, granted(key_second="s"))
     assert Playbook((InspectDisk, disk), *script, aside=talk.patient()).run(flow).mapping == "/dev/mapper/cryptroot"
+
+
+def test_where_both_keys_of_the_root_disk_are_one_it_is_tried_once() -> None:
+    def expected(effect: Any) -> bool:
+        return isinstance(effect, ActOnDisk) and getattr(effect.action, "keys", None) == (Key.CURRENT,)
+
+    flow = unlock_root(SETTINGS, ROOT, granted(root_next=talk.ROOT))
+    script = ((InspectDisk, DISK), (expected, DiskError("no_key_fits", "", DEVICE)))
+    with pytest.raises(DiskError):
+        _ = Playbook(*script, aside=talk.patient()).run(flow)
