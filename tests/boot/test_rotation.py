@@ -168,6 +168,13 @@ def test_a_confirm_nonce_that_a_server_repeats_is_in_no_error() -> None:
     assert CONFIRM not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
 
 
+@pytest.mark.usefixtures("told_on_purpose")
+def test_a_quote_nonce_that_a_server_repeats_is_in_no_error() -> None:
+    with pytest.raises(Refused) as caught:
+        attest((MakeQuote, b"quote"), (Send, talk.refused(403, "platform_mismatch", f"no: {NONCE}")))
+    assert NONCE not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
+
+
 def test_a_confirmation_that_stays_lost() -> None:
     with pytest.raises(TransportError):
         _ = confirm(*[(Send, LOST)] * talk.SETTINGS.retry.attempts)
