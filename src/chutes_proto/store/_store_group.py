@@ -229,8 +229,7 @@ def check_fact(custody: Custody, name: str, value: int, read: Callable[[str], Ro
 
     ``read`` runs a statement in the transaction that read it.
     """
-    session = evolve(custody.session(read(READ_VERSION)[0][2], read), seen=None)  # an operator may have decided
-    StoreGroup(session, lambda _op, text, _values: read(text)).expect_fact(name, value)
+    _as_found(custody, read(READ_VERSION)[0][2], read).expect_fact(name, value)
 
 
 def check_head(
@@ -240,7 +239,11 @@ def check_head(
 
     ``stored`` are its version, contents and MAC, ``state`` the state of the seal. Raises `StoreError`.
     """
-    session = evolve(custody.session(state, read), seen=None)  # an operator may have decided to go on with an older one
-    group = StoreGroup(session, lambda _op, text, _values: read(text))
+    group = _as_found(custody, state, read)
     _ = group.head(stored)
     group.expect_fact("loss_decided_at", decided_at)
+
+
+def _as_found(custody: Custody, state: object, read: Callable[[str], Rows]) -> StoreGroup:
+    """The store's own rows, whatever was seen before: an operator may have decided to go on with older ones."""
+    return StoreGroup(evolve(custody.session(state, read), seen=None), lambda _op, text, _values: read(text))
