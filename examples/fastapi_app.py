@@ -1,7 +1,8 @@
 """A key server under a path of a FastAPI application, behind a proxy that ends TLS.
 
-CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock fastapi_app:app
+CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds proxied/keys.sock fastapi_app:app
 
+Everybody who may open the socket is trusted, and uvicorn lets every user open it: `proxied` is a folder of mode 0750.
 Its configuration has a [proxy] table. The application's lifespan must open the key server's: it opens the store.
 """
 

@@ -30,6 +30,7 @@ from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.server.world import PLATFORM
 from tests.waiting import wait_until
+from tools.docs.pages import DOCS, fences
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -270,6 +271,28 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
         process.terminate()
         _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
+
+
+def test_no_other_user_may_open_the_socket_of_the_guide(site: Path) -> None:
+    """Who opens it can name any client certificate. uvicorn gives its socket mode 0666, whatever the umask."""
+    (guide,) = (each for each in fences(DOCS / "how-to" / "embed.md") if each.language == "sh")
+    _ = (site / "asgi_app.py").write_bytes((EXAMPLES / "asgi_app.py").read_bytes())
+    programs = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    process = subprocess.Popen(
+        ["bash", "-c", guide.text.replace("uvicorn", "exec uvicorn")],
+        env={"PATH": programs},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=site,
+    )
+    try:
+        path = site / guide.text.split("--uds ")[1].split()[0]
+        until_served(path, process)
+        way = (path, *(part for part in path.parents if site in part.parents))
+        assert [part for part in way if not part.stat().st_mode & (0o002 if part == path else 0o001)]
+    finally:
+        process.terminate()
+        _ = process.communicate(timeout=60)
 
 
 def until_served(path: Path, process: subprocess.Popen[str]) -> None:
