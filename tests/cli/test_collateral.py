@@ -134,7 +134,7 @@ def test_fetch_over_tls(command: Command, serve: Any, platform: SimulatedPlatfor
     ended = command(*fetch, "--out", tmp_path / "out")
     assert ended.code == 1
     assert f"{url}: its certificate does not verify: " in ended.err
-    assert "is its CA the one in --ca-file?" in ended.err
+    assert "is its CA the one in --ca-file, and the clock right?" in ended.err
     assert "_ssl.c" not in ended.err
     assert command(*fetch, "--out", tmp_path / "out", "--ca-file", tmp_path / "tls" / "ca.pem").code == 0
 

@@ -60,7 +60,7 @@ def test_each_platform_gets_its_own() -> None:
 @pytest.mark.parametrize("now", [NOW - 1, END + 1])
 def test_what_is_not_valid_now_is_missing_and_named(now: int) -> None:
     text = missing(Item("/source/a.json", verified()), now=now)
-    assert "/source/a.json: FMSPC" in text
+    assert "is in /source: put a fresh file there, or set this machine's clock right; /source/a.json: FMSPC" in text
     assert "valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z" in text
 
 

@@ -90,7 +90,8 @@ def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -
     doubtful = [item for item, _ in fitting] or [item for item in items if isinstance(item.content, str)]
     named = "".join(f"; {item}" for item in doubtful[:_MOST_NAMED])
     raise CollateralUnavailable(
-        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: put a fresh file there" + named
+        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: put a fresh file there, or set this"
+        f" machine's clock right{named}"
     )
 
 

@@ -29,7 +29,7 @@ from chutes_proto.quote._certificates import P384_SHA384, Certificate
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384, EllipticCurvePublicKey
 from chutes_proto.quote._roots import TrustedRoot
-from chutes_proto.quote._terms import Term, check_seconds, rfc3339
+from chutes_proto.quote._terms import NOT_YET_VALID, Term, check_seconds, rfc3339
 
 MAX_CHAIN: Final = 6
 """One more than NVIDIA's chains have, with their root."""
@@ -121,7 +121,7 @@ def check_times(terms: Iterable[Term], now: int) -> None:
     for term in terms:
         if now < term.begin:
             got, expected = rfc3339(now), f"at least {rfc3339(term.begin)}"
-            raise steps.CertificateNotYetValidError(term.subject, "not yet valid", got=got, expected=expected)
+            raise steps.CertificateNotYetValidError(term.subject, NOT_YET_VALID, got=got, expected=expected)
         if now > term.end:
             got, expected = rfc3339(now), f"at most {rfc3339(term.end)}"
             raise steps.CertificateExpiredError(term.subject, "expired", got=got, expected=expected)

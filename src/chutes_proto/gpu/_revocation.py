@@ -30,7 +30,7 @@ from chutes_proto.quote._certificates import P384_SHA384, Certificate, Crl
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384
 from chutes_proto.quote._roots import TrustedRoot
-from chutes_proto.quote._terms import Term, check_seconds, rfc3339
+from chutes_proto.quote._terms import NOT_YET_VALID, Term, check_seconds, rfc3339
 
 State: TypeAlias = Literal["good", "revoked", "hold", "unknown"]
 
@@ -214,7 +214,7 @@ def _status(
     answer, terms = best
     if now < answer.this_update:
         got, expected = rfc3339(now), f"at least {rfc3339(answer.this_update)}"
-        raise steps.StatusNotYetValidError(f"OCSP answer about the {name}", "not yet valid", got=got, expected=expected)
+        raise steps.StatusNotYetValidError(f"OCSP answer about the {name}", NOT_YET_VALID, got=got, expected=expected)
     if now > answer.next_update + grace:
         got, expected = rfc3339(now), f"at most {rfc3339(answer.next_update)}"
         raise steps.StatusExpiredError(f"OCSP answer about the {name}", "expired", got=got, expected=expected)

@@ -17,6 +17,9 @@ from chutes_proto.quote._errors import VerificationError
 
 Window: TypeAlias = tuple[int, int]
 
+NOT_YET_VALID: Final = "not yet valid; is the clock right?"
+"""The problem of a piece that begins in the future: what was just fetched does so where the clock is behind."""
+
 _LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a certificate can say
 
 
@@ -40,7 +43,7 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     for term in terms:
         if now < term.begin:  # 9, 19
             step = steps.CertificateNotYetValidError if term.is_certificate else steps.CollateralNotYetValidError
-            raise step(term.subject, "not yet valid", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}")
+            raise step(term.subject, NOT_YET_VALID, got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}")
         end = term.end if term.is_certificate else term.end + grace
         if now > end:  # 10, 20
             step = steps.CertificateExpiredError if term.is_certificate else steps.CollateralExpiredError

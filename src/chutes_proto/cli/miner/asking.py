@@ -39,7 +39,7 @@ class MakePerformer(Protocol):
     def __call__(self, quoter: Quoter | None, tool: GpuTool | None = None, /) -> Performer: ...
 
 
-_UNVERIFIED = "the certificate of {url} does not verify: {reason}; is its CA the one in --ca?"
+_UNVERIFIED = "the certificate of {url} does not verify: {reason}; is its CA the one in --ca, and the clock right?"
 _NO_ANSWER = "no answer from {url}: {reason}; is the server running there, and its CA in --ca?"
 
 

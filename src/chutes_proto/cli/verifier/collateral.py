@@ -159,7 +159,7 @@ def _family(quote: str, root: TrustedRoot) -> Family:
 
 def _unverified(reason: str) -> TransportError:
     """The error of a service whose certificate does not verify; other services are still asked."""
-    problem = f"its certificate does not verify: {reason}; is its CA the one in --ca-file?"
+    problem = f"its certificate does not verify: {reason}; is its CA the one in --ca-file, and the clock right?"
     return TransportError(problem, maybe_delivered=False)
 
 
