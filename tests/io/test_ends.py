@@ -66,6 +66,16 @@ def test_one_rule_says_when_an_end_is_near(kind: Kind) -> None:
     assert [end.finding(at).remedy for at in (0, end.end)] == ["", "do this"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_certificate_that_is_not_valid_yet_names_the_clock(kind: Kind) -> None:
+    """As on a server whose clock is behind, in `serve --check`, `doctor`, the log and the metrics alike."""
+    found = End(kind, "server.pem", NOW + 3600, NOW + 90 * DAY, "do this").finding(NOW)
+    expected = {"certificate": "problem", "admin_certificate": "note"}
+    assert found.state == expected.get(kind, "ok")
+    assert ("is valid from" in found.detail) == (kind in expected) == found.detail.endswith("is the clock right?")
+    assert found.remedy == ("timedatectl set-ntp true" if kind in expected else "")
+
+
 def test_nobody_else_says_when_an_end_is_near() -> None:
     """The page is told states, and the alert asks for the state that `Health` shows; neither compares times."""
     alerts = (ROOT / "examples/monitoring/alerts.yml").read_text()

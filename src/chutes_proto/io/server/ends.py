@@ -71,15 +71,21 @@ class End:
 
     def state(self, now: int) -> State:
         """The state at the time ``now``: "note" where it ends soon."""
-        if now >= self.end:
+        if now >= self.end or self._is_early(now):
             return "problem" if self.kind == "certificate" else "note"
         early = EARLY[self.kind]
         if self.begin is not None:
             early = min(early, (self.end - self.begin) // 3)
         return "note" if self.end - now <= early else "ok"
 
+    def _is_early(self, now: int) -> bool:
+        """Whether it is a certificate that is not valid yet: a profile may well begin later."""
+        return "certificate" in self.kind and self.begin is not None and now < self.begin
+
     def text(self, now: int) -> str:
         """When it ends, in words."""
+        if self.begin is not None and self._is_early(now):
+            return f"{self.name} is valid from {rfc3339(self.begin)} only; is the clock right?"
         left = abs(self.end - now)
         span = f"{left // DAY} days" if left >= 2 * DAY else f"{left // 3600} hours"
         ends, ended = _VERBS.get(self.kind, _OTHER_VERBS)
@@ -89,7 +95,8 @@ class End:
     def finding(self, now: int) -> Finding:
         """The end as a finding."""
         state = self.state(now)
-        return Finding(state, self.kind, self.text(now), "" if state == "ok" else self.remedy)
+        remedy = "timedatectl set-ntp true" if self._is_early(now) else self.remedy
+        return Finding(state, self.kind, self.text(now), "" if state == "ok" else remedy)
 
 
 def ends_of(setup: ServerSetup, now: int, *, kept: bool = False) -> tuple[End, ...]:

@@ -20,7 +20,6 @@ from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, comman
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.store_setup import finding_of_void
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountSealed, CountStates, ReadAudit, ReadTimes
 
@@ -91,7 +90,7 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     found = {kind: summary(kind, ends, at) for kind in _kinds(setup)}
     if (none_counts := check_profiles(setup, at)) is not None:
         found["profile"] = evolve(none_counts, what="profile")
-    found["certificate"] = _certificate(setup, found["certificate"], ends, at)
+    found["certificate"] = _certificate(setup, found["certificate"])
     found["collateral"] = _collateral(setup, found["collateral"], ends, at)
     return Health(at, (storing, clock, *found.values()), skew, ends)
 
@@ -121,11 +120,8 @@ def _kinds(setup: ServerSetup) -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if kind not in absent)
 
 
-def _certificate(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], now: int) -> Finding:
+def _certificate(setup: ServerSetup, finding: Finding) -> Finding:
     path = setup.base / setup.config.tls.certificate
-    begin = next((each.begin for each in ends if each.kind == "certificate"), None)
-    if begin is not None and now < begin:
-        return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}")
     try:
         is_loaded = read_file(path) == setup.files.read(path)
     except FileUnavailable as exc:
