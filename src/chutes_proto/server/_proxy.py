@@ -125,7 +125,8 @@ class TrustedProxies:
     def _admit(self, request: HttpRequest, shown: list[str]) -> None:
         """Raises `BadRequest` unless the peer is one of the proxies."""
         if not self._over_unix(request) and not self._ours(request.peer_address):
-            raise _refused("a header that only a trusted proxy may set, from another peer; see proxy.networks")
+            of_peer = "proxy.networks" if request.peer_address else "proxy.unix"
+            raise _refused(f"a header that only a trusted proxy may set, from another peer; see {of_peer}")
         matches = [
             hmac.compare_digest(value.encode("latin-1"), secret.reveal()) for value in shown for secret in self.secrets
         ]
