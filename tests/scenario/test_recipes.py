@@ -244,6 +244,7 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
             cluster.shell(again + RECIPES[title][2])
             next(cluster.folder.glob("base-*")).rename(cluster.folder / "base-2000-01-01")
             cluster.shell(again + RECIPES[title][2])  # the next day's
+            assert not (cluster.folder / "wal" / "000000010000000000000001").exists()
             store.transact(boot("between"))
             with psycopg.connect(cluster.url()) as database:
                 ((then,),) = database.execute("SELECT clock_timestamp()::text").fetchall()
