@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -17,9 +18,10 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import Vm
 from tests.cli import test_operating
 from tests.cli.test_erase import marked, setup_of
-from tests.cli.test_operating import HOTKEY, NOW, Site
+from tests.cli.test_operating import HOTKEY, NOW, Site, importing
 
 site = test_operating.site
+reference = test_operating.reference
 
 
 def test_a_vm_is_shut_out_and_allowed_again(site: Site) -> None:
@@ -236,3 +238,40 @@ def test_a_change_that_the_database_does_not_keep_is_not_told_as_done(
     assert (ended.code, ended.out) == (1, "")
     assert "the database has not kept it" in ended.err
     assert "it has version 2, and version 3 was seen" in ended.err or tables != WHOLE
+
+
+PPID = ("--ppid", "00112233445566778899aabbccddeeff")
+CHANGES = {
+    ("vm", "bind", f"{HOTKEY}/vm-9", *PPID): ("vm",),
+    ("vm", "rebind", "vm-1", *PPID, "--keep-keys"): ("vm", "boot"),
+    ("vm", "rebind", "vm-1", *PPID, "--new-keys"): ("vm", "generation", "volume", "boot"),
+    ("keys", "restore", "vm-1", "storage", "1"): ("generation",),
+    ("keys", "allow-format", "vm-1", "storage"): ("volume",),
+    ("keys", "purge", "vm-1", "--yes"): ("generation",),
+}
+"""The tables that each command writes, beside the head of the VM."""
+
+
+@pytest.mark.parametrize(
+    ("words", "tables"),
+    [(words, left) for words, each in CHANGES.items() for left in (*((table,) for table in each), (*each, "head"))],
+    ids=lambda words: "-".join(words[:2]),
+)
+def test_a_change_of_a_vm_that_the_database_does_not_keep_is_not_told_as_done(
+    site: Site, words: tuple[str, ...], tables: tuple[str, ...]
+) -> None:
+    for label in "12345":
+        site.boot(label, rekey=("storage",), at=NOW - 100 * 86_400)
+    site.boot("6")
+    leave_out(site, tables)
+    ended = site.do(*words)
+    assert ended.code == 1
+    assert "the database has not kept it" in ended.err
+
+
+def test_an_import_that_the_database_does_not_keep_is_not_told_as_done(site: Site, reference: dict[str, Path]) -> None:
+    site.boot("1", vm=Vm(HOTKEY, "other"))
+    leave_out(site, ("generation",))
+    ended = importing(site, reference)
+    assert (ended.code, ended.out) == (1, "")
+    assert "the database has not kept it" in ended.err

@@ -31,7 +31,18 @@ from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
+from chutes_proto.store.rows import (
+    FindLastBoot,
+    GenerationRow,
+    Pin,
+    Read,
+    ReadAll,
+    ReadNames,
+    StoreOp,
+    Vm,
+    VmRow,
+    VolumeRow,
+)
 from chutes_proto.units.revocations import ReadRevocations
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
@@ -86,17 +97,34 @@ def require_kept(store: DurableStore, *more: StoreOp[Any]) -> None:
     A trigger may leave it out: the rows then agree with older heads. ``more`` read what is compared with those of VMs,
     beside the head of the store, its facts and the revocations.
     """
-    try:
+    with reading_back():
         _ = store.transact(ReadRevocations())
         for op in more:
             _ = store.transact(Ask(op))
+
+
+@contextmanager
+def reading_back() -> Generator[None]:
+    """Say of a fault of the store that it is one of reading what was committed. Raises `StoreError`."""
+    try:
+        yield
     except RowNotAuthentic as exc:
-        raise StoreError(
-            f"the database has not kept it, or somebody set it back: {exc.finding}; look for triggers"
-            f" (`\\d {exc.table}` of psql lists them), remove them, and run the command again"
-        ) from None
+        raise not_kept(exc.table, exc.finding) from None
     except StoreError as exc:
         raise StoreError(f"it is done, unless the database has not kept it: {exc}; run the command again") from None
+
+
+def not_kept(table: str, finding: str) -> StoreError:
+    """The error of a change that was committed, and is not there."""
+    return StoreError(
+        f"the database has not kept it, or somebody set it back: {finding}; look for triggers"
+        f" (`\\d {table}` of psql lists them), remove them, and run the command again"
+    )
+
+
+def require_vm_kept(store: DurableStore, vm: Vm) -> None:
+    """The same for the claim, the keys, the disks and the tokens of a VM. Raises `StoreError`."""
+    require_kept(store, Read(VmRow, vm), ReadAll(GenerationRow, vm), ReadAll(VolumeRow, vm), FindLastBoot(vm))
 
 
 def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
