@@ -70,6 +70,19 @@ def test_disks_that_are_not_there(command: Command, write: Callable[[str], Path]
     assert "BOOT FAILED reason /nowhere/root: it cannot be opened: No such file or directory" in told
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=str)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_its_output_changes_no_outcome(
+    write: Callable[[str], Path], more: tuple[str, ...], unbuffered: str
+) -> None:
+    words = [*PROGRAM, "agent", "run", "--config", str(write("")), *more]
+    with Path("/dev/full").open("w") as full:
+        environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environ, check=False)
+    assert ended.returncode == 1
+    assert b"No space left" not in ended.stderr
+
+
 def test_what_was_opened_is_closed_the_last_one_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

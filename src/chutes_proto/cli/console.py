@@ -49,7 +49,9 @@ def clean(text: str) -> str:
 def out(text: str, end: str = "\n") -> None:
     """Write to standard output, at once; what keeps it from being written is raised with that name."""
     try:
-        print(text, end=end, flush=True)
+        if text or end:  # else it may be a write of no bytes, which a device can refuse
+            print(text, end=end)
+        _ = sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as exc:

@@ -128,7 +128,7 @@ def write(text: str, *, first: str = "", rest: str = "") -> None:
 
 
 def put(text: str, stream: TextIO) -> None:
-    """Print lines, in the main thread. A stream that takes nothing for `STUCK` seconds is not written to again."""
+    """Print lines, in the main thread. A stream that fails, or takes nothing for `STUCK` seconds, gets no more."""
 
     def give_up(*_: object) -> None:
         raise TimeoutError
@@ -138,8 +138,11 @@ def put(text: str, stream: TextIO) -> None:
         _ = signal.setitimer(signal.ITIMER_REAL, STUCK)
         try:
             print(text, file=stream, flush=True)
-        except TimeoutError:
-            # Python would wait at its end for the rest of the stream's buffer.
+        except BlockingIOError:
+            raise  # it may take more later
+        except OSError:
+            # The rest of the stream's buffer would be written once more, and the boot end as that does: it would wait,
+            # or fail.
             _ = os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         finally:
             _ = signal.setitimer(signal.ITIMER_REAL, 0)
