@@ -15,7 +15,8 @@ from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, InsertAll, Vm
 from tests.cli import test_operating
 from tests.cli.test_erase import marked, setup_of
 from tests.cli.test_operating import HOTKEY, NOW, Site, importing
@@ -187,26 +188,26 @@ def test_each_change_counts_as_later_than_the_one_before(site: Site, monkeypatch
 
 
 _LEAVE_OUT = {
-    "sqlite": "CREATE TRIGGER kept_{table} BEFORE INSERT ON {table} BEGIN SELECT raise(IGNORE); END;"
-    " CREATE TRIGGER kept_too_{table} BEFORE UPDATE ON {table} BEGIN SELECT raise(IGNORE); END",
-    "postgresql": "CREATE TRIGGER kept BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION left_out()",
+    "sqlite": "CREATE TRIGGER kept_{table}_{event} BEFORE {event} ON {table} BEGIN SELECT raise(IGNORE); END",
+    "postgresql": "CREATE TRIGGER kept_{event} BEFORE {event} ON {table} FOR EACH ROW EXECUTE FUNCTION left_out()",
 }
 """A trigger on a table that leaves out what is written."""
 _FUNCTION = "CREATE FUNCTION left_out() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
 
 
-def leave_out(site: Site, tables: tuple[str, ...]) -> None:
+def leave_out(site: Site, tables: tuple[str, ...], events: tuple[str, ...] = ("INSERT", "UPDATE")) -> None:
     """Have the database leave out what is written to tables, but say that it was written."""
     place = make_store_setup(ServerConfig.load(site.configuration)).store
+    kind = "postgresql" if place.path is None else "sqlite"
+    made = [_LEAVE_OUT[kind].format(table=table, event=event) for table in tables for event in events]
     if place.path is not None:
         with closing(sqlite3.connect(place.path)) as file, file:
-            for table in tables:
-                _ = file.executescript(_LEAVE_OUT["sqlite"].format(table=table))
+            for each in made:
+                _ = file.execute(each)
     else:
         with psycopg.connect(place.address, autocommit=True) as database:
-            _ = database.execute(_FUNCTION.encode())
-            for table in tables:
-                _ = database.execute(_LEAVE_OUT["postgresql"].format(table=table).encode())
+            for each in (_FUNCTION, *made):
+                _ = database.execute(each.encode())
 
 
 WHOLE = ("store_head", "revocation", "fact")
@@ -267,6 +268,20 @@ def test_a_change_of_a_vm_that_the_database_does_not_keep_is_not_told_as_done(
     ended = site.do(*words)
     assert ended.code == 1
     assert "the database has not kept it" in ended.err
+
+
+def test_a_purge_that_the_database_does_not_keep_is_not_told_as_done(site: Site) -> None:
+    with closing(make_store_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+        store.transact(Ask(InsertAll((AuditRow(NOW - 800 * 86_400, "vm", "old", "granted"),) * 300)))
+    for label, days in (("1", 300), ("2", 200), ("3", 100)):
+        site.boot(label, at=NOW - days * 86_400)
+    assert site.do("audit", "checkpoint").code == 0
+    leave_out(site, ("boot", "audit"), ("DELETE",))
+    for words in (("vm", "purge-boots"), ("audit", "purge")):
+        assert site.do(*words).code == 0
+        ended = site.do(*words, "--yes")
+        assert (ended.code, ended.out) == (1, "")
+        assert "the database has not kept it" in ended.err
 
 
 def test_an_import_that_the_database_does_not_keep_is_not_told_as_done(site: Site, reference: dict[str, Path]) -> None:

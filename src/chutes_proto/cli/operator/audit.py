@@ -213,6 +213,8 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
                 break
             unit = evolve(unit, beyond=step.beyond)
             tell(step.beyond, size)
+        if yes and found:
+            operating.require_none(AuditRow.TABLE, store.transact(PurgeAudits(began, before, reason)).count)
     if not found:
         told = f"nothing to purge: no whole tile of 256 audit rows is older than {rfc3339(before)}"
     elif yes:

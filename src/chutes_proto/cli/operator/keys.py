@@ -168,8 +168,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
                 if yes:  # looked at again: no head lists a retired key, so its row may be as it was
                     with operating.reading_back():
                         left = store.transact(PurgeKeys(began, days * DAY, reason, some))
-                    if {*rows}.intersection(left):
-                        raise operating.not_kept("generation", "passphrases that were deleted are there")
+                    operating.require_none(GenerationRow.TABLE, len({*rows}.intersection(left)))
                 found += len(rows)
                 yield from rows
                 done += len(some)

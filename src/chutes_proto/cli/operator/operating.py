@@ -109,13 +109,18 @@ def reading_back() -> Generator[None]:
     try:
         yield
     except RowNotAuthentic as exc:
-        raise not_kept(exc.table, exc.finding) from None
+        raise _not_kept(exc.table, exc.finding) from None
     except StoreError as exc:
         raise StoreError(f"it is done, unless the database has not kept it: {exc}; run the command again") from None
 
 
-def not_kept(table: str, finding: str) -> StoreError:
-    """The error of a change that was committed, and is not there."""
+def require_none(table: str, left: int) -> None:
+    """Require that a purge, once it is done, finds no more rows to purge. Raises `StoreError`."""
+    if left:
+        raise _not_kept(table, f"{left} rows or more that were to be deleted are there")
+
+
+def _not_kept(table: str, finding: str) -> StoreError:
     return StoreError(
         f"the database has not kept it, or somebody set it back: {finding}; look for triggers"
         f" (`\\d {table}` of psql lists them), remove them, and run the command again"

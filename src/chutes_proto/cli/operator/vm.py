@@ -273,6 +273,8 @@ def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> 
                 if step.last is None:
                     break
                 unit = evolve(unit, after=step.last)
+            if yes and found[kind.TABLE]:
+                operating.require_none(kind.TABLE, store.transact(PurgeBoots(began, kind, before, reason)).count)
     if not yes:
         found["attestation"] += found["boot"]  # each boot keeps its verdict as long as it is there
     if not any(found.values()):
