@@ -123,6 +123,14 @@ def test_grants_and_denials_are_judged_again_offline(site: Site) -> None:
     assert "not judged again: the receipt is without quote" in site.verify(site.show(0).out).out
 
 
+def test_evidence_under_another_root_names_the_option(site: Site) -> None:
+    """As of a server with `roots`: the key of the log is right, and nothing else is."""
+    assert site.verify(site.show(0, "--evidence").out).code == 0
+    key = site.command("audit", "key", "--config", site.configuration).out.strip()
+    ended = site.command("receipt", "verify", site.directory / "receipt.json", "--key", key)
+    assert (ended.code, "--root, which names one to trust" in ended.out) == (15, True)
+
+
 def test_the_exit_code_says_which_step_failed(site: Site) -> None:
     good = site.show(0, "--evidence").out
     members = json.loads(good)

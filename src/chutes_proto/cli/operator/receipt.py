@@ -18,7 +18,7 @@ from chutes_proto.cli.describe import EXITS, exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.audit import keys_option, signed, witness_key
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.cli.verifier.fields import root_option, trusted_root
+from chutes_proto.cli.verifier.fields import root_option, trusted_root, with_root_hint
 from chutes_proto.errors import ConfigurationError, FileUnavailable, LogError, Refused, StoreError, VerdictError
 from chutes_proto.io.files import Files, read_file
 from chutes_proto.io.server.store_setup import StoreSetup
@@ -237,8 +237,9 @@ def verify(file: str, keys: tuple[Verifier, ...], witnesses: tuple[Verifier, ...
             bundle = _step(14, lambda: Bundle.of(receipt.evidence))
             verdict = _step(14, lambda: judge_again(entry, bundle, read_yaml, trusted))
     except _StepError as exc:
-        told: dict[str, object] = {"ok": False, "step": exc.code - _STEP, "error": exc.why}
-        _ = answer(told, f"{file}: {_STEPS[exc.code]}: {exc.why}")
+        why = with_root_hint(exc.why)
+        told: dict[str, object] = {"ok": False, "step": exc.code - _STEP, "error": why}
+        _ = answer(told, f"{file}: {_STEPS[exc.code]}: {why}")
         return exc.code
     about = f"entry {receipt.proof.index} of the log {checkpoint.origin}, which has {checkpoint.size} entries:"
     last = (

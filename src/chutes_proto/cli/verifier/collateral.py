@@ -17,19 +17,18 @@ from chutes_proto.cli.base import Argument, F, Group, answer, at_option, full_op
 from chutes_proto.cli.base import platform_option as simulated_option
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import (
-    OTHER_ROOT,
     QUOTE_FORMS,
     read_quote_file,
     root_option,
     say_fields,
     trusted_root,
+    with_root_hint,
 )
 from chutes_proto.cli.verifier.simulate import fault_option, simulated_platform
 from chutes_proto.collateral.report import described, forecast
 from chutes_proto.errors import ConfigurationError, QuoteError, TransportError
 from chutes_proto.io.files import read_file
 from chutes_proto.quote import Collateral, VerifiedCollateral
-from chutes_proto.quote._steps import UntrustedRootError
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import authenticate_collateral, open_quote
 
@@ -164,14 +163,9 @@ def _unverified(reason: str) -> TransportError:
 
 
 def _refuse(problem: str) -> int:
-    why = _with_hint(problem)
+    why = with_root_hint(problem)
     console.complain(why)
     return answer({"fetched": False, "reason": why}, "", ok=False)
-
-
-def _with_hint(problem: str) -> str:
-    """A problem, with the remedy where a root is not trusted: a cache keeps only the words of the error."""
-    return f"{problem}. It {OTHER_ROOT}." if UntrustedRootError.rule in problem else problem
 
 
 # --- show and check ---
@@ -196,13 +190,13 @@ def _read_all(paths: tuple[str, ...], root: str | None) -> Iterator[tuple[str, V
             try:
                 found = Collateral.all_from_json(data)
             except QuoteError as exc:
-                yield str(file), _with_hint(str(exc))
+                yield str(file), with_root_hint(str(exc))
                 continue
             for one in found:
                 try:
                     yield str(file), authenticate_collateral(one, root=trust)
                 except QuoteError as exc:
-                    yield str(file), _with_hint(str(exc))
+                    yield str(file), with_root_hint(str(exc))
 
 
 @command.command("show", exits=exits("shown", "a file is not collateral, or not the root's"))

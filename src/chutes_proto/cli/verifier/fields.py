@@ -17,6 +17,7 @@ from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 from chutes_proto.quote import _eventlog as eventlog
+from chutes_proto.quote._steps import UntrustedRootError
 
 _WIDTH: Final = 26
 QUOTE_FORMS: Final = "bytes, or their hexadecimal digits or base64"
@@ -26,6 +27,11 @@ OTHER_ROOT: Final = (
     " (that of the simulated platform is in the root.der that `simulate` writes)"
 )
 """The remedy where a chain ends at a root that is not trusted."""
+
+
+def with_root_hint(problem: str) -> str:
+    """A problem, with the remedy where a root is not trusted: a cache keeps only the words of the error."""
+    return f"{problem}. It {OTHER_ROOT}." if UntrustedRootError.rule in problem else problem
 
 
 quote_argument: Decorator = click.argument(
