@@ -214,7 +214,7 @@ def other_events(store: Store) -> None:
     assert store.transact(RecordStart(NOW, "server", {"policy": "00"}))
     _ = store.transact(StoreRestored(NOW, WHY))
     _ = store.transact(StoreRestored(NOW, WHY, "loss accepted"))
-    assert store.transact(PurgeBoots(NOW, AttestationRow, NOW + DAY, WHY, carry_out=True)).count
+    assert store.transact(PurgeBoots(NOW, AttestationRow, NOW + DAY, WHY, carry_out=True)).rows
 
 
 def with_one_of_each(setup: StoreSetup, tmp_path: Path) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from attrs import define
 
-from chutes_proto.errors import FileUnavailable, Refused
+from chutes_proto.cli import output
+from chutes_proto.cli.operator import operating
+from chutes_proto.errors import FileUnavailable, Refused, StoreBusy
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
-from chutes_proto.io.server.store_setup import make_store_setup
+from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.server import ServerConfig
-from chutes_proto.store._run import Ask
+from chutes_proto.store._run import Ask, Store, Unit
 from chutes_proto.store.rows import AuditRow, InsertAll, Vm
 from tests.cli import test_operating
 from tests.cli.test_erase import marked, setup_of
@@ -271,17 +276,72 @@ def test_a_change_of_a_vm_that_the_database_does_not_keep_is_not_told_as_done(
 
 
 def test_a_purge_that_the_database_does_not_keep_is_not_told_as_done(site: Site) -> None:
-    with closing(make_store_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
-        store.transact(Ask(InsertAll((AuditRow(NOW - 800 * 86_400, "vm", "old", "granted"),) * 300)))
-    for label, days in (("1", 300), ("2", 200), ("3", 100)):
-        site.boot(label, at=NOW - days * 86_400)
-    assert site.do("audit", "checkpoint").code == 0
+    old_rows(site)
     leave_out(site, ("boot", "audit"), ("DELETE",))
     for words in (("vm", "purge-boots"), ("audit", "purge")):
         assert site.do(*words).code == 0
         ended = site.do(*words, "--yes")
         assert (ended.code, ended.out) == (1, "")
         assert "the database has not kept it" in ended.err
+
+
+def test_what_grows_old_during_a_purge_is_not_told_as_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label, days in (("1", 300), ("2", 200)):
+        site.boot(label, at=NOW - days * 86_400)
+
+    waiting = ["3"]
+
+    def boot_once(*_: int) -> None:
+        if waiting:
+            site.boot(waiting.pop())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "progress", lambda _: nullcontext(boot_once))
+        ended = site.do("vm", "purge-boots", "--yes", "--json")
+    assert (ended.code, waiting, ended.json["boots"]) == (0, [], 1)
+    assert site.json("vm", "purge-boots")["boots"] == 1, "the one of 200 days ago"
+
+
+@pytest.mark.parametrize("words", [("vm", "purge-boots"), ("audit", "purge"), ("keys", "purge", "vm-1")], ids=" ".join)
+def test_a_purge_that_cannot_be_looked_at_again_is_told_as_done(
+    site: Site, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    old_rows(site)
+    real = operating.opened
+
+    @contextmanager
+    def busy_after(config: str) -> Iterator[tuple[StoreSetup, object]]:
+        with real(config) as (setup, store):
+            yield setup, _BusyAfter(store)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operating, "opened", busy_after)
+        ended = site.do(*words, "--yes")
+    assert ended.code == 1
+    assert "it is done, unless the database has not kept it: too busy" in ended.err
+
+
+@define
+class _BusyAfter:
+    """A store that is busy once rows were purged."""
+
+    store: Store
+    is_busy: bool = False
+
+    def transact(self, unit: Unit[Any]) -> Any:
+        if self.is_busy:
+            raise StoreBusy("too busy")
+        self.is_busy = getattr(unit, "carry_out", False)
+        return self.store.transact(unit)
+
+
+def old_rows(site: Site) -> None:
+    """Boots, verdicts, keys and audit rows that each purge would delete some of."""
+    with closing(make_store_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+        store.transact(Ask(InsertAll((AuditRow(NOW - 800 * 86_400, "vm", "old", "granted"),) * 300)))
+    for label, days in (("1", 500), ("2", 400), ("3", 300), ("4", 200), ("5", 100)):
+        site.boot(label, rekey=("storage",), at=NOW - days * 86_400)
+    assert site.do("audit", "checkpoint").code == 0
 
 
 def test_an_import_that_the_database_does_not_keep_is_not_told_as_done(site: Site, reference: dict[str, Path]) -> None:

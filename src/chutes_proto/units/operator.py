@@ -438,7 +438,7 @@ class StoreRestored(Unit[Restored]):
 class PurgedBoots:
     """The rows deleted, or that would be, and the row to go on after; ``last`` is None after the last page."""
 
-    count: int
+    rows: tuple[store.BootRow | store.AttestationRow, ...]
     last: store.BootRow | store.AttestationRow | None
 
 
@@ -469,7 +469,7 @@ class PurgeBoots(Unit[PurgedBoots]):
             yield from store.Delete(self.kind, keys)
             deleted = f"{self.kind.TABLE} rows of before {rfc3339(self.before)}: {len(old)}"
             yield from _audit(self.now, "boots purged", self.reason, keys=deleted)
-        return PurgedBoots(len(old), old[-1] if len(old) == self.limit else None)
+        return PurgedBoots(old, old[-1] if len(old) == self.limit else None)
 
 
 # --- refusals ---

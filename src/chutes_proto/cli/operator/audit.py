@@ -214,7 +214,8 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
             unit = evolve(unit, beyond=step.beyond)
             tell(step.beyond, size)
         if yes and found:
-            operating.require_none(AuditRow.TABLE, store.transact(PurgeAudits(began, before, reason)).count)
+            again = PurgeAudits(began, before, reason)
+            operating.require_gone(store, AuditRow.TABLE, again, lambda left: left.count)
     if not found:
         told = f"nothing to purge: no whole tile of 256 audit rows is older than {rfc3339(before)}"
     elif yes:

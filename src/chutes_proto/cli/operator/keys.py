@@ -165,10 +165,9 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
             done, total = 0, 1 if vm else store.transact(Ask(CountRetired(until)))
             while some := tuple(islice(vms, BATCH)):
                 rows = store.transact(PurgeKeys(began, days * DAY, reason, some, yes))
-                if yes:  # looked at again: no head lists a retired key, so its row may be as it was
-                    with operating.reading_back():
-                        left = store.transact(PurgeKeys(began, days * DAY, reason, some))
-                    operating.require_none(GenerationRow.TABLE, len({*rows}.intersection(left)))
+                if yes:
+                    again = PurgeKeys(began, days * DAY, reason, some)
+                    operating.require_gone(store, GenerationRow.TABLE, again, {*rows}.intersection)
                 found += len(rows)
                 yield from rows
                 done += len(some)

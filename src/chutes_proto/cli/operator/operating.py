@@ -30,7 +30,7 @@ from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_stor
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
-from chutes_proto.store._run import Ask, Store
+from chutes_proto.store._run import Ask, Store, Unit
 from chutes_proto.store.rows import (
     FindLastBoot,
     GenerationRow,
@@ -97,27 +97,32 @@ def require_kept(store: DurableStore, *more: StoreOp[Any]) -> None:
     A trigger may leave it out: the rows then agree with older heads. ``more`` read what is compared with those of VMs,
     beside the head of the store, its facts and the revocations.
     """
-    with reading_back():
+    try:
         _ = store.transact(ReadRevocations())
         for op in more:
             _ = store.transact(Ask(op))
-
-
-@contextmanager
-def reading_back() -> Generator[None]:
-    """Say of a fault of the store that it is one of reading what was committed. Raises `StoreError`."""
-    try:
-        yield
     except RowNotAuthentic as exc:
         raise _not_kept(exc.table, exc.finding) from None
     except StoreError as exc:
-        raise StoreError(f"it is done, unless the database has not kept it: {exc}; run the command again") from None
+        raise _unread(exc) from None
 
 
-def require_none(table: str, left: int) -> None:
-    """Require that a purge, once it is done, finds no more rows to purge. Raises `StoreError`."""
-    if left:
-        raise _not_kept(table, f"{left} rows or more that were to be deleted are there")
+def require_gone(store: Store, table: str, unit: Unit[T], left: Callable[[T], object]) -> None:
+    """Require that the rows of a table are gone that a purge has deleted. Raises `StoreError`.
+
+    No head lists them, so a trigger may keep them as they were. ``unit`` reads again, and ``left`` says what of it was
+    to be deleted: meanwhile more rows may have become old.
+    """
+    try:
+        found = left(store.transact(unit))
+    except StoreError as exc:
+        raise _unread(exc) from None
+    if found:
+        raise _not_kept(table, "rows that were to be deleted are there")
+
+
+def _unread(exc: StoreError) -> StoreError:
+    return StoreError(f"it is done, unless the database has not kept it: {exc}; run the command again")
 
 
 def _not_kept(table: str, finding: str) -> StoreError:

@@ -31,6 +31,7 @@ from chutes_proto.store.rows import (
     Platform,
     ReadAll,
     ReadFleet,
+    ReadOld,
     ReadPage,
     ReadRevoked,
     ReadUnclaimed,
@@ -268,13 +269,14 @@ def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> 
             unit = PurgeBoots(began, kind, before, reason, carry_out=yes)
             while True:
                 step = store.transact(unit)
-                found[kind.TABLE] += step.count
+                found[kind.TABLE] += len(step.rows)
                 tell(sum(found.values()), total)
+                if yes and step.rows:
+                    again = Ask(ReadOld(kind, before, unit.after, len(step.rows)))
+                    operating.require_gone(store, kind.TABLE, again, {*step.rows}.intersection)
                 if step.last is None:
                     break
                 unit = evolve(unit, after=step.last)
-            if yes and found[kind.TABLE]:
-                operating.require_none(kind.TABLE, store.transact(PurgeBoots(began, kind, before, reason)).count)
     if not yes:
         found["attestation"] += found["boot"]  # each boot keeps its verdict as long as it is there
     if not any(found.values()):
