@@ -241,9 +241,19 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
         with closing(place.open(migrate=True)) as store:
             store.keep_mark()
             store.transact(boot("before"))
-            cluster.shell(again + RECIPES[title][2])
-            next(cluster.folder.glob("base-*")).rename(cluster.folder / "base-2000-01-01")
-            cluster.shell(again + RECIPES[title][2])  # the next day's
+            for _ in range(2):  # that day
+                cluster.shell(again + RECIPES[title][2])
+                another_second()
+            kept = sorted(cluster.folder.glob("base-*"))
+            assert len(kept) == 2
+            assert "head -n -7" in RECIPES[title][2]
+            keep_one = again + RECIPES[title][2].replace("head -n -7", "head -n -1")
+            cluster.shell("mkdir partial && touch partial/file")  # as a loss of power leaves it
+            assert cluster.begin(keep_one).wait(120) != 0
+            assert sorted(cluster.folder.glob("base-*")) == kept
+            cluster.shell(f"rm -r partial\n{keep_one}")
+            (base,) = cluster.folder.glob("base-*")
+            assert base not in kept
             assert not (cluster.folder / "wal" / "000000010000000000000001").exists()
             store.transact(boot("between"))
             with psycopg.connect(cluster.url()) as database:
@@ -270,7 +280,10 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
             recover = recover.replace(last, f"{last}{lines_of_time}\n")
         lines = [f"{name} = '{value}'\n" for name, value in {**settings, **here}.items()]
         _ = (cluster.folder / "here").write_text("".join(lines))
-        script = f"PATH={postgres_programs}:$PATH\n{recover.replace('--wait', '--wait --log log')}"
+        debian = "/usr/lib/postgresql/15/bin"
+        assert debian in recover
+        recover = recover.replace(debian, str(postgres_programs))
+        script = f"PATH=/usr/bin:/bin\n{recover.replace('--wait', '--wait --log log')}"
         if archive == "truncated":
             assert cluster.begin(script).wait(120) != 0
             assert "has wrong size" in (cluster.folder / "log").read_text()
@@ -287,6 +300,7 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
                 boot(label).boot_id for label in ("before", "between", "last")
             }
             _ = store.transact(StoreRestored(0, "recovered"))
+        cluster.shell(f"mkdir new && cd new\n{at}{RECIPES[title][2]}")  # of the new database
 
 
 PACKAGED = """
@@ -298,6 +312,11 @@ hba_file = '$PWD/etc/pg_hba.conf'
 ident_file = '$PWD/etc/pg_ident.conf'
 END"""
 """Leave a base backup as one of Debian's packages is, whose configuration names the old database's directory."""
+
+
+def another_second() -> None:
+    second = int(time.time())
+    _ = wait_until(lambda: int(time.time()) != second)
 
 
 def harm(wal: Path, archive: str, programs: Path) -> None:
