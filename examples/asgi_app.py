@@ -1,10 +1,11 @@
 """A key server as an ASGI application, behind a proxy that terminates TLS. Its configuration has a [proxy] table.
 
     CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds proxied/keys.sock asgi_app:app
-    CHUTES_CONFIG=server.toml hypercorn --bind unix:proxied/keys.sock asgi_app:app
-    CHUTES_CONFIG=server.toml hypercorn --worker-class trio --bind unix:proxied/keys.sock asgi_app:app
+    CHUTES_CONFIG=server.toml hypercorn --umask 007 --bind unix:proxied/keys.sock asgi_app:app
+    CHUTES_CONFIG=server.toml hypercorn --umask 007 --worker-class trio --bind unix:proxied/keys.sock asgi_app:app
 
 Everybody who may open the socket is trusted, and uvicorn lets every user open it: `proxied` is a folder of mode 0750.
+With `--umask 007` its group may open hypercorn's, too.
 ``fastapi_app.py`` has it under a path of another application.
 """
 
