@@ -48,7 +48,7 @@ tests:
         exp_alerts:
           - exp_labels: {severity: ticket, instance: b, check: store}
             exp_annotations:
-              summary: "b: the store works, and something about it is to be mended"
+              summary: "b: something about the store is to be mended"
               runbook: monitor.md#storenote
       - eval_time: 12m
         alertname: BootsFail

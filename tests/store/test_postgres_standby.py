@@ -26,7 +26,7 @@ from tests.store.harness import together
 from tests.store.test_postgres import ask, told
 from tests.waiting import wait_until
 
-STREAMING = {"wal_level": "replica", "max_wal_senders": "4"}
+STREAMING = {"wal_level": "replica", "max_wal_senders": "4", "wal_keep_size": "256MB"}
 
 
 @pytest.fixture
@@ -97,22 +97,31 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
 
 
 def test_what_waits_for_a_standby_that_is_away_names_it(
-    clusters: tuple[Cluster, Cluster], monkeypatch: pytest.MonkeyPatch
+    clusters: tuple[Cluster, Cluster], postgres_programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as `pg_receivewal`. PostgreSQL says only that the commit, or a lock that it holds, takes too long."""
+    """Such as `pg_receivewal`. PostgreSQL says only that the commit, or a lock that it holds, takes too long.
+
+    A base backup, which is made meanwhile, is no standby.
+    """
     primary, standby = clusters
     url = primary.url()
+    back_up = f"{postgres_programs}/pg_basebackup --pgdata backup --max-rate 32 --checkpoint fast --no-sync"
     monkeypatch.setattr(transactions, "_SILENCE", 1)
     with closing(PostgresStore(url, busy_seconds=0.5, migrate=True)) as store:
         make_synchronous(url)
+        assert not store.replication.hint
         standby.stop()
-        _ = wait_until(lambda: store.transact(Ask(ReadTimes())) and "0 stream" in store.replication.hint)
-        names = r".*synchronous_standby_names names, and 0 stream: does that one run\?"
+        backing_up = primary.begin(f"exec {back_up} --dbname '{url}'")
+        _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication"))
+        _ = wait_until(lambda: store.transact(Ask(ReadTimes())) and store.replication.hint)
+        names = r".*no standby streams, and synchronous_standby_names names one: .*start it"
         told(lambda: store.transact(boot("1")), f"lost at the commit.*{names}", FateUnknown)
         told(lambda: store.transact(boot("2")), f"another transaction takes too long.*{names}", StoreBusy)
         (note,) = store.notes
         assert note == store.replication_warning
         assert note.startswith("store: no standby streams, and synchronous_standby_names names one")
+        ask(url, "SELECT pg_terminate_backend(pid) FROM pg_stat_replication")
+        assert backing_up.wait()
         standby.start()
         _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
         assert store.transact(boot("3")).root is not None

@@ -50,12 +50,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _REPLICATION: Final = (
-    "SELECT (SELECT count(*) FROM pg_stat_replication), current_setting('synchronous_standby_names') <> ''"
+    "SELECT (SELECT count(*) FROM pg_stat_replication WHERE application_name <> 'pg_basebackup'),"
+    " current_setting('synchronous_standby_names') <> ''"
 )
 """The statement that tells how many standbys stream, and whether a commit waits for one.
 
 Only a monitor may see which of them is synchronous. Where one is named, a commit waits until it has the change.
 """
+
+_NONE_STREAMS: Final = (
+    "no standby streams, and synchronous_standby_names names one: until it does, no commit ends, and no boot is"
+    " granted; start it"
+)
 
 _UNLOGGED: Final = (
     "SELECT min(relname::text) FROM pg_class WHERE relnamespace = current_schema()::regnamespace"  # noqa: S608 - names
@@ -143,10 +149,7 @@ class Replication:
     def warning(self) -> str:
         """Why a fail-over would lose what was acknowledged, or why nothing is; empty where neither is in sight."""
         if self.is_synchronous and not self.streaming:
-            return (
-                "store: no standby streams, and synchronous_standby_names names one: no commit ends, and no boot is"
-                " granted, before it does; start it"
-            )
+            return f"store: {_NONE_STREAMS}"
         if self.is_synchronous or not self.streaming:
             return ""
         return (
@@ -156,13 +159,8 @@ class Replication:
 
     @property
     def hint(self) -> str:
-        """The end of the text of a fault that a missing standby may have caused: only a monitor may see whether."""
-        if not self.is_synchronous:
-            return ""
-        return (
-            "; each commit waits for a standby that synchronous_standby_names names, and"
-            f" {self.streaming} stream: does that one run?"
-        )
+        """The end of the text of a fault that a missing standby may have caused."""
+        return f"; {_NONE_STREAMS}" if self.is_synchronous and not self.streaming else ""
 
 
 class PostgresStore(MarkedStore):
