@@ -147,7 +147,7 @@ def test_expired_collateral_is_missing_whenever_it_was_read(directory: Collatera
 
 
 def test_collateral_that_is_not_valid_yet_is_read_again(directory: CollateralDirectory) -> None:
-    with pytest.raises(CollateralUnavailable, match=r"not yet valid; is the clock right\?"):
+    with pytest.raises(CollateralUnavailable, match=r"not yet valid; is the time right\?"):
         _ = directory.fetch(identity(), NOW - 10)
     with pytest.raises(CollateralUnavailable):
         _ = directory.fetch(identity(), NOW)

@@ -89,9 +89,10 @@ def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -
         return max(current, key=lambda content: _preference(content, now))
     doubtful = [item for item, _ in fitting] or [item for item in items if isinstance(item.content, str)]
     named = "".join(f"; {item}" for item in doubtful[:_MOST_NAMED])
+    clock = ", or set this machine's clock right" if any(now < content.window[0] for _, content in fitting) else ""
+    remedy = f"put a fresh file there{clock}"
     raise CollateralUnavailable(
-        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: put a fresh file there, or set this"
-        f" machine's clock right{named}"
+        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: {remedy}{named}"
     )
 
 

@@ -17,7 +17,7 @@ from chutes_proto.quote._errors import VerificationError
 
 Window: TypeAlias = tuple[int, int]
 
-NOT_YET_VALID: Final = "not yet valid; is the clock right?"
+NOT_YET_VALID: Final = "not yet valid; is the time right?"
 """The problem of a piece that begins in the future: what was just fetched does so where the clock is behind."""
 
 _LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a certificate can say
