@@ -6,8 +6,8 @@ Rules kept here:
 
 * an end is told `EARLY` before it; of something that lives shorter than three times that, in the last third of its
   life;
-* the server's own certificate is a problem once it has ended: no VM connects. All else that has ended is a note: it may
-  concern few VMs, and every server of the store lacks it alike;
+* the server's own certificate is a problem once it has ended, and before it begins: no VM connects. All else that has
+  ended is a note: it may concern few VMs, and every server of the store lacks it alike;
 * a key-encryption key does not end, it is due: `KEK_SECONDS` after it was made;
 * services of collateral are asked again when their answers are used, so OCSP answers of services are left out.
 """
@@ -95,8 +95,7 @@ class End:
     def finding(self, now: int) -> Finding:
         """The end as a finding."""
         state = self.state(now)
-        remedy = "timedatectl set-ntp true" if self._is_early(now) else self.remedy
-        return Finding(state, self.kind, self.text(now), "" if state == "ok" else remedy)
+        return Finding(state, self.kind, self.text(now), "" if state == "ok" else self.remedy)
 
 
 def ends_of(setup: ServerSetup, now: int, *, kept: bool = False) -> tuple[End, ...]:

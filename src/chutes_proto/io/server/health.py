@@ -71,6 +71,8 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
         storing, is_compared = Finding("ok", "store", f"answered in {took * 1000:.0f} ms"), True
         if (void := finding_of_void(times, at)) is not None:
             storing = void
+        elif warning := store.replication_warning:
+            storing = Finding("note", "store", warning.removeprefix("store: "))
         elif store.custody.faults:
             tables = ", ".join(f"{table} {count}" for table, count in sorted(store.custody.faults.items()))
             storing = Finding("note", "store", f"rows are not authentic: {tables}", command_for(setup, "store check"))
@@ -78,8 +80,6 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
             storing = Finding("note", "store", store.log_warning, command_for(setup, "audit verify"))
         elif failing := sorted(store.copies.failing):
             storing = Finding("note", "store", f"audit rows are not copied: {', '.join(failing)}")
-        elif warning := store.replication_warning:
-            storing = Finding("note", "store", warning.removeprefix("store: "))
         elif store.mark_warning:
             storing = Finding("note", "store", store.mark_warning)
     skew = store.clock_skew
@@ -128,9 +128,10 @@ def _certificate(setup: ServerSetup, finding: Finding) -> Finding:
         waits = f"{exc}; the loaded one is used"
     else:
         waits = "" if is_loaded else f"{path} is not the loaded one"
-    if not waits or finding.state == "problem":
+    if not waits:
         return finding
-    return Finding("note", "certificate", f"{waits}; {finding.detail}", command_for(setup, "reload"))
+    state: State = "problem" if finding.state == "problem" else "note"
+    return Finding(state, "certificate", f"{waits}; {finding.detail}", command_for(setup, "reload"))
 
 
 def _collateral(setup: ServerSetup, finding: Finding, ends: tuple[End, ...], now: int) -> Finding:
