@@ -22,6 +22,7 @@ from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store, Unit
 from chutes_proto.store.rows import AuditRow, InsertAll, Vm
+from chutes_proto.testing.store_suite._parts import boot
 from tests.cli import test_operating
 from tests.cli.test_erase import marked, setup_of
 from tests.cli.test_operating import HOTKEY, NOW, Site, importing
@@ -202,16 +203,21 @@ _FUNCTION = "CREATE FUNCTION left_out() RETURNS trigger LANGUAGE plpgsql AS 'BEG
 
 def leave_out(site: Site, tables: tuple[str, ...], events: tuple[str, ...] = ("INSERT", "UPDATE")) -> None:
     """Have the database leave out what is written to tables, but say that it was written."""
-    place = make_store_setup(ServerConfig.load(site.configuration)).store
-    kind = "postgresql" if place.path is None else "sqlite"
+    kind = "postgresql" if make_store_setup(ServerConfig.load(site.configuration)).store.path is None else "sqlite"
     made = [_LEAVE_OUT[kind].format(table=table, event=event) for table in tables for event in events]
+    execute(site, *([_FUNCTION] if kind == "postgresql" else []), *made)
+
+
+def execute(site: Site, *statements: str) -> None:
+    """Change the database as somebody without the keys can."""
+    place = make_store_setup(ServerConfig.load(site.configuration)).store
     if place.path is not None:
         with closing(sqlite3.connect(place.path)) as file, file:
-            for each in made:
+            for each in statements:
                 _ = file.execute(each)
     else:
         with psycopg.connect(place.address, autocommit=True) as database:
-            for each in (_FUNCTION, *made):
+            for each in statements:
                 _ = database.execute(each.encode())
 
 
@@ -273,6 +279,35 @@ def test_a_change_of_a_vm_that_the_database_does_not_keep_is_not_told_as_done(
     ended = site.do(*words)
     assert ended.code == 1
     assert "the database has not kept it" in ended.err
+
+
+NOT_AUTHENTIC = ("UPDATE boot SET token_expires_at = 1", "UPDATE revocation SET reason = 'another'")
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in CHANGES if words[1] not in ("rebind", "purge")], ids=lambda words: "-".join(words[:2])
+)
+def test_a_row_of_another_table_that_is_not_authentic_is_not_told_as_a_change_that_was_not_kept(
+    site: Site, words: tuple[str, ...]
+) -> None:
+    for label in "12":
+        site.boot(label, rekey=("storage",))
+    site.boot("3")
+    assert site.do("hotkey", "revoke", "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty").code == 0
+    execute(site, *NOT_AUTHENTIC)
+    ended = site.do(*words)
+    assert ended.code == 0, ended.err
+
+
+def test_an_import_goes_on_after_a_vm_with_a_boot_that_is_not_authentic(site: Site, reference: dict[str, Path]) -> None:
+    assert importing(site, reference).code == 0
+    home = boot("1").platform
+    bound = ("--ppid", home.ppid.hex(), "--instance", (home.instance_id or b"").hex())
+    assert site.do("vm", "bind", "vm-1", *bound).code == 0
+    site.boot("1")
+    execute(site, *NOT_AUTHENTIC)
+    again = importing(site, reference)
+    assert (again.code, "2 were there already" in again.out) == (0, True)
 
 
 def test_a_purge_that_the_database_does_not_keep_is_not_told_as_done(site: Site) -> None:

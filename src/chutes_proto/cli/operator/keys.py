@@ -22,7 +22,17 @@ from chutes_proto.io.server.store_setup import count_sealed
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import CountRetired, GenerationRow, Platform, ReadRetired, Vm
+from chutes_proto.store.rows import (
+    CountRetired,
+    GenerationRow,
+    Platform,
+    Read,
+    ReadAll,
+    ReadRetired,
+    Vm,
+    VmRow,
+    VolumeRow,
+)
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
 
@@ -129,7 +139,7 @@ def restore(vm: str, volume: str, generation: int, reason: str, config: str) -> 
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm)
         row = store.transact(RestoreKey(operating.now(), named, volume, generation, reason))
-        operating.require_vm_kept(store, named)
+        operating.require_kept(store, ReadAll(GenerationRow, named), ReadAll(VolumeRow, named))
     return operating.done(f"{row.volume}/{row.generation} of {named.hotkey}/{named.name} is the active key")
 
 
@@ -290,7 +300,7 @@ def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm)
         store.transact(AllowFormat(operating.now(), named, volume, reason))
-        operating.require_vm_kept(store, named)
+        operating.require_kept(store, ReadAll(VolumeRow, named))
     return operating.done(f"{volume} of {named.hotkey}/{named.name} may be formatted once")
 
 
@@ -345,7 +355,7 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
             except Refused as exc:
                 refused.append(str(exc.detail))
                 continue
-            operating.require_vm_kept(store, vm)
+            operating.require_kept(store, Read(VmRow, vm), ReadAll(GenerationRow, vm), ReadAll(VolumeRow, vm))
             made, left, bound = made + len(volumes), left + len(keys) - len(volumes), bound + (platform is not None)
             tell(index, len(rows))
     for told in refused:

@@ -31,19 +31,7 @@ from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store, Unit
-from chutes_proto.store.rows import (
-    FindLastBoot,
-    GenerationRow,
-    Pin,
-    Read,
-    ReadAll,
-    ReadNames,
-    StoreOp,
-    Vm,
-    VmRow,
-    VolumeRow,
-)
-from chutes_proto.units.revocations import ReadRevocations
+from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
 
@@ -91,15 +79,14 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
         yield setup, store
 
 
-def require_kept(store: DurableStore, *more: StoreOp[Any]) -> None:
+def require_kept(store: DurableStore, *written: StoreOp[Any]) -> None:
     """Require that the database has kept what this process has just committed. Raises `StoreError`.
 
-    A trigger may leave it out: the rows then agree with older heads. ``more`` read what is compared with those of VMs,
-    beside the head of the store, its facts and the revocations.
+    A trigger may leave it out: the rows then agree with older heads. ``written`` read what was written, compared with
+    its head, and no more: a row that is not authentic since long ago was not left out.
     """
     try:
-        _ = store.transact(ReadRevocations())
-        for op in more:
+        for op in written:
             _ = store.transact(Ask(op))
     except RowNotAuthentic as exc:
         raise _not_kept(exc.table, exc.finding) from None
@@ -130,11 +117,6 @@ def _not_kept(table: str, finding: str) -> StoreError:
         f"the database has not kept it, or somebody set it back: {finding}; look for triggers"
         f" (`\\d {table}` of psql lists them), remove them, and run the command again"
     )
-
-
-def require_vm_kept(store: DurableStore, vm: Vm) -> None:
-    """The same for the claim, the keys, the disks and the tokens of a VM. Raises `StoreError`."""
-    require_kept(store, Read(VmRow, vm), ReadAll(GenerationRow, vm), ReadAll(VolumeRow, vm), FindLastBoot(vm))
 
 
 def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:

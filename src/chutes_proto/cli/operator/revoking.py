@@ -19,7 +19,7 @@ from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.server.store_setup import erasures_file
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Pin, ReadRevoked, Revocable, RevocationRow, VmRow
+from chutes_proto.store.rows import Pin, ReadRevocation, ReadRevoked, ReadTimes, Revocable, RevocationRow, VmRow
 from chutes_proto.units.revocations import Allow, ReadParty, Revoke, is_in_force, told_end
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,7 +62,7 @@ def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, rea
         raise ConfigurationError("--until: it is not in the future, so nothing would be revoked; say a later time")
     with operating.opened(config) as (setup, store):
         store.transact(Revoke(now, new_version(), kind, subject, until, reason))
-        operating.require_kept(store)
+        operating.require_kept(store, ReadTimes(), ReadRevocation(kind, subject))
         running = store.transact(who)
         file = erasures_file(setup.config)
         with told_with(f"{kind} {subject} is revoked, but {_UNNOTED}", _LATER):
@@ -87,7 +87,7 @@ def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
         with told_with("nothing was changed", "run the command again"):
             _ = keep_erasures(store, file)  # in a store that was restored it may be what the file alone knows
         _ = store.transact(Allow(operating.now(), new_version(), kind, subject, reason))
-        operating.require_kept(store)
+        operating.require_kept(store, ReadTimes(), ReadRevocation(kind, subject))
         with told_with(f"{kind} {subject} may boot again, but {_UNNOTED}", _LATER):
             _ = keep_erasures(store, file)
     return operating.done(f"{kind} {subject} may boot again; start its VMs that were refused")

@@ -334,7 +334,7 @@ def _decided(
             opened.custody.require_seal(1)
         repeated = keep_erasures(opened, path)
         done = opened.transact(StoreRestored(operating.now(), reason, event))
-        operating.require_kept(opened)
+        operating.require_kept(opened, ReadTimes())
     again = f"boots are granted again after {rfc3339(done.horizon)}"
     for fault in done.faults:
         console.complain(f"{fault}; its VM gets no key until then")

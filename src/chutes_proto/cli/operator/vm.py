@@ -28,12 +28,16 @@ from chutes_proto.store.rows import (
     CountRows,
     FindLastBoot,
     FleetVm,
+    GenerationRow,
     Platform,
+    Read,
     ReadAll,
     ReadFleet,
+    ReadLiveGenerations,
     ReadOld,
     ReadPage,
     ReadRevoked,
+    ReadTimes,
     ReadUnclaimed,
     Vm,
     VmRow,
@@ -162,7 +166,7 @@ def bind(vm: str, ppid: bytes, instance: bytes | None, reason: str, config: str)
         except HotkeyError as exc:
             raise ConfigurationError(f"{named.hotkey!r} is not a hotkey: {exc}") from None
         store.transact(BindVm(operating.now(), named, platform, reason))
-        operating.require_vm_kept(store, named)
+        operating.require_kept(store, Read(VmRow, named))
     return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}")
 
 
@@ -191,7 +195,8 @@ def rebind(
     with operating.opened(config) as (setup, store):
         named = operating.find_vm(store, vm)
         store.transact(RebindVm(operating.now(), named, platform, keep_keys, setup.vault, reason))
-        operating.require_vm_kept(store, named)
+        disowned = () if keep_keys else (ReadLiveGenerations(named), ReadAll(VolumeRow, named))
+        operating.require_kept(store, Read(VmRow, named), *disowned, FindLastBoot(named))
     how = "with its keys" if keep_keys else "its keys are retired"
     return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}, {how}; its tokens are void")
 
@@ -324,7 +329,8 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
         done = store.transact(EraseVm(operating.now(), erasure_id, version, named, reason, yes))
         path = erasures_file(setup.config)
         if yes:
-            operating.require_vm_kept(store, named)
+            rows = (Read(VmRow, named), ReadAll(GenerationRow, named), ReadAll(VolumeRow, named), FindLastBoot(named))
+            operating.require_kept(store, ReadTimes(), *rows)
             with revoking.told_with("its keys are destroyed in the store, and copies are not", "run the command again"):
                 _ = keep_erasures(store, path)
     values = [value for row in done.keys for value in (row.sealed, row.wrapped_key) if value]
