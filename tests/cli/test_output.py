@@ -136,17 +136,27 @@ def test_a_long_error_is_broken_between_words(terminal: Shown) -> None:
     assert all(line.startswith("  ") and line.endswith(("a", "word", "remedy")) for line in shown[1:])
 
 
-@pytest.mark.parametrize("words", ["--help", "vm --help", "vm list", "no-such-command", "agent --help", "serve --help"])
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "vm --help", "vm list", "no-such-command", "agent --help", "serve --help", "collateral serve --help"],
+)
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&-"])
 def test_a_stream_that_is_closed_is_a_fault_only_where_it_had_the_result(words: str, closed: str) -> None:
     """A server, and a boot in an initramfs, may be started without one: they do their work."""
     done = subprocess.run(
         ["bash", "-c", f'"$@" {closed}', "bash", *PROGRAM, *words.split()], capture_output=True, text=True, check=False
     )
-    is_lost = " >&-" in f" {closed}" and words.split(maxsplit=1)[0] not in ("agent", "serve")
+    is_lost = " >&-" in f" {closed}" and not words.startswith(("agent", "serve", "collateral serve"))
     assert (done.returncode, "Traceback" in done.stderr) == (0 if "help" in words and not is_lost else 2, False)
     if is_lost and "help" in words and "2>" not in closed:
         assert done.stderr == "chutes-proto: standard output: Bad file descriptor\n"
+
+
+@pytest.mark.parametrize("where", [">&-", ">/dev/full"])
+def test_a_demo_names_the_output_that_it_cannot_write_to(where: str) -> None:
+    words = ["bash", "-c", f'"$@" {where}', "bash", *PROGRAM, "demo"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[:31]) == (2, "chutes-proto: standard output: ")
 
 
 @pytest.mark.parametrize("columns", ["-5", "0", "1", "x"])

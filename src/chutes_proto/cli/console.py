@@ -12,7 +12,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -47,11 +48,18 @@ def clean(text: str) -> str:
 
 
 def out(text: str, end: str = "\n") -> None:
-    """Write to standard output, at once; what keeps it from being written is raised with that name."""
-    try:
+    """Write to standard output, at once. Raises `OSError` as `writing` does."""
+    with writing():
         if text or end:  # else it may be a write of no bytes, which a device can refuse
             print(text, end=end)
         _ = sys.stdout.flush()
+
+
+@contextmanager
+def writing() -> Generator[None]:
+    """Raise the error that keeps standard output from being written with that name."""
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as exc:

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     """The exit code of ``run``, or that of the error that ended it, which is printed."""
     # A service may be started without; of another command the output is the result. To read alone: writing fails.
-    missing = os.O_WRONLY if words[:1] in (["serve"], ["agent"]) else os.O_RDONLY
+    goes_on = words[:1] in (["serve"], ["agent"]) or words[:2] == ["collateral", "serve"]
+    missing = os.O_WRONLY if goes_on else os.O_RDONLY
     sys.stdout, sys.stderr = sys.stdout or _in_place(missing), sys.stderr or _in_place(os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

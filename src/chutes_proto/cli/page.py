@@ -113,4 +113,5 @@ class Page:
         return Text(clean.translate(_ASCII) if self._plain else clean, style=style)
 
     def _print(self, content: Text | Padding | str = "") -> None:
-        self._console.print(content)
+        with lines.writing():
+            self._console.print(content)
