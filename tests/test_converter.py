@@ -120,7 +120,7 @@ def test_the_author_of_a_file_hears_of_tables() -> None:
     """Of a message, the text is a part of the wire."""
     converter = StrictConverter(own_file=True)
     for value in (3, {"name": "n", "parts": [3]}, {"name": "n", "named": 3}, {"name": "n", "named": {"a": 3}}):
-        with pytest.raises(ProblemsError, match=r"Input should be a table of names and values$"):
+        with pytest.raises(ProblemsError, match=r"Input should be a table of names and values \(in JSON, an object\)$"):
             _ = converter.structure(value, Whole)
 
 

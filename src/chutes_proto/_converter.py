@@ -296,7 +296,7 @@ boolean = exactly(bool, "bool_type", "Input should be a valid boolean")
 _list: Callable[..., list[object]] = exactly(list, "list_type", "Input should be a valid list")
 _object: Callable[..., dict[str, object]] = exactly(dict, "dict_type", "Input should be a valid dictionary")
 _file_table: Callable[..., dict[str, object]] = exactly(
-    dict, "dict_type", "Input should be a table of names and values"
+    dict, "dict_type", "Input should be a table of names and values (in JSON, an object)"
 )
 
 _USUAL: Final[Mapping[Any, Hook]] = {

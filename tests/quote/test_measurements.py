@@ -198,7 +198,7 @@ def test_a_list_says_something() -> None:
     for parse, data in ((parse_profiles_json, b"[]"), (parse_profiles_toml, b""), (parse_profiles_json, b"{}")):
         with pytest.raises(PolicyError, match="the file"):
             _ = parse(data)
-    with pytest.raises(PolicyError, match="the file: 0: Input should be a table of names and values"):
+    with pytest.raises(PolicyError, match=r"0: Input should be a table of names and values \(in JSON, an object\)$"):
         _ = parse_profiles_json(b"[5]")
     with pytest.raises(PolicyError, match="profiles"):
         _ = parse_profiles_toml(_toml(_entry()).encode() + b"[profiles]\n")
