@@ -9,21 +9,25 @@ import base64
 import json
 import os
 import re
+import sqlite3
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from attrs import define, evolve, frozen
 from cryptography.fernet import Fernet
 
+from chutes_proto.cli import output
 from chutes_proto.cli.main import main
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
+from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.quote._terms import rfc3339
@@ -204,6 +208,39 @@ def test_a_rewrap_that_was_killed_goes_on_with_the_keys_that_are_left(site: Site
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
         assert store.transact(Ask(ReadEpochs())) == (2,)
     assert opened(Vault(new), site.rows()) == opened(Vault(old), keys)
+
+
+def test_a_rewrap_whose_store_is_taken_away_says_to_run_it_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.boot("1")
+    new_key(site)
+    url = ServerConfig.load(site.configuration).store.url
+    with ExitStack() as stack:
+
+        @contextmanager
+        def progress(_doing: str) -> Iterator[Callable[..., object]]:
+            yield lambda *_: stack.enter_context(taken(site.directory, url))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(output, "progress", progress)
+            for store in (SqliteStore, PostgresStore):
+                patch.setitem(store.__init__.__kwdefaults__ or {}, "busy_seconds", 0.1)
+            ended = site.do("keys", "rewrap")
+    assert (ended.code, "run the command again, and it does what is left" in ended.err) == (1, True)
+    assert site.json("keys", "rewrap")["rewrapped"] == 0
+    assert not site.do("store", "check").err
+
+
+@contextmanager
+def taken(directory: Path, url: str) -> Iterator[None]:
+    """Somebody else has all of a store for himself."""
+    if url.startswith("sqlite:"):
+        with closing(sqlite3.connect(directory / "keys.db", isolation_level=None)) as connection:
+            _ = connection.execute("BEGIN IMMEDIATE")
+            yield
+    else:
+        with psycopg.connect(url) as connection:
+            _ = connection.execute("LOCK TABLE fact IN ACCESS EXCLUSIVE MODE")
+            yield
 
 
 def sealed_key(vault: Vault, number: int) -> GenerationRow:

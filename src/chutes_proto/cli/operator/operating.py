@@ -25,7 +25,16 @@ from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, Decorator, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.describe import exits
-from chutes_proto.errors import KeyUnavailable, Refusal, Refused, RowNotAuthentic, SealBroken, StoreError
+from chutes_proto.errors import (
+    FateUnknown,
+    KeyUnavailable,
+    Refusal,
+    Refused,
+    RowNotAuthentic,
+    SealBroken,
+    StoreBusy,
+    StoreError,
+)
 from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import is_of_sealed
@@ -77,6 +86,17 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
             store.custody.require_seal(1)
         copy_audit(setup.config, setup.store.base, store)
         yield setup, store
+
+
+@contextmanager
+def opened_for_steps(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, DurableStore]]:
+    """The same, for a change in many transactions that may be begun again after any of them. Raises `StoreError`."""
+    with opened(config, new=new) as both:
+        try:
+            yield both
+        except (StoreBusy, FateUnknown) as exc:
+            what = "what was done before is kept; run the command again, and it does what is left"
+            raise StoreError(f"{exc}; {what}") from None
 
 
 def require_kept(store: DurableStore, *written: StoreOp[Any]) -> None:

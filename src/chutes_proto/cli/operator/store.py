@@ -264,7 +264,7 @@ def seal(reason: str, config: str) -> int:
 
     See also: store check, store migrate, keys rewrap
     """
-    with operating.opened(config) as (setup, opened):
+    with operating.opened_for_steps(config) as (setup, opened):
         if newer := of_newer_schema(opened):
             raise StoreError(f"store {opened.name}: {newer}, and seal with that release")
         _ = check_keys(opened, setup.vault)
