@@ -37,7 +37,8 @@ from chutes_proto.quote._verify import open_quote
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, PROFILE, SimulatedPlatform
-from tests.cli.conftest import HOTKEY, Ended, Server, end
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end
+from tests.waiting import wait_until
 
 PLATFORM = SimulatedPlatform(bytes(32))
 NOW = 1_780_000_000
@@ -517,6 +518,20 @@ def test_a_development_server_removes_its_keys_when_it_is_ended(start: Callable[
     end(server.process)
     assert server.process.returncode == 0
     assert not server.ca.parent.exists()
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize("words", [["serve", "--dev"], ["demo"]], ids=" ".join)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_start_leaves_no_folder_with_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], number: signal.Signals
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with subprocess.Popen([*PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _ = wait_until(lambda: any(tmp_path.glob("chutes-proto-*")) or process.poll() is not None)
+        process.send_signal(number)
+        assert process.wait(timeout=60) in (-number, 130 if number == signal.SIGINT else 0)
+    assert not [*tmp_path.glob("chutes-proto-*")]
 
 
 def test_a_server_of_an_operator_loads_no_simulator(site: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import click
 
 from chutes_proto.cli import console
@@ -32,7 +29,8 @@ def command(plain: bool) -> int:
 
     from chutes_proto.cli.page import Page, make_console
     from chutes_proto.io.demonstration import show
+    from chutes_proto.io.server.development import folder_of_this_run
 
-    with tempfile.TemporaryDirectory(prefix="chutes-proto-demo-") as directory:
+    with folder_of_this_run("chutes-proto-demo-") as directory:
         page = Page(make_console(plain=plain), plain=plain)
-        return console.GRANTED if trio.run(show, Path(directory), page) else console.REFUSED
+        return console.GRANTED if trio.run(show, directory, page) else console.REFUSED

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -194,6 +193,7 @@ def _develop(transport: Transport, platform: str | None) -> int:
         AUTHORITY,
         CONFIGURATION,
         RenewedCollateral,
+        folder_of_this_run,
         write_gpus,
         write_server,
     )
@@ -203,8 +203,7 @@ def _develop(transport: Transport, platform: str | None) -> int:
     now = int(time.time())
     kept = Path(platform or platform_directory(os.environ))
     simulated = open_platform(kept, now).platform
-    with tempfile.TemporaryDirectory(prefix="chutes-proto-") as name:
-        directory = Path(name).resolve()
+    with folder_of_this_run("chutes-proto-") as directory:
         write_server(directory, simulated, now)
         write_gpus(directory, SimulatedGpus(SIMULATED_SEED, count=8), now, demand="record")
         authority, configuration = str(directory / AUTHORITY), str(directory / CONFIGURATION)

@@ -9,6 +9,11 @@ Rules kept here:
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -58,6 +63,28 @@ _GPU_POLICY: Final = """\
 revocation = "grace"
 revocation_grace = 31536000
 """
+
+
+@contextmanager
+def folder_of_this_run(prefix: str) -> Generator[Path]:
+    """A private folder that is removed at the end, also where SIGTERM or SIGHUP ends the process before.
+
+    Must be entered in the main thread. A server sets handlers of its own, and then lets both signals do nothing.
+    """
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ends, signal.SIGINT))  # until the folder is known
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+
+        def end(number: int, *_frame: object) -> None:
+            shutil.rmtree(name, ignore_errors=True)
+            _ = signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)  # the process ends as it would have without a handler
+
+        for each in ends:
+            if signal.getsignal(each) is not signal.SIG_IGN:  # as `nohup` sets it
+                _ = signal.signal(each, end)
+        _ = signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield Path(name).resolve()
 
 
 def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None:
