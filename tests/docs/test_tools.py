@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -157,6 +158,18 @@ begun
 def test_a_page_that_promises_something_else(tmp_path: Path, commands: str) -> None:
     with pytest.raises(newcomer.NotAsPromised):
         _ = follow(tmp_path, f"```console\n{commands}\n```\n")
+
+
+def test_a_page_leaves_nothing_beside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs in a terminal of its own may end its work at the end of the page."""
+    page, temporary = tmp_path / "page", tmp_path / "temporary"
+    page.mkdir()
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    served = "(trap 'sleep 0.3; rm $TMPDIR/made; exit' TERM; touch $TMPDIR/made; echo begun; sleep 60)"
+    _ = follow(page, f'```console title="Terminal 1"\n$ {served} 2>&1\nbegun\n```\n')
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("page", newcomer.PAGES, ids=lambda page: page.stem)

@@ -92,10 +92,8 @@ class Terminal:
     def run(self, command: str, expected: str | None, *, may_stay: bool) -> tuple[str, int | None]:
         """Return the output of ``command`` and its status; None if it runs on and has printed all of ``expected``."""
         mark = f"newcomer-{os.urandom(8).hex()}"
-        with tempfile.NamedTemporaryFile("w", suffix=".sh", delete=False) as script:
-            _ = script.write(command)
         assert self._process.stdin is not None
-        _ = self._process.stdin.write(f'. {shlex.quote(script.name)} </dev/null; echo "{mark} $?"\n')
+        _ = self._process.stdin.write(f'eval {shlex.quote(command)} </dev/null; echo "{mark} $?"\n')
         self._process.stdin.flush()
         printed, until = "", time.monotonic() + LONGEST_STEP
         while True:
@@ -112,18 +110,17 @@ class Terminal:
             text, found, status = line.partition(mark)
             printed += text
             if found:
-                Path(script.name).unlink()
                 _ = self._process.stdin.write(f"(exit {int(status)})\n")  # what `echo $?` shows next
                 self._process.stdin.flush()
                 return printed, int(status)
 
     def close(self) -> None:
-        """End the shell and everything that runs in it."""
+        """End the shell and everything that runs in it, which may first remove what it has made."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
-                _ = self._process.wait(5)
-        self._listener.join(5)
+            self._listener.join(5)  # the output ends with the last of them
+        _ = self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
 
