@@ -76,11 +76,14 @@ def say_json(value: object) -> None:
     out(json.dumps(value))
 
 
-def say_json_list(before: Mapping[str, object], name: str, members: Iterable[object]) -> None:
-    """The result as one JSON object on one line, whose last member is a list that is printed while it is read."""
-    out(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [", end="")
+def say_json_list(before: Mapping[str, object], name: str, members: Iterable[object], *, ok: bool = True) -> None:
+    """The result as one JSON object on one line, with a list that is printed while it is read.
+
+    ``ok`` is its last member: an error may still end the list.
+    """
+    out(json.dumps({**before, name: []})[:-2], end="")
     _out_parts(map(json.dumps, members), ", ")
-    out("]}")
+    out(f'], "ok": {json.dumps(ok)}}}')
 
 
 def say_json_lines(values: Iterable[object]) -> None:

@@ -184,7 +184,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
                 tell(done, total)
 
         if wants("json"):
-            told = {"ok": True, "purged": yes, "older_than_days": days}
+            told = {"purged": yes, "older_than_days": days}
             members = ({"hotkey": row.vm.hotkey, "vm": row.vm.name, **_members(row)} for row in purged())
             console.say_json_list(told, "generations", members)
             return console.GRANTED

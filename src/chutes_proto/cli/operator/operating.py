@@ -171,7 +171,7 @@ def answer_rows(
 ) -> int:
     """Print rows while they are read: ``members`` of each in the list ``name`` with ``--json``, else a table."""
     if wants("json"):
-        console.say_json_list({"ok": True}, name, map(members, rows))
+        console.say_json_list({}, name, map(members, rows))
     else:
         output.table(columns, rows, empty=empty, under=under)
     return console.GRANTED

@@ -242,18 +242,19 @@ def try_command(
         tried += [_Tried(vm, True, found) for vm, (_, found) in refused.items() if found is not None]
         tried.sort(key=lambda one: (one.vm.hotkey, one.vm.name))
         is_fine = not counts["refused"] and not counts["not judged"]
-        told: dict[str, object] = {"ok": is_fine, "at": date, "judged": judged_vms}
+        told: dict[str, object] = {"at": date, "judged": judged_vms}
         told |= {"without_evidence": total - judged_vms}
         told |= {name.replace(" ", "_"): counts[name] for name in _STATES} | {"refused_later": later}
         changes = _changes(tried)
         early = ["early TCB info"] if update == "early" else []
         what = ", ".join((file or "the policy of the server", *measurements, *early))
-        noted = {"policy": what, **told, "changes": _dated(_few(changes)), "first": [*map(_tried, _first(tried))]}
+        noted = {"policy": what, "ok": is_fine, **told, "changes": _dated(_few(changes))}
+        noted["first"] = [*map(_tried, _first(tried))]
         store.transact(Ask(NoteWhatIf(WhatIf(now, json.encode(noted).decode()))))
     told |= {"changes": _dated(changes)}
 
     if wants("json"):
-        console.say_json_list(told, "vms", map(_tried, tried))
+        console.say_json_list(told, "vms", map(_tried, tried), ok=is_fine)
         return console.GRANTED if is_fine else console.REFUSED
     empty = "every VM is granted" if judged_vms else "no VM has evidence to be judged"
     output.table(_TRIED, tried, empty=empty, under={"REASON": "CODE"})
