@@ -116,6 +116,13 @@ def test_no_text_repeats_a_value() -> None:
     )
 
 
+def test_the_author_of_a_file_hears_of_arrays() -> None:
+    """Of a message, the text is a part of the wire."""
+    for of_file, told in ((True, "an array"), (False, "a valid list")):
+        with pytest.raises(ProblemsError, match=rf"parts: Input should be {told}$"):
+            _ = StrictConverter(own_file=of_file).structure({"name": "n", "parts": "a"}, Whole)
+
+
 def test_the_author_of_a_file_hears_of_tables() -> None:
     """Of a message, the text is a part of the wire."""
     converter = StrictConverter(own_file=True)

@@ -69,8 +69,8 @@ class StrictConverter:
     Args:
         hooks: how types of the caller's own are made, beside the usual ones.
         own_file: the input is its author's own file: unknown names are problems, and problems tell names and speak of
-            tables, as TOML does. Otherwise unknown names are ignored, and a mapping's names, which are input, appear in
-            paths as their position; deployed peers know the texts.
+            tables and arrays, as TOML does. Otherwise unknown names are ignored, and a mapping's names, which are
+            input, appear in paths as their position; deployed peers know the texts.
         refusal: the error that a class raises for fields that contradict each other; its text begins with the field's
             name and ``: ``.
         names: how fields are called in plain data, where not by their own name.
@@ -91,6 +91,7 @@ class StrictConverter:
         omit_none: bool = False,
     ) -> None:
         self._object = _file_table if own_file else _object
+        self._list = _file_array if own_file else valid_list
         whole: dict[Any, Hook] = {Mapping[str, object]: lambda value, _: self._object(value)}
         self._hooks: dict[Any, Hook] = {**_USUAL, **whole, **(hooks or {})}
         self._own_file = own_file
@@ -174,8 +175,8 @@ class StrictConverter:
             case (origin, (item, end)) if origin is tuple and end is ...:
                 hook = converter.get_structure_hook(item)
                 if converter.detailed_validation:
-                    return list_of(lambda value: hook(value, item))
-                return lambda value, _: tuple([hook(member, item) for member in _list(value)])
+                    return list_of(lambda value: hook(value, item), self._list)
+                return lambda value, _: tuple([hook(member, item) for member in self._list(value)])
             case (origin, (key, item)) if origin is Mapping and key is str:
                 hook = converter.get_structure_hook(item)
                 return _mapping_of(lambda value: hook(value, item), self._object, tell_names=self._own_file)
@@ -259,11 +260,13 @@ def exactly(wanted: type[T], error: str, msg: str) -> Callable[..., T]:
     return hook
 
 
-def list_of(item: Callable[[object], T]) -> Callable[..., tuple[T, ...]]:
-    """Make a hook that converts a list to a tuple."""
+def list_of(
+    item: Callable[[object], T], whole: Callable[[object], list[object]] | None = None
+) -> Callable[..., tuple[T, ...]]:
+    """Make a hook that converts a list to a tuple; its problem is that of a file, unless ``whole`` has another."""
 
     def hook(value: object, _: object = None) -> tuple[T, ...]:
-        return tuple(_each(enumerate(_list(value)), item))
+        return tuple(_each(enumerate((whole or _file_array)(value)), item))
 
     return hook
 
@@ -293,7 +296,8 @@ def number(value: object, _: object) -> float:
 string = exactly(str, "string_type", "Input should be a valid string")
 integer = exactly(int, "int_type", "Input should be a valid integer")
 boolean = exactly(bool, "bool_type", "Input should be a valid boolean")
-_list: Callable[..., list[object]] = exactly(list, "list_type", "Input should be a valid list")
+valid_list: Callable[..., list[object]] = exactly(list, "list_type", "Input should be a valid list")
+_file_array: Callable[..., list[object]] = exactly(list, "list_type", "Input should be an array")
 _object: Callable[..., dict[str, object]] = exactly(dict, "dict_type", "Input should be a valid dictionary")
 _file_table: Callable[..., dict[str, object]] = exactly(
     dict, "dict_type", "Input should be a table of names and values (in JSON, an object)"

@@ -168,7 +168,7 @@ def test_a_mistake_names_its_key(line, named):
         ("collateral", '"dir"', "collateral"),
         ("collateral", "{ }", "collateral: say"),
         ("hotkeys", "[]", "hotkeys"),
-        ("hotkeys", '"5F"', 'hotkeys: Input should be a list, ["5F…"], or "*"'),
+        ("hotkeys", '"5F"', 'hotkeys: Input should be an array, ["5F…"], or "*"'),
         ("measurements", "[]", "measurements"),
         ("tls", '{ certificate = "a" }', "tls.key"),
     ],

@@ -641,7 +641,7 @@ def _hotkeys(value: object, _: object) -> tuple[str, ...] | str:
     if value == "*":
         return "*"
     if isinstance(value, str):
-        raise MismatchError("hotkeys_type", 'Input should be a list, ["5F…"], or "*" for every hotkey')
+        raise MismatchError("hotkeys_type", 'Input should be an array, ["5F…"], or "*" for every hotkey')
     return list_of(string)(value)
 
 

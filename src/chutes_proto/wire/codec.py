@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import attrs
 
-from chutes_proto._converter import MismatchError, ProblemsError, StrictConverter, list_of, string
+from chutes_proto._converter import MismatchError, ProblemsError, StrictConverter, list_of, string, valid_list
 from chutes_proto.errors import (
     BadRequest,
     Refusal,
@@ -305,7 +305,7 @@ def _passphrase(value: object) -> tuple[str, Secret]:
 
 
 _CONVERTER = StrictConverter(
-    {str: _text, Name: _name, Secret: _secret, tuple[tuple[str, Secret], ...]: list_of(_passphrase)},
+    {str: _text, Name: _name, Secret: _secret, tuple[tuple[str, Secret], ...]: list_of(_passphrase, valid_list)},
     plain={Secret: lambda secret: secret.reveal().decode("ascii")},
     omit_none=True,
 )
