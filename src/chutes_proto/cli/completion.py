@@ -9,12 +9,12 @@ from click.shell_completion import BashComplete, FishComplete, ShellComplete, Zs
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import COMPLETE, Argument, Command
-from chutes_proto.cli.describe import exits
+from chutes_proto.cli.describe import exits, wrong_usage
 
 _SHELLS: Final[dict[str, type[ShellComplete]]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 
 
-@click.command("completion", cls=Command, exits=exits("printed", wrong="wrong usage"))
+@click.command("completion", cls=Command, exits=exits("printed", wrong=wrong_usage()))
 @click.argument("shell", cls=Argument, metavar="SHELL", type=click.Choice([*_SHELLS]), help="bash, zsh or fish")
 def command(shell: str) -> int:
     """Print the completion script of a shell.

@@ -6,9 +6,10 @@ import click
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Command
+from chutes_proto.cli.describe import wrong_usage
 
 
-@click.command("demo", cls=Command, exits={0: "everything went as it should", 1: "something did not", 2: "wrong usage"})
+@click.command("demo", cls=Command, exits={0: "everything went as it should", 1: "something did not", 2: wrong_usage()})
 @click.option("--plain", is_flag=True, help="print no colour, and only ASCII characters")
 def command(plain: bool) -> int:
     """Show a VM that boots and receives its keys, end to end on this machine.

@@ -11,7 +11,13 @@ EXAMPLES: Final = "Examples:\n"
 RELATED: Final = "See also:"
 Pairs = tuple[tuple[str, str], ...]
 
-EXITS: Final = {0: "done", 1: "refused", 2: "wrong usage, or a file that cannot be read"}
+
+def wrong_usage(*more: str) -> str:
+    """The meaning of exit code 2, of which a part holds for every command that prints a result."""
+    return f"{', '.join(('wrong usage', *more))}, or a result that cannot be written"
+
+
+EXITS: Final = {0: "done", 1: "refused", 2: wrong_usage("a file that cannot be read")}
 """Exit codes of a command that says nothing else; it never uses another number for the same thing."""
 
 

@@ -2,8 +2,8 @@
 
 Rules kept here:
 
-* exit code 0: done, granted, accepted; 1: refused; 2: wrong usage, or a file that cannot be opened; a command's help
-  says what else it means by them;
+* exit code 0: done, granted, accepted; 1: refused; 2: wrong usage, a file that cannot be opened, or a result that
+  cannot be written; a command's help says what else it means by them;
 * an error is readable and says what to do, never a traceback; an interruption ends quietly;
 * a result that cannot be written is an error, also where standard output is closed; a server and a boot go on;
 * `agent` runs in an initramfs: argparse reads its options, and neither click nor rich is imported for it;

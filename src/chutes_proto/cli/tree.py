@@ -11,7 +11,7 @@ import click
 from chutes_proto import __version__
 from chutes_proto.cli import console
 from chutes_proto.cli.base import COMPLETE, Group
-from chutes_proto.cli.describe import Pairs
+from chutes_proto.cli.describe import EXITS, Pairs
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -120,7 +120,7 @@ ROOT: Final = Root(
     exits={
         0: "done, granted, accepted",
         1: "refused",
-        2: "wrong usage, or a file that cannot be read",
+        2: EXITS[2],
         130: "interrupted by SIGINT",
         141: "the reader of a pipe has ended",
         143: "ended by SIGTERM",

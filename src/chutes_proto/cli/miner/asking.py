@@ -17,6 +17,7 @@ from chutes_proto.auth.signing import WINDOW
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, F, answer, json_option, platform_option
+from chutes_proto.cli.describe import wrong_usage
 from chutes_proto.effects import Flow
 from chutes_proto.errors import ChutesError, ConfigurationError, Refusal, TransportError
 from chutes_proto.io.drivers.sync import Performer
@@ -75,7 +76,7 @@ class PeerCommand(Command):
     exits: Mapping[int, str] = {
         0: "done",
         1: "the server refused, or was still not available at the end of --wait",
-        2: "wrong usage, a file that cannot be read, or no answer",
+        2: wrong_usage("a file that cannot be read", "no answer"),
     }
     wait: float = 10.0
 

@@ -11,6 +11,7 @@ import click
 from chutes_proto.boot._flows import BootGrant, BootSettings, KeyPair, Rotation, VolumeKeys, boot, receive_keys
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, one_of, parsed
+from chutes_proto.cli.describe import wrong_usage
 from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_quoter, quoter_options, tell
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.hotkey_file import read_hotkey
@@ -20,7 +21,7 @@ _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 
 
 class _BootCommand(PeerCommand):
-    exits: Mapping[int, str] = {**PeerCommand.exits, 0: "granted", 2: "wrong usage, no answer, or no quote to send"}
+    exits: Mapping[int, str] = {**PeerCommand.exits, 0: "granted", 2: wrong_usage("no answer", "no quote to send")}
     wait: float = 30.0
 
 

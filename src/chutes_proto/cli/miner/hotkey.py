@@ -10,6 +10,7 @@ import click
 from chutes_proto.auth.hotkey import PREFIX, Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_signature
 from chutes_proto.cli.base import Argument, Command, Group, answer, json_option, one_of
+from chutes_proto.cli.describe import EXITS
 from chutes_proto.cli.operator import operating, revoking
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, Refused
@@ -20,7 +21,7 @@ from chutes_proto.units.revocations import ReadParty
 class _HotkeyCommand(Command):
     """Errors in an address or a signature are the result: exit code 1."""
 
-    exits: Mapping[int, str] = {0: "valid", 1: "not valid", 2: "wrong usage, or a file that cannot be read"}
+    exits: Mapping[int, str] = {0: "valid", 1: "not valid", 2: EXITS[2]}
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -6,11 +6,11 @@ import click
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Command
-from chutes_proto.cli.describe import exits
+from chutes_proto.cli.describe import exits, wrong_usage
 from chutes_proto.wire import openapi
 
 
-@click.command("openapi", cls=Command, exits=exits("printed", wrong="wrong usage"))
+@click.command("openapi", cls=Command, exits=exits("printed", wrong=wrong_usage()))
 def command() -> int:
     """Print the API as an OpenAPI document.
 

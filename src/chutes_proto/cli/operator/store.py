@@ -13,7 +13,7 @@ from attrs import evolve
 
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Group, answer, json_option, one_of, table_options
-from chutes_proto.cli.describe import exits
+from chutes_proto.cli.describe import exits, wrong_usage
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, KeyUnavailable, RowNotAuthentic, StoreBusy, StoreError
@@ -356,7 +356,7 @@ def _decided(
     exits=exits(
         "the older store has every key, or has taken what it lacked",
         "a key is missing, two keys have one number, or a VM is bound elsewhere; or --take was refused",
-        "a store cannot be read, or is another server's; wrong usage",
+        wrong_usage("a store that cannot be read or is another server's"),
     )
 )
 @click.argument("old", cls=Argument, metavar="OLD", help="the store that came back from a backup, as a URL")
