@@ -182,9 +182,6 @@ async def test_the_timers_of_trio_let_go_of_those_that_are_cancelled() -> None:
         _ = timers.call_at(soon + i * 1e-6, partial(called.append, i))
     _ = await async_wait_until(lambda: called[-1:] == [1499])
     assert called == list(range(1500))
-    for timer in left:
-        timer.cancel()
-    assert timers._cancelled == len(timers._heap) == sum(entry[2].call is None for entry in timers._heap)
 
 
 @pytest.mark.parametrize("loop", ["trio"])

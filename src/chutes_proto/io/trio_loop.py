@@ -58,14 +58,14 @@ class Timers:
     """The timers of a run of trio: one task and one scope of cancellation for all of them.
 
     One that is cancelled stays in the heap, as most are, and the task is not woken for each. It leaves at its time, or
-    once more than `MAX_CANCELLED` and more than half of all are cancelled: peers that come and go must not fill the
-    heap.
+    when all such leave: after `MAX_CANCELLED` cancellations, or half as many as the heap has timers if these are more.
+    Peers that come and go must not fill the heap.
     """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TrioTimer]] = []
         self._number = count()
-        self._cancelled = 0  # of those in the heap
+        self._cancelled = 0  # since all such left
         self._sleep = trio.CancelScope()
         _ = trio.lowlevel.spawn_system_task(self._run)
 
@@ -79,7 +79,7 @@ class Timers:
         return timer
 
     def note_cancelled(self) -> None:
-        """Note that a timer in the heap was cancelled."""
+        """Note that a timer in the heap was cancelled; let all such leave if it is time."""
         self._cancelled += 1
         if self._cancelled > MAX_CANCELLED and 2 * self._cancelled > len(self._heap):
             self._heap = [entry for entry in self._heap if entry[2].call is not None]
@@ -94,9 +94,7 @@ class Timers:
             while self._heap and (self._heap[0][0] <= now or self._heap[0][2].call is None):
                 _, _, timer = heappop(self._heap)
                 call, timer.call = timer.call, None
-                if call is None:
-                    self._cancelled -= 1
-                else:
+                if call is not None:
                     _call(call)
             self._sleep = trio.CancelScope(deadline=self._heap[0][0] if self._heap else math.inf)
 
