@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import anyio
 import pytest
+import trio
+from trio.testing import MockClock
 
 from chutes_proto.io import background
 from chutes_proto.log import Record
 
-pytestmark = pytest.mark.anyio
 
-
+@pytest.mark.anyio
 async def test_work_begins_again_and_each_new_exception_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[Exception] = [KeyError("a row"), KeyError("a row"), OSError("no room"), OSError("no room")]
     told: list[Record] = []
@@ -32,3 +35,18 @@ async def test_work_begins_again_and_each_new_exception_is_told_once(monkeypatch
     assert first.startswith("KeyError at ")
     assert "a row" not in first
     assert all(other.startswith("no room; OSError at ") for other in others)
+
+
+@pytest.mark.trio
+async def test_work_that_fails_begins_again_after_a_pause(autojump_clock: MockClock) -> None:
+    began: list[float] = []
+
+    async def work() -> None:
+        began.append(trio.current_time())
+        if len(began) == 3:
+            await trio.sleep_forever()
+        raise OSError("no room")
+
+    with trio.move_on_after(3600):
+        await background.keep_at(work, lambda _: None)
+    assert [after - before for before, after in pairwise(began)] == [background.PAUSE_SECONDS] * 2
