@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import trio
 from attrs import define, field
 
 from chutes_proto.io import trio_loop
-from chutes_proto.io.loops import AsyncioPeer, call_at, call_next, clock, open_group, peer, wait
+from chutes_proto.io.loops import AsyncioPeer, call_at, call_next, clock, open_group, peer, reading, wait
 from chutes_proto.io.trio_loop import MAX_CANCELLED
 from chutes_proto.io.waits import Peer
 from chutes_proto.transport.h1 import READ_SIZE
@@ -130,6 +131,98 @@ async def test_all_is_sent_by_the_deadline_or_the_wait_ends(ends: Ends) -> None:
             assert await waiting.send(much)
         ends.connection.deadline = clock()() + 0.01
         assert not await waiting.send(much)
+
+
+async def test_a_read_goes_on_while_it_is_told_to_and_no_longer_than_its_deadline(ends: Ends) -> None:
+    now, read = clock(), reading()
+    got: list[bytes] = []
+
+    def take() -> bool:
+        got.append(ends.ours.recv(1))
+        return got[-1] != b"c"
+
+    ends.other.send(b"abcd")
+    await read(ends.ours.fileno(), take, math.inf)
+    assert got == [b"a", b"b", b"c"]
+
+    for _ in range(10):
+        soon = now() + 0.001
+        await read(ends.ours.fileno(), lambda: True, soon)  # it leaves the last byte there, and is called all the time
+        assert now() >= soon
+    assert ends.ours.recv(1) == b"d"
+
+    soon = now() + 0.01
+    await read(ends.ours.fileno(), take, soon)  # nothing comes
+    assert now() >= soon
+    assert got == [b"a", b"b", b"c"]
+
+
+async def test_a_read_that_ends_leaves_the_descriptor_to_others(
+    ends: Ends, loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[bytes] = []
+
+    def take() -> bool:
+        calls.append(ends.ours.recv(1))
+        return False
+
+    async def read(deadline: float) -> None:
+        try:
+            await reading()(ends.ours.fileno(), take, deadline)
+        finally:
+            assert loop == "trio" or not asyncio.get_running_loop().remove_reader(ends.ours.fileno())
+
+    ends.other.send(b"a")
+    await read(-math.inf)  # on asyncio, byte and deadline come in one round
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await read(math.inf)
+    assert scope.cancelled_caught
+    ends.other.send(b"b")
+    called = len(calls)
+    await anyio.wait_readable(ends.ours)  # on trio two may not
+    assert len(calls) == called
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("loop", ["asyncio"])
+async def test_a_caller_that_leaves_reads_nothing_that_came_in_the_same_round(ends: Ends) -> None:
+    """On trio it is the caller's own task that reads."""
+    calls: list[str] = []
+
+    def go_on() -> bool:
+        calls.append("called")
+        return False
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(reading(), ends.ours.fileno(), go_on, math.inf)
+        await anyio.wait_all_tasks_blocked()
+        ends.other.send(b"a")
+        _ = asyncio.get_running_loop().call_soon(group.cancel_scope.cancel)
+    assert not calls
+
+
+async def test_a_deadline_that_passes_ends_a_send_by_no_error(ends: Ends) -> None:
+    now = clock()
+    sent: list[bool] = []
+
+    async def send() -> None:
+        sent.append(await waiting.send(bytes(1 << 22)))
+
+    with ends.peer() as waiting:
+        async with anyio.create_task_group() as group:
+            group.start_soon(send)
+            await anyio.wait_all_tasks_blocked()
+            soon = now() + 0.01
+            for deadline in (soon, math.inf):  # the timer stays as it is where the deadline moves to a later time
+                ends.connection.deadline = deadline
+                waiting.look()
+            ends.connection.deadline = soon  # as if it passed at the moment at which the timer goes off
+            _ = await async_wait_until(lambda: now() > soon)
+            for _ in range(5):
+                await anyio.lowlevel.checkpoint()
+            waiting.look()
+    assert sent == [False]
 
 
 async def test_a_peer_that_went_away_is_an_error_of_the_system(ends: Ends) -> None:
