@@ -463,9 +463,9 @@ async def test_a_server_that_stops_ends_connections_with_their_answers() -> None
             await anyio.aclose_forcefully(stream)
 
 
-async def test_a_server_ends_once_nothing_is_open() -> None:
+async def test_a_server_ends_once_nothing_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the other connections do: one that waits for nothing, and peers that do not go on."""
-
+    monkeypatch.setattr("chutes_proto.transport.connections.FIRST_CALL_SECONDS", 0.0)  # when it is handed over only
     limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0, write_seconds=3600.0)
     async with running(limits, app=Echo(drain=3600.0, open={"slow"})) as server:
         silent, idle, halfway, deaf = await server.plain(), *[await server.connect() for _ in range(3)]
