@@ -109,11 +109,11 @@ def test_what_waits_for_a_standby_that_is_away_names_it(
     monkeypatch.setattr(transactions, "_SILENCE", 1)
     with closing(PostgresStore(url, busy_seconds=0.5, migrate=True)) as store:
         make_synchronous(url)
-        assert not store.replication.hint
+        assert not store.replication.missing
         standby.stop()
         backing_up = primary.begin(f"exec {back_up} --dbname '{url}'")
         _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication"))
-        _ = wait_until(lambda: store.transact(Ask(ReadTimes())) and store.replication.hint)
+        _ = wait_until(lambda: store.transact(Ask(ReadTimes())) and store.replication.missing)
         names = r".*no standby streams, and synchronous_standby_names names one: .*start it"
         told(lambda: store.transact(boot("1")), f"lost at the commit.*{names}", FateUnknown)
         told(lambda: store.transact(boot("2")), f"another transaction takes too long.*{names}", StoreBusy)

@@ -148,8 +148,8 @@ class Replication:
     @property
     def warning(self) -> str:
         """Why a fail-over would lose what was acknowledged, or why nothing is; empty where neither is in sight."""
-        if self.is_synchronous and not self.streaming:
-            return f"store: {_NONE_STREAMS}"
+        if self.missing:
+            return f"store: {self.missing}"
         if self.is_synchronous or not self.streaming:
             return ""
         return (
@@ -158,9 +158,9 @@ class Replication:
         )
 
     @property
-    def hint(self) -> str:
-        """The end of the text of a fault that a missing standby may have caused."""
-        return f"; {_NONE_STREAMS}" if self.is_synchronous and not self.streaming else ""
+    def missing(self) -> str:
+        """Why no commit ends, where it is for a missing standby; else empty."""
+        return _NONE_STREAMS if self.is_synchronous and not self.streaming else ""
 
 
 class PostgresStore(MarkedStore):
@@ -480,7 +480,7 @@ class PostgresStore(MarkedStore):
                     f" lost; say ALTER TABLE {unlogged} SET LOGGED",
                 )
             self.replication = Replication(streaming, is_synchronous=has_synchronous)
-            self._database.hint = self.replication.hint
+            self._database.hint = f"; {missing}" if (missing := self.replication.missing) else ""
             if self._require_synchronous and not has_synchronous:
                 raise fault_of(
                     self.name,
