@@ -152,6 +152,19 @@ def test_a_stream_that_is_closed_is_a_fault_only_where_it_had_the_result(words: 
         assert done.stderr == "chutes-proto: standard output: Bad file descriptor\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [("no-such-command", 2), ("vm", 2), ("vm list --config /none", 2), ("hotkey inspect 5F", 1)]
+)
+@pytest.mark.parametrize("is_full", [True, False], ids=["full disk", "ended reader"])
+def test_an_error_that_cannot_be_written_has_its_own_exit_code(words: str, code: int, is_full: bool) -> None:
+    heard, said = os.pipe()
+    os.close(heard)
+    with Path("/dev/full").open("wb") as full, os.fdopen(said, "wb") as unheard:
+        stream = full if is_full else unheard
+        done = subprocess.run([*PROGRAM, *words.split()], stdout=subprocess.DEVNULL, stderr=stream, check=False)
+    assert done.returncode == code
+
+
 @pytest.mark.parametrize("where", [">&-", ">/dev/full"])
 def test_a_demo_names_the_output_that_it_cannot_write_to(where: str) -> None:
     words = ["bash", "-c", f'"$@" {where}', "bash", *PROGRAM, "demo"]

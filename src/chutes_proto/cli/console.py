@@ -118,8 +118,12 @@ def plain(value: Any) -> dict[str, Any]:
 
 
 def tell(text: str) -> None:
-    """One line beside the result: progress, or what is wrong."""
-    print(clean(text), file=sys.stderr, flush=True)
+    """One line beside the result: progress, or what is wrong. A stream that takes none changes no outcome."""
+    try:
+        print(clean(text), file=sys.stderr, flush=True)
+    except OSError:
+        # The rest of its buffer would fail again when Python ends, and give an exit code of its own.
+        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def tell_lines(text: str) -> None:
