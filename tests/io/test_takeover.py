@@ -84,6 +84,10 @@ def test_sockets_go_to_a_successor_with_the_same_store(tmp_path: Path, loop: str
         def ask() -> None:
             with pytest.raises(ConfigurationError, match="uses the store keys and this configuration other"):
                 _ = take_over(path, "other")
+            left = take_over(path, "keys")
+            assert left is not None
+            left.leave()  # at once: a connection that reached a socket of one who does not accept would wait for ever
+            assert [each.fileno() for each in (left.connection, *(each for _, each in left.sockets))] == [-1, -1]
             taken = take_over(path, "keys")
             assert taken is not None
             ((key, given),) = taken.sockets
