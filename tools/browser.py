@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from base64 import b64decode
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fcntl import F_DUPFD, fcntl
 from itertools import count
 from pathlib import Path
@@ -117,6 +118,11 @@ class Browser:
         return decoded
 
 
+def _end_group(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 @contextmanager
 def browser(program: str) -> Generator[Browser]:
     """Start ``program``, a Chromium, with an empty profile; it ends with the block."""
@@ -132,7 +138,15 @@ def browser(program: str) -> Generator[Browser]:
         theirs = [fcntl(each, F_DUPFD, 10) for each in (theirs_in, theirs_out)]  # not 3 or 4 already
         numbered = [sys.executable, "-I", "-c", _NUMBERED, *map(str, theirs), *command]
         with Path(os.devnull).open("wb") as nowhere:
-            process = subprocess.Popen(numbered, stdout=nowhere, stderr=nowhere, pass_fds=theirs)
+            process = subprocess.Popen(
+                numbered,
+                stdout=nowhere,
+                stderr=nowhere,
+                pass_fds=theirs,
+                env={**os.environ, "TMPDIR": profile},  # where it leaves a folder when it is ended
+                start_new_session=True,
+            )
+        _ = opened.callback(_end_group, process.pid)  # its helpers would write the profile again
         _ = opened.callback(process.wait)
         _ = opened.callback(process.terminate)
         for each in (theirs_in, theirs_out, *theirs):
