@@ -376,9 +376,9 @@ def test_reference_values_that_are_nested_too_deeply_are_refused(site: Site) -> 
     shown = Receipt.from_bytes(site.show(0, "--evidence").out.encode())
     bundle, members = Bundle.of(shown.evidence), json.loads(shown.entry)
     root = TrustedRoot.from_der((site.directory / "simulated-root.der").read_bytes())
-    deep = evolve(bundle, documents=evolve(bundle.documents, reference_values=50_000 * b"["))
+    deep = evolve(bundle, documents=evolve(bundle.documents, reference_values=1_000_000 * b"["))  # 3.14 parses 50,000
     members["evidence"] = json.dumps(json.loads(members["evidence"]) | deep.digests)
-    with pytest.raises(VerdictError, match=r"cannot be read: .*recursion"):
+    with pytest.raises(VerdictError, match=r"cannot be read: .*(recursion|Stack overflow)"):
         _ = judge_again(members, deep, read_yaml, root)
 
 
