@@ -106,7 +106,7 @@ def announced_minimum(entry: bytes) -> int:
         return 0
     try:
         found = _PURGED.fullmatch(json.loads(entry)["keys"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0
     return 0 if found is None else int(found[1])
 
