@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -30,9 +29,6 @@ from tests.waiting import wait_until
 
 VARIABLE = "CHUTES_PROTO_TEST_POSTGRES"
 PASSWORD = "canary-password-of-the-database"
-_PREFIX = "chutes-proto-pg-"
-_LEFT_SECONDS = 3600
-"""So long after something was made in a cluster's folder, one without a server is of tests that were killed."""
 DEATHBED = ["setpriv", "--pdeathsig", "QUIT"]
 
 
@@ -58,9 +54,7 @@ class Cluster:
     ) -> None:
         self._programs = programs
         self._settings = settings or {}
-        place = place or _memory() or tempfile.gettempdir()
-        _remove_left(Path(place))
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-", dir=place or _memory()))
         self._as: dict[str, Any] = {"cwd": self.folder}
         self._process: subprocess.Popen[bytes] | None = None
         if os.geteuid() == 0:
@@ -208,18 +202,6 @@ class Pooler:
     def close(self) -> None:
         self._process.kill()
         self._process.wait(60)
-
-
-def _remove_left(place: Path) -> None:
-    """Remove the clusters of tests that were killed: in memory, each takes a hundred megabytes of it."""
-    for folder in place.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, or its tests remove it now
-            pid = folder / "data" / "postmaster.pid"
-            if folder.stat().st_mtime > time.time() - _LEFT_SECONDS or (
-                pid.exists() and is_running(int(pid.read_text().split()[0]))
-            ):
-                continue
-            shutil.rmtree(folder)
 
 
 def _memory() -> str | None:
