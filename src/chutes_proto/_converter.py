@@ -91,7 +91,7 @@ class StrictConverter:
         omit_none: bool = False,
     ) -> None:
         self._object = _file_table if own_file else _object
-        self._list = _file_array if own_file else valid_list
+        self._list = file_array if own_file else valid_list
         whole: dict[Any, Hook] = {Mapping[str, object]: lambda value, _: self._object(value)}
         self._hooks: dict[Any, Hook] = {**_USUAL, **whole, **(hooks or {})}
         self._own_file = own_file
@@ -260,13 +260,11 @@ def exactly(wanted: type[T], error: str, msg: str) -> Callable[..., T]:
     return hook
 
 
-def list_of(
-    item: Callable[[object], T], whole: Callable[[object], list[object]] | None = None
-) -> Callable[..., tuple[T, ...]]:
-    """Make a hook that converts a list to a tuple; its problem is that of a file, unless ``whole`` has another."""
+def list_of(item: Callable[[object], T], whole: Callable[[object], list[object]]) -> Callable[..., tuple[T, ...]]:
+    """Make a hook that converts a list to a tuple; ``whole`` has the problem of what is none."""
 
     def hook(value: object, _: object = None) -> tuple[T, ...]:
-        return tuple(_each(enumerate((whole or _file_array)(value)), item))
+        return tuple(_each(enumerate(whole(value)), item))
 
     return hook
 
@@ -297,7 +295,7 @@ string = exactly(str, "string_type", "Input should be a valid string")
 integer = exactly(int, "int_type", "Input should be a valid integer")
 boolean = exactly(bool, "bool_type", "Input should be a valid boolean")
 valid_list: Callable[..., list[object]] = exactly(list, "list_type", "Input should be a valid list")
-_file_array: Callable[..., list[object]] = exactly(list, "list_type", "Input should be an array")
+file_array: Callable[..., list[object]] = exactly(list, "list_type", "Input should be an array")
 _object: Callable[..., dict[str, object]] = exactly(dict, "dict_type", "Input should be a valid dictionary")
 _file_table: Callable[..., dict[str, object]] = exactly(
     dict, "dict_type", "Input should be a table of names and values (in JSON, an object)"

@@ -7,7 +7,16 @@ from typing import Any, Final
 
 from attrs import field, fields_dict, frozen
 
-from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, list_of, load_toml, string
+from chutes_proto._converter import (
+    Hook,
+    MismatchError,
+    ProblemsError,
+    StrictConverter,
+    file_array,
+    list_of,
+    load_toml,
+    string,
+)
 from chutes_proto.gpu._errors import GpuPolicyError
 from chutes_proto.gpu._policy import GpuPolicy, PinnedMeasurements, RevocationDemand
 from chutes_proto.quote._strict_json import digits
@@ -68,7 +77,7 @@ def parse_gpu_policy(data: bytes) -> GpuPolicy:
 
 
 def _words(value: object, _: object) -> frozenset[str]:
-    words = list_of(string)(value)
+    words = list_of(string, file_array)(value)
     if not words:
         raise MismatchError("value_error", "must name at least one")
     return frozenset(words)

@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
 from typing import Any, Final, NewType, ParamSpec, TypeVar
 
-from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, list_of, load_toml, string
+from chutes_proto._converter import (
+    Hook,
+    MismatchError,
+    ProblemsError,
+    StrictConverter,
+    file_array,
+    list_of,
+    load_toml,
+    string,
+)
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._statements import TcbStatus
@@ -66,5 +75,5 @@ def file_converter(hooks: Mapping[Any, Hook] | None = None, names: Mapping[str, 
     return StrictConverter({**usual, **(hooks or {})}, own_file=True, refusal=PolicyError, names=names)
 
 
-_strings: Final = list_of(string)
+_strings: Final = list_of(string, file_array)
 CONVERTER: Final = file_converter()

@@ -24,6 +24,7 @@ from chutes_proto._converter import (
     MismatchError,
     ProblemsError,
     StrictConverter,
+    file_array,
     integer,
     list_of,
     nearest,
@@ -509,8 +510,8 @@ _HOOKS: Final[Mapping[Any, Hook]] = {
     tuple[bytes, bytes, bytes, bytes]: _rtmrs,
     AttributePolicy | None: _attributes,
     int | None: lambda value, _: None if value is None else integer(value) or None,
-    tuple[str, ...]: list_of(lambda value: string(value).lower()),
-    tuple[bytes, ...]: list_of(_fingerprint),
+    tuple[str, ...]: list_of(lambda value: string(value).lower(), file_array),
+    tuple[bytes, ...]: list_of(_fingerprint, file_array),
     tuple[RegisterRule, ...]: _no_rules,
     Schedule: _no_schedule,
 }

@@ -21,7 +21,7 @@ from typing import Final, Literal, cast
 import attrs
 from attrs import field, frozen
 
-from chutes_proto._converter import MismatchError, Problem, ProblemsError, StrictConverter, list_of, string
+from chutes_proto._converter import MismatchError, Problem, ProblemsError, StrictConverter, file_array, list_of, string
 from chutes_proto.collateral.pcs import Upstream, check_service
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
@@ -642,7 +642,7 @@ def _hotkeys(value: object, _: object) -> tuple[str, ...] | str:
         return "*"
     if isinstance(value, str):
         raise MismatchError("hotkeys_type", 'Input should be an array, ["5F…"], or "*" for every hotkey')
-    return list_of(string)(value)
+    return list_of(string, file_array)(value)
 
 
 def _service(value: object, _: object) -> CollateralService:
