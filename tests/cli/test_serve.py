@@ -527,10 +527,14 @@ def test_a_signal_during_the_start_leaves_no_folder_with_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], number: signal.Signals
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with subprocess.Popen([*PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        _ = wait_until(lambda: any(tmp_path.glob("chutes-proto-*")) or process.poll() is not None)
-        process.send_signal(number)
-        assert process.wait(timeout=60) in (-number, 130 if number == signal.SIGINT else 0)
+    command = ["env", f"--default-signal={number.name[3:]}", *PROGRAM, *words]  # a script's `&` ignores SIGINT
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _ = wait_until(lambda: any(tmp_path.glob("chutes-proto-*")) or process.poll() is not None)
+            process.send_signal(number)
+            assert process.wait(timeout=60) in (-number, 130 if number == signal.SIGINT else 0)
+        finally:
+            process.kill()
     assert not [*tmp_path.glob("chutes-proto-*")]
 
 

@@ -226,4 +226,5 @@ def _develop(transport: Transport, platform: str | None) -> int:
 
         setup = make_setup(ServerConfig.load(configuration))
         renewed = RenewedCollateral(CollateralDirectory(directory / "collateral", setup.service.root), simulated)
-        return _serve(transport, setup, renewed, announce, signal.SIGHUP)
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # `nohup` ignores it
+        return _serve(transport, setup, renewed, announce, *hangup)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -69,21 +69,25 @@ revocation_grace = 31536000
 def folder_of_this_run(prefix: str) -> Generator[Path]:
     """A private folder that is removed at the end, also where SIGTERM or SIGHUP ends the process before.
 
-    Must be entered in the main thread. A server sets handlers of its own, and then lets both signals do nothing.
+    Must be entered in the main thread. A server sets handlers of its own, and then lets both signals do nothing; one
+    whose store hangs at its end leaves the folder.
     """
     ends = (signal.SIGTERM, signal.SIGHUP)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ends, signal.SIGINT))  # until the folder is known
-    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+    with ExitStack() as stack:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ends, signal.SIGINT))
+        try:  # until the folder is known
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
 
-        def end(number: int, *_frame: object) -> None:
-            shutil.rmtree(name, ignore_errors=True)
-            _ = signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)  # the process ends as it would have without a handler
+            def end(number: int, *_frame: object) -> None:
+                shutil.rmtree(name, ignore_errors=True)
+                _ = signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)  # the process ends as it would have without a handler
 
-        for each in ends:
-            if signal.getsignal(each) is not signal.SIG_IGN:  # as `nohup` sets it
-                _ = signal.signal(each, end)
-        _ = signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for each in ends:
+                if signal.getsignal(each) is not signal.SIG_IGN:  # as `nohup` sets it
+                    _ = signal.signal(each, end)
+        finally:
+            _ = signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield Path(name).resolve()
 
 
