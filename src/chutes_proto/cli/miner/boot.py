@@ -21,7 +21,11 @@ _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 
 
 class _BootCommand(PeerCommand):
-    exits: Mapping[int, str] = {**PeerCommand.exits, 0: "granted", 2: wrong_usage("no answer", "no quote to send")}
+    exits: Mapping[int, str] = {
+        **PeerCommand.exits,
+        0: "granted",
+        2: wrong_usage("a file that cannot be read", "no answer", "no quote to send"),
+    }
     wait: float = 30.0
 
 

@@ -13,7 +13,7 @@ from attrs import evolve
 
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator, F, Group, answer, at_option, full_option, json_option, parsed
-from chutes_proto.cli.describe import exits
+from chutes_proto.cli.describe import exits, wrong_usage
 from chutes_proto.cli.verifier.fields import list_faults_option, say_fields
 from chutes_proto.collateral.gpus import OCSP_SERVICE, RIM_SERVICE
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
@@ -471,7 +471,7 @@ def _fault(name: str) -> str:
     return name
 
 
-@command.command("simulate", exits={0: "written", 2: "wrong usage, or files that cannot be written"})
+@command.command("simulate", exits={0: "written", 2: wrong_usage("files that cannot be written")})
 @click.option(
     "--nonce", metavar="HEX", required=True, callback=parsed(_nonce), help="32 bytes for the reports to be over"
 )

@@ -11,6 +11,7 @@ from attrs import evolve
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Command, Decorator, answer, at_option, json_option, parsed, platform_option
+from chutes_proto.cli.describe import wrong_usage
 from chutes_proto.cli.verifier.fields import list_faults_option, stage_option
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.quoters.simulated import open_platform, platform_directory
@@ -41,7 +42,7 @@ def simulated_platform(directory: str | None, now: int) -> SimulatedPlatform:
     return open_platform(directory or platform_directory(os.environ), now).platform
 
 
-@click.command("simulate", cls=Command, exits={0: "written", 2: "wrong usage, or files that cannot be written"})
+@click.command("simulate", cls=Command, exits={0: "written", 2: wrong_usage("files that cannot be written")})
 @click.option(
     "--report-data",
     metavar="HEX",
