@@ -217,7 +217,7 @@ async def test_a_database_whose_disk_is_full(start: Start, cluster: Cluster, tmp
         _ = await boot_and_sync(server)
         told = refused(server)
         assert told.count('"event":"store_refused"') == told.count('"event":"store_accepted"') == 1
-        assert "the database's disk is full; nothing was changed; make space" in told
+        assert "the database's disk is full; this transaction changed nothing; make space" in told
         nothing_twice(site)
 
 

@@ -173,7 +173,7 @@ def test_a_commit_that_fails_fails_all(store: SqliteStore, gathered: str) -> Non
     assert outcomes[0] is refused
     assert [type(outcome) for outcome in outcomes[1:]] == [StoreError, StoreError]
     assert outcomes[1] is not outcomes[2]
-    assert all("disk is full; nothing was changed" in str(outcome) for outcome in outcomes[1:])
+    assert all("disk is full; this transaction changed nothing" in str(outcome) for outcome in outcomes[1:])
     assert dump(store) == before
     assert not store.transact(good).replayed
 

@@ -661,7 +661,7 @@ def fail_with(url: str, state: str) -> None:
 @pytest.mark.parametrize(
     ("state", "text", "kind"),
     [
-        ("25006", "the database is read-only; nothing was changed", StoreError),
+        ("25006", "the database is read-only, and this transaction changed nothing", StoreError),
         ("XX001", "the database is damaged", StoreError),
         ("42501", "the database's user may not do that", StoreError),
         ("57014", "a statement was cancelled", StoreBusy),
@@ -723,7 +723,7 @@ def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
                 for _ in range(4000):
                     yield from Insert(AuditRow(NOW, "vm", "flood", "granted", reason="x" * 1000))
 
-        told(lambda: store.transact(Flood()), "the database's disk is full; nothing was changed")
+        told(lambda: store.transact(Flood()), "the database's disk is full; this transaction changed nothing")
         filler = fill(disk)  # what was rolled back is still there, or not
         told(lambda: dump(store), "the database's disk is full")
         filler.unlink()
@@ -739,15 +739,15 @@ def test_a_full_disk_is_said_before_anything_was_written(cluster: Cluster) -> No
     with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, migrate=True)) as store:
         store.check_writing()
         filler = fill(disk)
-        told(store.check_writing, "the database's disk is full; nothing was changed; make space")
+        told(store.check_writing, "the database's disk is full; this transaction changed nothing; make space")
         filler.unlink()
         store.check_writing()
 
 
 def test_a_database_that_turns_read_only_is_said(store: PostgresStore) -> None:
     store._pool.idle[0].execute("SET default_transaction_read_only = on")
-    told(store.check_writing, "the database is read-only; nothing was changed; is its disk full")
-    told(lambda: store.transact(boot("first")), "the database is read-only; nothing was changed")
+    told(store.check_writing, "the database is read-only, and this transaction changed nothing; is its disk full")
+    told(lambda: store.transact(boot("first")), "the database is read-only, and this transaction changed nothing")
 
 
 def test_tables_that_vanish_are_said(store: PostgresStore, url: str) -> None:

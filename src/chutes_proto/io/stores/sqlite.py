@@ -63,7 +63,7 @@ _SPACE: Final = 256 << 10
 _FAULTS = {
     sqlite3.SQLITE_BUSY: "another transaction takes too long",
     sqlite3.SQLITE_LOCKED: "another transaction takes too long",
-    sqlite3.SQLITE_FULL: "the disk is full; nothing was changed",
+    sqlite3.SQLITE_FULL: "the disk is full; this transaction changed nothing",
     sqlite3.SQLITE_READONLY: "it is read-only, or its directory is; the server must be able to write both",
     sqlite3.SQLITE_PERM: "this user may not open it",
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened; is its directory there, and may this user write it?",

@@ -32,8 +32,10 @@ _WAITED: Final = frozenset({"55P03", "57014"})
 """Those of a statement that was cancelled because it waited for another transaction, which may wait for a standby."""
 
 FAULTS: Final = {
-    "53100": "the database's disk is full; nothing was changed; make space, and servers go on by themselves",
-    "25006": "the database is read-only; nothing was changed; is its disk full, or default_transaction_read_only set?",
+    "53100": "the database's disk is full; this transaction changed nothing; make space, and servers go on by"
+    " themselves",
+    "25006": "the database is read-only, and this transaction changed nothing; is its disk full, or"
+    " default_transaction_read_only set?",
     "42501": "the database's user may not do that; it must own the tables, or be granted to read and write them",
     "42P01": "a table is missing; stop the server and restore a backup",
     "XX001": "the database is damaged; stop the server and restore a backup",
