@@ -77,7 +77,7 @@ def test_what_is_missing_is_listed_and_taken(command: Command, stores: tuple[str
     old, new = stores
     listed = command("store", "compare", old, new, "--json")
     assert listed.code == 1
-    assert listed.json["ok"]
+    assert not listed.json["ok"]
     found = {(each["vm"], each["volume"]): (each["generations"], each["state"]) for each in listed.json["volumes"]}
     assert found == {
         (VM.name, "storage"): ([2], "missing"),

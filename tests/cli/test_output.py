@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.extras import extra_of
 from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.output import Cell
+from chutes_proto.errors import StoreError
 from chutes_proto.io.server.development import write_server
 from chutes_proto.store.rows import AuditRow, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -163,6 +164,29 @@ def test_an_error_that_cannot_be_written_has_its_own_exit_code(words: str, code:
         stream = full if is_full else unheard
         done = subprocess.run([*PROGRAM, *words.split()], stdout=subprocess.DEVNULL, stderr=stream, check=False)
     assert done.returncode == code
+
+
+def test_a_list_that_an_error_ends_leaves_the_next_line_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    def members() -> Iterator[int]:
+        yield 1
+        raise StoreError("it went away")
+
+    with pytest.raises(StoreError):
+        console.say_json_list({}, "rows", members())
+    console.say_json({"ok": False})
+    assert capsys.readouterr().out.splitlines() == ['{"rows": [1', '{"ok": false}']
+
+
+def test_a_line_that_is_not_taken_hides_no_later_one(tmp_path: Path) -> None:
+    """A disk may be full for a moment, while a command that works for long says how far it is."""
+    program = (
+        "import resource, sys; from chutes_proto.cli import console;"
+        " limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY));"
+        " limit(0); console.tell('progress'); limit(resource.RLIM_INFINITY); console.tell('error')"
+    )
+    with (tmp_path / "log").open("wb") as log:
+        _ = subprocess.run([sys.executable, "-c", program], stderr=log, check=True)
+    assert (tmp_path / "log").read_text().endswith("error\n")
 
 
 @pytest.mark.parametrize("where", [">&-", ">/dev/full"])

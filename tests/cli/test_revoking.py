@@ -345,15 +345,15 @@ def test_a_purge_that_cannot_be_looked_at_again_is_told_as_done(
     real = operating.opened
 
     @contextmanager
-    def busy_after(config: str) -> Iterator[tuple[StoreSetup, object]]:
-        with real(config) as (setup, store):
+    def busy_after(config: str, **options: bool) -> Iterator[tuple[StoreSetup, object]]:
+        with real(config, **options) as (setup, store):
             yield setup, _BusyAfter(store)
 
     with monkeypatch.context() as patch:
         patch.setattr(operating, "opened", busy_after)
         ended = site.do(*words, "--yes")
     assert ended.code == 1
-    assert "it is done, unless the database has not kept it: too busy" in ended.err
+    assert "the last change is done, unless the database has not kept it: too busy" in ended.err
 
 
 @define

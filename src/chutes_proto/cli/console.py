@@ -12,10 +12,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
+
+from chutes_proto._error import ChutesError
 
 GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
@@ -76,14 +78,20 @@ def say_json(value: object) -> None:
     out(json.dumps(value))
 
 
-def say_json_list(before: Mapping[str, object], name: str, members: Iterable[object], *, ok: bool = True) -> None:
+def say_json_list(
+    before: Mapping[str, object], name: str, members: Iterable[object], ok: Callable[[], bool] = lambda: True
+) -> None:
     """The result as one JSON object on one line, with a list that is printed while it is read.
 
-    ``ok`` is its last member: an error may still end the list.
+    ``ok`` is asked after the last and printed there. An error that ends the list ends the line as it is.
     """
     out(json.dumps({**before, name: []})[:-2], end="")
-    _out_parts(map(json.dumps, members), ", ")
-    out(f'], "ok": {json.dumps(ok)}}}')
+    try:
+        _out_parts(map(json.dumps, members), ", ")
+    except ChutesError:
+        out("")
+        raise
+    out(f'], "ok": {json.dumps(ok())}}}')
 
 
 def say_json_lines(values: Iterable[object]) -> None:
@@ -119,11 +127,8 @@ def plain(value: Any) -> dict[str, Any]:
 
 def tell(text: str) -> None:
     """One line beside the result: progress, or what is wrong. A stream that takes none changes no outcome."""
-    try:
+    with suppress(OSError):  # the next line may be taken: a disk has room again
         print(clean(text), file=sys.stderr, flush=True)
-    except OSError:
-        # The rest of its buffer would fail again when Python ends, and give an exit code of its own.
-        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def tell_lines(text: str) -> None:

@@ -197,7 +197,7 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     See also: audit export, keys purge
     """
     with (
-        operating.opened_for_steps(config) as (setup, store),
+        operating.opened(config, in_steps=yes) as (setup, store),
         output.progress("audit rows looked at") as tell,
     ):
         days = operating.kept_days(older_than, "audit_days", setup.config.audit_days, "audit rows")

@@ -161,7 +161,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
 
     See also: keys history, audit purge
     """
-    with operating.opened_for_steps(config) as (setup, store), output.progress("VMs") as tell:
+    with operating.opened(config, in_steps=yes) as (setup, store), output.progress("VMs") as tell:
         days = operating.kept_days(older_than, "retention_days", setup.config.retention_days, "retired keys")
         began = operating.now()
         until = began - days * DAY
@@ -217,7 +217,7 @@ def rewrap(reason: str, config: str) -> int:
     See also: store check, serve
     """
     faults: tuple[RowNotAuthentic, ...] = ()
-    with operating.opened_for_steps(config) as (setup, store):
+    with operating.opened(config, in_steps=True) as (setup, store):
         vault = setup.vault
         with output.progress("keys wrapped") as tell:
             # Begun first, so that rows which are written below have the new MACs.
@@ -338,7 +338,7 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
         raise ConfigurationError(told) from None
     made = left = bound = 0
     refused: list[str] = []
-    with operating.opened_for_steps(config, new=True) as (setup, store), output.progress("VMs imported") as tell:
+    with operating.opened(config, new=True, in_steps=True) as (setup, store), output.progress("VMs imported") as tell:
         rows: list[tuple[Vm, dict[str, FreshKey], Platform | None]] = []
         for number, line in enumerate(read_lines(file, limit=_LINE_BYTES), 1):
             if not line.strip():

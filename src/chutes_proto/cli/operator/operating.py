@@ -76,8 +76,11 @@ class OperatorCommand(Command):
 
 
 @contextmanager
-def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, DurableStore]]:
-    """The store of a configuration, which must exist unless it may be ``new``. Raises `StoreError`."""
+def opened(config: str, *, new: bool = False, in_steps: bool = False) -> Generator[tuple[StoreSetup, DurableStore]]:
+    """The store of a configuration, which must exist unless it may be ``new``. Raises `StoreError`.
+
+    ``in_steps`` is for a change in many transactions that may be begun again after any of them.
+    """
     setup = make_store_setup(ServerConfig.load(config))
     if not setup.store.is_made() and not new:
         raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
@@ -85,16 +88,11 @@ def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, Dur
         if is_of_sealed(setup.mark_file):
             store.custody.require_seal(1)
         copy_audit(setup.config, setup.store.base, store)
-        yield setup, store
-
-
-@contextmanager
-def opened_for_steps(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, DurableStore]]:
-    """The same, for a change in many transactions that may be begun again after any of them. Raises `StoreError`."""
-    with opened(config, new=new) as both:
         try:
-            yield both
+            yield setup, store
         except (StoreBusy, FateUnknown) as exc:
+            if not in_steps:
+                raise
             what = "what was done before is kept; run the command again, and it does what is left"
             raise StoreError(f"{exc}; {what}") from None
 
@@ -129,7 +127,7 @@ def require_gone(store: Store, table: str, unit: Unit[T], left: Callable[[T], ob
 
 
 def _unread(exc: StoreError) -> StoreError:
-    return StoreError(f"it is done, unless the database has not kept it: {exc}; run the command again")
+    return StoreError(f"the last change is done, unless the database has not kept it: {exc}; run the command again")
 
 
 def _not_kept(table: str, finding: str) -> StoreError:
@@ -168,13 +166,17 @@ def answer_rows(
     columns: output.Columns,
     empty: str,
     under: Mapping[str, str] | None = None,
+    ok: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Print rows while they are read: ``members`` of each in the list ``name`` with ``--json``, else a table."""
+    """Print rows while they are read: ``members`` of each in the list ``name`` with ``--json``, else a table.
+
+    ``ok`` is asked after the last.
+    """
     if wants("json"):
-        console.say_json_list({}, name, map(members, rows))
+        console.say_json_list({}, name, map(members, rows), ok)
     else:
         output.table(columns, rows, empty=empty, under=under)
-    return console.GRANTED
+    return console.GRANTED if ok() else console.REFUSED
 
 
 def done(text: str) -> int:

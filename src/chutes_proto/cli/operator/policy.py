@@ -254,7 +254,7 @@ def try_command(
     told |= {"changes": _dated(changes)}
 
     if wants("json"):
-        console.say_json_list(told, "vms", map(_tried, tried), ok=is_fine)
+        console.say_json_list(told, "vms", map(_tried, tried), lambda: is_fine)
         return console.GRANTED if is_fine else console.REFUSED
     empty = "every VM is granted" if judged_vms else "no VM has evidence to be judged"
     output.table(_TRIED, tried, empty=empty, under={"REASON": "CODE"})

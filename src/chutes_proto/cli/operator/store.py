@@ -264,7 +264,7 @@ def seal(reason: str, config: str) -> int:
 
     See also: store check, store migrate, keys rewrap
     """
-    with operating.opened_for_steps(config) as (setup, opened):
+    with operating.opened(config, in_steps=True) as (setup, opened):
         if newer := of_newer_schema(opened):
             raise StoreError(f"store {opened.name}: {newer}, and seal with that release")
         _ = check_keys(opened, setup.vault)
@@ -405,8 +405,9 @@ def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> 
                 tell(compared)
 
     with _readable(places[0], places[1], vault) as (older, newer):
-        _ = operating.answer_rows("volumes", rows(older, newer), _difference, _DIFFERENCES, "no key is missing")
-    return console.REFUSED if wrong else console.GRANTED
+        return operating.answer_rows(
+            "volumes", rows(older, newer), _difference, _DIFFERENCES, "no key is missing", ok=lambda: not wrong
+        )
 
 
 _VMS: Final = 100

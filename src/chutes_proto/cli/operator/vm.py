@@ -263,7 +263,7 @@ def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> 
     """
     found = {"boot": 0, "attestation": 0}
     with (
-        operating.opened_for_steps(config) as (setup, store),
+        operating.opened(config, in_steps=yes) as (setup, store),
         output.progress(f"boots and verdicts {'deleted' if yes else 'found'} so far") as tell,
     ):
         days = operating.kept_days(older_than, "boot_days", setup.config.boot_days, "boots")
