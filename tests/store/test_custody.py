@@ -1028,8 +1028,9 @@ def test_a_key_of_the_rows_that_was_altered_is_a_fault_of_the_store(place: Store
 
 
 def test_all_candidates_are_doubted_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each once: a page begins after the one before, and not where the first began."""
+    """Each once: a page begins after the one before, and not where the first began; however many heads that takes."""
     monkeypatch.setattr(_guard, "_PAGE", 2)
+    monkeypatch.setattr(_guard, "_HEADS_HELD", 1)
     store = SealedStore(VAULT)
     vms = [rows.Vm(A.hotkey, f"vm-{number}") for number in range(5)]
     for vm in vms:
