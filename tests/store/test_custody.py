@@ -53,7 +53,7 @@ from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal
 from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, FindGone, SealVms
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.log import SALT_SIZE, ReadCheckpoint, SequenceLog
-from chutes_proto.units.operator import AllowFormat, PurgeBoots, RewrapKeys, StoreRestored
+from chutes_proto.units.operator import AllowFormat, BindVm, PurgeBoots, RewrapKeys, StoreRestored
 from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
 from tests.conftest import SOAK
 from tests.store.memory import SealedStore
@@ -1370,6 +1370,17 @@ def test_after_a_rotation_the_key_of_before_makes_no_row(place: StorePlace) -> N
             server.transact(granted("fourth", B, 250))
     with pytest.raises(StoreError, match=r"of epoch 1, and rows of epoch 2 were seen.* stop all servers, move"):
         evolve(place, vault=BOTH).open()
+
+
+def test_a_vm_of_which_only_its_head_is_left_is_no_fault_after_a_rotation(place: StorePlace) -> None:
+    with closing(place.open(migrate=True)) as store:
+        store.transact(BindVm(NOW, A, granted("first", A, 0).platform, "it is to come"))
+        store.transact(EraseVm(NOW + 1, "x2", 9, A, "it does not come", carry_out=True))
+    assert run(place, "SELECT (SELECT count(*) FROM vm) + (SELECT count(*) FROM boot)") == [(0,)]
+    assert kek_rotated(place) == []
+    with closing(evolve(place, vault=BOTH).open()) as store:
+        assert not list(find_faults(store))
+        store.transact(evolve(granted("first", A, 2), vault=BOTH))
 
 
 @frozen
