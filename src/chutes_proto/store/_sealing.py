@@ -168,19 +168,16 @@ class ReadEpochs(OfGuard[tuple[int, ...]]):
 class BeginEpoch(OfGuard[None]):
     """Write all MACs in the epoch of ``row`` from now on, under the key ``random``, which ``row`` has wrapped.
 
-    Those of the present epoch count until `EndEpoch`.
+    Those of the present epoch count until `EndEpoch`. `ReadEpochs` came before in the unit, and replied that one alone.
     """
 
     row: store.KeyringRow
     random: Secret
 
     def carry_out(self, guard: Guard) -> None:
-        of_store = guard.of_store
-        if of_store.head() is None or of_store.key is None or of_store.epochs != (self.row.epoch - 1,):
-            raise of_store.locked()
         _ = guard.run(None, _guard_sql.SET_SEAL, (2 * self.row.epoch + 1,))
         guard.changed_state = True
-        of_store.key = EpochKey(self.row.epoch, self.random)
+        guard.of_store.key = EpochKey(self.row.epoch, self.random)
         guard.perform(store.Insert(self.row))  # the head is written under the new key
 
 
