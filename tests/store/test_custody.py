@@ -1065,26 +1065,29 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
         back = [copied(place, table) for table in tables]
         go_on(store)
     place = evolve(place, mark_file=place.base / "store.mark")
-    with closing(place.open()) as store:
-        store.keep_mark()
+    with closing(place.open()) as server:
+        server.keep_mark()
+        server.transact(granted("seen", A, 1000))
         for set_back in back:
             set_back()
         run(place, f"DELETE FROM audit WHERE id > {last}")
         with pytest.raises(StoreError, match="accept-loss"):
-            store.transact(granted("last", A, 2000))
+            server.transact(granted("last", A, 2000))
         run(place, f"INSERT INTO fact (name, value) VALUES ('loss_decided_at', {NOW + 1000})")
         with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
-            store.transact(granted("last", A, 2000))
-        assert store.custody.faults == {"fact": 1}
-    with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
-        place.open()
-    with closing(evolve(place, mark_file=None).open()) as store, pytest.raises(RowNotAuthentic, match="table fact"):
-        store.transact(Ask(rows.ReadLossDecided()))  # by which a log that lost entries would go on under another key
-    run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
-    with closing(evolve(place, mark_file=None).open()) as store:  # as `store accept-loss` does
-        store.transact(Ask(rows.DecideLoss(NOW + 1000)))
+            server.transact(granted("last", A, 2000))
+        assert server.custody.faults == {"fact": 1}
+        with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
+            place.open()
+        unmarked = evolve(place, mark_file=None)
+        with closing(unmarked.open()) as store, pytest.raises(RowNotAuthentic, match="table fact"):
+            store.transact(Ask(rows.ReadLossDecided()))  # by it a log that lost entries goes on under another key
+        run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
+        with closing(unmarked.open()) as store:  # as `store accept-loss` does
+            store.transact(Ask(rows.DecideLoss(NOW + 1000)))
+        server.transact(granted("last", A, 2000))  # though it has seen newer rows
     with closing(place.open()) as store:
-        store.transact(granted("last", A, 2000))
+        store.transact(granted("again", A, 2001))
 
 
 def test_nobody_without_the_keys_decides_that_a_log_may_lack_what_was_signed(
