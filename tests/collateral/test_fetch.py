@@ -44,6 +44,7 @@ from tests.waiting import async_wait_until, wait_until
 
 PATIENT = TimeLimits(connect=10.0, read=10.0, total=10.0)  # an answer that comes is taken, however busy the machine is
 HASTY = TimeLimits(connect=0.4, read=0.4, total=0.5)  # for faults that are a matter of time
+UNHEARD = TimeLimits(connect=10.0, read=0.4, total=10.0)  # for silence alone
 QUICK = CachePolicy(retry=0, retry_most=0, unknown=600, wait=5.0)
 """Tries again at once, so that each call of a test is a fetch if it needs one."""
 
@@ -212,7 +213,7 @@ def test_a_fault_is_told_and_the_next_upstream_asked(
     each: Loop, upstream: Upstream, other: Upstream, name: str
 ) -> None:
     upstream.fault, upstream.only, told = FAULTS[name]
-    limits = HASTY if name in ("slow", "dripping") else PATIENT
+    limits = {"slow": UNHEARD, "dripping": HASTY}.get(name, PATIENT)
     (alone,) = each.fetch(source(upstream, limits=limits))
     assert isinstance(alone, str)
     assert re.search(f"{re.escape(upstream.url)}: .*{told}", alone)
