@@ -8,15 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 _LOWEST = 10_000
-_TAKEN: list[socket.socket] = []
-"""Each holds the name of a port that this process has given out, until the process ends."""
 
 
 def free_port() -> int:
     """A port of loopback on which nobody listens, and which neither the kernel nor another caller gives to anyone else.
 
     A port of ``bind(("", 0))`` that is closed again would be anyone's: so this one lies below those that the kernel
-    gives out, and an abstract socket with its name keeps other processes that call this from it.
+    gives out, and an abstract socket with its name keeps others that call this from it, until the process ends.
     """
     highest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.sample(range(_LOWEST, highest), highest - _LOWEST):
@@ -24,7 +22,7 @@ def free_port() -> int:
         with suppress(OSError):
             claim.bind(f"\0chutes-proto-port-{port}")
             socket.create_server(("127.0.0.1", port)).close()
-            _TAKEN.append(claim)
+            _ = claim.detach()
             return port
         claim.close()
     raise OSError(f"no port between {_LOWEST} and {highest} is free")
