@@ -35,7 +35,6 @@ from chutes_proto.quote._terms import NOT_YET_VALID, Term, check_seconds, rfc333
 State: TypeAlias = Literal["good", "revoked", "hold", "unknown"]
 
 MAX_SIZE: Final = 64 * 1024
-STATUS_STEPS: Final = (18, 19, 20, 21, 22, 23, 24)
 
 _BASIC: Final = bytes.fromhex("2b0601050507300101")
 _OCSP_SIGNING: Final = bytes.fromhex("2b06010505070309")

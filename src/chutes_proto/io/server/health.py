@@ -42,11 +42,6 @@ class Health:
         """The ends of these kinds, the first first."""
         return tuple(each for each in self.ends if each.kind in kinds)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether no check has a problem."""
-        return all(finding.state != "problem" for finding in self.findings)
-
 
 @frozen
 class Counts:
