@@ -251,6 +251,29 @@ def test_a_handshake_that_never_comes(send: Sender) -> None:
     assert str(raised.value) == f"no connection to {address}: none within 0.3 s"
 
 
+def test_a_peer_that_sends_empty_messages_without_an_end(send: Sender) -> None:
+    """OpenSSL passes over hello requests (RFC 5246, 7.4.1.1) for as long as there are any, before it knows the peer."""
+    hello_requests = (b"\x16\x03\x03\x00\x04" + bytes(4)) * 30_000
+    ended: list[bool] = []
+
+    def flood(listener: socket.socket) -> None:
+        until = time.monotonic() + 20
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            while time.monotonic() < until:
+                connection.sendall(hello_requests)
+        ended.append(time.monotonic() < until)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        flooding = threading.Thread(target=flood, args=(listener,))
+        flooding.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(TransportError) as raised:
+            _ = send(f"https://{address}", client_context(), REQUEST, TimeLimits(connect=0.3, read=5.0, total=5.0))
+        flooding.join()
+    assert str(raised.value) == f"no connection to {address}: none within 0.3 s"
+    assert ended == [True]  # by the client
+
+
 @pytest.mark.parametrize("wrong", ["name", "authority"])
 def test_an_untrusted_server_gets_no_request(send: Sender, credentials: Credentials, wrong: str) -> None:
     heard: list[bytes] = []

@@ -4,22 +4,25 @@ Rules kept here:
 
 * a request goes to the one origin of its sender, over https; no redirect is followed;
 * no request is sent before the server's chain and name are verified;
-* every wait ends: each address has its share of the time for a connection, and a slow peer ends with the whole time;
+* every wait ends: each address has its share of the time for a connection, and a slow peer ends with the whole time,
+  and so does one that sends so fast that OpenSSL never ceases to read;
 * a connection can begin before its request is ready: the server answers in the meantime;
 * a failed request leaves no connection behind; a connection is used again only while the server is silent on it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 import ssl
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import frozen
 
@@ -30,6 +33,8 @@ from chutes_proto.wire.origin import Origin
 
 if TYPE_CHECKING:
     from chutes_proto.transport.client import ClientConnection
+
+T = TypeVar("T")
 
 _READ_SIZE: Final = 16 * 1024
 _BEGIN_SECONDS: Final = 1.0
@@ -70,7 +75,7 @@ class HttpsSender:
         self._origin = Origin.parse(url)
         self._limits = limits
         self._kept: _Connection | None = None
-        self._begun: ssl.SSLSocket | None = None
+        self._begun: _TlsStream | None = None
         self._begun_at = 0.0
         self._is_closed = False
 
@@ -95,7 +100,7 @@ class HttpsSender:
         """Return the whole answer. Raises `TransportError`, and `LocalProtocolError` if HTTP forbids the request."""
         end = time.monotonic() + self._limits.total
         connection, self._kept = self._kept, None
-        if connection is None or not connection.is_silent():
+        if connection is None or not connection.is_silent(end):
             if connection is not None:
                 connection.close()
             connection = self._connect(end)
@@ -125,22 +130,17 @@ class HttpsSender:
             self._begun = self._begun or self._begin(time.monotonic() + min(_BEGIN_SECONDS, self._limits.connect))
             self._begun_at = time.monotonic()
 
-    def _begin(self, end: float) -> ssl.SSLSocket:
+    def _begin(self, end: float) -> _TlsStream:
         """Return a connection on which the client hello is sent. Raises `TransportError` and `LocalProtocolError`."""
         if self._is_closed:
             raise LocalProtocolError("the client is closed; make a request within its `with` block")
         with self._connecting():
-            with _connected(_addresses(self._origin, end), end) as plain:  # the wrapped socket has another owner
-                stream = self._context.wrap_socket(
-                    plain, server_hostname=self._origin.name, do_handshake_on_connect=False, suppress_ragged_eofs=False
-                )
+            plain = _connected(_addresses(self._origin, end), end)
             try:
-                stream.settimeout(0)
-                stream.do_handshake()
-            except ssl.SSLWantReadError:
-                pass
+                stream = _TlsStream(plain, self._context, self._origin.name)
+                stream.begin(end)
             except BaseException:
-                stream.close()
+                plain.close()
                 raise
             return stream
 
@@ -156,8 +156,7 @@ class HttpsSender:
 
         try:
             with self._connecting():
-                stream.settimeout(seconds_left(end))
-                stream.do_handshake()
+                stream.shake_hands(end)
         except BaseException:
             stream.close()
             raise
@@ -182,7 +181,7 @@ class _PlainSender(HttpsSender):
             plain = _connected(_addresses(self._origin, end), end)
         from chutes_proto.transport.client import ClientConnection
 
-        return _Connection(plain, ClientConnection(self._origin.authority))
+        return _Connection(_Stream(plain), ClientConnection(self._origin.authority))
 
 
 @frozen
@@ -202,31 +201,97 @@ class HttpGetter:
             return sender(HttpRequest("GET" if body is None else "POST", slash + path, headers, body or b""))
 
 
+class _Stream:
+    """A connected socket. A wait ends after ``seconds`` of silence, and at ``end``, with `TimeoutError`."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+
+    def send(self, data: bytes, seconds: float, end: float) -> None:
+        """Send all of ``data``. Raises `OSError`."""
+        unsent = memoryview(data)
+        while unsent:
+            self._socket.settimeout(min(seconds, seconds_left(end)))
+            unsent = unsent[self._socket.send(unsent) :]
+
+    def receive(self, seconds: float, end: float) -> bytes:
+        """Return the next bytes, ``b""`` at the end. Raises `OSError`."""
+        self._socket.settimeout(min(seconds, seconds_left(end)))
+        return self._socket.recv(_READ_SIZE)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _TlsStream(_Stream):
+    """TLS over a socket, by way of memory.
+
+    OpenSSL reads messages that mean nothing, such as hello requests, for as long as there are any. From memory there
+    are few at a time; from the socket they would keep this thread from the time and from signals.
+    """
+
+    def __init__(self, connected: socket.socket, context: ssl.SSLContext, name: bytes) -> None:
+        super().__init__(connected)
+        self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._unsent, server_hostname=name)
+
+    def begin(self, end: float) -> None:
+        """Send the client hello. Raises `OSError`."""
+        with suppress(ssl.SSLWantReadError):
+            self._tls.do_handshake()
+        super().send(self._unsent.read(), math.inf, end)
+
+    def shake_hands(self, end: float) -> None:
+        """Complete the handshake, which verifies the peer. Raises `OSError`."""
+        self._perform(self._tls.do_handshake, math.inf, end)
+
+    def send(self, data: bytes, seconds: float, end: float) -> None:
+        unsent = memoryview(data)
+        while unsent:  # in pieces: what is not sent is in memory
+            unsent = unsent[self._perform(partial(self._tls.write, unsent[:_READ_SIZE]), seconds, end) :]
+
+    def receive(self, seconds: float, end: float) -> bytes:
+        return self._perform(partial(self._tls.read, _READ_SIZE), seconds, end)
+
+    def _perform(self, work: Callable[[], T], seconds: float, end: float) -> T:
+        while True:
+            try:
+                done = work()
+            except ssl.SSLWantReadError:
+                super().send(self._unsent.read(), seconds, end)
+            except OSError:
+                with suppress(OSError):  # the alert; a peer that is gone must not hide the reason
+                    super().send(self._unsent.read(), seconds, end)
+                raise
+            else:
+                super().send(self._unsent.read(), seconds, end)
+                return done
+            if data := super().receive(seconds, end):
+                _ = self._received.write(data)
+            else:
+                self._received.write_eof()
+
+
 class _Connection:
     """A connection to the origin, with the state of HTTP on it."""
 
-    def __init__(self, stream: socket.socket, http: ClientConnection) -> None:
+    def __init__(self, stream: _Stream, http: ClientConnection) -> None:
         self._stream = stream
         self.http = http
 
     def exchange(self, request: HttpRequest, read: float, end: float) -> HttpResponse:
         """Return the answer. Raises `OSError` (`TimeoutError` where it took too long) and `RemoteProtocolError`."""
-        unsent = memoryview(self.http.send_request(request))
-        while unsent:
-            self._stream.settimeout(min(read, seconds_left(end)))
-            unsent = unsent[self._stream.send(unsent) :]
+        self._stream.send(self.http.send_request(request), read, end)
         while True:
-            self._stream.settimeout(min(read, seconds_left(end)))
-            response = self.http.receive_data(self._stream.recv(_READ_SIZE))
+            response = self.http.receive_data(self._stream.receive(read, end))
             if response is not None:
                 return response
 
-    def is_silent(self) -> bool:
+    def is_silent(self, end: float) -> bool:
         """Return whether the server has sent nothing, not even a close, since its last answer."""
-        self._stream.settimeout(0)
         try:
-            _ = self._stream.recv(1)
-        except ssl.SSLWantReadError:
+            _ = self._stream.receive(0, end)
+        except BlockingIOError:
             return True  # at most a message of TLS itself, such as a session ticket
         except OSError:
             pass
