@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from chutes_proto.cli.agent import progress as module
 from chutes_proto.cli.agent.progress import WIDTH, Progress, said
 from chutes_proto.errors import DiskError, TransportError, refusal
-from chutes_proto.log import Level, Record, Value
+from chutes_proto.log import LONGEST, Level, Record, Value
 from chutes_proto.luks.plan import Format, Key, Open
 
 STEP: dict[str, Value] = {"step": "nonce", "attempt": "2/30", "seconds_left": 7.5}
@@ -56,6 +56,12 @@ def test_what_becomes_of_keys_and_disks(capsys: pytest.CaptureFixture[str]) -> N
     assert lines(capsys, "disks_looked_at", devices=["/dev/a", "/dev/b"]) == ["looking at /dev/a, /dev/b"]
     undecided = " ".join(lines(capsys, "rotation_undecided", volumes=["a"], reason="cut", error="TransportError"))
     assert "old and new keys stay on the disks; the next boot decides" in undecided
+
+
+def test_the_longest_text_of_a_peer_leaves_a_slow_console_to_what_follows(capsys: pytest.CaptureFixture[str]) -> None:
+    """The result of a volume is any text of at most a mebibyte; a console of 115,200 baud takes 90 s for that."""
+    said = lines(capsys, "rotation_confirmed", volumes=["storage: " + "x " * 500_000])
+    assert len(" ".join(said)) < 2 * LONGEST
 
 
 def test_an_event_of_another_version_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

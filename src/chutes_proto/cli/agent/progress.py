@@ -66,7 +66,7 @@ class Progress:
 
     def __call__(self, record: Record) -> None:
         """One record: a line or two."""
-        fields = dict(record.fields)
+        fields = record.shown  # a text of a peer that fills the console for minutes would be the last one
         if "step" in fields:
             fields["server"] = self.server()
             self.step = str(fields["step"])
