@@ -172,6 +172,20 @@ def test_disks_may_take_a_while_to_appear() -> None:
     ]
 
 
+def test_disks_are_not_waited_for_beyond_the_deadline() -> None:
+    settings = evolve(talk.SETTINGS, retry=evolve(talk.SETTINGS.retry, deadline=2.0))
+    clock = iter([0.0, 0.0, 1.0, 2.0])
+    nothing: list[tuple[Any, object]] = [(InspectDisk(STORAGE.device), MISSING), LOOK[1]]
+    with pytest.raises(DiskError, match="cannot be opened"):
+        run(
+            run_agent(settings, None, VOLUMES, disk_wait_seconds=60.0),
+            *nothing,
+            (Sleep, None),
+            *nothing,
+            uptime=lambda: next(clock),
+        )
+
+
 def test_all_disks_that_must_not_be_opened_are_told() -> None:
     told: list[Record] = []
     with pytest.raises(DiskError, match="cannot be opened"):

@@ -45,11 +45,11 @@ def run_agent(
 ) -> Flow[Booted]:
     """Boot, then open the root disk and ``volumes``: the VM's whole set, or none to leave them to a later run.
 
-    Disks may take ``disk_wait_seconds`` to appear. Raises as `unlock` does; for a disk that must not be opened, before
-    any request is sent.
+    Disks may take ``disk_wait_seconds`` to appear, as far as the deadline permits. Raises as `unlock` does; for a disk
+    that must not be opened, before any request is sent.
     """
     settings = yield from _begun(settings)
-    disks = yield from _look(root, volumes, disk_wait_seconds)
+    disks = yield from _look(settings, root, volumes, disk_wait_seconds)
     is_fresh = any(isinstance(disk, Luks) and disk.header.is_fresh_image for disk in disks[: 1 if root else 0])
     settings = evolve(settings, first_boot=is_fresh)
     grant = yield from boot(settings)
@@ -70,7 +70,7 @@ def resume_agent(
     if not volumes:
         raise LocalProtocolError("there are no volumes to open; name at least one in the settings")
     settings = yield from _begun(settings)
-    _ = yield from _look(None, volumes, disk_wait_seconds)
+    _ = yield from _look(settings, None, volumes, disk_wait_seconds)
     return (yield from _go_on(settings, volumes, grant, (yield from Uptime()), ()))
 
 
@@ -79,12 +79,15 @@ def _begun(settings: BootSettings) -> Flow[BootSettings]:
     return evolve(settings, retry=evolve(settings.retry, started=(yield from Uptime())))
 
 
-def _look(root: Volume | None, volumes: Sequence[Volume], wait: float) -> Flow[list[Disk | None]]:
+def _look(
+    settings: BootSettings, root: Volume | None, volumes: Sequence[Volume], wait: float
+) -> Flow[list[Disk | None]]:
     """Return what the disks hold, the root disk first.
 
     Raises the `DiskError` of the first that must not be opened or does not appear in time, and logs all of them.
     """
     began = yield from Uptime()
+    wait = min(wait, settings.retry.deadline)  # which has begun just now
     devices = [volume.device for volume in ([] if root is None else [root]) + [*volumes]]
     if devices:  # a run that leaves the volumes to a later one, without a root disk, has none
         yield from Log(Record.of(Level.INFO, "disks_looked_at", devices=devices))
