@@ -16,7 +16,7 @@ import anyio.lowlevel
 import pytest
 
 from chutes_proto.errors import StoreError
-from chutes_proto.io.server import serving
+from chutes_proto.io.server import watching
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.setup import ServerSetup, make_setup
@@ -252,13 +252,13 @@ def test_a_server_says_once_that_it_cannot_note_erasures(site: Site, monkeypatch
 
     async def watch() -> None:
         async with anyio.create_task_group() as group:
-            _ = group.start_soon(serving._keep_erasures, setup, store, told.append)
+            _ = group.start_soon(watching.watch_erasures, setup, store, told.append)
             while not tried:  # it may begin after the first change
                 setup.service.revoked.now = Revocations(setup.service.revoked.now.version + 1)
                 await anyio.lowlevel.checkpoint()
 
-    monkeypatch.setattr(serving, "WATCH_SECONDS", 0)
-    monkeypatch.setattr(serving, "keep_erasures", fail)
+    monkeypatch.setattr(watching, "WATCH_SECONDS", 0)
+    monkeypatch.setattr(watching, "keep_erasures", fail)
     with closing(setup.store.open()) as store, pytest.raises(ExceptionGroup):
         on_loop("trio", watch)
     assert [record.fields["error"] for record in told] == ["the disk is full", "the file is damaged"]

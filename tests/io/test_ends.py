@@ -25,8 +25,8 @@ from chutes_proto.io.server.ends import DAY, EARLY, KEK_SECONDS, KINDS, End, Kin
 from chutes_proto.io.server.health import read_health
 from chutes_proto.io.server.metrics import Metrics
 from chutes_proto.io.server.reload import Running
-from chutes_proto.io.server.serving import log_ends
 from chutes_proto.io.server.setup import ServerSetup, make_setup
+from chutes_proto.io.server.watching import log_ends
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig

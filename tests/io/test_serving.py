@@ -19,8 +19,9 @@ from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server import workers
 from chutes_proto.io.server.control import ask_to_reload
 from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.listeners import open_listeners
 from chutes_proto.io.server.reload import Running
-from chutes_proto.io.server.serving import _listeners, serve_until_stopped, supervise_until_stopped
+from chutes_proto.io.server.serving import serve_until_stopped, supervise_until_stopped
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.store_setup import check_store, make_store_setup, store_findings, store_place
 from chutes_proto.io.stores.address import StorePlace
@@ -143,7 +144,7 @@ def setup(write: Write, monkeypatch: pytest.MonkeyPatch) -> ServerSetup:
 def test_a_server_has_its_sockets_its_door_and_its_control_as_long_as_it_serves(
     setup: ServerSetup, tmp_path: Path
 ) -> None:
-    with _listeners(Running(setup)) as held:
+    with open_listeners(Running(setup)) as held:
         assert (held.by_manager, held.taken) == (False, None)
         held.answer(setup.control_socket, lambda caller: {"ok": False, "error": caller}, log_record)
         assert not (tmp_path / "control").exists()
@@ -174,7 +175,7 @@ def test_a_worker_has_the_sockets_of_its_supervisor_and_answers_no_operator(setu
         assert worker is not None
         assert (worker.number, worker.workers, worker.files.content) == (1, 2, {"kek": b"secret"})
         assert not any(map(os.get_inheritable, (life, worker.channel.fileno())))
-        with _listeners(Running(setup), worker=worker) as held:
+        with open_listeners(Running(setup), worker=worker) as held:
             held.answer(setup.control_socket, lambda _: {"ok": True}, log_record)
             held.begin()
             assert (held.by_manager, held.life, held.control, held.door) == (True, life, None, None)

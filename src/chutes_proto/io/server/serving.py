@@ -8,53 +8,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    asynccontextmanager,
-    closing,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 
 import anyio
-from attrs import asdict, define
 
 from chutes_proto import __version__
-from chutes_proto._error import ChutesError
 from chutes_proto.errors import ConfigurationError, StoreError
-from chutes_proto.io.background import keep_at
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.drivers.sync import log_record
-from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.aio import Server, run_until_stopped
-from chutes_proto.io.server.checking import check_ends
-from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.copier import copying
-from chutes_proto.io.server.ends import DAY
+from chutes_proto.io.server.listeners import Listeners, open_listeners, take_inherited
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.reload import Reloader, Running, prepare, record_start
 from chutes_proto.io.server.scrub import Scrubber, scrubbing
 from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
-from chutes_proto.io.server.sockets import (
-    GivenSockets,
-    Listening,
-    allowed_connections,
-    inherited_sockets,
-    listen_tls,
-    listen_unix,
-    serve_plain,
-    serve_tls,
-    urls,
-)
+from chutes_proto.io.server.sockets import Listening, allowed_connections
 from chutes_proto.io.server.store_setup import (
     MAKE_ALIKE,
     check_keys,
@@ -64,7 +40,7 @@ from chutes_proto.io.server.store_setup import (
     read_witnesses,
     store_findings,
 )
-from chutes_proto.io.server.takeover import Door, TakenOver, take_over
+from chutes_proto.io.server.watching import watching
 from chutes_proto.io.server.witnesses import witnessing
 from chutes_proto.io.server.workers import (
     STOP_AT_ONCE,
@@ -80,18 +56,12 @@ from chutes_proto.io.stop_signals import SignalsToStop
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
-from chutes_proto.server._alike import watch_servers
 from chutes_proto.server._app import App
 from chutes_proto.server._config import ServerConfig
-from chutes_proto.server._known import learn_vms
-from chutes_proto.server._readiness import WATCH_SECONDS, watch_store
-from chutes_proto.server._sweeping import sweep_nonces
 from chutes_proto.tlog.notes import Checkpoint, Note
 from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from chutes_proto.io.collateral.upstream import UpstreamCollateral
     from chutes_proto.io.drivers.aio import Performer
     from chutes_proto.io.drivers.sync import CollateralSource
@@ -99,7 +69,6 @@ if TYPE_CHECKING:
     from chutes_proto.log import Value
     from chutes_proto.secret import Secret
     from chutes_proto.store.rows import KeyringRow
-    from chutes_proto.transport.tls import ServerContext
 
 T = TypeVar("T")
 
@@ -126,65 +95,6 @@ def unwrapped() -> Generator[None]:
 def _first(exc: BaseException) -> BaseException:
     members: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
     return _first(members[0]) if members else exc
-
-
-class Listeners:
-    """The listening sockets of a server; new connections get the TLS certificate by which it is ``running``.
-
-    Those among ``given`` are used; the others are opened. Raises `ConfigurationError` for an address or path that
-    cannot be used, and for a given socket that the configuration does not name.
-    """
-
-    def __init__(self, running: Running, given: Sequence[tuple[str, socket]] = ()) -> None:
-        setup = running.setup
-        self.handed_over = False
-        """Whether another process serves on them, too: then files of Unix sockets are left to it."""
-        self.owns_given: bool = False
-        """Whether the files of given Unix sockets are this process's to remove: who gave them may still serve there."""
-        self.all_given: bool = False
-        """Whether each at which VMs ask was given. The operator's may be this process's own, and go with it."""
-        self.keyed: list[tuple[str, socket]] = []
-        """Each socket, after the setting that it was opened for."""
-        self._offered = GivenSockets(given)
-        admin = setup.config.admin
-        with ExitStack() as self._opened:
-            self.sockets: list[Listening] = self._tcp("listen", setup.config.listen_address, lambda: running.setup.tls)
-            self.sockets += self._unix("proxy.unix", setup.proxy_socket)
-            self.all_given = {each.socket for each in self.sockets} <= {each for _, each in given}
-            self.admin: list[Listening] = []
-            if admin.address is not None:
-                self.admin += self._tcp("admin.listen", admin.address, lambda: running.setup.admin_tls)
-            self.admin += self._unix("admin.unix", setup.admin_socket)
-            self._offered.check_all_taken()
-            self.urls: list[str] = urls(self.sockets)
-            self.admin_urls: list[str] = urls(self.admin, "http" if setup.admin_tls is None else "https")
-            self._opened = self._opened.pop_all()
-
-    def _tcp(self, key: str, address: tuple[str, int], context: Callable[[], ServerContext | None]) -> list[Listening]:
-        given = self._offered.take_tcp(key, address)
-        return self._keep(key, [serve_tls(each, context) for each in given] or listen_tls(address, context, key=key))
-
-    def _unix(self, key: str, path: Path | None) -> list[Listening]:
-        if path is None:
-            return []
-        given = self._offered.take_unix(key, path)
-        kept = self._keep(key, [serve_plain(each) for each in given] or [listen_unix(path, key=key)])
-        _ = self._opened.callback(self._remove, path, is_given=bool(given))
-        return kept
-
-    def _keep(self, key: str, listening: list[Listening]) -> list[Listening]:
-        for each in listening:
-            _ = self._opened.callback(each.socket.close)
-            self.keyed.append((key, each.socket))
-        return listening
-
-    def _remove(self, path: Path, *, is_given: bool) -> None:
-        if not self.handed_over and (self.owns_given or not is_given):
-            path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Close the sockets and remove the Unix socket; a second call does nothing."""
-        self._opened.close()
 
 
 @contextmanager
@@ -253,7 +163,7 @@ async def open_server(
     async with (
         open_performer(store, collateral, gpus=setup.gpus, log=log) as performer,
         _scrubbing(running.scrubber),
-        _watching(running, store, performer, log, worker),
+        watching(running, store, performer, log, worker),
     ):
         if not admin:
             yield Server(
@@ -288,82 +198,6 @@ async def open_server(
 async def _scrubbing(scrubber: Scrubber | None) -> AsyncGenerator[None]:
     with nullcontext() if scrubber is None else scrubbing(scrubber):
         yield
-
-
-@asynccontextmanager
-async def _watching(
-    running: Running,
-    store: DurableStore,
-    performer: Performer,
-    log: Callable[[Record], None],
-    worker: int | None = None,
-) -> AsyncGenerator[None]:
-    """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
-    setup = running.setup
-    async with anyio.create_task_group() as background:
-        service, run = setup.service, performer.run
-        works: list[Callable[[], Awaitable[object]]] = [
-            lambda: run(watch_store(service.readiness, service.revoked)),
-            lambda: run(watch_servers(setup.alike, service.readiness)),
-            lambda: run(sweep_nonces(service.readiness)),
-            lambda: run(learn_vms(service.known)),
-            partial(_log_notes, store, log),
-            partial(_keep_erasures, setup, store, log),
-        ]
-        if worker in (None, 0):  # one of all workers
-            works.append(partial(log_ends, running, log))
-        for work in works:
-            _ = background.start_soon(keep_at, work, log)
-        yield
-        background.cancel_scope.cancel()
-
-
-async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[[Record], None]) -> None:
-    """Note erasures and revocations in the file of this server, and repeat those that the store has lost."""
-    path, seen, failed = erasures_file(setup.config), setup.service.revoked.now.version, ""
-    while path is not None:
-        await anyio.sleep(WATCH_SECONDS)
-        version = setup.service.revoked.now.version
-        if version == seen:
-            continue
-        try:
-            repeated = await anyio.to_thread.run_sync(keep_erasures, store, path, abandon_on_cancel=True)
-            seen, failed = version, ""
-        except StoreError as exc:
-            if str(exc) != failed:  # it is tried again every second
-                failed = str(exc)
-                log(Record(Level.ERROR, "erasures_not_kept", {"error": failed}))
-            continue
-        if repeated:
-            log(Record(Level.WARNING, "erasures_repeated", asdict(repeated)))
-
-
-async def log_ends(running: Running, log: Callable[[Record], None]) -> None:
-    """Log at the start and every day what ends soon, and what has ended."""
-
-    def look() -> list[Finding]:
-        return [*check_ends(running.setup, kept=False)]
-
-    while True:
-        found: list[Finding] = []
-        with suppress(ChutesError, ValueError, OSError):  # a file is away: the checks tell it
-            found = await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
-        for finding in found:
-            if finding.state != "ok":
-                log(Record(Level.WARNING, "expires", {"what": finding.what, "about": finding.detail}))
-        await anyio.sleep(DAY)
-
-
-async def _log_notes(store: DurableStore, log: Callable[[Record], None]) -> None:
-    """Log each note of the store that comes up after the start."""
-    told = {*store.notes}
-    while True:
-        await anyio.sleep(WATCH_SECONDS)
-        found = store.notes
-        for note in found:
-            if note not in told:
-                log(Record(Level.WARNING, "warning", {"about": note}))
-        told = {*found}
 
 
 async def serve(
@@ -424,7 +258,7 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
         async with (
             _in_thread(open_store(running)) as (store, warnings),
             open_performer(store, setup.collateral, gpus=setup.gpus) as performer,
-            _watching(running, store, performer, log_record),
+            watching(running, store, performer, log_record),
         ):
             _log_start(setup, store, warnings, [], log_record)
             yield performer
@@ -480,11 +314,11 @@ def serve_until_stopped(
     if find_spec(transport) is None:
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
     running = Running(setup)
-    inherited = [] if worker is not None else _inherited(setup)
+    inherited = [] if worker is not None else take_inherited(setup)
     source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
     with (
         open_store(running, worker) as (store, warnings),
-        _listeners(running, inherited, worker) as held,
+        open_listeners(running, inherited, worker) as held,
         closing(LogWriter()) as log,
     ):
         listeners = held.listeners
@@ -572,11 +406,11 @@ def supervise_until_stopped(
     if setup.config.path is None:
         raise ConfigurationError("--workers: a worker reads the configuration from its file; name one")
     running = Running(setup)
-    inherited = _inherited(setup)
+    inherited = take_inherited(setup)
     with open_store(running):
         pass  # opened again by each worker
     seconds = setup.config.limits.drain_seconds + 2 * END_SECONDS
-    with _listeners(running, inherited) as held, closing(LogWriter()) as log:
+    with open_listeners(running, inherited) as held, closing(LogWriter()) as log:
         supervisor = Supervisor(
             running,
             workers,
@@ -598,72 +432,6 @@ def supervise_until_stopped(
 
         held.listeners.handed_over = supervisor.run(stops, ready, held.door, setup.store.name)
         log(Record(Level.INFO, "stopped", {}))
-
-
-@define
-class _Held:
-    """The listeners of this process, who gave them, and where the next process asks for them."""
-
-    listeners: Listeners
-    by_manager: bool
-    taken: TakenOver | None = None
-    door: Door | None = None
-    life: int | None = None
-    """Readable once the supervisor of this worker has ended; None if it has none."""
-    control: Control | None = None
-
-    def answer(
-        self, path: Path | None, reload: Callable[[str], Mapping[str, object]], log: Callable[[Record], None]
-    ) -> None:
-        """Listen for requests to reload; those that come before `begin` go to the predecessor."""
-        if path is not None and self.life is None:  # a worker's supervisor is asked
-            self.control = Control(path, reload, log)
-
-    def begin(self) -> None:
-        """Note that this process serves: a successor asks it from now on, and its predecessor ends."""
-        if self.door is not None:
-            self.door.open()
-        if self.control is not None:
-            self.control.open()
-        if self.taken is not None:
-            self.taken.confirm()
-            self.listeners.owns_given = True
-
-
-def _inherited(setup: ServerSetup) -> list[socket]:
-    """Take the sockets of the service manager. Without any, check that the running server uses the same store.
-
-    That is before this one's is opened: a start that is refused makes no other store, and no mark of it. Raises
-    `ConfigurationError`.
-    """
-    inherited, path = inherited_sockets(os.environ), setup.takeover_socket
-    if not inherited and path is not None and (taken := take_over(path, setup.store.name)) is not None:
-        taken.leave()  # taken only when the store is open: the other waits for nobody meanwhile
-    return inherited
-
-
-@contextmanager
-def _listeners(running: Running, inherited: Sequence[socket] = (), worker: Given | None = None) -> Generator[_Held]:
-    if worker is not None:
-        with closing(Listeners(running, worker.sockets)) as listeners:
-            yield _Held(listeners, worker.handed_over, life=worker.life)
-        return
-    path = running.setup.takeover_socket
-    taken = None if path is None or inherited else take_over(path, running.setup.store.name)
-    given = [("", each) for each in inherited] if taken is None else taken.sockets
-    with ExitStack() as opened:
-        if taken is not None:
-            _ = opened.callback(taken.connection.close)
-        listeners = opened.enter_context(closing(Listeners(running, given)))
-        door = None if path is None else Door(path)
-        held = _Held(listeners, bool(inherited), taken, door)
-        try:
-            yield held
-        finally:
-            if held.control is not None:
-                held.control.close(is_successors=listeners.handed_over)
-            if door is not None:
-                door.close(is_successors=listeners.handed_over)
 
 
 def tell_manager(state: str) -> None:
