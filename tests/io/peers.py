@@ -8,7 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from attrs import frozen
@@ -76,6 +76,31 @@ def peer(
         listener.close()
         acceptor.join()
         for worker in workers:
+            worker.join()
+
+
+@contextmanager
+def flooding() -> Generator[tuple[int, list[bool]]]:
+    """Send hello requests to the one client for 20 s; yield the port, and whether the client ended it.
+
+    OpenSSL passes over them (RFC 5246, 7.4.1.1) for as long as there are any, before it knows the peer.
+    """
+    hello_requests = (b"\x16\x03\x03\x00\x04" + bytes(4)) * 30_000
+    ended: list[bool] = []
+
+    def flood(listener: socket.socket) -> None:
+        until = time.monotonic() + 20
+        with listener.accept()[0] as connection, suppress(OSError):
+            while time.monotonic() < until:
+                connection.sendall(hello_requests)
+        ended.append(time.monotonic() < until)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        worker = threading.Thread(target=flood, args=(listener,))
+        worker.start()
+        try:
+            yield listener.getsockname()[1], ended
+        finally:
             worker.join()
 
 

@@ -22,7 +22,7 @@ from chutes_proto.io.http.httpx_messages import origin
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
+from tests.io.peers import Behaviour, Credentials, answering, flooding, peer, read_request
 from tests.loops import on_loop
 from tests.slow_peer import drip
 
@@ -252,26 +252,11 @@ def test_a_handshake_that_never_comes(send: Sender) -> None:
 
 
 def test_a_peer_that_sends_empty_messages_without_an_end(send: Sender) -> None:
-    """OpenSSL passes over hello requests (RFC 5246, 7.4.1.1) for as long as there are any, before it knows the peer."""
-    hello_requests = (b"\x16\x03\x03\x00\x04" + bytes(4)) * 30_000
-    ended: list[bool] = []
-
-    def flood(listener: socket.socket) -> None:
-        until = time.monotonic() + 20
-        with listener.accept()[0] as connection, contextlib.suppress(OSError):
-            while time.monotonic() < until:
-                connection.sendall(hello_requests)
-        ended.append(time.monotonic() < until)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        flooding = threading.Thread(target=flood, args=(listener,))
-        flooding.start()
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(TransportError) as raised:
-            _ = send(f"https://{address}", client_context(), REQUEST, TimeLimits(connect=0.3, read=5.0, total=5.0))
-        flooding.join()
-    assert str(raised.value) == f"no connection to {address}: none within 0.3 s"
-    assert ended == [True]  # by the client
+    with flooding() as (port, ended), pytest.raises(TransportError) as raised:
+        limits = TimeLimits(connect=0.3, read=5.0, total=5.0)
+        _ = send(f"https://127.0.0.1:{port}", client_context(), REQUEST, limits)
+    assert str(raised.value) == f"no connection to 127.0.0.1:{port}: none within 0.3 s"
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority"])
