@@ -221,6 +221,11 @@ def test_a_file_that_is_not_a_quote(code: str, told: str) -> None:
         _ = python(code, "{output}")(DATA)
 
 
+def test_a_pipe_in_the_place_of_a_quote_is_not_waited_for() -> None:
+    with pytest.raises(QuoteUnavailable, match="gave 0 bytes"):
+        _ = take_quote(TimedQuoter(python("os.mkfifo(sys.argv[1])", "{output}"), time.monotonic() + 20), DATA)
+
+
 def test_a_command_line_is_split_as_by_a_shell_but_no_shell_runs(tmp_path: Path) -> None:
     interpreter = shlex.quote(sys.executable)
     quoter = CommandQuoter(f"{interpreter} -c 'import sys; print(sys.argv[1:])' 'a b' '$(touch {tmp_path}/x)' ; |")
@@ -293,6 +298,13 @@ def test_the_children_of_a_program_end_with_it(tmp_path: Path) -> None:
     fifo = tmp_path / "alive"
     with all_ended(fifo), pytest.raises(QuoteUnavailable, match="did not end within 2 s"):
         _ = python(ENDLESS, str(fifo), timeout=2)(DATA)
+
+
+def test_a_child_that_holds_the_output_of_a_program_that_ended(tmp_path: Path) -> None:
+    fifo = tmp_path / "alive"
+    code = ENDLESS.removesuffix("time.sleep(600)") + "print('quote')"
+    with all_ended(fifo), pytest.raises(QuoteUnavailable, match="ended, but its child held its output for 2 s"):
+        _ = python(code, str(fifo), timeout=2)(DATA)
 
 
 def test_a_program_that_does_not_exist(tmp_path: Path) -> None:

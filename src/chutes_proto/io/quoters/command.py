@@ -3,7 +3,7 @@
 Rules kept here:
 
 * no shell runs; the program gets the report data or the nonce, which is not secret, and nothing else;
-* at its time limit, it and every process that it has started are killed;
+* at its time limit, it and every process that it has started are killed, but for one that left its session;
 * its output is bounded, and a file for the quote is in a directory that only this user can enter.
 """
 
@@ -71,7 +71,8 @@ class CommandQuoter:
             output = Path(directory, "quote")
             _ = self._run([argument.replace(_OUTPUT, str(output)) for argument in arguments], text)
             try:
-                with output.open("rb") as file:
+                descriptor = os.open(output, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+                with os.fdopen(descriptor, "rb") as file:
                     quote = file.read(self._most + 1)
             except OSError as exc:
                 raise QuoteUnavailable(f"{self} ended with 0, but {output} cannot be read: {exc.strerror}") from exc
@@ -95,10 +96,14 @@ class CommandQuoter:
                 output, said = self._talk(process, f"{text}\n".encode(), end)
                 status = process.wait(seconds_left(end))
             except BaseException as exc:
+                has_ended = _has_ended(process)
                 with suppress(ProcessLookupError):  # it has just ended: that must not hide why we end it
                     os.killpg(process.pid, signal.SIGKILL)
                 if isinstance(exc, TimeoutError | subprocess.TimeoutExpired):
-                    raise QuoteUnavailable(f"{self} did not end within {self._timeout:g} s") from None
+                    late = f"did not end within {self._timeout:g} s"
+                    if has_ended:
+                        late = f"ended, but its child held its output for {self._timeout:g} s; redirect that"
+                    raise QuoteUnavailable(f"{self} {late}") from None
                 raise
         if status != 0:
             last = said.decode("utf-8", "replace").strip()[-_TAIL:]
@@ -130,3 +135,11 @@ class CommandQuoter:
     def _check_size(self, output: bytes | bytearray) -> None:
         if len(output) > self._most:
             raise QuoteUnavailable(f"{self} gave more than {self._most} bytes, more than any {self._what} has")
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether it has ended, and leave it to be waited for: until then its group is nobody else's."""
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
