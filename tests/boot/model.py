@@ -14,6 +14,7 @@ from tests.boot import talk
 
 VOLUMES = ("storage", "tdx-cache")
 CANARY = "c4na5y"
+K3S_KEY = f"{CANARY}/k3s".ljust(43, "A") + "="
 WELL = "well"
 BAD_MOODS = (500, 502, 503, 429, "garbage", "empty", "redirect", "endless wait", "token dies", "echo")
 FINAL_MOODS = (400, 403, 404, 409, 422)
@@ -92,7 +93,7 @@ class ModelServer:
             for name in json.loads(request.body)["volumes"]
         }
         confirm = hashlib.sha256(nonce.encode()).hexdigest()
-        members = {"volumes": pairs, "confirm_nonce": confirm, "k3s_encryption_key": f"{CANARY}-k3s"}
+        members = {"volumes": pairs, "confirm_nonce": confirm, "k3s_encryption_key": K3S_KEY}
         return talk.answer({**members, "in_use": self._in_use})
 
     def tokens(self) -> set[str]:

@@ -45,7 +45,7 @@ from chutes_proto.wire.endpoints import COMMON_CODES
 from chutes_proto.wire.http import HttpResponse
 from tests.boot import talk
 from tests.boot.test_disks import BAD, CACHE, FOREIGN, LOST, LUKS, OPENED, OTHER, STORAGE, VOLUMES, base, synced
-from tests.boot.test_rotation import NONCE
+from tests.boot.test_rotation import K3S, NONCE
 from tests.luks import headers
 
 ROOT = Volume("root", "/dev/vda2")
@@ -271,7 +271,7 @@ def test_the_two_phase_exchange_brings_another_key() -> None:
     content: dict[str, object] = {
         "volumes": pairs,
         "confirm_nonce": "c1" * 32,
-        "k3s_encryption_key": "azNz",
+        "k3s_encryption_key": K3S,
         "in_use": [],
     }
     blank = Blank(STORAGE.device, headers.SIZE)
@@ -288,7 +288,7 @@ def test_the_two_phase_exchange_brings_another_key() -> None:
         (Send, talk.answer({"status": "confirmed", "volumes": {"storage": {"result": "promoted"}}})),
         (ActOnDisk, None),
     )
-    assert booted.k3s_encryption_key == Secret(b"azNz")
+    assert booted.k3s_encryption_key == Secret(K3S.encode())
     assert [volume.formatted for volume in booted.opened] == [True]
 
 

@@ -18,7 +18,7 @@ from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto_trio import BootAgent
 from tests.boot import talk
-from tests.boot.model import CANARY, VOLUMES, ModelServer
+from tests.boot.model import CANARY, K3S_KEY, VOLUMES, ModelServer
 from tests.clients import KINDS, make_client, run
 from tests.io.peers import Credentials, make_credentials, peer, read_request
 
@@ -152,7 +152,7 @@ def test_a_rotation(kind: str, credentials: Credentials, identity: ClientIdentit
     assert model.confirmed == {"storage": {"rotated": True}, "tdx-cache": {"rotated": False}}
     assert [name for name, pair in rotation.keys.items() if pair.is_in_use] == ["storage"]
     assert [name for name, pair in rotation.keys.items() if pair.may_format] == ["tdx-cache"]
-    assert rotation.k3s_encryption_key.reveal() == f"{CANARY}-k3s".encode()
+    assert rotation.k3s_encryption_key.reveal() == K3S_KEY.encode()
     assert CANARY not in str(records)
     assert not [token for token in model.tokens() if token in str(records)]
 

@@ -15,7 +15,7 @@ from chutes_proto.testing._playbook import Playbook
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.boot import talk
 
-NONCE, CONFIRM, K3S = "71" * 32, "c1" * 32, "azNz"
+NONCE, CONFIRM, K3S = "71" * 32, "c1" * 32, "azNz".ljust(43, "A") + "="
 GRANT = BootGrant(talk.HOTKEY, talk.VM, Secret(b"root"), None, Secret(NONCE.encode()))
 VOLUMES = {"storage": True, "tdx-cache": False}
 PAIRS = {"storage": {"current": "c", "next": "n"}, "tdx-cache": {"current": None, "next": "m"}}
@@ -113,6 +113,8 @@ def test_a_refusal_is_final() -> None:
         {"in_use": ["other"]},
         {"confirm_nonce": "c1"},
         {"k3s_encryption_key": None},
+        {"k3s_encryption_key": K3S.removesuffix("=")},
+        {"k3s_encryption_key": K3S[:31] + '", "x": "=='},
     ],
     ids=str,
 )

@@ -613,7 +613,7 @@ BASE: dict[str, dict[str, object]] = {
 TWO_PHASE: dict[str, dict[str, object]] = {
     "nonce": _NONCE,
     "attestation": {"key": WRONG, "boot_token": None, "luks_quote_nonce": TOKEN},
-    "attest": {"volumes": dict.fromkeys(VOLUMES, _PAIR), "confirm_nonce": TOKEN, "k3s_encryption_key": "azNz"},
+    "attest": {"volumes": dict.fromkeys(VOLUMES, _PAIR), "confirm_nonce": TOKEN, "k3s_encryption_key": f"{'A' * 43}="},
     "confirm": {"status": "confirmed", "volumes": {name: {"result": "promoted"} for name in VOLUMES}},
 }
 CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -43,6 +43,7 @@ A = TypeVar("A", bound=Message)
 
 _ROOT_ATTEMPTS: Final = 3
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
+_BASE64_32 = re.compile(r"[A-Za-z0-9+/]{43}=")
 
 
 # --- values ---
@@ -538,6 +539,8 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
         answer = yield from _ask(endpoint, request, vms.VolumeAttestationAnswer)
         _check_answered(asked, answer.volumes, answer.in_use)
         _ = hex_32(answer.confirm_nonce.reveal().decode("ascii"), "confirm nonce")
+        if not _BASE64_32.fullmatch(_text(answer.k3s_encryption_key)):  # programs write it into files of their own
+            raise RemoteProtocolError("the server's k3s_encryption_key is not 32 bytes in base64")
         given, in_use = answer.volumes, answer.in_use
         pairs = {
             name: KeyPair(current=pair.current, next=pair.next, is_formatted=volumes[name], is_in_use=name in in_use)
