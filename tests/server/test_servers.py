@@ -459,6 +459,7 @@ def test_gpus_are_held_against_the_linked_boots_profile(world, expected, count, 
         [gpu(clock_rate=-1)],
         [gpu(device_index=-1)],
         [gpu(device_index=10)],
+        [gpu(f"GPU-{number}", device_index=number % 10) for number in range(11)],
         [gpu(major=-1)],
         [gpu(minor=10**30)],
         [gpu(verification_port=79)],
@@ -485,6 +486,10 @@ def test_gpus_that_cannot_be(world, gpus):
 )
 def test_gpus_at_the_bounds(world, changes):
     registered(register(world, gpus=[gpu(**changes)]))
+
+
+def test_a_server_has_at_most_ten_gpus(world):
+    registered(register(world, gpus=[gpu(f"GPU-{number}", device_index=number) for number in range(10)]))
 
 
 HOSTS = [

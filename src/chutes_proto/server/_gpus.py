@@ -4,7 +4,8 @@ Rules kept here:
 
 * a declaration must have the model, memory, processors, threads and clock of its ``gpu_identifier`` in the table or the
   configuration;
-* a server has at least one GPU, and none twice;
+* a server has 1 to 10 GPUs, as many as there are indexes, and none twice: no evidence is needed for them, and a list of
+  all is one transaction;
 * facts that a declaration leaves out are filled in from the table.
 """
 
@@ -73,8 +74,8 @@ GPUS: Final = {
 
 def check_nodes(server_id: str, gpus: Sequence[NodeArgs], table: Mapping[str, Gpu]) -> tuple[GpuRow, ...]:
     """The rows of a server's declared GPUs. Raises `BadRequest`, which names the first wrong one and its problems."""
-    if not gpus:
-        raise _invalid("gpus must name at least one")
+    if not 1 <= len(gpus) <= _MOST:
+        raise _invalid(f"gpus must name 1 to {_MOST}")
     if len({gpu.uuid.lower() for gpu in gpus}) != len(gpus):
         raise _invalid("gpus: a uuid is given twice")
     return tuple(_row(server_id, index, gpu, table) for index, gpu in enumerate(gpus))
