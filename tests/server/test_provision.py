@@ -252,6 +252,19 @@ def test_a_vm_that_asks_for_its_keys_as_another_exchange_does_is_named(world, gr
     assert world.log[-1].fields["reason"] != said
 
 
+def test_whoever_repeats_the_request_of_another_exchange_does_not_fill_the_log(world):
+    """It needs no token: the names of a VM that has just booted are enough."""
+    world.app = App(provisioned("two-phase"))
+    assert answer(world.boot(miner_hotkey=HOTKEY))
+    for _ in range(100):
+        body = {"volumes": ["storage"]}
+        headers = {"x-chutes-hotkey": HOTKEY, "content-type": "application/json"}
+        asked = world.ask("POST", "/servers/vm-1/luks", body, headers=headers, peer_certificate=None)
+        assert refusal(asked)[1] == Code.BOOT_TOKEN_REQUIRED
+    # The recorded one, then those of the VM's name and of the address.
+    assert sum(record.event == "refused" for record in world.log) == 1 + 20 + 20
+
+
 def attest(world: World, nonce: str) -> HttpResponse:
     """As an image of 1.3 asks; without a quote nonce it sends the text of a null."""
     headers = {"x-quote-nonce": nonce, "x-chutes-hotkey": HOTKEY}

@@ -44,9 +44,9 @@ def name_mismatch(call: Call[Any], refusal: Refusal) -> Flow[None]:
         asked_for=_ASKED_FOR[spoken],
         peer_address=call.request.peer_address,
     )
-    reason = yield from call.look_up(unit)
-    if reason is not None:
-        refusal.reason, refusal.recorded = reason, True
+    found = yield from call.look_up(unit)
+    if found is not None:
+        refusal.reason, refusal.recorded = found
 
 
 def _speaks(message: object) -> tuple[ServedExchange | None, Vm | None, str]:

@@ -311,10 +311,11 @@ class RecordRefusal(Unit[bool]):
 
 
 @frozen
-class RecordMismatch(Unit[str | None]):
+class RecordMismatch(Unit[tuple[str, bool] | None]):
     """Name the mistake, if the newest boot of ``vm`` was granted another exchange than the VM speaks; None if not.
 
-    It is recorded once for a boot, whose token is still alive: a stranger may send such a request too.
+    It is recorded once for a boot, whose token is still alive: a stranger may send such a request too. Returns with its
+    name whether this recorded it.
     """
 
     now: int
@@ -324,7 +325,7 @@ class RecordMismatch(Unit[str | None]):
     asked_for: str
     peer_address: str
 
-    def script(self) -> Script[str | None]:
+    def script(self) -> Script[tuple[str, bool] | None]:
         """Compare, then write the verdict and its audit row unless they exist."""
         boot = yield from store.FindLastBoot(self.vm)
         if boot is None or self.now >= boot.token_expires_at:
@@ -334,12 +335,13 @@ class RecordMismatch(Unit[str | None]):
             return None
         reason = f"image asked for {self.asked_for}; profile {' '.join(boot.profile)} has exchange {granted}"
         records = Records(self.now, f"{boot.boot_id}-exchange", self.vm, AcceptedQuote.of(boot), self.peer_address)
-        if (yield from store.Read(store.AttestationRow, records.request_id)) is None:
+        is_first = (yield from store.Read(store.AttestationRow, records.request_id)) is None
+        if is_first:
             code = str(Code.EXCHANGE_MISMATCH)
             yield from records.verdict("boot", reason, code)
             audited = evolve(records, request_id=self.request_id, boot_id=boot.boot_id)
             yield from audited.audit("exchange", "refused", f"{code}: {reason}")
-        return reason
+        return reason, is_first
 
 
 def _is_active(keys: VmKeys, rows: generations.Generations, passphrase: Secret) -> bool:
