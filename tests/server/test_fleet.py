@@ -352,6 +352,16 @@ def test_the_order_of_checks_of_a_host_profile(world, first):
     assert world.rows(HostProfileRow) == before
 
 
+def test_the_public_list_has_the_kept_text_of_a_profile(world):
+    """Anyone may ask for it: decoding and encoding 256 profiles of 32 KiB would stop the server for seconds."""
+    for number in range(2):
+        row = HostProfileRow(f"{number:064x}", MINER.hotkey.address, '{"memory":{"guest_gb":1e2}}', NOW + number)
+        _ = world.store.transact(RegisterHost(row))
+    found = world.ask("GET", f"{HOSTS_PATH}?include_pending=true").body
+    about = [b'{"fingerprint":"%064x","measured":false,"measurements":[],"profile":' % number for number in range(2)]
+    assert found == b"[" + b",".join(each + b'{"memory":{"guest_gb":1e2}}}' for each in about) + b"]"
+
+
 def test_the_public_list_asks_for_nothing_but_the_store(world):
     assert answer(world.ask("GET", f"{HOSTS_PATH}?include_pending=maybe", headers={"x-chutes-nonce": "9"})) == []
 

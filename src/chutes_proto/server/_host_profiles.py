@@ -21,6 +21,7 @@ from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import HostProfileRow, Read, ReadHostProfiles
 from chutes_proto.units.fleet import HOSTS, RegisterHost
 from chutes_proto.wire import fleet, json
+from chutes_proto.wire.codec import plain
 from chutes_proto.wire.codes import Code
 
 MAX_PROFILE: Final = 32 * 1024
@@ -64,19 +65,20 @@ def register(service: Service, call: SignedCall[fleet.HostProfileRequest]) -> Fl
     return fleet.HostRegistrationAnswer(fingerprint=_shown(row), status=status, stored=stored, detail=_DETAILS[status])
 
 
-def publish(service: Service, call: Call[fleet.HostProfilesRequest]) -> Flow[fleet.HostProfilesAnswer]:
-    """Operation 28: the profiles, of hosts that are named or of all."""
-    found: list[fleet.HostProfile] = []
+def publish(service: Service, call: Call[fleet.HostProfilesRequest]) -> Flow[fleet.EncodedHostProfiles]:
+    """Operation 28: the profiles, of hosts that are named or of all.
+
+    Anyone may ask for it, and it can be long, so the kept JSON of a profile goes out as it is: to decode 256 of them
+    and encode them again would keep all other requests waiting for seconds.
+    """
+    found: list[bytes] = []
     for row in (yield from Transact(Ask(ReadHostProfiles(HOSTS)))):
         status, accepted = _accepted(service, row, public=True)
         if status == "accepted" or call.message.include_pending == "true":
-            content = cast("dict[str, object]", json.decode(row.profile.encode()))
-            found.append(
-                fleet.HostProfile(
-                    fingerprint=_shown(row), measured=bool(accepted), measurements=accepted, profile=content
-                )
-            )
-    return fleet.HostProfilesAnswer(profiles=tuple(found))
+            shown, measured = _shown(row), bool(accepted)
+            about = fleet.HostProfile(fingerprint=shown, measured=measured, measurements=accepted, profile={})
+            found.append(json.encode(plain(about)).removesuffix(b"{}}") + row.profile.encode() + b"}")
+    return fleet.EncodedHostProfiles(profiles=b"[" + b",".join(found) + b"]")
 
 
 def preflight(service: Service, call: SignedCall[fleet.HostPreflightRequest]) -> Flow[fleet.HostPreflightAnswer]:

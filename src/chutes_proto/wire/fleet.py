@@ -233,6 +233,15 @@ class HostProfilesAnswer:
 
 
 @frozen
+class EncodedHostProfiles:
+    """The host profiles, already encoded."""
+
+    profiles: bytes = body("the list")
+
+    BYTES = "profiles"
+
+
+@frozen
 class HostPreflightAnswer:
     """Whether an image may be launched on such a host."""
 
