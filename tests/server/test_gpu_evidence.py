@@ -27,6 +27,7 @@ from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.records import SignedGpu, SignedGpus
 from chutes_proto.units.servers import keep_gpus
+from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.codes import Code
 from tests.server.test_callbacks import VALIDATOR, Hosted
@@ -42,11 +43,15 @@ class WithGpus(Hosted):
     """A world whose hosts show the evidence of simulated GPUs, over the nonce that they are asked with."""
 
     shows: SimulatedGpus | None = GPUS
+    arch: str | None = None
+    """The host's word for its devices, in place of the true one."""
 
     def perform(self, effect: Any) -> Any:
         if self.shows is not None and hasattr(effect, "target"):
             nonce = bytes.fromhex(effect.target.rpartition("=")[2])
-            self.lie["members"] = {"nvtrust_evidence": self.shows.evidence_json(nonce).decode()}
+            devices = json.decode(self.shows.evidence_json(nonce))
+            told = {} if self.arch is None else {"arch": self.arch}
+            self.lie["members"] = {"nvtrust_evidence": json.encode([each | told for each in devices]).decode()}
         return super().perform(effect)
 
 
@@ -107,6 +112,22 @@ def test_evidence_that_does_not_verify_is_refused_only_if_it_is_required(fault: 
     registered(register(recording))
     assert f"GPU evidence NOT accepted: {code}" in audited(recording)
     assert recording.rows(GpuDeviceRow) == ()
+
+
+@pytest.mark.parametrize("demand", ["record", "require"])
+def test_the_hosts_word_for_a_device_is_legible_in_the_audit_and_in_the_log(demand: Demand) -> None:
+    """PostgreSQL takes no NUL, so that a host would make the store look faulty; other characters steer a terminal."""
+    world = make(demand)
+    world.arch = "HOPPER\n\x1b[2J\u202e\0" + "x" * 5000
+    assert register(world).status == (201 if demand == "record" else 403)
+    told = [str(record.fields[name]) for record in world.log for name in ("gpus", "reason") if name in record.fields]
+    reasons = [row.reason for row in world.rows(AuditRow)]
+    assert len(told) == 1
+    assert len(reasons) == (demand == "record")
+    for text in (*told, *reasons):
+        assert "calls the device another kind (got HOPPER\ufffd\ufffd[2J\ufffd\ufffdx" in text
+        assert text.isprintable()
+        assert len(text) < 1500
 
 
 def test_as_many_devices_as_gpus_are_declared() -> None:

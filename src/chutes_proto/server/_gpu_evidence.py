@@ -32,7 +32,7 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu._policy import EvidenceRefusedError, Opened, accept, open_evidence
 from chutes_proto.quote._measurements import Profile
-from chutes_proto.units.records import SignedGpu, SignedGpus
+from chutes_proto.units.records import SignedGpu, SignedGpus, legible
 from chutes_proto.wire.codes import Code
 
 Demand = Literal["record", "require"]
@@ -94,9 +94,9 @@ def appraise_gpus(
             counts=counts,
         )
     except (GpuError, CollateralUnavailable) as exc:
-        reason = f"GPU evidence NOT accepted: {_code(exc)}: {exc}"
+        reason = legible(f"GPU evidence NOT accepted: {_code(exc)}: {exc}", 1000)  # it repeats the host's words
         if not is_required:
-            return SignedGpus(f"{reason[:1000]}; {about}")
+            return SignedGpus(f"{reason}; {about}")
         if _is_ours(exc, opened):
             detail = "No reference values or certificate status for these GPUs now. Retry later."
             raise Unavailable(Code.COLLATERAL_UNAVAILABLE, detail, reason=reason, retry_after=60) from None
