@@ -10,6 +10,8 @@ from attrs import evolve
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.effects import Transact
+from chutes_proto.errors import StoreBusy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedExchange, ServedProfile
@@ -263,6 +265,17 @@ def test_whoever_repeats_the_request_of_another_exchange_does_not_fill_the_log(w
         assert refusal(asked)[1] == Code.BOOT_TOKEN_REQUIRED
     # The recorded one, then those of the VM's name and of the address.
     assert sum(record.event == "refused" for record in world.log) == 1 + 20 + 20
+
+
+def test_requests_without_a_token_do_not_fill_the_log_while_the_store_is_away(world):
+    def away(effect: Any) -> None:
+        if isinstance(effect, Transact):
+            raise StoreBusy("away")
+
+    world.before = away
+    for _ in range(100):
+        assert refusal(world.sync("", {"volumes": ["storage"]}))[1] == Code.BOOT_TOKEN_REQUIRED
+    assert [record.event for record in world.log] == ["refused"] * 20
 
 
 def attest(world: World, nonce: str) -> HttpResponse:

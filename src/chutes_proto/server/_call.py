@@ -19,7 +19,6 @@ from chutes_proto.units.records import legible
 from chutes_proto.wire.http import HttpRequest, MalformedRequest
 
 M = TypeVar("M")
-T = TypeVar("T")
 
 
 def ids_of(request: HttpRequest | MalformedRequest, request_id: str) -> dict[str, Value]:
@@ -71,14 +70,6 @@ class Call(Generic[M]):
         try:
             return (yield from Transact(unit))
         except (StoreError, Refused) as exc:
-            yield from self.log("refusal_not_recorded", Level.WARNING, error=str(exc))
-            return None
-
-    def look_up(self, unit: Unit[T]) -> Flow[T | None]:
-        """Run ``unit``, which explains a refusal; None if that fails, which does not change the refusal."""
-        try:
-            return (yield from Transact(unit))
-        except StoreError as exc:
             yield from self.log("refusal_not_recorded", Level.WARNING, error=str(exc))
             return None
 

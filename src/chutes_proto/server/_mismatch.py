@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from chutes_proto.effects import Flow
-from chutes_proto.errors import Refusal
+from chutes_proto.effects import Flow, Transact
+from chutes_proto.errors import Refusal, StoreError
 from chutes_proto.server._call import Call
 from chutes_proto.server._profiles import ServedExchange
 from chutes_proto.store.rows import Vm
@@ -44,7 +44,10 @@ def name_mismatch(call: Call[Any], refusal: Refusal) -> Flow[None]:
         asked_for=_ASKED_FOR[spoken],
         peer_address=call.request.peer_address,
     )
-    found = yield from call.look_up(unit)
+    try:
+        found = yield from Transact(unit)
+    except StoreError:  # its checks tell that; a line for each request would be a stranger's to cause
+        return
     if found is not None:
         refusal.reason, refusal.recorded = found
 
