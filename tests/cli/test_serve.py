@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_a_check_of_a_used_store_changes_nothing(command: Command, site: Path) -
     assert (ended.code, ended.err) == (0, "")
     assert "keys.db: sealed keys: 1, its own included" in ended.out
     assert listing(site).keys() == before.keys()
+
+
+def test_a_check_refuses_a_lost_store_as_a_start_does(command: Command, site: Path) -> None:
+    edit(site, 'store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "store.mark" }')
+    setup = make_setup(ServerConfig.load(site / "server.toml"))
+    with closing(setup.store.open()) as store:
+        store.keep_mark()
+    for file in site.glob("keys.db*"):
+        file.unlink()
+    before = listing(site)
+    config = ("--config", site / "server.toml")
+    for words in (("serve",), ("serve", "--check"), ("store", "check"), ("vm", "list")):
+        ended = command(*words, *config)
+        assert (ended.code, "keys.db: it does not exist, so it is not the store of this mark" in ended.err) == (1, True)
+    assert command("doctor", *config).code == 1
+    assert listing(site) == before
 
 
 def test_an_empty_file_is_no_store_yet(command: Command, site: Path) -> None:

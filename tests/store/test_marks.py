@@ -393,8 +393,12 @@ def test_the_mark_of_another_store_is_refused_and_left_alone(place: StorePlace) 
     content = place.mark_file.read_bytes()
     other = evolve(place, address="sqlite:other.db")
     assert other.path is not None
-    refused(other.open, "it does not exist, so it is not the store of this mark; the mark is in .*store.mark")
+    for look in (other.is_made, other.open):
+        refused(look, "it does not exist, so it is not the store of this mark; the mark is in .*store.mark")
     assert not other.path.exists()
+    other.path.touch()
+    refused(other.open, "it is empty, so it is not the store of this mark; .*; name the right store, or restore its")
+    assert other.path.read_bytes() == b""
     with keeping(evolve(other, mark_file=None)):
         pass
     refused(other.open, "it is not the store of this mark; the mark is in .*store.mark")
@@ -402,6 +406,14 @@ def test_the_mark_of_another_store_is_refused_and_left_alone(place: StorePlace) 
 
 
 # --- PostgreSQL ---
+
+
+def test_an_empty_database_is_not_that_of_a_mark(place: StorePlace, empty_schema: str) -> None:
+    with keeping(place) as store:
+        grant(store, "1")
+    empty = evolve(place, address=empty_schema)
+    refused(empty.open, "it is empty, so it is not the store of this mark; .*; name the right store, or restore its")
+    refused(evolve(empty, mark_file=None).open, "it is empty; run `chutes-proto store migrate`")
 
 
 @pytest.fixture

@@ -190,9 +190,10 @@ def check(config: str | None, store: str | None) -> int:
     See also: serve, keys rewrap
     """
     place, vault = _place(config, store)
-    if not place.is_made():
+    mark_file = None if config is None else make_store_setup(ServerConfig.load(config)).mark_file
+    if not evolve(place, mark_file=mark_file).is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
-    marked = {} if config is None else _compared_with_mark(place, make_store_setup(ServerConfig.load(config)).mark_file)
+    marked = {} if config is None else _compared_with_mark(place, mark_file)
     with _told_to_restore(), closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
         found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version}
         found["rows"] = opened.check(tell)

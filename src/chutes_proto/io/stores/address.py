@@ -21,7 +21,7 @@ from attrs import field, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.files import is_there, name_file
-from chutes_proto.io.stores.marks import Copy
+from chutes_proto.io.stores.marks import Copy, MarkKeeper
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Vault
 from chutes_proto.store._copies import Copies
@@ -170,7 +170,7 @@ class StorePlace:
     def is_made(self) -> bool:
         """Return whether the store exists; False for an SQLite file that `open` can make.
 
-        Raises `StoreError` for a path at which it cannot be made.
+        Raises `StoreError` for a path at which it cannot be made, and for one beside a mark, which is of another store.
         """
         path = self.path
         if path is None:
@@ -182,6 +182,7 @@ class StorePlace:
             raise StoreError(f"store {path}: {exc.strerror}") from None
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise StoreError(f"store {path}: its directory does not exist, or this user may not write it")
+        MarkKeeper(self.name, self.mark_file, Custody(self.name)).refuse_new("it does not exist")
         return False
 
     @contextmanager

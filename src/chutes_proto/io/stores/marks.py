@@ -66,6 +66,8 @@ _ROW: Final = f"{_ROWS} WHERE id = ?"
 _NO_NUMBER: Final = -1
 """In place of a number of a store that no release draws: a file with one could not be read again."""
 _RIGHT_ONE: Final = "name the right store, or move the file away"
+_LOST_ONE: Final = "name the right store, or restore its backup; move the file away only if a new store shall begin"
+"""Without the mark a server makes an empty store, and gives each VM new keys, which open no disk."""
 
 Change: TypeAlias = "tuple[int, AuditRow] | PurgeAudit"
 """A change of audit rows: one that was added, with its number, or a purge."""
@@ -206,12 +208,12 @@ class MarkKeeper:
             self.notes.append(note)
             del self.notes[:-_NOTES]
 
-    def refuse_new(self) -> None:
+    def refuse_new(self, state: str) -> None:
         """Raise `StoreError` if there is a mark: a store that is made now is not the one that it is of."""
         with self._lock:
             mark = self._mark
         if mark is not None:
-            raise self._refused(mark, "it does not exist, so it is not the store of this mark", _RIGHT_ONE)
+            raise self._refused(mark, f"{state}, so it is not the store of this mark", _LOST_ONE)
 
     def compare(self, ask: Ask, timeline: int) -> None:
         """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""

@@ -542,8 +542,11 @@ class SqliteStore(MarkedStore):
             self._check_file()
             return
         try:
+            # Before it is made: it would be in the way of the right one.
             if not is_there(self.path):
-                self._marks.refuse_new()  # before it is made: it would be in the way of the right one
+                self._marks.refuse_new("it does not exist")
+            elif self.path.stat().st_size == 0:
+                self._marks.refuse_new("it is empty")
             self._make_file()
             found = self.path.stat()
         except OSError as exc:

@@ -223,7 +223,10 @@ class PostgresStore(MarkedStore):
                 self.found_version = migrate_schema(self._database)
             with self._pool.reserve() as connection:
                 with self._database.transaction(connection, self._database.beginning("SERIALIZABLE")):
-                    self.schema_version: int = self._database.versions(connection).require()
+                    versions = self._database.versions(connection)
+                    if versions.found() is None:
+                        self._marks.refuse_new("it is empty")
+                    self.schema_version: int = versions.require()
                     if alone and (others := rows_of(connection, _COMPANY)[0][0]):
                         self._company = (
                             f"store {self.name}: {others} other sessions of chutes-proto are connected there;"
