@@ -29,6 +29,7 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing._platform import SimulatedPlatform
+from tests.small_disk import fill, small_disk
 
 Write = Callable[..., ServerConfig]
 
@@ -106,6 +107,18 @@ def test_a_store_that_is_not_made_yet_is_no_fault(write: Write, tmp_path: Path) 
     with pytest.raises(StoreError, match="its directory does not exist"):
         _ = nowhere.is_made()
     assert not list(tmp_path.glob("keys.db*"))
+
+
+def test_the_full_disk_of_a_server_that_runs_is_found(write: Write, tmp_path: Path) -> None:
+    """Reading works there, and so does a transaction that writes nothing."""
+    setup = make_store_setup(write(("sqlite:keys.db", "sqlite:disk/keys.db")))
+    with small_disk(tmp_path / "disk") as disk, closing(setup.store.open()):
+        filler = fill(disk)
+        with pytest.raises(StoreError, match=r"its disk takes no data \(No space left on device\); make space"):
+            _ = [*check_store(setup.store, setup.vault)]
+        filler.unlink()
+        assert [each.state for each in check_store(setup.store, setup.vault)] == ["ok", "note"]  # it has no mark
+        assert not list(disk.glob("tmp*"))
 
 
 class Odd(SqliteStore):

@@ -278,9 +278,12 @@ class SqliteStore(MarkedStore):
             yield Snapshot(run)
 
     def check_writing(self) -> None:
-        """Begin a transaction that writes, and end it. Raises `StoreError` for a file that can only be read."""
+        """Begin a transaction that writes, and end it, on a disk with space for one: this one writes nothing.
+
+        Raises `StoreError` for a file that can only be read, too.
+        """
         with self._my_turn(_Job(_ALONE)), self._transaction():
-            pass
+            self._require_space()
 
     def empty_log(self, *, rewrite: bool) -> None:
         """Move the log into the file and empty it; with ``rewrite`` write the whole file again, without free pages.
@@ -497,7 +500,7 @@ class SqliteStore(MarkedStore):
             raise
 
     def _require_space(self) -> None:
-        """After a write that failed, require that the disk takes data: on a full one reading, and so a look, works.
+        """Require that the disk takes data, as after a write that failed: on a full one reading, and so a look, works.
 
         No page of the store would tell it: what the failed write has got of the log is left for the next one.
         """
