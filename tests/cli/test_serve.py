@@ -111,6 +111,27 @@ def test_a_check_refuses_a_lost_store_as_a_start_does(command: Command, site: Pa
     assert listing(site) == before
 
 
+def test_a_check_names_what_the_server_cannot_write(command: Command, site: Path) -> None:
+    edit(site, 'store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "none/store.mark" }')
+    text = (site / "server.toml").read_text()
+    sockets = 'takeover = "none/takeover"\ncontrol = "none/control"\n'
+    tables = '[proxy]\nunix = "none/proxy"\n[admin]\nunix = "none/admin"\n[audit]\nfile = "none/audit.jsonl"\n'
+    _ = (site / "server.toml").write_text(f"{sockets}{text}\n{tables}")
+    keys = ("takeover", "control", "proxy.unix", "admin.unix", "store.mark_file", "audit.file")
+    ended = check(command, site)
+    found = {key: line for key in keys for line in ended.out.splitlines() if line.startswith(f"{key}: ")}
+    assert (ended.code, {*found}) == (0, {*keys})
+    for line in found.values():
+        assert f": {site}/none/" in line
+        assert "its directory does not exist, or this user may not write it; " in line
+    edit(site, 'file = "none/audit.jsonl"', 'file = "none/audit.jsonl"\nrequired = true')
+    ended = check(command, site)
+    assert (ended.code, "audit.jsonl: its directory does not exist" in ended.err) == (1, True)
+    (site / "none").mkdir()
+    ended = check(command, site)
+    assert (ended.code, ended.err, "does not exist" in ended.out) == (0, "", False)
+
+
 def test_an_empty_file_is_no_store_yet(command: Command, site: Path) -> None:
     (site / "keys.db").touch()
     assert check(command, site).code == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
@@ -42,9 +45,42 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         yield from check_store(setup.store, setup.service.vault, setup.alike, must_be_alike=must_be_alike)
     except (ConfigurationError, StoreError) as exc:
         yield Finding.of_problem(str(exc))
+    yield from check_places(setup)
     yield from check_policy(setup)
     for warning in setup.warnings:
         yield Finding("note", "warning", warning)
+
+
+def check_places(setup: ServerSetup) -> Iterator[Finding]:
+    """Files and sockets that the server makes, where this user can make none.
+
+    A socket is a note: systemd may make it, or its directory, before the server starts.
+    """
+    sockets = {
+        "proxy.unix": setup.proxy_socket,
+        "takeover": setup.takeover_socket,
+        "control": setup.control_socket,
+        "admin.unix": setup.admin_socket,
+    }
+    for key, path in sockets.items():
+        if path is not None and not _may_make(path):
+            yield Finding("note", key, f"{path}: {_NOWHERE}; if systemd does not make it, the server does not start")
+    mark = setup.store.mark_file
+    if mark is not None and not _may_make(mark):
+        detail = f"{mark}: {_NOWHERE}; after a restart the server knows neither the store that it saw, nor erasures"
+        yield Finding("note", "store.mark_file", detail)
+    audit = setup.config.audit
+    file = None if audit.file is None else setup.base / audit.file
+    if file is not None and not (os.access(file, os.W_OK) or _may_make(file)):
+        effect = "no boot is granted" if audit.required else "audit rows are not copied there"
+        yield Finding("problem" if audit.required else "note", "audit.file", f"{file}: {_NOWHERE}; {effect}")
+
+
+_NOWHERE: Final = "its directory does not exist, or this user may not write it"
+
+
+def _may_make(path: Path) -> bool:
+    return os.access(path.parent, os.W_OK | os.X_OK)
 
 
 def check_policy(setup: ServerSetup) -> Iterator[Finding]:
