@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from attrs import evolve
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import KeyUnavailable, Refused, SealBroken
@@ -375,6 +377,7 @@ def test_so_many_refusals_of_a_platform_are_kept_a_day(store: MemoryStore) -> No
     assert store.transact(refusal("after", per_day=2, now=midnight + 86_400)), "a grant does not count"
 
 
+@example("5Grwva/vm-1  granted   root/1 created  first claim", "\u3164", "")
 @given(st.text(max_size=300), st.text(max_size=300), st.text(max_size=5000))
 def test_hostile_text_is_kept_legible_and_short(hotkey: str, name: str, reason: str) -> None:
     store = MemoryStore()
@@ -388,3 +391,4 @@ def test_hostile_text_is_kept_legible_and_short(hotkey: str, name: str, reason: 
         assert text.isprintable()
         assert len(text) == min(len(given_text), limit)
         text.encode()
+    assert re.fullmatch("[!-~\ufffd]*", row.vm.hotkey + row.vm.name), "a blank would pose as more columns of a table"

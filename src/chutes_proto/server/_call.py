@@ -15,7 +15,7 @@ from chutes_proto.server._observing import trace_of
 from chutes_proto.server._why import Finding
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import Vm
-from chutes_proto.units.records import legible
+from chutes_proto.units.records import legible_vm
 from chutes_proto.wire.http import HttpRequest, MalformedRequest
 
 M = TypeVar("M")
@@ -46,7 +46,7 @@ def named(request: HttpRequest, parameters: Mapping[str, str], message: object =
     hotkeys = (getattr(message, name, None) for name in ("miner_hotkey", "hotkey", "hotkey_header", "hotkey_query"))
     hotkey = next((each for each in (*hotkeys, *request.header_values("x-chutes-hotkey")) if each), "")
     name = getattr(message, "vm_name", None) or next(iter(parameters.values()), "")
-    return Vm(legible(hotkey, 64), legible(name, 128))
+    return legible_vm(hotkey, name)
 
 
 @frozen

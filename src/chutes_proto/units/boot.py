@@ -33,7 +33,7 @@ from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
 from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce, redemption
-from chutes_proto.units.records import AcceptedQuote, Kept, Quote, Records, legible
+from chutes_proto.units.records import AcceptedQuote, Kept, Quote, Records, legible, legible_vm
 from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed, check_boot_allowed, pins_of
 from chutes_proto.wire.codes import Code
 
@@ -298,7 +298,7 @@ class RecordRefusal(Unit[bool]):
         count = yield from store.CountRefusals(pin, self.now - self.now % DAY)
         if count >= self.per_day:
             return False
-        vm = store.Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
+        vm = legible_vm(self.vm.hotkey, self.vm.name)
         reason = legible(self.reason, 2000)
         quote = Quote.refused(self.quote_digest, pin, self.rested_on)
         records = Records(self.now, self.request_id, vm, quote, self.peer_address)

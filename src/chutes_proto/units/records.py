@@ -8,11 +8,14 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Final, Literal
 
 from attrs import field, frozen
 
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, EvidenceRow, Insert, Pin, Put, Vm
+
+_NOT_VISIBLE: Final = re.compile(r"[^!-~]")
 
 
 @frozen
@@ -163,6 +166,11 @@ class Records:
                 evidence=self.quote.rested_on,
             )
         )
+
+
+def legible_vm(hotkey: str, name: str) -> Vm:
+    """A VM as a peer names it: none has a blank, with which it could pose as more columns of a table."""
+    return Vm(*(_NOT_VISIBLE.sub("\N{REPLACEMENT CHARACTER}", text) for text in (hotkey[:64], name[:128])))
 
 
 def legible(text: str, limit: int) -> str:
