@@ -101,6 +101,15 @@ def test_a_fleet_moves_to_a_new_image(world):
     assert granted == [f"server n{n}: window w1, from 1.0 to 2.0" for n in range(2)]
 
 
+def test_a_server_that_is_registered_again_is_in_no_maintenance(world):
+    """The limit counts what is registered, and keeps nobody from booting."""
+    assert answer(tee(world, "PUT", "/servers/n0/maintenance"))
+    assert refusal(tee(world, "PUT", "/servers/n1/maintenance"))[:2] == (409, Code.MAINTENANCE_CONFLICT)
+    assert answer(tee(world, "DELETE", "/servers/n0"))
+    assert register(world, id="n0", name="vm-0", host="1.2.3.0", gpus=[gpu(uuid="GPU-0")]).status == 201
+    assert answer(tee(world, "PUT", "/servers/n1/maintenance"))
+
+
 # Each row's fault and those of all rows below, and the upper one wins.
 ORDER = [
     ("no signature", 401, Code.SIGNATURE_INVALID),

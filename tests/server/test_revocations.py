@@ -130,6 +130,17 @@ def test_no_attestation_and_no_registration(world: World, learn: Callable[[World
     assert answer(runtime.attest(world))
 
 
+def test_a_server_without_a_link_is_another_vms_once_it_is_renamed(world: World) -> None:
+    """Nothing but its name says whose it is, and its owner may register it under another one, too."""
+    servers.registered(servers.register(world))
+    assert answer(runtime.attest(world))
+    revoke(world, ("vm", f"{MINER.hotkey.address}/vm-1"))
+    refused(runtime.attest(world, runtime.nonce_of(world)))
+    assert answer(world.ask_signed("PATCH", "/servers/n1?server_name=vm-2"))
+    assert answer(runtime.attest(world, runtime.nonce_of(world)))
+    assert answer(world.ask_signed("GET", "/servers/n1/attestation/status"))["fresh"]
+
+
 def test_until_a_date_and_for_others_not_at_all(world: World) -> None:
     world.token()
     revoke(world, ("vm", f"{HOTKEY}/vm-1"), ends_at=NOW + 60)
