@@ -426,6 +426,7 @@ def test_a_purge(premises: Premises) -> None:
 
 @in_a_file
 def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
+    premises.edit('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "store.mark" }')
     premises.start_here()
     vm = premises.vm()
     token = vm.boot()["boot_token"]
@@ -443,6 +444,7 @@ def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
     assert not list(premises.directory.glob("keys.db*"))
     assert (premises.directory / "moved" / "keys.db").stat().st_size
     assert empty_schema in premises.configuration.read_text()
+    assert not (premises.directory / "store.mark").exists()
     premises.start_here()
     assert vm.sync(token, formatted=["storage"])["storage"] == first  # what was issued counts
     vm = premises.vm()
