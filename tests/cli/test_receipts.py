@@ -131,6 +131,18 @@ def test_evidence_under_another_root_names_the_option(site: Site) -> None:
     assert (ended.code, "--root, which names one to trust" in ended.out) == (15, True)
 
 
+def test_keys_are_taken_as_they_are_printed(site: Site) -> None:
+    """A log that went on under a new key has several, one a line; an empty value is none, not the default."""
+    receipt = site.directory / "receipt.json"
+    receipt.write_text(site.show(0).out)
+    key = site.command("audit", "key", "--config", site.configuration).out.strip()
+    other = Signer("keys.example/older", Secret(bytes(32))).verifier
+    for value, code in ((f"{other}\n{key}", 0), (str(other), 12), (f"{key}\n", 2), ("", 2)):
+        ended = site.command("receipt", "verify", receipt, "--key", value)
+        assert ended.code == code, ended.err
+    assert site.command("audit", "verify", "--config", site.configuration, "--key", "").code == 2
+
+
 def test_the_exit_code_says_which_step_failed(site: Site) -> None:
     good = site.show(0, "--evidence").out
     members = json.loads(good)
@@ -183,7 +195,7 @@ def test_a_reload_names_the_documents_of_before_and_after(site: Site) -> None:
     assert told["before"]["reference_values"] == told["after"]["reference_values"]
     assert told["before"]["policy"] != told["after"]["policy"]
     ended = site.show(3, "--evidence")
-    assert (ended.code, "names no evidence" in ended.err) == (1, True)
+    assert (ended.code, "names no evidence" in ended.err, "leave out --evidence" in ended.err) == (1, True, True)
     assert "nothing to judge again" in site.verify(shown.out).out
 
 

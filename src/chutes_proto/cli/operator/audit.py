@@ -248,8 +248,12 @@ _config_or_none: Decorator = click.option(
 
 
 def keys_option(about: str) -> Decorator:
-    """Return the option ``--key``; ``about`` is its help."""
-    return click.option("--key", "keys", metavar="KEY", multiple=True, callback=parsed(verifier_key), help=about)
+    """Return the option ``--key``; ``about`` is its help. A value may have a key in each line, as of `audit key`."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Any:
+        return parsed(verifier_key)(ctx, param, tuple(line for each in value for line in each.split("\n")))
+
+    return click.option("--key", "keys", metavar="KEY", multiple=True, callback=callback, help=about)
 
 
 _files_option: Decorator = click.option(

@@ -155,7 +155,7 @@ def _kept_evidence(
                 return bundle.evidence
             lacking = min(lacking, wrong, key=len)
     except LogError as exc:
-        raise Refused(Code.KEY_NOT_FOUND, str(exc)) from None
+        raise Refused(Code.KEY_NOT_FOUND, f"{exc}; leave out --evidence") from None
     told = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in lacking.items())
     has_other = file is not None and any(name.startswith("collateral.") for name in lacking)
     of_file = f", and {file} does not have it" if has_other else ""
