@@ -99,10 +99,14 @@ def test_a_server_works_only_in_a_schema_that_was_made(
     command: Command, start: Callable[..., Server], site: Path, empty_schema: str
 ) -> None:
     config = ("--config", site / "server.toml")
-    ends = [command("serve", *config), command("serve", *config, "--check"), command("store", "check", *config)]
-    for end in ends:
+    ends = [command("serve", *config), command("store", "check", *config), command("serve", *config, "--check")]
+    for end in ends[:2]:
         assert end.code == 1
         assert "it is empty; run `chutes-proto store migrate`" in end.err
+    remedy = f"chutes-proto store migrate --config {site}/server.toml"
+    assert f"it is empty; nothing in it was changed; run {remedy}" in ends[2].err
+    (problem,) = [each for each in command("doctor", *config, "--json").json["findings"] if each["state"] == "problem"]
+    assert (problem["detail"], problem["remedy"]) == ("it is empty; nothing in it was changed", remedy)
     made = command("store", "migrate", *config)
     assert made.code == 0, made.err
     checked = command("serve", *config, "--check")

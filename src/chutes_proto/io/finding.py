@@ -21,10 +21,14 @@ class Finding:
 
     @classmethod
     def of_problem(cls, text: str) -> Finding:
-        """A problem in the form of our errors, "what: why; run command"."""
+        """A problem in the form of our errors, "what: why; run command"; of one in backticks the text may go on."""
         what, colon, why = text.partition(": ")
+        if not colon:
+            return cls("problem", "configuration", text)
+        if (quoted := re.search(r"; run `([^`]+)`", why)) is not None:
+            return cls("problem", what, why[: quoted.start()] + why[quoted.end() :], quoted[1])
         why, _, remedy = re.sub(r"; run:? ", "\0", why, count=1).partition("\0")
-        return cls("problem", what, why, remedy) if colon else cls("problem", "configuration", text)
+        return cls("problem", what, why, remedy)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.detail}" + (f"; run {self.remedy}" if self.remedy else "")

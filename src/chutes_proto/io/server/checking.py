@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from attrs import evolve
+
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding
@@ -44,7 +46,9 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         must_be_alike = setup.config.store.different_configuration == "refuse"
         yield from check_store(setup.store, setup.service.vault, setup.alike, must_be_alike=must_be_alike)
     except (ConfigurationError, StoreError) as exc:
-        yield Finding.of_problem(str(exc))
+        found = Finding.of_problem(str(exc))
+        whole = f"{found.remedy} --config {setup.config.path}"  # a store knows no configuration
+        yield evolve(found, remedy=whole) if found.remedy.startswith("chutes-proto store ") else found
     yield from check_places(setup)
     yield from check_policy(setup)
     for warning in setup.warnings:
