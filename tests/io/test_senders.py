@@ -17,9 +17,11 @@ import pytest
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.drivers.aio import HttpxSender
+from chutes_proto.io.http.attested import attested_context
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.httpx_messages import origin
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.quote import Policy
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.io.peers import Behaviour, Credentials, answering, flooding, peer, read_request
@@ -274,6 +276,14 @@ def test_an_untrusted_server_gets_no_request(send: Sender, credentials: Credenti
             _ = send(url.replace("localhost", "127.0.0.1") if wrong == "name" else url, context, REQUEST, SHORT)
     assert not raised.value.maybe_delivered
     assert heard == []
+
+
+def test_a_server_without_an_accepted_quote_is_like_any_untrusted_one(send: Sender, credentials: Credentials) -> None:
+    context = attested_context(Policy(), lambda _: pytest.fail("there is no quote"))
+    with peer(credentials, answering(b"")) as (url, _), pytest.raises(TransportError) as raised:
+        _ = send(url, context, REQUEST, SHORT)
+    told = "the server's certificate does not verify: attested certificate: it has none of the extensions"
+    assert str(raised.value).startswith(f"no connection to {url.removeprefix('https://')}: {told}")
 
 
 # --- what callers get wrong ---

@@ -38,9 +38,18 @@ from chutes_proto.secret import Secret
 _EARLY: Final = timedelta(minutes=5)
 """How much earlier than now a certificate begins, for peers whose clocks are late."""
 
+_APPLICATION_VERIFICATION: Final = 50  # X509_V_ERR_APPLICATION_VERIFICATION of openssl/x509_vfy.h
+
 
 class AttestationFailedError(ssl.SSLCertVerificationError):
     """The peer's certificate has no quote that is accepted; the cause is the `VerificationError`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        # OpenSSL gives its own errors these, and clients read them.
+        self.strerror: str | None = reason
+        self.verify_message = reason
+        self.verify_code = _APPLICATION_VERIFICATION
 
     def __str__(self) -> str:
         """The reason; an `ssl.SSLError` that OpenSSL did not make shows it as a tuple."""
