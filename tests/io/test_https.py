@@ -20,7 +20,7 @@ import pytest
 
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
-from chutes_proto.io.http.https import HttpGetter, HttpsSender, TimeLimits
+from chutes_proto.io.http.https import HttpGetter, HttpsSender, TimeLimits, why_not
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.origin import Origin
@@ -294,6 +294,12 @@ def test_the_port_of_a_service(url: str, port: int, monkeypatch: pytest.MonkeyPa
 
 
 # --- hostile servers ---
+
+
+def test_a_fault_of_tls_that_python_has_no_name_for() -> None:
+    """As with records of no bytes in OpenSSL 3.5 and Python 3.11; the 1 is no errno, which would be EPERM."""
+    unnamed = ssl.SSLError(1, "[SSL] record layer failure (_ssl.c:1006)")
+    assert why_not(unnamed) == "TLS: record layer failure"
 
 
 def test_a_head_without_an_end(credentials: Credentials) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _READ_SIZE: Final = 16 * 1024
+_SSL_PLACE: Final = re.compile(r"^\[[A-Z]+\] | \(_ssl\.c:[0-9]+\)$")
 _BEGIN_SECONDS: Final = 1.0
 _BEGUN_SECONDS: Final = 2.0
 """How long a connection that was begun may be used: a server closes one on which it receives nothing more."""
@@ -362,6 +363,8 @@ def why_not(exc: BaseException) -> str:
             return "the server closed the connection without a TLS alert"
         case ssl.SSLError(reason=str(reason)):
             return f"TLS: {reason.lower().replace('_', ' ')}"
+        case ssl.SSLError(strerror=str(text)):  # it has no name in Python; its number is not an errno
+            return f"TLS: {_SSL_PLACE.sub('', text)}"
         case OSError(errno=int(number)) if number > 0:
             return os.strerror(number)  # asyncio has a text of its own, without the reason
         case OSError(strerror=str(text)):
