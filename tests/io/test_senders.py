@@ -19,7 +19,7 @@ from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.drivers.aio import HttpxSender
 from chutes_proto.io.http.attested import attested_context
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
-from chutes_proto.io.http.httpx_messages import origin
+from chutes_proto.io.http.httpx_messages import open_client, origin
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.quote import Policy
 from chutes_proto.transport.client import MAX_ANSWER
@@ -115,6 +115,27 @@ def test_a_coded_answer_is_not_undone(send: Sender, credentials: Credentials) ->
     bomb = b"\x1f\x8b" + bytes(100)
     head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb)
     assert talk(send, credentials, answering(head + bomb)).body == bomb
+
+
+@pytest.mark.parametrize("loop", ["trio", "asyncio"])
+def test_cookies_are_not_read(loop: str, credentials: Credentials) -> None:
+    """Python's reader would keep the first, send it with the second request, and warn of a bug in itself."""
+    seen: list[bytes] = []
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        cookies = b"set-cookie: a=b\r\nset-cookie: c=d; max-age=%b\r\n" % (b"9" * 400)
+        for _ in range(2):
+            seen.append(read_request(stream))
+            stream.sendall(b"HTTP/1.1 200 OK\r\n%bcontent-length: 0\r\n\r\n" % cookies)
+
+    async def main(url: str) -> None:
+        async with open_client(client_context(ca_pem=credentials.ca_pem)) as client:
+            for _ in range(2):
+                _ = await HttpxSender(client, url)(REQUEST)
+
+    with peer(credentials, behave) as (url, _):
+        on_loop(loop, main, url)
+    assert [b"\r\ncookie:" in request.lower() for request in seen] == [False, False]
 
 
 @pytest.mark.parametrize("closes", [True, False])

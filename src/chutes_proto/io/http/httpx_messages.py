@@ -5,7 +5,8 @@ Rules kept here:
 * the one map from httpx's errors to `TransportError` is here;
 * a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
 * an answer is bounded in size, and in the pieces that it comes in, because each of them costs the loop some time;
-* content codings are neither asked for nor undone, so that an answer cannot swell.
+* content codings are neither asked for nor undone, so that an answer cannot swell;
+* a peer's cookies are not even read: no request of ours has one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ MAX_PIECES: Final = 2048
 
 def open_client(context: ssl.SSLContext) -> httpx.AsyncClient:
     """Return a client with the trust and the identity of ``context``. It takes no proxy from the environment."""
-    return httpx.AsyncClient(verify=context, trust_env=False)
+    from http.cookiejar import CookieJar  # as httpx, which loads it
+
+    class NoCookies(CookieJar):
+        def extract_cookies(self, response: object, request: object) -> None:
+            del response, request
+
+    return httpx.AsyncClient(verify=context, trust_env=False, cookies=NoCookies())
 
 
 async def whole_answer(
