@@ -160,7 +160,12 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     nonce = premises.vm().nonce()
     issued = int(time.time())
     _ = follow(premises, "Back up a store in SQLite", 0)
-    assert (premises.directory / "keys.backup").stat().st_mode & 0o777 == 0o600
+    backup = premises.directory / "keys.backup"
+    assert backup.stat().st_mode & 0o777 == 0o600
+    content = backup.read_bytes()
+    with pytest.raises(AssertionError):
+        _ = follow(premises, "Back up a store in SQLite", 0, misspelt={"keys.db": "nowhere.db"})
+    assert (backup.read_bytes() == content, list(premises.directory.glob("nowhere.db*"))) == (True, [])
     assert key(premises, rekey=["storage"]) != first
     premises.kill()
     assert (premises.directory / "keys.db-wal").stat().st_size
