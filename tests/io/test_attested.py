@@ -6,7 +6,8 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,43 @@ def test_no_byte_leaves_without_an_accepted_handshake(
             with pytest.raises(AttestationFailedError, match="not attested"):
                 _ = use()
     assert got == []
+
+
+@pytest.mark.parametrize("peer", ["refused", "without TLS"])
+def test_no_byte_leaves_after_a_connect_that_failed(peer: str, identity: AttestedIdentity, tmp_path: Path) -> None:
+    """`ssl` then takes the TLS off, and would send and receive what is in the clear."""
+    context = attested_context(Policy(), fresh, root=ROOT)
+    with serving(identity, tmp_path) as (port, got), socket.create_server(("127.0.0.1", 0)) as plain:
+        address = plain.getsockname() if peer == "without TLS" else ("127.0.0.1", port)
+
+        def answer() -> None:
+            with plain.accept()[0] as connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\nin the clear")
+                while data := connection.recv(4096):
+                    got.append(data)
+
+        worker = threading.Thread(target=answer)
+        with context.wrap_socket(socket.socket()) as stream:
+            stream.settimeout(10)
+            if peer == "without TLS":
+                worker.start()
+            with pytest.raises(ssl.SSLError):
+                stream.connect(address)
+            uses: list[Callable[[], object]] = [
+                lambda: stream.sendall(b"secret"),
+                lambda: stream.sendto(b"secret", address),
+                lambda: stream.sendfile(BytesIO(b"secret")),
+                lambda: stream.recv(10),
+                lambda: stream.recv_into(bytearray(10)),
+                lambda: stream.recvfrom(10),
+                lambda: stream.recvfrom_into(bytearray(10)),
+            ]
+            for use in uses:
+                with pytest.raises((AttestationFailedError, OSError), match=r"not attested|not connected"):
+                    _ = use()
+        if peer == "without TLS":
+            worker.join(10)
+    assert not any(b"secret" in data for data in got)
 
 
 def test_no_byte_leaves_by_memory_without_a_handshake() -> None:

@@ -5,8 +5,8 @@ Rules kept here:
 * the check comes right after the handshake, which has shown that the peer has the key, and before anything else: no
   byte of the application is sent to a peer that was not accepted;
 * it is made in every handshake, also in one that resumes a session;
-* OpenSSL makes a handshake by itself where a stream is read or written before it had one: such a stream, and one whose
-  peer was refused, neither reads nor writes;
+* OpenSSL makes a handshake by itself where a stream is read or written before it had one, and `ssl` does without TLS
+  after a `connect` that failed: such a stream, and one whose peer was refused, neither reads nor writes;
 * CAs and host names count for nothing: the quote decides. The clock is the system's.
 """
 
@@ -17,6 +17,7 @@ import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import wraps
 from typing import Any, Final
 
 from attrs import frozen
@@ -100,17 +101,16 @@ def attested_context(
             check(self.getpeercert(binary_form=True))
             self._is_attested = True
 
-        def read(self, *args: Any, **kwargs: Any) -> Any:  # `recv` and `recv_into` read, too
-            _require(self._is_attested)
-            return super().read(*args, **kwargs)  # pyright: ignore[reportDeprecated]
-
-        def write(self, *args: Any, **kwargs: Any) -> Any:
-            _require(self._is_attested)
-            return super().write(*args, **kwargs)  # pyright: ignore[reportDeprecated]
-
-        def send(self, *args: Any, **kwargs: Any) -> Any:  # `sendall` and `sendfile` send, too
-            _require(self._is_attested)
-            return super().send(*args, **kwargs)
+        read = _attested(ssl.SSLSocket.read)  # pyright: ignore[reportDeprecated]
+        write = _attested(ssl.SSLSocket.write)  # pyright: ignore[reportDeprecated]
+        recv = _attested(ssl.SSLSocket.recv)
+        recv_into = _attested(ssl.SSLSocket.recv_into)
+        recvfrom = _attested(ssl.SSLSocket.recvfrom)
+        recvfrom_into = _attested(ssl.SSLSocket.recvfrom_into)
+        send = _attested(ssl.SSLSocket.send)
+        sendall = _attested(ssl.SSLSocket.sendall)
+        sendto = _attested(ssl.SSLSocket.sendto)
+        sendfile = _attested(ssl.SSLSocket.sendfile)
 
     class Object(ssl.SSLObject):
         _is_attested = False
@@ -121,22 +121,28 @@ def attested_context(
             check(self.getpeercert(binary_form=True))
             self._is_attested = True
 
-        def read(self, *args: Any, **kwargs: Any) -> Any:
-            _require(self._is_attested)
-            return super().read(*args, **kwargs)
-
-        def write(self, *args: Any, **kwargs: Any) -> Any:
-            _require(self._is_attested)
-            return super().write(*args, **kwargs)
+        read = _attested(ssl.SSLObject.read)
+        write = _attested(ssl.SSLObject.write)
 
     context.sslsocket_class = Socket
     context.sslobject_class = Object
     return context
 
 
-def _require(is_attested: bool) -> None:
-    if not is_attested:
-        raise AttestationFailedError("the peer is not attested: call do_handshake; use no connection that was refused")
+def _attested(use: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a stream that only does ``use`` once the peer is accepted."""
+
+    @wraps(use)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_attested:
+            if isinstance(self, ssl.SSLSocket):
+                _ = self.getpeername()  # raises if it is not connected; `ssl` tries to read such a socket first
+            raise AttestationFailedError(
+                "the peer is not attested: call do_handshake; use no connection that was refused"
+            )
+        return use(self, *args, **kwargs)
+
+    return method
 
 
 def attested_callback(
