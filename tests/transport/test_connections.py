@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.transport.connections import Answer, Connections, Receive, Send
+from chutes_proto.transport.connections import UNSENT, Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import FIRST_CALL_SECONDS, LAST_CALL_SECONDS, ServerConnection
 from chutes_proto.wire.http import HttpResponse
 
@@ -107,6 +107,28 @@ def test_who_is_gone_takes_no_place() -> None:
     connections.remove(first)
     connections.remove(first)
     assert connections.make_room(connection("1.1.1.1")) == ()
+
+
+def test_the_oldest_long_answer_ends_for_another_one_once_all_have_too_much_to_take() -> None:
+    woken: list[ServerConnection] = []
+    connections = Connections(100, woken.append, list[HttpResponse]().append)
+
+    def answered(address: str, size: int) -> ServerConnection:
+        made = connection(address, "working")
+        made.send_response(HttpResponse(200, body=bytes(size)), 0.0)
+        assert isinstance(connections.next_step(made, 0.0), Send)
+        return made
+
+    a_third = UNSENT // 3
+    boot, proxy = answered("1.1.1.1", 10_000), answered("", a_third)
+    reader, slow, slower = (answered("1.1.1.1", a_third) for _ in range(3))
+    assert woken == [reader]  # with what HTTP adds, three have more than there is
+    assert isinstance(connections.next_step(slow, 1.0), Receive)  # it has taken all
+    last = answered("1.1.1.1", a_third)
+    assert woken == [reader]
+    _ = answered("1.1.1.1", 3 * a_third)
+    assert woken == [reader, slower, last]
+    assert [one.closed for one in (boot, proxy, slow, *woken)] == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize("addresses", [1, 1000])

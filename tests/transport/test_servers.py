@@ -27,6 +27,7 @@ from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.aio import Server
 from chutes_proto.io.server.sockets import ACCEPT_IN_A_ROW, Listening, listen_tls, listen_unix
 from chutes_proto.log import Level, Record
+from chutes_proto.transport.connections import UNSENT
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire import json
@@ -41,6 +42,7 @@ JSON = (("content-type", "application/json"),)
 GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
 IDENTITY = make_server_identity(NOW, bytes(32))
 CONTEXT = server_context(IDENTITY.chain_pem, IDENTITY.key_pem)
+BIG = 1 << 24
 GONE = (anyio.BrokenResourceError, anyio.EndOfStream)
 
 
@@ -89,7 +91,7 @@ class Echo:
         if request.target == "/broken":
             raise RuntimeError("a defect")
         if request.target == "/big":
-            return HttpResponse(200, body=bytes(1 << 24))
+            return HttpResponse(200, body=bytes(BIG))
         certificate = request.peer_certificate
         content = {
             "target": request.target,
@@ -405,6 +407,23 @@ async def test_peers_that_do_not_read_keep_nobody_out() -> None:
             assert (await ask(deaf[-1], GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
         async with await server.connect() as stream:
             assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+        for peer in deaf:
+            await anyio.aclose_forcefully(peer)
+        assert server.log == []
+
+
+async def test_peers_that_do_not_read_have_so_much_memory_and_no_more() -> None:
+    """Each may ask for the longest answer there is: with hundreds of them the system would end the server."""
+    big = GET.replace(b"/a", b"/big")
+    async with running(Limits(write_seconds=3600.0), connections=100) as server:
+        deaf: list[anyio.abc.ByteStream] = []
+        for _ in range(8):
+            deaf.append(await server.connect())
+            assert (await ask(deaf[-1], big)).startswith(b"HTTP/1.1 200")
+        _ = await async_wait_until(lambda: server.server.open_connections * BIG <= UNSENT)
+        async with await server.connect() as stream:
+            await stream.send(big.replace(b"Host", b"Connection: close\r\nHost"))
+            assert len(await read_all(stream)) > BIG
         for peer in deaf:
             await anyio.aclose_forcefully(peer)
         assert server.log == []

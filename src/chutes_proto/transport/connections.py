@@ -11,6 +11,7 @@ Rules kept here:
   deployed clients send some only once, and nobody else has their connections;
 * an address with more than its share of all connections loses its own first, so that none keeps all others out. Below
   that share addresses do not count: many VMs may come from one, and an attacker from many;
+* peers that do not take their answers have `UNSENT` bytes of memory in all: beyond that the oldest long answer ends;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.
 """
 
@@ -28,6 +29,12 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest, 
 
 SHARE: Final = 8
 """The divisor of one address's share: it may have ``size // SHARE`` connections, at least one, while others wait."""
+
+LONG: Final = 64 * 1024
+"""An answer of more bytes is long. None of a VM's boot is: these are a few kilobytes."""
+
+UNSENT: Final = 64 * 1024 * 1024
+"""The most bytes of long answers that wait for their peers to take them."""
 
 
 @frozen
@@ -117,6 +124,8 @@ class Connections:
         self._strangers = _Queue()
         self._of_address: dict[bytes, _Queue] = {}
         self._crowds: dict[bytes, _Queue] = {}  # of these, those with more than their share
+        self._unsent: dict[ServerConnection, int] = {}
+        """Those that take a long answer, the oldest first, and its bytes."""
         self._finishing = False
         self._heard_until: float | None = None
 
@@ -125,6 +134,7 @@ class Connections:
 
     def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Receive | None:
         """The next step of a connection; None: close it. After its deadline, call `expire` first."""
+        _ = self._unsent.pop(connection, None)  # it took all that it was given
         sent = connection.sent_response(now)
         if sent is not None:
             _ = self._sent(sent)
@@ -140,6 +150,8 @@ class Connections:
         for ended in self.make_room(connection):
             self._wake(ended)
         data = connection.data_to_send()
+        if len(data) > LONG and self._open[connection]:
+            self._hold(connection, len(data))
         return Send(data) if data else _RECEIVE
 
     def drain(self, now: float) -> None:
@@ -188,8 +200,18 @@ class Connections:
             if len(queue.members) > self._share:
                 self._crowds[prefix] = queue
 
+    def _hold(self, connection: ServerConnection, size: int) -> None:
+        """Note a long answer that is to be taken, and end the oldest others while all have more than `UNSENT` bytes."""
+        self._unsent[connection] = size
+        while len(self._unsent) > 1 and sum(self._unsent.values()) > UNSENT:
+            oldest = next(iter(self._unsent))
+            oldest.abandon()
+            self.remove(oldest)
+            self._wake(oldest)
+
     def remove(self, connection: ServerConnection) -> None:
         """Forget a connection that has ended."""
+        _ = self._unsent.pop(connection, None)
         if prefix := self._open.pop(connection, b""):
             self._strangers.remove(connection)
             queue = self._of_address[prefix]

@@ -58,6 +58,9 @@ LAST_CALL_SECONDS: Final = 1.0
 FIRST_CALL_SECONDS: Final = 5.0
 """The time that accepted connections have to send a request once only other processes serve the listeners."""
 
+_PIECE: Final = 64 * 1024
+"""Bytes that are encrypted at once: OpenSSL keeps as much memory as it has held."""
+
 _CLOSE: Final = ("connection", "close")
 
 _BARE_LF: Final = re.compile(rb"[^\r]\n|\A\n\Z")  # trailers that are read on their own may be no more than the LF
@@ -279,7 +282,7 @@ class ServerConnection:
 
     def abandon(self) -> None:
         """End the connection now, without telling the peer. Its deadline has passed then."""
-        self._outbox.clear()
+        self._forget()
         self._inbox.clear()
         self._last = True
         self._phase, self.deadline = _Phase.CLOSED, -math.inf
@@ -292,10 +295,15 @@ class ServerConnection:
             self._finish(now)
         elif self._phase is not _Phase.HANDLING:
             # The peer did not take the bytes to send, or the time after the last answer is over.
-            self._outbox.clear()
+            self._forget()
             self._enter(_Phase.CLOSED, now)
 
     # --- the work of the phases ---
+
+    def _forget(self) -> None:
+        """Forget an answer that was not taken: it may be long."""
+        self._outbox.clear()
+        self._sending = None
 
     def _enter(self, phase: _Phase, now: float) -> None:
         self._phase, self.since = phase, now
@@ -451,8 +459,9 @@ class ServerConnection:
     def _write(self, data: bytes) -> None:
         if self._tls is None:
             self._outbox += data
-        else:
-            self._tls.send_data(data)
+            return
+        for start in range(0, len(data), _PIECE):
+            self._tls.send_data(data[start : start + _PIECE])
             self._outbox += self._tls.data_to_send()
 
     def _finish(self, now: float) -> None:
