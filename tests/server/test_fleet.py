@@ -13,7 +13,7 @@ from chutes_proto.server._config import MaintenanceOptions
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, HostProfileRow, ServerRow
 from chutes_proto.testing._platform import PROFILE
-from chutes_proto.units.fleet import HOSTS, HOSTS_OF_HOTKEY, NameHost, RegisterHost, Window, is_older
+from chutes_proto.units.fleet import HOSTS, HOSTS_BYTES, HOSTS_OF_HOTKEY, NameHost, RegisterHost, Window, is_older
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
 from tests.server.test_servers import boot, gpu, register
@@ -309,7 +309,8 @@ def test_hosts_of_all_miners_together_register_so_often(world):
 
 def test_a_few_hotkeys_do_not_fill_all_places(world):
     """A newcomer takes the place of the oldest that no operator named, of the hotkey that has most of these."""
-    rows = [HostProfileRow(f"{number:064x}", f"miner {number % 16}", "{}", NOW + number) for number in range(HOSTS)]
+    text = f'{{"a":"{"x" * 1000}"}}'
+    rows = [HostProfileRow(f"{number:064x}", f"miner {number % 16}", text, NOW + number) for number in range(HOSTS)]
     for row in rows:
         _ = world.store.transact(RegisterHost(row))
     _ = world.store.transact(NameHost(NOW, rows[0].fingerprint, PROFILE.name, None, "test"))
@@ -323,6 +324,31 @@ def test_a_few_hotkeys_do_not_fill_all_places(world):
         _ = world.store.transact(NameHost(NOW, row.fingerprint, PROFILE.name, None, "test"))
     with pytest.raises(Unavailable):
         _ = world.store.transact(RegisterHost(HostProfileRow("a" * 64, "new", "{}", NOW)))
+
+
+def test_large_profiles_give_way_to_a_small_one_and_not_the_other_way_round(world):
+    """Anyone may ask for the list of all: it must not be as long as 256 of the largest."""
+
+    def profile(number: int, hotkey: str, size: int) -> HostProfileRow:
+        return HostProfileRow(f"{number:064x}", hotkey, f'{{"a":"{"x" * (size - 8)}"}}', NOW + number)
+
+    def kept() -> set[HostProfileRow]:
+        return {*world.rows(HostProfileRow)}
+
+    large = 32 * 1024
+    rows = {number: profile(number, f"miner {number}", large) for number in range(HOSTS_BYTES // large)}
+    for row in rows.values():
+        assert world.store.transact(RegisterHost(row)) == (row, True)
+    assert kept() == {*rows.values()}
+    assert answer(host(world, HOSTS_PATH))["stored"]
+    assert kept() >= {*rows.values()} - {rows.pop(0)}
+    assert len(kept()) == len(rows) + 1
+    with pytest.raises(Unavailable):
+        _ = world.store.transact(RegisterHost(profile(1000, "larger", large + 1)))
+    same = profile(1001, "as large", large)
+    _ = world.store.transact(RegisterHost(same))
+    assert kept() >= {same, *rows.values()} - {rows.pop(1)}
+    assert len(kept()) == len(rows) + 2
 
 
 HOST_ORDER = [

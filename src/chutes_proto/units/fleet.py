@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias, TypeVar
 
 from attrs import evolve, frozen
@@ -30,6 +30,8 @@ T = TypeVar("T")
 HOSTS = 256
 """Host profiles that are kept, and of one hotkey."""
 HOSTS_OF_HOTKEY = 16
+HOSTS_BYTES = 1024 * 1024
+"""Bytes of all that are kept, because anyone may ask for the list of them. A host of eight GPUs has some 5 KiB."""
 
 Reason: TypeAlias = Literal[
     "not_tee", "no_active_window", "already_at_target", "maintenance_pending", "concurrency_cap"
@@ -180,9 +182,9 @@ class BeginMaintenance(Unit[Preflight]):
 class RegisterHost(Unit[tuple[store.HostProfileRow, bool]]):
     """Keep a host profile; returns its row, and whether this added it.
 
-    Where as many are kept as may be, it takes the place of one that no operator has named, of the hotkey that has most
-    of these: a few hotkeys cannot fill all places. Raises `Unavailable` (``host_profiles_full``) if there is none to
-    give way, and for more than are kept of one hotkey.
+    Where as many are kept as may be, those give way that no operator has named, of the hotkey that has most bytes of
+    these: a few hotkeys cannot fill all places. Raises `Unavailable` (``host_profiles_full``) if there are none to give
+    way, and for more than are kept of one hotkey.
     """
 
     row: store.HostProfileRow
@@ -193,24 +195,37 @@ class RegisterHost(Unit[tuple[store.HostProfileRow, bool]]):
             return known, False
         kept = yield from store.ReadHostProfiles(HOSTS)
         of_hotkey = sum(one.hotkey == self.row.hotkey for one in kept)
-        gives_way = _gives_way(kept, of_hotkey) if len(kept) >= HOSTS else None
-        if of_hotkey >= HOSTS_OF_HOTKEY or (len(kept) >= HOSTS and gives_way is None):
+        going = _going(kept, self.row)
+        if of_hotkey >= HOSTS_OF_HOTKEY or going is None:
             text = "As many host profiles are kept as this server keeps. Ask its operator."
-            reason = f"{len(kept)} of {HOSTS} host profiles, {of_hotkey} of {HOSTS_OF_HOTKEY} of {self.row.hotkey}"
+            size = f"{len(kept)} of {HOSTS} host profiles with {_size(kept)} of {HOSTS_BYTES} bytes"
+            reason = f"{size}, {of_hotkey} of {HOSTS_OF_HOTKEY} of {self.row.hotkey}"
             raise Unavailable(Code.HOST_PROFILES_FULL, text, reason=reason, retry_after=3600)
-        if gives_way is not None:
-            yield from store.Delete(store.HostProfileRow, (gives_way,))
+        for row in going:
+            yield from store.Delete(store.HostProfileRow, (row.fingerprint,))
         yield from store.Insert(self.row)
         return self.row, True
 
 
-def _gives_way(kept: Sequence[store.HostProfileRow], of_hotkey: int) -> str | None:
-    """The oldest profile that is not named, of the hotkey that has most of these, if it has more than ``of_hotkey``."""
-    pending = [row for row in kept if row.name is None]
-    counts = Counter(row.hotkey for row in pending)
-    most = max(counts.values(), default=0)
-    oldest = (row.fingerprint for row in pending if counts[row.hotkey] == most > of_hotkey)
-    return next(oldest, None)
+def _going(kept: Sequence[store.HostProfileRow], new: store.HostProfileRow) -> list[store.HostProfileRow] | None:
+    """The profiles that give way to ``new``, the oldest first; None if its hotkey would then have most."""
+    going: list[store.HostProfileRow] = []
+    left = [*kept]
+    own = _size([new, *(row for row in kept if row.hotkey == new.hotkey)])
+    while len(left) >= HOSTS or _size([new, *left]) > HOSTS_BYTES:
+        sizes: Counter[str] = Counter()
+        for row in (pending := [row for row in left if row.name is None]):
+            sizes[row.hotkey] += len(row.profile)
+        most = max(sizes.values(), default=0)
+        if most < own:
+            return None
+        going.append(next(row for row in pending if sizes[row.hotkey] == most))
+        left.remove(going[-1])
+    return going
+
+
+def _size(rows: Iterable[store.HostProfileRow]) -> int:
+    return sum(len(row.profile) for row in rows)
 
 
 @frozen
