@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import anyio
 import anyio.abc
@@ -60,6 +61,7 @@ class Echo:
     held: int = 0
     released: bool = False
     cancelled: list[str] = field(factory=list)
+    big: list[ref[HttpResponse]] = field(factory=list)
 
     def complain(self, event: str, error: Exception) -> Flow[None]:
         yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
@@ -91,7 +93,9 @@ class Echo:
         if request.target == "/broken":
             raise RuntimeError("a defect")
         if request.target == "/big":
-            return HttpResponse(200, body=bytes(BIG))
+            big = HttpResponse(200, body=bytes(BIG))
+            self.big.append(ref(big))
+            return big
         certificate = request.peer_certificate
         content = {
             "target": request.target,
@@ -427,6 +431,16 @@ async def test_peers_that_do_not_read_have_so_much_memory_and_no_more() -> None:
         for peer in deaf:
             await anyio.aclose_forcefully(peer)
         assert server.log == []
+
+
+async def test_an_answer_that_was_taken_is_not_kept() -> None:
+    """Its peer may then be silent, and so may others."""
+    async with running() as server, await server.connect() as stream:
+        answer = await ask(stream, GET.replace(b"/a", b"/big"))
+        while len(answer) < BIG:
+            answer += await stream.receive()
+        _ = await async_wait_until(lambda: server.app.big[0]() is None)
+        assert server.server.open_connections == 1
 
 
 async def test_faults_end_one_connection_and_are_logged() -> None:

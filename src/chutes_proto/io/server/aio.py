@@ -144,18 +144,17 @@ class Server:
             self._slots.release()
 
     async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
-        """Take the steps of one connection to its end."""
+        """Take the steps of one connection to its end. None of its messages is kept while the next one is awaited."""
         peer = self._peers[connection] = self._peer(accepted, connection)
         try:
             while step := self._connections.next_step(connection, self._now()):
                 match step:
-                    case Answer(request, sent_ahead):
-                        if sent_ahead:
+                    case Answer():
+                        if step.sent_ahead:
                             await anyio.lowlevel.checkpoint()
-                        response = await self._performer.run(self._app.handle(request))
-                        connection.send_response(response, self._now())
-                    case Send(data):
-                        if not await peer.send(data):
+                        connection.send_response(await self._performer.run(self._app.handle(step.request)), self._now())
+                    case Send():
+                        if not await peer.send(step.data):
                             connection.expire(self._now())
                     case Receive():
                         received = await peer.receive()
