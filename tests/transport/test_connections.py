@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from weakref import ref
 
 import pytest
 from hypothesis import given
@@ -111,11 +112,14 @@ def test_who_is_gone_takes_no_place() -> None:
 
 def test_the_oldest_long_answer_ends_for_another_one_once_all_have_too_much_to_take() -> None:
     woken: list[ServerConnection] = []
-    connections = Connections(100, woken.append, list[HttpResponse]().append)
+    answers: dict[ServerConnection, ref[HttpResponse]] = {}
+    connections = Connections(100, woken.append, lambda _: None)
 
     def answered(address: str, size: int) -> ServerConnection:
         made = connection(address, "working")
-        made.send_response(HttpResponse(200, body=bytes(size)), 0.0)
+        answer = HttpResponse(200, body=bytes(size))
+        answers[made] = ref(answer)
+        made.send_response(answer, 0.0)
         assert isinstance(connections.next_step(made, 0.0), Send)
         return made
 
@@ -129,6 +133,7 @@ def test_the_oldest_long_answer_ends_for_another_one_once_all_have_too_much_to_t
     _ = answered("1.1.1.1", 3 * a_third)
     assert woken == [reader, slower, last]
     assert [one.closed for one in (boot, proxy, slow, *woken)] == [False] * 3 + [True] * 3
+    assert {one for one, answer in answers.items() if answer() is None} == {slow, *woken}
 
 
 @pytest.mark.parametrize("addresses", [1, 1000])
