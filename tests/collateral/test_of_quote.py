@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from chutes_proto.quote import Collateral, VerificationError, parse_quote, verif
 from chutes_proto.testing._pki import pem
 from chutes_proto.testing._service import CollateralService
 from tests.collateral.network import PLATFORM, ROOT, Upstream, running
+from tests.io.peers import make_credentials, peer, read_request
 from tests.loops import on_loop
 from tests.quote.platform_files import encrypted_ppid
 from tests.quote.simulated import with_certification
@@ -72,6 +74,22 @@ def test_over_tls_with_a_ca_of_the_callers(door: str, tmp_path: Path) -> None:
         with pytest.raises(CollateralUnavailable, match="certificate"):
             _ = DOORS[door](QUOTE, [server.url], root=ROOT)
         server.shutdown()
+
+
+@pytest.mark.parametrize("door", ["trio", "asyncio"])
+def test_a_service_that_sends_interim_answers_without_an_end_does_not_keep_a_loop(door: str, tmp_path: Path) -> None:
+    """Each costs a loop some 50 us; a service with 10 Mbit/s could have all of its time."""
+    credentials = make_credentials(tmp_path)
+    ca = tmp_path / "ca.pem"
+    _ = ca.write_bytes(credentials.ca_pem)
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        _ = read_request(stream)
+        while True:
+            stream.sendall(b"HTTP/1.1 100 \r\n\r\n" * 1000)
+
+    with peer(credentials, behave) as (url, _), pytest.raises(CollateralUnavailable, match="more bytes than an answer"):
+        _ = DOORS[door](QUOTE, [url], root=ROOT, ca_file=ca)
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.collateral.upstream import UpstreamCollateral
+from chutes_proto.io.http.bounded import BoundedContext
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.server import ServerConfig
@@ -111,3 +113,13 @@ def test_the_policy_says_how_long_expired_collateral_is_used(tmp_path: Path) -> 
     _ = (tmp_path / "server.toml").write_text(given)
     with pytest.raises(ConfigurationError, match=r"says this, as tcb\.collateral_grace"):
         _ = ServerConfig.load(tmp_path / "server.toml")
+
+
+def test_a_service_of_collateral_is_bounded_in_its_bytes(tmp_path: Path) -> None:
+    _ = set_up(tmp_path)
+    given = (tmp_path / "server.toml").read_text()
+    given = re.sub(r"(?m)^collateral = .*$", 'collateral = { upstreams = ["https://pccs.example"] }', given)
+    _ = (tmp_path / "server.toml").write_text(given)
+    made = make_setup(ServerConfig.load(tmp_path / "server.toml"))
+    assert isinstance(made.collateral, UpstreamCollateral)
+    assert isinstance(made.collateral.context, BoundedContext)

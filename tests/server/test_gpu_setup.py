@@ -10,6 +10,7 @@ import pytest
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
 from chutes_proto.io.collateral.gpu_services import GpuServices
+from chutes_proto.io.http.bounded import BoundedContext
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.server import ServerConfig
@@ -56,6 +57,7 @@ def test_services_are_a_source_beside_a_directory_or_without(site: Path) -> None
     made = setup(site, rims, ocsp, 'cache = "gpu-cache"', 'roots = "gpus"', 'directory = "gpus"', demand="require")
     assert isinstance(made.gpus, GpuServices)
     assert made.gpus.directory == site / "gpu-cache"
+    assert isinstance(made.gpus.context, BoundedContext)
     assert len(made.gpus.files().rims.rims) == 2
     assert made.service.gpu_appraisal is not None
 

@@ -16,6 +16,7 @@ from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
 from chutes_proto.boot._session import BootSession
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.http.bounded import BoundedContext
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import client_context, presented
@@ -47,7 +48,7 @@ class _Connected:
         self._identity = presented(identity, client)
         self._owned = None
         if client is None:
-            client = self._owned = open_client(client_context(self._identity, ca_pem))
+            client = self._owned = open_client(client_context(self._identity, ca_pem, kind=BoundedContext))
         self._run = Performer(send=HttpxSender(client, url, limits), quoter=quoter, gpu_tool=gpu_tool, log=log).run
 
     async def __aenter__(self) -> Self:

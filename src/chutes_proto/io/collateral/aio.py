@@ -29,6 +29,7 @@ from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS, UpstreamCollateral
 from chutes_proto.io.drivers.aio import HttpxGetter, Performer
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
+from chutes_proto.io.http.bounded import BoundedContext
 from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.stores.address import DurableStore
@@ -241,6 +242,6 @@ async def fetch_collateral(
 ) -> Collateral:
     """Fetch collateral for a quote, as `chutes_proto.sync.fetch_collateral` does. Raises the same errors."""
     upstreams = [Upstream.parse(service) for service in services]
-    async with open_client(context_trusting(ca_file)) as client:
+    async with open_client(context_trusting(ca_file, kind=BoundedContext)) as client:
         performer = Performer(get=HttpxGetter(client, FETCH_LIMITS), log=lambda _: None)
         return await performer.run(collateral_for(quote, upstreams, root=root, update=update))

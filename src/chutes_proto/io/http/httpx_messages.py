@@ -4,7 +4,8 @@ Rules kept here:
 
 * the one map from httpx's errors to `TransportError` is here;
 * a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
-* an answer is bounded in size, and in the pieces that it comes in, because each of them costs the loop some time;
+* an answer is bounded in size, with a `BoundedContext` also in the bytes before it, and in the pieces that it comes in,
+  because each of them costs the loop some time;
 * content codings are neither asked for nor undone, so that an answer cannot swell;
 * a peer's cookies are not even read: no request of ours has one.
 """
@@ -20,6 +21,7 @@ import anyio
 
 from chutes_proto._lazy import LazyModule
 from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.io.http.bounded import BoundedTls
 from chutes_proto.io.http.https import TimeLimits, why_not
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import Headers, HttpResponse
@@ -59,12 +61,18 @@ async def whole_answer(
         response = await client.send(request, stream=True, follow_redirects=False)
         try:
             begun(response)
+            stream = response.extensions.get("network_stream")  # no transport for tests has one
+            tls: ssl.SSLObject | None = stream and stream.get_extra_info("ssl_object")
+            if isinstance(tls, BoundedTls):
+                tls.begin_body()
             async for chunk in response.aiter_raw():
                 body += chunk
                 pieces += 1
                 if len(body) > MAX_ANSWER or pieces > MAX_PIECES:
                     scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
-            _check_end(response)
+            _check_end(response, tls)
+            if isinstance(tls, BoundedTls):
+                tls.begin_head()
         finally:
             await response.aclose()
         if len(body) <= MAX_ANSWER and pieces <= MAX_PIECES:
@@ -77,18 +85,16 @@ async def whole_answer(
     raise limits.exceeded(body)
 
 
-def _check_end(response: httpx.Response) -> None:
+def _check_end(response: httpx.Response, tls: ssl.SSLObject | None) -> None:
     """Check that an answer which ends with its connection ends with an alert of TLS: httpcore does without.
 
     Raises `ssl.SSLError`.
     """
     is_framed = response.status_code in (204, 304) or not response.http_version.startswith("HTTP/1.")
-    stream = response.extensions.get("network_stream")  # no transport for tests has one
-    if is_framed or stream is None or response.headers.keys() & {"content-length", "transfer-encoding"}:
+    if is_framed or tls is None or response.headers.keys() & {"content-length", "transfer-encoding"}:
         return
-    tls: ssl.SSLObject | None = stream.get_extra_info("ssl_object")
     with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-        _ = tls and tls.read(1)
+        _ = tls.read(1)
 
 
 def origin(url: str) -> httpx.URL:

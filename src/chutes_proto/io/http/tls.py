@@ -27,14 +27,16 @@ def presented(identity: ClientIdentity | None, client: object | None = None) -> 
     return identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
 
 
-def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None = None) -> ssl.SSLContext:
+def client_context(
+    identity: ClientIdentity | None = None, ca_pem: bytes | None = None, *, kind: type[ssl.SSLContext] = ssl.SSLContext
+) -> ssl.SSLContext:
     """Return a context for TLS 1.2 or newer that presents ``identity`` and trusts ``ca_pem`` (None: the system's CAs).
 
     Chain and name of the server are verified. Raises `ConfigurationError` for a CA bundle that holds no certificate.
     """
     if ca_pem is not None and not isinstance(cast("object", ca_pem), bytes):
         raise LocalProtocolError(f"ca_pem: give the bytes of a CA bundle in PEM, not {type(ca_pem).__name__}")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
+    context = kind(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_pem is None:
         context.load_default_certs()
@@ -54,11 +56,12 @@ def context_trusting(
     identity: ClientIdentity | None = None,
     *,
     read: Callable[[str | Path], bytes] = read_file,
+    kind: type[ssl.SSLContext] = ssl.SSLContext,
 ) -> ssl.SSLContext:
     """Return the `client_context` for the CAs in a file (None: the system's), which a `ConfigurationError` names."""
     data = None if ca_file is None else read(ca_file)
     try:
-        return client_context(identity, data)
+        return client_context(identity, data, kind=kind)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{ca_file}: {exc}") from None
 

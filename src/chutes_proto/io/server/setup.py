@@ -38,6 +38,7 @@ from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import Files, absolute
 from chutes_proto.io.hotkey_file import read_hotkey
+from chutes_proto.io.http.bounded import BoundedContext
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault, store_place
 from chutes_proto.io.stores.address import StorePlace
@@ -363,7 +364,7 @@ def _collateral(
     )
     ca_file = None if options.ca_file is None else base / options.ca_file
     kept = None if options.cache is None else base / options.cache
-    return UpstreamCollateral(cache, context_trusting(ca_file, read=files.read), kept)
+    return UpstreamCollateral(cache, context_trusting(ca_file, read=files.read, kind=BoundedContext), kept)
 
 
 def _signing_keys(config: ServerConfig, base: Path, files: Files) -> bytes | None:
@@ -413,7 +414,9 @@ def _gpu_source(
     return GpuServices(
         rims=RimCache(rims, roots=roots, seed=seed) if rims else None,
         status=StatusCache(status, grace=policy.revocation_grace, seed=seed) if status else None,
-        context=context_trusting(None if options.ca_file is None else base / options.ca_file, read=files.read),
+        context=context_trusting(
+            None if options.ca_file is None else base / options.ca_file, read=files.read, kind=BoundedContext
+        ),
         directory=None if options.cache is None else base / options.cache,
         beside=directory,
     )
