@@ -247,6 +247,16 @@ def test_an_operator_asks_witnesses_on_demand(
     assert command("audit", "checkpoint", "--witness", away, *config).code == 2
 
 
+def test_a_witness_adds_no_line_to_what_is_told(log: Log, small: SmallWitness) -> None:
+    class Refusing(SmallWitness):
+        def answer(self, body: bytes) -> tuple[int, bytes]:
+            return 500, b"no\r\nchutes-proto: all witnesses cosigned\n"
+
+    with serving(Refusing(small.log)) as witness:
+        (fault,) = Witnesses(log.store, [witness], log.file).round()
+    assert fault == f"witness {witness.url}: status 500: no chutes-proto: all witnesses cosigned"
+
+
 def test_a_server_asks_again_and_again(log: Log, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chutes_proto.io.server.witnesses.SECONDS", 0.01)
     told: list[str] = []

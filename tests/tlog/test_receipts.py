@@ -179,6 +179,13 @@ def test_other_bytes_are_not_receipts(data: bytes) -> None:
         Receipt.from_bytes(data)
 
 
+@pytest.mark.parametrize("entry", [5, None, ["{}"]])
+def test_an_entry_is_a_text(entry: object) -> None:
+    members = {**json.loads(receipt().to_bytes()), "entry": entry}
+    with pytest.raises(LogError):
+        Receipt.from_bytes(json.dumps(members, ensure_ascii=False).encode() + b"\n").verify(KEYS)
+
+
 def test_a_receipt_has_no_other_members_and_one_spelling() -> None:
     members = json.loads(receipt().to_bytes())
     for other in (members | {"more": 1}, members | {"receipt": FORM[:-1]}, dict(reversed([*members.items()]))):

@@ -52,7 +52,7 @@ class Receipt:
             given: dict[str, str] = members.get("evidence", {})
             evidence = {name: base64.b64decode(text, validate=True) for name, text in given.items()}
             made = cls(members["entry"], Proof.parse(members["proof"].encode()), evidence)
-            is_whole = made.to_bytes() == data
+            is_whole = isinstance(members["entry"], str) and made.to_bytes() == data
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise LogError("it is cut off, or another file") from None
         if not is_whole:

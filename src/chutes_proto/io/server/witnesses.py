@@ -86,7 +86,7 @@ def cosign(store: Store, note: Note, witness: Witness, old: int, get: HttpGetter
                 raise _OvertakenError(f"witness {witness.url}: it has signed a checkpoint of {old} entries already")
             answer = _add(store, note, url, old, get)
         if answer.status != 200:
-            told = answer.body[:200].decode("ascii", "replace").strip()
+            told = " ".join(answer.body[:200].decode("ascii", "replace").split())
             raise LogError(f"status {answer.status}{': ' if told else ''}{told}")
         return read_cosignature(answer.body, note, witness.key, int(time.time()))
     except _OvertakenError:
