@@ -148,6 +148,7 @@ def test_the_next_server_takes_over_and_no_boot_is_lost(
 ) -> None:
     _ = require_program("curl")
     premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    listen(premises, 'unix = "admin.sock"')
     premises.start("--transport", transport)
     with load(premises, premises.url) as vms:
         for _ in range(RESTARTS):
@@ -165,6 +166,9 @@ def test_the_next_server_takes_over_and_no_boot_is_lost(
     events = [record["event"] for record in log_of(premises)]
     assert events.count("stopped") == RESTARTS
     assert "reloaded" in events
+    assert (premises.directory / "admin.sock").is_socket()
+    premises.stop()
+    assert sorted(path.name for path in premises.directory.glob("*.sock*")) == []
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[1:])
