@@ -160,9 +160,10 @@ def test_a_stream_that_is_closed_is_a_fault_only_where_it_had_the_result(words: 
 def test_an_error_that_cannot_be_written_has_its_own_exit_code(words: str, code: int, is_full: bool) -> None:
     heard, said = os.pipe()
     os.close(heard)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("wb") as full, os.fdopen(said, "wb") as unheard:
-        stream = full if is_full else unheard
-        done = subprocess.run([*PROGRAM, *words.split()], stdout=subprocess.DEVNULL, stderr=stream, check=False)
+        command, stream = [*PROGRAM, *words.split()], full if is_full else unheard
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stream, env=buffered, check=False)
     assert done.returncode == code
 
 

@@ -31,6 +31,10 @@ def program() -> int:
         # Until a server handles it, it would end the process, which systemd takes for a clean end: no restart follows.
         _ = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     code = main()
+    try:
+        _ = sys.stderr.flush()
+    except OSError:  # Python would try once more, and give the process an exit code of its own
+        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     # Before it ends, Python looks for cycles among all that was imported: a quarter of the time that a command takes.
     gc.freeze()
     return code
