@@ -388,7 +388,7 @@ def test_the_order_of_checks_of_a_host_profile(world, first):
 
 
 def test_the_public_list_has_the_kept_text_of_a_profile(world):
-    """Anyone may ask for it: decoding and encoding 256 profiles of 32 KiB would stop the server for seconds."""
+    """Anyone may ask for it: while a mebibyte of profiles is decoded and encoded, the server answers nobody else."""
     for number in range(2):
         row = HostProfileRow(f"{number:064x}", MINER.hotkey.address, '{"memory":{"guest_gb":1e2}}', NOW + number)
         _ = world.store.transact(RegisterHost(row))

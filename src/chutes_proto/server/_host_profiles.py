@@ -68,8 +68,8 @@ def register(service: Service, call: SignedCall[fleet.HostProfileRequest]) -> Fl
 def publish(service: Service, call: Call[fleet.HostProfilesRequest]) -> Flow[fleet.EncodedHostProfiles]:
     """Operation 28: the profiles, of hosts that are named or of all.
 
-    Anyone may ask for it, and it can be long, so the kept JSON of a profile goes out as it is: to decode 256 of them
-    and encode them again would keep all other requests waiting for seconds.
+    Anyone may ask for it, and it may be a mebibyte, so the kept JSON of a profile goes out as it is: to decode all and
+    encode them again would keep other requests waiting.
     """
     found: list[bytes] = []
     for row in (yield from Transact(Ask(ReadHostProfiles(HOSTS)))):
