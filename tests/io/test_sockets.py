@@ -64,6 +64,23 @@ def test_an_address_of_another_machine(host: str) -> None:
         _ = listen_tls((host, 1), context)
 
 
+def test_the_kernel_holds_little_of_what_a_peer_does_not_take_and_not_for_long() -> None:
+    [listening] = listen_tls(("127.0.0.1", 0), lambda: None)
+    peer = socket.socket()
+    with listening.socket, peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.connect(listening.socket.getsockname())
+        accepted, _ = listening.socket.accept()
+        with accepted:
+            accepted.setblocking(False)
+            taken = 0
+            with pytest.raises(BlockingIOError):
+                while taken < 4 * 1024 * 1024:
+                    taken += accepted.send(bytes(64 * 1024))
+            assert taken <= 256 * 1024
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
 def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s"
     close(listen_unix(path))

@@ -9,6 +9,8 @@ Rules kept here:
 * a private socket is for the server's user and root: its mode is 0600, and the kernel says who is at the other end. A
   stranger who got there, as by an access list, is refused and logged. Its path belongs to the latest server that
   serves, so a successor replaces it only then, and never what is not a socket;
+* what a peer does not take stays in the server, where `Connections` bounds it: the kernel holds little of an answer,
+  and not for longer than a peer has to take one, after the connection was closed, too;
 * a server has no more connections than the system allows it open files.
 """
 
@@ -30,6 +32,7 @@ from attrs import frozen
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.server._limits import LogThrottle
+from chutes_proto.transport.h1 import DEFAULT_LIMITS
 from chutes_proto.transport.tls import ServerContext, TlsSession
 
 ACCEPT_PAUSE: Final = 0.2
@@ -45,6 +48,8 @@ SPARE_FILES: Final = 128
 """How many files a server opens besides connections: listeners, store, collateral, hosts and services it asks."""
 
 _BACKLOG: Final = 1024
+_UNSENT: Final = 64 * 1024
+"""Bytes of an answer in the kernel, which takes twice as much memory; its own rule would be megabytes."""
 _FIRST_INHERITED: Final = 3
 
 
@@ -151,7 +156,10 @@ def listen_tls(
 
 def serve_tls(bound: socket.socket, context: Callable[[], ServerContext | None]) -> Listening:
     """Serve a listening TCP socket; see `listen_tls`."""
-    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+    # Accepted sockets inherit all three. A time-out of 0 is minutes for a closed one whose peer takes nothing.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEFAULT_LIMITS.write_seconds * 1000))
 
     def session() -> TlsSession | None:
         now = context()
