@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,13 @@ def verified_evidence(*machines: SimulatedGpus) -> tuple[Any, ...]:
     with pytest.raises(EvidenceRefusedError) as caught:
         _ = verify(evidence, nonce=NONCE, now=NOW, rims=rims, revocation=Revocation(), policy=policy, roots=GPUS.roots)
     return caught.value.devices
+
+
+def test_a_refusal_comes_whole_out_of_another_process() -> None:
+    error = refused(MACHINE.having("measurement"))
+    made: EvidenceRefusedError = pickle.loads(pickle.dumps(error))
+    assert str(made) == str(error)
+    assert [rim.digest for rim in made.devices[1].rims] == [rim.digest for rim in error.devices[1].rims] != []
 
 
 def test_the_decoder_that_is_disabled_exempts_index_35() -> None:

@@ -296,6 +296,13 @@ def test_no_copy_of_a_parsed_quote_verifies(name: str) -> None:
                 _ = verify_genuine(altered, COLLATERAL, now=NOW, root=ROOT, report_data=None, sgx=sgx)
 
 
+def test_a_verdict_comes_whole_out_of_another_process() -> None:
+    verdict = verdict_of(PLATFORM)
+    made: Verdict = pickle.loads(pickle.dumps(verdict))
+    assert made.to_dict() == verdict.to_dict()
+    assert verify_quote(check_signed(made.signed.opened), made.verified, now=NOW).tcb_status == "UpToDate"
+
+
 def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
     def impostor(value: Any) -> Any:
         return SimpleNamespace(**{field.name: getattr(value, field.name) for field in attrs.fields(type(value))})

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 from msgspec import Struct
@@ -94,6 +94,14 @@ class PckChain(Struct, frozen=True, eq=False):
     terms: tuple[Term, ...]
     window: Window
     notes: _Notes
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a key of OpenSSL does not pickle: another process loads its own
+        rest = (self.issuer, self.chain, self.identity, self.terms, self.window, self.notes)
+        return _reloaded, (self.leaf, *rest)
+
+
+def _reloaded(leaf: Certificate, *rest: Any) -> PckChain:
+    return PckChain(leaf, ecdsa.load_point(leaf.point), *rest)
 
 
 @frozen(kw_only=True, eq=False)
