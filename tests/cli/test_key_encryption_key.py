@@ -15,6 +15,7 @@ import pytest
 from chutes_proto.io.quoters.simulated import open_platform
 from chutes_proto.io.server.development import write_server
 from tests.cli.conftest import HOTKEY, Ended, Server
+from tests.waiting import wait_until
 
 Command = Callable[..., Ended]
 Start = Callable[..., Server]
@@ -162,11 +163,13 @@ def test_a_credential_of_the_service_manager(
 # --- while a server runs ---
 
 
-def test_a_server_that_lacks_a_rows_key_answers_503_and_nothing_is_lost(
-    command: Command, site: Path, start: Start, tmp_path: Path
+@pytest.mark.parametrize("workers", [(), ("--workers", 2)], ids=["one", "workers"])
+def test_a_server_that_lacks_a_rows_key_answers_503_until_a_reload_and_nothing_is_lost(
+    command: Command, site: Path, start: Start, tmp_path: Path, workers: tuple[object, ...]
 ) -> None:
     config = ("--config", site / "server.toml")
-    server = start(*config, ca=site / "ca.pem")
+    name(site, 'control = "control"\nkek_file = "kek"')
+    server = start(*config, *workers, ca=site / "ca.pem")
     assert boot(command, server, site, "vm-1", tmp_path / "before").code == 0
     # the running server has read its key: that the file changes, or goes, does not matter to it
     old = (site / "kek").read_bytes()
@@ -180,14 +183,19 @@ def test_a_server_that_lacks_a_rows_key_answers_503_and_nothing_is_lost(
     assert command("keys", "rewrap", *config).code == 0
     refused = boot(command, server, site, "vm-1", tmp_path / "refused")
     assert (refused.code, "503 store_unavailable" in refused.out) == (1, True), refused
-    ended = server.stop(signal.SIGTERM)
-    assert re.search(r"sealed under key-encryption key .*; if you rotated it, restart this server with it", ended.err)
+    # it does not take a KEK that opens none of them
+    put(site / "kek", os.urandom(32))
+    lacks = command("reload", *config)
+    assert (lacks.code, "key-encryption key (KEK)" in lacks.err) == (1, True), lacks
     # with the right keys everything is there
-    server = start(*config, ca=site / "ca.pem")
-    assert boot(command, server, site, "vm-1", tmp_path / "after").code == 0
+    put(site / "kek", KEY)
+    assert command("reload", *config).out.startswith("reloaded KEK\n")
+    # it looks at the store once a second
+    wait_until(lambda: boot(command, server, site, "vm-1", tmp_path / "after").code == 0)
     assert passphrases(tmp_path / "after") == passphrases(tmp_path / "before")
     assert command("store", "check", *config).code == 0
-    assert server.stop(signal.SIGTERM).code == 0
+    ended = server.stop(signal.SIGTERM)
+    assert re.search(r"sealed under key-encryption key .*; if you rotated it, reload this server with it", ended.err)
     # and with a stranger's key no server starts, and no key is made in the place of another
     put(site / "kek", os.urandom(32))
     put(site / "old", os.urandom(32))

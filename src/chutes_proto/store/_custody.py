@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from attrs import define, field, frozen
@@ -121,6 +121,25 @@ class Custody:
         """Open keys with ``unwrap`` from now on."""
         self._unwrap = unwrap
 
+    @contextmanager
+    def holding(self, unwrap: Callable[[store.KeyringRow], Secret]) -> Generator[None]:
+        """Open keys with ``unwrap``, too, in this block."""
+        held = self._unwrap
+
+        def either(row: store.KeyringRow) -> Secret:
+            try:
+                return unwrap(row)
+            except KeyUnavailable:
+                if held is None:
+                    raise
+                return held(row)
+
+        self._unwrap = either
+        try:
+            yield
+        finally:
+            self._unwrap = held
+
     def require_seal(self, epoch: int) -> None:
         """Refuse the store from now on if it says that it is not sealed, or in an older epoch: this was committed."""
         self._least = max(self._least, epoch)
@@ -171,8 +190,7 @@ class Custody:
                 # Without its KEK no server starts (`check_keys`), and nobody writes. One that has started would take
                 # what it reads now, unchecked, for true later.
                 if self._has_opened:
-                    # A reload cannot cure it: its audit row needs this key.
-                    why = f"{exc}; if you rotated it, restart this server with it"
+                    why = f"{exc}; if you rotated it, reload this server with it"
                     raise RowNotAuthentic("keyring", rows_key(epoch), why) from None
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)

@@ -195,7 +195,8 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
         needs_restart += ("proxy",)
     new = make_setup(wanted, files)
     if store is not None and [key.kek_id for key in new.service.vault.live] != _live(old):
-        _ = check_keys(store, new.service.vault)
+        with store.custody.holding(new.service.vault.unwrap):
+            _ = check_keys(store, new.service.vault)
     if isinstance(old.collateral, UpstreamCollateral):
         if new.service.policies.collateral_grace != old.service.policies.collateral_grace:
             needs_restart += ("collateral_grace",)
@@ -266,7 +267,9 @@ def record(store: DurableStore, caller: str, prepared: Prepared) -> None:
     """Write the audit row of a reload that is about to happen. Raises `StoreError`."""
     changes = "; ".join(prepared.changes)
     reason = f"{caller}: {prepared.before} to {prepared.after}: {changes}"
-    store.transact(RecordReload(int(time.time()), reason, prepared.documents, prepared.setup.alike.name))
+    # Where `keys rewrap` came before this reload, the key of this row's MAC is under the new KEK.
+    with store.custody.holding(prepared.setup.service.vault.unwrap):
+        store.transact(RecordReload(int(time.time()), reason, prepared.documents, prepared.setup.alike.name))
 
 
 def why_refused(exc: Exception) -> str:
