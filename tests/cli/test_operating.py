@@ -274,8 +274,28 @@ def test_rewrap_without_the_old_key_changes_nothing(site: Site) -> None:
     before = site.rows()
     (site.directory / "kek").write_bytes(os.urandom(32))
     ended = site.do("keys", "rewrap")
-    assert (ended.code, "is sealed under" in ended.err) == (1, True)
+    assert (ended.code, "name the file of that KEK, and get it back from its backup" in ended.err) == (1, True)
     assert site.rows() == before
+
+
+def test_a_rotation_before_the_last_one_has_ended_changes_nothing(site: Site) -> None:
+    first = site.boot("1")
+    text = new_key(site)
+    assert site.do("keys", "rewrap").code == 0
+    (site.directory / "kek").rename(site.directory / "kek.2")
+    (site.directory / "kek.old").rename(site.directory / "kek")
+    site.configuration.write_text(f'kek_previous_file = "kek.2"\n{text}')
+    other = site.boot("2", vm=Vm(HOTKEY, "vm-2"))  # by a server that seals under the older KEK still
+    (site.directory / "kek").rename(site.directory / "kek.1")
+    (site.directory / "kek").write_bytes(os.urandom(32))
+    (site.directory / "kek").chmod(0o600)
+    ended = site.do("keys", "rewrap")
+    assert (ended.code, "2 under" in ended.err) == (1, True), ended
+    (site.directory / "kek.2").rename(site.directory / "kek")
+    site.configuration.write_text(f'kek_previous_file = "kek.1"\n{text}')
+    assert site.do("keys", "rewrap").code == 0
+    site.configuration.write_text(text)
+    assert (site.boot("3"), site.boot("4", vm=Vm(HOTKEY, "vm-2"))) == (first, other)
 
 
 def test_one_format_is_allowed(site: Site) -> None:

@@ -18,7 +18,7 @@ from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError, Refused, RowNotAuthentic
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
-from chutes_proto.io.server.store_setup import count_sealed
+from chutes_proto.io.server.store_setup import check_keys, count_sealed
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.store._run import Ask, Store
@@ -219,6 +219,8 @@ def rewrap(reason: str, config: str) -> int:
     faults: tuple[RowNotAuthentic, ...] = ()
     with operating.opened(config, in_steps=True) as (setup, store):
         vault = setup.vault
+        # A key under a third KEK would stop it half-way: no two KEKs would then open all that the store has.
+        _ = check_keys(store, vault)
         with output.progress("keys wrapped") as tell:
             # Begun first, so that rows which are written below have the new MACs.
             is_begun = begin_epoch(store, vault, reason)

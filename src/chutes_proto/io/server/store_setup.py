@@ -172,7 +172,8 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
         counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in lost.items())
         raise StoreError(
             f"store {store.name}: keys are sealed under a key-encryption key (KEK) that is neither kek_file nor"
-            f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
+            f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK, and"
+            " get it back from its backup if it is lost"
         )
     return sealed
 
