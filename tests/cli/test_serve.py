@@ -229,6 +229,10 @@ def _passphrases(text: str) -> Callable[[Path], None]:
         (_passphrases('{"1": ""}'), r"'simulated': root_passphrases_file, version '1': must hold one line"),
         (_passphrases("[]"), r"'simulated': root_passphrases_file must hold a JSON object, version to passphrase"),
         (_edited('root_passphrase = "vm"', 'root_passphrase = "vm"\ncolour = 1'), r"toml: profile_defaults\.colour"),
+        (
+            _edited('root_passphrase = "vm"', 'root_passphrase = "VM"'),
+            r"server\.toml: profile_defaults\.root_passph.*vm",
+        ),
         (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is not a hotkey"),
         (_edited('"collateral"', '"elsewhere"'), r"collateral\.directory: .*/elsewhere is not a directory"),
         (_edited('hotkeys = "*"', 'hotkeys = "*"\nnet_uid = 1'), r"/server\.toml: .*net_uid"),

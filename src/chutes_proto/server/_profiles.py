@@ -88,6 +88,16 @@ def serve_profile(
     )
 
 
+def option_defaults(defaults: Mapping[str, object]) -> dict[str, object]:
+    """The keys of `ServedOptions` in ``[profile_defaults]``. Raises `ConfigurationError` for a wrong value."""
+    options = {key: value for key, value in defaults.items() if key in EXTRA_KEYS}
+    try:
+        _ = _CONVERTER.structure({"root_passphrase": "vm", **options}, ServedOptions)
+    except ProblemsError as exc:
+        raise ConfigurationError("; ".join(f"profile_defaults.{problem}" for problem in exc.problems)) from None
+    return options
+
+
 def check_signing_keys(data: bytes) -> bytes:
     """Check the form of a bundle of signing keys; returns it in compact JSON. Raises `ValueError`."""
     match content := json.decode(data):

@@ -63,7 +63,7 @@ from chutes_proto.server._grounds import (
     scheduled,
 )
 from chutes_proto.server._nonces import NonceMint
-from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, serve_profile
+from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, option_defaults, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.transport.h1 import Limits
@@ -474,9 +474,9 @@ def read_profiles(
     not_served: list[str] = []
     where = config.path or "configuration"  # the files of measurements lack a default that is wrong
     defaults = problems.attempt(where, partial(own_defaults, config.profile_defaults, EXTRA_KEYS))
-    if defaults is None:
+    served_defaults = problems.attempt(where, partial(option_defaults, config.profile_defaults))
+    if defaults is None or served_defaults is None:
         return [], ()
-    served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
     for name in config.measurements:
         data = problems.attempt("measurements", partial(files.read, base / name))
         if data is None:
