@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import attrs
 import click
-from attrs import evolve
 
 from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console, output
@@ -83,8 +82,7 @@ def opened(config: str, *, new: bool = False, in_steps: bool = False) -> Generat
     ``in_steps`` is for a change in many transactions that may be begun again after any of them.
     """
     setup = make_store_setup(ServerConfig.load(config))
-    if not evolve(setup.store, mark_file=setup.mark_file).is_made() and not new:
-        raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+    setup.store.require_made(setup.mark_file, new=new)
     with closing(setup.store.open()) as store:
         if is_of_sealed(setup.mark_file):
             store.custody.require_seal(1)

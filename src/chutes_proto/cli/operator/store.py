@@ -191,8 +191,7 @@ def check(config: str | None, store: str | None) -> int:
     """
     place, vault = _place(config, store)
     mark_file = None if config is None else make_store_setup(ServerConfig.load(config)).mark_file
-    if not evolve(place, mark_file=mark_file).is_made():
-        raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+    place.require_made(mark_file)
     marked = {} if config is None else _compared_with_mark(place, mark_file)
     with _told_to_restore(), closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
         found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version}

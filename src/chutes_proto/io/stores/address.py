@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.files import is_there, name_file
@@ -184,6 +184,14 @@ class StorePlace:
             raise StoreError(f"store {path}: its directory does not exist, or this user may not write it")
         MarkKeeper(self.name, self.mark_file, Custody(self.name)).refuse_new("it does not exist")
         return False
+
+    def require_made(self, mark_file: Path | None, *, new: bool = False) -> None:
+        """Raise `StoreError` for a store that does not exist, unless it may be ``new``, and as `is_made` does.
+
+        ``mark_file`` is that of its server, which no store may be made beside.
+        """
+        if not evolve(self, mark_file=mark_file).is_made() and not new:
+            raise StoreError(f"store {self.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
 
     @contextmanager
     def filling(self) -> Generator[DurableStore]:
