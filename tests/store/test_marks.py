@@ -413,7 +413,9 @@ def test_an_empty_database_is_not_that_of_a_mark(place: StorePlace, empty_schema
         grant(store, "1")
     empty = evolve(place, address=empty_schema)
     refused(empty.open, "it is empty, so it is not the store of this mark; .*; name the right store, or restore its")
-    refused(evolve(empty, mark_file=None).open, "it is empty; run `chutes-proto store migrate`")
+    refused(
+        evolve(empty, mark_file=None).open, "it is empty, as only a new one may be; run `chutes-proto store migrate`"
+    )
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def reloaded(cluster: Cluster, store: PostgresStore, setting: str, value: str) -
 
 
 def test_an_empty_database_is_refused_and_left_alone(empty_schema: str) -> None:
-    told(lambda: PostgresStore(empty_schema), "it is empty; run `chutes-proto store migrate`")
+    told(lambda: PostgresStore(empty_schema), "it is empty, as only a new one may be; run `chutes-proto store migrate`")
     assert ask(empty_schema, sql.TABLES["postgresql"]) == []
 
 

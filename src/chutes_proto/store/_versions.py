@@ -50,7 +50,7 @@ class Versions:
     def require(self) -> int:
         """Return the schema version. Raises `StoreError`, with what to do, unless we can use it and all facts exist."""
         if self.found() is None:
-            raise self._unusable("it is empty", is_older=True)
+            raise self._unusable("it is empty, as only a new one may be", is_older=True)
         version = self.check(self.execute(_schema.READ_VERSION))
         if not self.execute(_schema.READ_HORIZON):
             raise self._lost()
