@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from chutes_proto._extras import EXTRAS
 from chutes_proto.io import machine
 from chutes_proto.io.server.development import write_server
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import Ended
 
@@ -77,6 +80,23 @@ def test_permissions_that_are_too_open(command: Command, site: Path) -> None:
     problem, remedy = ended.out.splitlines()
     assert problem.startswith(f"problem  kek_file: {site}/kek: ")
     assert remedy.split() == ["run:", "chmod", "600", f"{site}/kek"]
+
+
+def test_a_remedy_is_for_a_shell(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "key server"
+    folder.mkdir()
+    write_server(folder, PLATFORM, int(time.time()))
+    (folder / "kek").chmod(0o644)
+    wrong = command("doctor", "--config", folder / "server.toml", "--json")
+    assert found(wrong)["kek_file"]["remedy"] == f"chmod 600 '{folder}/kek'"
+    (folder / "kek").chmod(0o600)
+    (path,) = (folder / "collateral").iterdir()
+    path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS - 60))
+    with closing(SqliteStore(folder / "keys.db")), sqlite3.connect(folder / "keys.db") as database:
+        database.execute("UPDATE fact SET value = 1 WHERE name = 'schema_version'")
+    wrong = command("doctor", "--config", folder / "server.toml", "--json")
+    assert found(wrong)["collateral"]["remedy"].endswith(f" --out '{folder}/collateral'")
+    assert found(wrong)[f"store {folder}/keys.db"]["remedy"].endswith(f" --config '{folder}/server.toml'")
 
 
 def test_collateral_that_has_expired(command: Command, site: Path) -> None:

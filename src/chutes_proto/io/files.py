@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -119,7 +120,8 @@ def _check_mode(path: str | Path, found: os.stat_result, group_may: bool) -> Non
     mode = stat.S_IMODE(found.st_mode)
     if mode & (0o007 if group_may or _is_credential(Path(path)) else 0o077):
         better = "640" if group_may else "600"
-        raise ConfigurationError(f"{path}: permissions are {mode:04o}, which is too open; run: chmod {better} {path}")
+        mend = f"chmod {better} {shlex.quote(str(path))}"
+        raise ConfigurationError(f"{path}: permissions are {mode:04o}, which is too open; run: {mend}")
 
 
 def write_file(path: str | Path, data: bytes, *, mode: int = 0o644) -> None:

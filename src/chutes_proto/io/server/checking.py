@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         yield from check_store(setup.store, setup.service.vault, setup.alike, must_be_alike=must_be_alike)
     except (ConfigurationError, StoreError) as exc:
         found = Finding.of_problem(str(exc))
-        whole = f"{found.remedy} --config {setup.config.path}"  # a store knows no configuration
+        whole = f"{found.remedy} --config {shlex.quote(str(setup.config.path))}"  # a store knows no configuration
         yield evolve(found, remedy=whole) if found.remedy.startswith("chutes-proto store ") else found
     yield from check_places(setup)
     yield from check_policy(setup)

@@ -167,7 +167,7 @@ def _collateral(setup: ServerSetup, now: int, *, kept: bool) -> Iterator[End]:
 
 def fetch_command(directory: Path) -> str:
     """The command that puts collateral into a directory, in place of a file that cannot be used."""
-    return f"chutes-proto collateral fetch --quote QUOTE --upstream URL --out {directory}"
+    return f"chutes-proto collateral fetch --quote QUOTE --upstream URL --out {shlex.quote(str(directory))}"
 
 
 def _files(source: CollateralDirectory, now: int) -> list[tuple[str, VerifiedCollateral]]:
