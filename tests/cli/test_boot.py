@@ -113,6 +113,8 @@ def test_a_command_makes_the_quote(boot: Command, tmp_path: Path, platform: Path
         (["--volumes", "a,,b"], "is not a volume's name"),
         (["--volumes", "../up"], "is not a volume's name"),
         (["--volumes", "root"], "is not a volume's name"),
+        (["--volumes", "a.next,a", "--keys", "keys"], "--keys: a.next is the file of another key, too"),
+        (["--volumes", "root.second", "--keys", "keys"], "--keys: root.second is the file of another key, too"),
         (["--vm", "a/b"], "a VM's name is 1 to 128 of the characters"),
         (["--hotkey", "a b"], "a hotkey is an SS58 address"),
         (["--wait", "-1"], "--wait: 0 to 86400 seconds"),

@@ -83,6 +83,9 @@ def command(
     """
     identity = new_identity()
     one_of(hotkey=hotkey, hotkey_file=hotkey_file)
+    taken = {"root.second", *(f"{name}.next" for name in ("root", *volumes))}
+    if keys and (twice := sorted(taken.intersection(volumes))):
+        raise click.UsageError(f"--keys: {twice[0]} is the file of another key, too, so --volumes cannot have it")
     pair = None if hotkey_file is None else read_hotkey(hotkey_file)
     address = str(hotkey) if pair is None else pair.hotkey.address
     signer = None if pair is None else pair.sign
