@@ -26,9 +26,10 @@ site = test_operating.site
 FINDING = Finding(
     38, "measurement_mismatch", "the policy accepts it", "boot", "8xh200 1.4.0", (Difference("RTMR1", "aa", "bb"),)
 )
+ID = "a1" * 16
 REFUSED = RecordRefusal(
     now=NOW - 60,
-    request_id="1" * 32,
+    request_id=ID,
     vm=Vm(HOTKEY, "vm-1"),
     platform=Platform(None, bytes(16)),
     code="measurement_mismatch",
@@ -45,28 +46,28 @@ def record(site: Site, *units: RecordRefusal) -> None:
             assert store.transact(unit)
 
 
-@pytest.mark.parametrize("subject", ["vm-1", f"{HOTKEY}/vm-1", HOTKEY, "1" * 32])
+@pytest.mark.parametrize("subject", ["vm-1", f"{HOTKEY}/vm-1", HOTKEY, ID, ID.upper()])
 def test_by_vm_hotkey_or_request(site: Site, subject: str) -> None:
     earlier = evolve(REFUSED, request_id="2" * 32, now=NOW - 90, code="tcb_rejected", finding=None)
     strangers = evolve(REFUSED, request_id="3" * 32, now=NOW, vm=Vm("another", "vm-2"))
     record(site, earlier, REFUSED, strangers)
     told = site.json("why", subject)
     (refusal,) = told["refusals"]
-    assert (refusal["request_id"], refusal["step"], refusal["profile"]) == ("1" * 32, 38, "8xh200 1.4.0")
+    assert (refusal["request_id"], refusal["step"], refusal["profile"]) == (ID, 38, "8xh200 1.4.0")
     assert refusal["peer_address"] == "192.0.2.1"
     assert refusal["differences"] == [{"what": "RTMR1", "found": "aa", "expected": "bb"}]
     said = site.do("why", subject).out
-    assert f"request {'1' * 32}, peer 192.0.2.1: " in " ".join(said.split())
+    assert f"request {ID}, peer 192.0.2.1: " in " ".join(said.split())
     for part in ("8xh200 1.4.0", "RTMR1: found aa, expected bb", "step 38", "do: if you rolled"):
         assert part in said
-    if subject != "1" * 32:
+    if subject.lower() != ID:
         both = [each["code"] for each in site.json("why", subject, "--last", 9)["refusals"]]
         assert both == ["tcb_rejected", "measurement_mismatch"]
     assert told["granted_at"] is None
     site.boot("1", at=NOW)
     assert site.json("why", subject)["granted_at"] == NOW
-    (row,) = site.json("audit", "list", "--request-id", "1" * 32)["rows"]
-    assert row["request_id"] == "1" * 32
+    (row,) = site.json("audit", "list", "--request-id", ID)["rows"]
+    assert row["request_id"] == ID
 
 
 def test_what_was_never_refused(site: Site) -> None:
@@ -93,7 +94,7 @@ def test_the_log_has_what_the_store_has_not(site: Site, monkeypatch: pytest.Monk
     assert refusal["peer_address"] == "192.0.2.2"
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
     both = site.json("why", "vm-1", "--log", "-", "--last", 5)["refusals"]
-    assert [each["request_id"] for each in both] == ["1" * 32, "4" * 32]
+    assert [each["request_id"] for each in both] == [ID, "4" * 32]
     assert site.do("why", "vm-1", "--log", site.directory / "nothing").code == 2
 
 

@@ -131,8 +131,8 @@ def _traced(refusal: _Refusal, logs: tuple[EventLog | None, EventLog | None]) ->
 
 def _wanted(subject: str) -> AuditWanted:
     """The audit rows that a subject names."""
-    if _REQUEST_ID.fullmatch(subject):
-        return AuditWanted(request_id=subject, refused=True)
+    if _REQUEST_ID.fullmatch(subject.lower()):
+        return AuditWanted(request_id=subject.lower(), refused=True)
     try:
         return AuditWanted(hotkey=Hotkey.parse(subject).address, refused=True)
     except HotkeyError:
