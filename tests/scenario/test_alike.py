@@ -43,7 +43,8 @@ def test_servers_that_differ_are_warned_of_or_refused(premises: Premises) -> Non
     assert "make them equal" in refused.err
     write("netuid = 65", "warn")
     checked = premises.run("serve", "--config", other, "--check")
-    assert (checked.code, said in " ".join(checked.out.split())) == (0, True)
+    told = " ".join(checked.out.split())
+    assert (checked.code, said in told, "make them equal" in told, '"warn"' in told) == (0, True, True, False)
     log = premises.directory.with_name("other.log")
     with log.open("w") as file:
         server = start_server("--config", other, ca=premises.ca, stderr=file)

@@ -33,6 +33,7 @@ from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.sockets import Listening, allowed_connections
 from chutes_proto.io.server.store_setup import (
     MAKE_ALIKE,
+    WARN_MEANWHILE,
     check_keys,
     erasures_file,
     find_differences,
@@ -111,7 +112,7 @@ def open_store(running: Running, worker: Given | None = None) -> Generator[tuple
         _ = check_keys(store, setup.service.vault)
         different = [str(each) for each in find_differences(store, setup.alike)]
         if different and setup.config.store.different_configuration == "refuse":
-            raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}")
+            raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}{WARN_MEANWHILE}")
         sinks, required = read_sinks(setup.config, setup.base), setup.config.audit.required
         with copying(store, sinks, required=required, mark_file=setup.store.mark_file) as copies:
             repeated = keep_erasures(store, erasures_file(setup.config))

@@ -39,11 +39,10 @@ from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
 
-MAKE_ALIKE = (
-    "make them equal, or stop that server and wait a minute; to change a setting of all servers, say"
-    ' store.different_configuration = "warn" meanwhile'
-)
+MAKE_ALIKE = "make them equal, or stop that server and wait a minute"
 """The remedy for servers of one store that differ."""
+WARN_MEANWHILE = '; to change a setting of all servers, say store.different_configuration = "warn" meanwhile'
+"""The rest of it, where a server does not start beside one that differs."""
 
 
 @frozen
@@ -119,7 +118,8 @@ def check_store(
             what, _, detail = NO_FILE.partition(": ")
             yield Finding("note", what, detail)
         for each in find_differences(store, alike) if alike is not None else ():
-            yield Finding("problem" if must_be_alike else "note", "configuration", f"{each}; {MAKE_ALIKE}")
+            detail = f"{each}; {MAKE_ALIKE}{WARN_MEANWHILE if must_be_alike else ''}"
+            yield Finding("problem" if must_be_alike else "note", "configuration", detail)
 
 
 def store_findings(store: DurableStore) -> Iterator[Finding]:
