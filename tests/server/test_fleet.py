@@ -14,6 +14,7 @@ from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, HostProfileRow, ServerRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.fleet import HOSTS, HOSTS_BYTES, HOSTS_OF_HOTKEY, NameHost, RegisterHost, Window, is_older
+from chutes_proto.units.revocations import Allow, Revoke
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
 from tests.server.test_servers import boot, gpu, register
@@ -295,6 +296,15 @@ def test_a_release_candidate_is_named_to_the_tool_and_not_to_the_public(world):
     world.app = App(evolve(service, profiles=rc))
     assert answer(host(world))["measurements"] == [{"version": "1.0", "rc": True}]
     assert answer(world.ask("GET", HOSTS_PATH)) == []
+
+
+def test_a_revoked_hotkey_registers_no_host(world: World) -> None:
+    world.store.transact(Revoke(NOW, 1, "hotkey", MINER.hotkey.address, None, "somebody: stolen"))
+    status, code, detail = refusal(host(world, HOSTS_PATH))
+    assert (status, code, "stolen" in detail) == (403, Code.REVOKED, False)
+    assert not world.rows(HostProfileRow)
+    world.store.transact(Allow(NOW, 2, "hotkey", MINER.hotkey.address, "somebody"))
+    assert answer(host(world, HOSTS_PATH))["stored"]
 
 
 def test_hosts_of_all_miners_together_register_so_often(world):

@@ -58,7 +58,8 @@ def register(service: Service, call: SignedCall[fleet.HostProfileRequest]) -> Fl
         raise Unavailable(Code.RATE_LIMITED, told, retry_after=math.ceil(wait))
     if len(text) > MAX_PROFILE:
         raise BadRequest(Code.BODY_TOO_LARGE, f"A host profile has at most {MAX_PROFILE} bytes")
-    row, stored = yield from Transact(RegisterHost(HostProfileRow(fingerprint, hotkey, text, call.now)))
+    new = HostProfileRow(fingerprint, hotkey, text, call.now)
+    row, stored = yield from Transact(RegisterHost(new, service.revoked.now))
     status, _ = _accepted(service, row)
     if stored:
         yield from call.log("host_registered", hotkey=hotkey, fingerprint=fingerprint)

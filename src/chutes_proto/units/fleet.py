@@ -22,6 +22,7 @@ from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.records import NO_QUOTE, Records
+from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed
 from chutes_proto.units.servers import SERVERS_OF_HOTKEY, not_found
 from chutes_proto.wire.codes import Code
 
@@ -184,12 +185,15 @@ class RegisterHost(Unit[tuple[store.HostProfileRow, bool]]):
 
     Where as many are kept as may be, those give way that no operator has named, of the hotkey that has most bytes of
     these: a few hotkeys cannot fill all places. Raises `Unavailable` (``host_profiles_full``) if there are none to give
-    way, and for more than are kept of one hotkey.
+    way, and for more than are kept of one hotkey; and `Refused` if the hotkey is revoked.
     """
 
     row: store.HostProfileRow
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[tuple[store.HostProfileRow, bool]]:
+        vms = (store.Vm(self.row.hotkey, ""),)  # of its hotkey, and no VM has this name
+        yield from check_allowed(self.revocations, (yield from store.ReadTimes()), self.row.created_at, vms, ())
         known = yield from store.Read(store.HostProfileRow, self.row.fingerprint)
         if known is not None:
             return known, False
