@@ -298,6 +298,14 @@ def test_a_rotation_before_the_last_one_has_ended_changes_nothing(site: Site) ->
     assert (site.boot("3"), site.boot("4", vm=Vm(HOTKEY, "vm-2"))) == (first, other)
 
 
+@pytest.mark.parametrize("words", [("restore", "vm-1", "sto\nrage", 1), ("allow-format", "vm-1", "sto\nrage")])
+def test_a_volume_is_named_as_volumes_are(site: Site, words: tuple[object, ...]) -> None:
+    site.boot("1")
+    ended = site.do("keys", *words)
+    assert (ended.code, "a volume's name has letters" in ended.err) == (2, True)
+    assert "sto\nrage" not in ended.err + ended.out
+
+
 def test_one_format_is_allowed(site: Site) -> None:
     site.boot("1")
     assert site.do("keys", "allow-format", "vm-1", "storage").code == 0

@@ -35,6 +35,7 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
+from chutes_proto.wire.names import NAME_PATTERN
 
 BATCH = 50
 """VMs whose keys are purged in one transaction."""
@@ -73,7 +74,16 @@ command: Group = Group(
     """,
 )
 
-_volume_argument = click.argument("volume", cls=Argument, metavar="VOLUME", help="the volume's name")
+
+def _volume(text: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, text, re.ASCII):
+        raise ValueError("a volume's name has letters, digits, _ . and - only; `keys history` shows them")
+    return text
+
+
+_volume_argument = click.argument(
+    "volume", cls=Argument, metavar="VOLUME", callback=parsed(_volume), help="the volume's name"
+)
 
 
 def _generation(text: str) -> int:
