@@ -314,6 +314,9 @@ def test_one_format_is_allowed(site: Site) -> None:
     ]
     unknown = site.do("keys", "allow-format", "vm-1", "tdx-cache")
     assert (unknown.code, "no disk 'tdx-cache'" in unknown.err) == (1, True)
+    unnamed = site.do("audit", "list", "--event", "format alowed", "--json")
+    assert (unnamed.code, unnamed.json["rows"]) == (0, [])
+    assert "no row has the event 'format alowed' here; the newest rows have: boot, format allowed" in unnamed.err
     (row,) = site.json("audit", "list", "--event", "format allowed")["rows"]
     assert (row["vm"], row["keys"]) == ("vm-1", "storage")
 
