@@ -18,6 +18,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     LogTileRow,
+    Platform,
     Read,
     ReadAll,
     ReadLog,
@@ -341,6 +342,18 @@ def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
     claim = store.transact(Ask(Read(VmRow, VM)))
     assert claim is not None
     assert (claim.pin, claim.attested) == (elsewhere.pin, None)
+
+
+def test_a_name_that_was_rebound_without_the_instance_id_of_its_machine(store: MemoryStore) -> None:
+    store.transact(boot("1"))
+    home = platform("home")
+    assert home.instance_id is not None
+    store.transact(RebindVm(NOW, VM, Platform(None, home.ppid), True, VAULT, WHY))
+    refusal = refused(store, boot("2"))
+    assert f"rebind it with --ppid {home.ppid.hex()} --instance {home.instance_id.hex()}" in refusal.reason
+    assert "same PPID" not in refused(store, evolve(boot("3"), platform=platform("elsewhere"))).reason
+    store.transact(RebindVm(NOW, VM, home, True, VAULT, WHY))
+    store.transact(boot("4"))
 
 
 def test_what_is_shown(store: MemoryStore) -> None:

@@ -227,7 +227,13 @@ class GrantBoot(Unit[BootGrant]):
             claim = store.VmRow.of(self.vm, self.platform, self.now)
         else:
             kind = "a proven claim" if claim.proven else "a claim"
-            raise taken(self.vm, f"{kind} binds it to {claim.pin}, and this boot comes from {pin}")
+            why = f"{kind} binds it to {claim.pin}, and this boot comes from {pin}"
+            if claim.instance_id is None and claim.ppid == self.platform.ppid:
+                why += (
+                    ", which has the same PPID: the claim lacks the instance id of that machine; rebind it with --ppid"
+                    f" {claim.ppid.hex()} --instance {pin.value.hex()} --keep-keys"
+                )
+            raise taken(self.vm, why)
         if claim.exchange == "two-phase" and self.exchange == "base" and self.exchange_downgrade == "refuse":
             text = "This VM was served the two-phase exchange and gets no boot token again."
             reason = f"profile {self.profile_name!r} has exchange 'base', and {self.vm.name!r} was served two-phase"
