@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 from attrs import evolve
 
+from chutes_proto.cli import output
 from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
@@ -245,6 +246,32 @@ def test_a_vm_that_is_bound_elsewhere_takes_its_keys_only_once_it_is_rebound(
         restored.transact(RebindVm(proven.now, name, owner, False, proven.vault, "the owner's"))
     ended = command(*take)
     assert (ended.code, [each["state"] for each in ended.json["volumes"]]) == (0, ["taken"])
+
+
+def test_keys_that_were_taken_half_are_taken_by_running_it_again(
+    command: Command, stores: tuple[str, str], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = ("store", "compare", *stores, "--take", "--config", config, "--json")
+    with ExitStack() as stack, monkeypatch.context() as patch:
+
+        @contextmanager
+        def waiting(_doing: str, _total: int) -> Iterator[Callable[..., object]]:
+            yield lambda *_: stack.enter_context(held(tmp_path / "old.db"))
+
+        patch.setattr(output, "waiting", waiting)
+        patch.setattr("chutes_proto.cli.operator.store._VMS", 1)
+        patch.setitem(SqliteStore.__init__.__kwdefaults__ or {}, "busy_seconds", 0.1)
+        ended = command(*take)
+    assert (ended.code, "run the command again, and it does what is left" in ended.err) == (2, True), ended
+    again = command(*take)
+    assert (again.code, len({each["vm"] for each in again.json["volumes"]})) == (0, 1)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        _ = connection.execute("BEGIN IMMEDIATE")
+        yield
 
 
 def test_a_key_that_the_server_could_not_open_is_not_taken(

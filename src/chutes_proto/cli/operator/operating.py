@@ -14,7 +14,7 @@ import pwd
 import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -87,13 +87,18 @@ def opened(config: str, *, new: bool = False, in_steps: bool = False) -> Generat
         if is_of_sealed(setup.mark_file):
             store.custody.require_seal(1)
         copy_audit(setup.config, setup.store.base, store)
-        try:
+        with resumable() if in_steps else nullcontext():
             yield setup, store
-        except (StoreBusy, FateUnknown) as exc:
-            if not in_steps:
-                raise
-            what = "what was done before is kept; run the command again, and it does what is left"
-            raise StoreError(f"{exc}; {what}") from None
+
+
+@contextmanager
+def resumable() -> Generator[None]:
+    """Say of a change in many transactions that it may be begun again, where the store fails. Raises `StoreError`."""
+    try:
+        yield
+    except (StoreBusy, FateUnknown) as exc:
+        what = "what was done before is kept; run the command again, and it does what is left"
+        raise StoreError(f"{exc}; {what}") from None
 
 
 def require_kept(store: DurableStore, *written: StoreOp[Any]) -> None:

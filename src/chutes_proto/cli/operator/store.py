@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -404,7 +404,7 @@ def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> 
                 compared += len(some)
                 tell(compared)
 
-    with _readable(places[0], places[1], vault) as (older, newer):
+    with _readable(places[0], places[1], vault) as (older, newer), operating.resumable() if take else nullcontext():
         return operating.answer_rows(
             "volumes", rows(older, newer), _difference, _DIFFERENCES, "no key is missing", ok=lambda: not wrong
         )
