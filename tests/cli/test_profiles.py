@@ -19,7 +19,7 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.quote import parse_profiles_json
 from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import Vm
-from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.dev_server import dev_server
@@ -48,6 +48,18 @@ def test_what_would_change_is_shown_first(command: Command, tmp_path: Path, into
     assert (done.code, into.read_bytes()) == (0, source.read_bytes())
     again = command("profiles", "import", str(source), "--into", str(into))
     assert (again.code, again.out) == (0, f"{into} has these values already\n")
+
+
+def test_a_published_list_does_not_replace_a_file_with_options(command: Command, tmp_path: Path) -> None:
+    source, into = tmp_path / "published.json", tmp_path / "measurements.toml"
+    _ = source.write_bytes(published(upper=True))
+    text = f"# ours\n{PROFILE.to_toml()}"
+    _ = into.write_text(text)
+    for _ in range(2):
+        ended = command("profiles", "import", str(source), "--into", str(into), "--yes")
+        assert (ended.code, "name a file of their own" in ended.err) == (2, True), ended
+        assert not into.exists() or into.read_text() == text
+        into.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(("said", "code"), [(b"n\n", 1), (b"y\n", 0)])

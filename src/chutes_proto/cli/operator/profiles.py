@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     """
     data = _fetched(source, ca_file) if "://" in source else read_file(source)
     new = _parsed(source, data)
+    _require_form(into, data)
     old = _parsed(into, read_file(into)) if is_there(into) else ProfileFile(())
     changes = _changes(old, new)
     members: dict[str, object] = {
@@ -273,6 +275,15 @@ def _parsed(name: str, data: bytes) -> ProfileFile:
         raise ConfigurationError(f"{name}: {exc}") from None
 
 
+def _require_form(into: str, data: bytes) -> None:
+    """Refuse to write what is not TOML into a file of that name, which has options that no published list has."""
+    try:
+        _ = tomllib.loads(data.decode()) if Path(into).suffix == ".toml" else None
+    except ValueError:
+        told = f"--into: {into}: the published values are not TOML; name a file of their own, such as published.json"
+        raise ConfigurationError(told) from None
+
+
 def _changes(old: ProfileFile, new: ProfileFile) -> list[_Change]:
     before = {profile.identity: (profile, extras) for profile, extras in old.profiles}
     after = {profile.identity: (profile, extras) for profile, extras in new.profiles}
@@ -301,11 +312,7 @@ def _differing(old: Profile, new: Profile) -> list[str]:
             for register, was, now in zip(REGISTERS, before, after, strict=True)
             if was != now
         ),
-        *(
-            name
-            for name in ("expected_gpus", "gpu_count", "fingerprints", "schedule")
-            if getattr(old, name) != getattr(new, name)
-        ),
+        *(name for name in _BESIDE if getattr(old, name) != getattr(new, name)),
     ]
 
 
