@@ -102,7 +102,10 @@ def _mode(mode: int) -> Callable[[Path], None]:
 
 
 WRONG = {
-    "missing": (lambda site: (site / "kek").unlink(), "kek: cannot be read: No such file"),
+    "missing": (
+        lambda site: (site / "kek").unlink(),
+        "kek: cannot be read: No such file or directory; get it back from its backup: a new",
+    ),
     "directory": (_directory, "kek: cannot be read: Is a directory"),
     "loop": (_loop, "kek: cannot be read: not a plain file, but a link or a loop of links"),
     "dangling": (_dangling, "kek: cannot be read: No such file"),

@@ -10,6 +10,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
-from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
+from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError, StoreError
 from chutes_proto.io.files import Files, check_private
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.sinks import FileSink, JournalSink, Sink, Sinks
@@ -262,7 +263,12 @@ def read_vault(config: ServerConfig, base: Path, files: Files, problems: Problem
 
 
 def _kek(path: Path, files: Files) -> KeyEncryptionKey:
-    data = files.read_private(path)
+    try:
+        data = files.read_private(path)
+    except FileUnavailable as exc:
+        if os.path.lexists(path):
+            raise
+        raise FileUnavailable(f"{exc}; get it back from its backup: a new one is for a new store only") from None
     try:
         return KeyEncryptionKey.from_bytes(data)
     except ConfigurationError as exc:
