@@ -221,6 +221,12 @@ async def test_the_store_is_open_while_the_application_lives(site: Path, caplog:
     assert "NOT Intel's root" in caplog.text
 
 
+def test_an_application_that_no_proxy_tells_certificates_is_not_made(site: Path) -> None:
+    edit(site, '[proxy]\nunix = "keys.sock"\n', "")
+    with pytest.raises(ConfigurationError, match=r"^proxy: missing, .*proxy\.unix or proxy\.networks"):
+        _ = asgi_app(ServerConfig.load(site / "server.toml"))
+
+
 @pytest.mark.anyio
 async def test_a_store_that_is_gone_when_the_application_starts(site: Path) -> None:
     app = asgi_app(ServerConfig.load(site / "server.toml"))

@@ -9,8 +9,9 @@ from chutes_proto.transport.asgi import AsgiApp
 def asgi_app(config: ServerConfig) -> AsgiApp:
     """Return the key server of ``config`` as an ASGI 3 application, for ASGI servers on asyncio or trio.
 
-    The ASGI server listens, so ``listen``, ``tls`` and ``proxy.unix`` of the configuration are checked and not used. A
-    proxy in front of it ends TLS: clients show their certificates to the proxy, and a ``proxy`` table must name it.
+    The ASGI server listens, so ``listen``, ``tls`` and ``proxy.unix`` of the configuration are checked and not used;
+    ``admin``, ``control`` and ``takeover`` have no effect. A proxy in front of it ends TLS: clients show their
+    certificates to the proxy, and a ``proxy`` table must name it.
 
     Reads all files that ``config`` names, opens the store to check that it can be written and that its keys can be
     opened, and closes it again. It is open while the application lives: from its start to its end in the lifespan
