@@ -114,6 +114,11 @@ def test_what_is_no_quote_has_a_code_and_the_number(data: bytes, code: str, got:
     assert (caught.value.expected is None) == (got is None)
 
 
+def test_the_refusal_of_an_sgx_quote_says_how_it_is_read() -> None:
+    with pytest.raises(QuoteFormatError, match=r"of SGX.*sgx=True"):
+        _ = parse_quote(pack("<HHI", 3, 2, 0) + bytes(1000))
+
+
 def test_sgx_only_if_asked_for_and_only_in_version_3() -> None:
     sgx = pack("<HHI", 3, 2, 0) + bytes(40 + 384)
     with pytest.raises(QuoteFormatError, match="too few"):

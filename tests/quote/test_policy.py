@@ -147,6 +147,9 @@ def test_an_enclave_is_no_td() -> None:
     assert isinstance(verdict.quote.body, SgxReport)
     accepting = TcbPolicy(accepted_statuses=frozenset({verdict.tcb_status}))
     assert _refused(Policy(tcb=accepting, profiles=(PROFILE,)), verdict) == ["not_a_td"]
+    advice = _explained(Policy(tcb=accepting), verdict)
+    assert "by `mr_enclave`" in advice
+    assert "[[profile]]" not in advice
     assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot").matched is None
     (debug,) = (case for case in cases("synthetic") if case.name.endswith("/attr-sgx-debug"))
     assert _refused(Policy(tcb=accepting, measurements="unchecked"), debug.verify()) == ["debug"]

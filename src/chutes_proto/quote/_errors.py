@@ -172,7 +172,8 @@ class AppraisalError(VerificationError):
 
 
 _ABOUT: Final[dict[str, str]] = {
-    **dict.fromkeys(("no_profiles", "not_a_td"), "profiles"),
+    "no_profiles": "profiles",
+    "not_a_td": "enclaves",
 }
 """Refusals whose remedy differs from that of the others of their part."""
 
@@ -185,6 +186,8 @@ _ADVICE: Final[dict[str, str]] = {
     " measurements of this one; `chutes-proto replay` finds where a boot went another way.",
     "profiles": "This is about the policy: give it the measurements of the TDs that it accepts, as `[[profile]]`, or"
     ' say `measurements = "unchecked"` to compare none.',
+    "enclaves": "This is about the policy: name the enclaves that it accepts in `[identity]`, by `mr_enclave`, or by"
+    ' `mr_signer` with `isv_prod_id`, or say `measurements = "unchecked"` to accept any.',
 }
 
 
