@@ -23,6 +23,7 @@ from chutes_proto.gpu import (
     Revocation,
     Rims,
     authenticate,
+    compare,
     parse_evidence,
     parse_report,
     read_root,
@@ -277,6 +278,14 @@ def test_results_are_made_by_verification_only() -> None:
         _ = attrs.evolve(accepted, nonce=None)
     with pytest.raises(TypeError, match="made by that check only"):
         _ = AcceptedEvidence(devices=(), nonce=None, verified_at=0, proof=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gpus", [GPUS, GPUS.having("measurement")], ids=["as its RIMs", "altered"])
+def test_a_comparison_is_no_decision(gpus: SimulatedGpus) -> None:
+    device = authenticate(gpus.evidence(NONCE)[0], nonce=NONCE, now=NOW, roots=gpus.roots)
+    comparison = compare(device, Rims.of(verify_rim(rim, now=NOW, roots=gpus.roots) for rim in gpus.rims(NOW)), now=NOW)
+    with pytest.raises(TypeError, match="look at its mismatches"):
+        _ = bool(comparison)
 
 
 def test_a_root_is_a_self_signed_ca() -> None:

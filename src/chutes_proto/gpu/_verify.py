@@ -235,13 +235,20 @@ class Rims:
 
 @frozen(kw_only=True, eq=False)
 class Comparison:
-    """The result of a comparison: the RIMs that were used, and all differences. It decides nothing."""
+    """The result of a comparison: the RIMs that were used, and all differences. It decides nothing.
+
+    It has no truth value, so that no ``if`` takes the end of a comparison for its success.
+    """
 
     rims: tuple[VerifiedRim, ...]
     mismatches: tuple[Mismatch, ...]
     compared: int
     steps: tuple[int, ...]
     proof: Proof = proven()
+
+    def __bool__(self) -> bool:
+        """Raises `TypeError`: measurements may differ."""
+        raise TypeError("a comparison is neither true nor false: look at its mismatches, or call verify with a policy")
 
 
 def compare(device: GenuineDevice, rims: Rims, *, now: int) -> Comparison:
