@@ -145,8 +145,8 @@ def test_the_examples_in_the_reference_run(tmp_path: Path, monkeypatch: pytest.M
         "now": case.now,
         "expected": body.report_data,
     }
-    at_once, staged, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for block, result in ((at_once, "verdict"), (staged, "accepted")):
+    at_once, kept, staged, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block, result in ((at_once, "verdict"), (kept, "verdict"), (staged, "accepted")):
         exec(block, names)
         assert (names[result].profile, names[result].tcb_status) == (profile, "UpToDate")
 

@@ -30,7 +30,7 @@ from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._collateral import CollateralDigests, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._layout import parse_quote
-from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._policy import Policy, verify
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._steps import (
     CertificateExpiredError,
@@ -301,6 +301,23 @@ def test_a_verdict_comes_whole_out_of_another_process() -> None:
     made: Verdict = pickle.loads(pickle.dumps(verdict))
     assert made.to_dict() == verdict.to_dict()
     assert verify_quote(check_signed(made.signed.opened), made.verified, now=NOW).tcb_status == "UpToDate"
+
+
+def test_kept_collateral_verifies_many_quotes_until_it_expires() -> None:
+    kept = verified_of(PLATFORM)
+    policy = Policy(measurements="unchecked")
+    options: dict[str, Any] = {"now": NOW, "report_data": REPORT_DATA, "root": ROOT, "policy": policy}
+    for quote in (QUOTE, PLATFORM.quote(REPORT_DATA, stage="runtime")):
+        once = verify(quote, COLLATERAL, **options)
+        assert verify(quote, kept, **options).to_dict() == once.to_dict()
+    with pytest.raises(ReportDataMismatchError):
+        _ = verify(QUOTE, kept, **{**options, "report_data": bytes(64)})
+    with pytest.raises(CollateralExpiredError):
+        _ = verify(QUOTE, kept, **{**options, "now": kept.usable_until + 1})
+    with pytest.raises(UntrustedRootError):
+        _ = verify(QUOTE, kept, **{**options, "root": INTEL_ROOT})
+    with pytest.raises(TypeError, match="grace: is that of the verified collateral"):
+        _ = verify(QUOTE, kept, **options, grace=60)
 
 
 def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:

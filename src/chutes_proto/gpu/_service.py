@@ -27,7 +27,7 @@ from chutes_proto.gpu._evidence import DeviceEvidence
 from chutes_proto.gpu._policy import AcceptedEvidence, GpuPolicy
 from chutes_proto.gpu._policy import verify as verify_gpus
 from chutes_proto.quote import _policy as quotes
-from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._layout import BytesLike
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy
@@ -78,7 +78,7 @@ class VerifiedService:
 
 def verify_service(
     quote: BytesLike,
-    collateral: Collateral,
+    collateral: Collateral | VerifiedCollateral,
     evidence: bytes | Sequence[DeviceEvidence],
     *,
     binding: ServiceBinding,

@@ -22,7 +22,7 @@ from attrs import field, fields, frozen
 from chutes_proto._lazy import LazyModule
 from chutes_proto._proof import PROOF
 from chutes_proto.quote._attributes import AttributePolicy
-from chutes_proto.quote._collateral import Collateral, PathLike
+from chutes_proto.quote._collateral import Collateral, PathLike, VerifiedCollateral
 from chutes_proto.quote._errors import AppraisalError, Part, PolicyError, Refusal, mismatch
 from chutes_proto.quote._files import CONVERTER, UnixTime, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
@@ -447,7 +447,7 @@ def _check_appraised(verdict: object, stage: Stage, log: object) -> None:
 
 def verify(
     data: BytesLike,
-    collateral: Collateral,
+    collateral: Collateral | VerifiedCollateral,
     *,
     now: int,
     report_data: bytes | None,
@@ -465,7 +465,8 @@ def verify(
     binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
     place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted, if the
     policy's ``collateral_grace`` accepts them, too. ``stage`` says which registers of the policy's profiles count,
-    ``event_log`` explains those that a profile does not pin.
+    ``event_log`` explains those that a profile does not pin. ``collateral`` may be what `verify_collateral`
+    returned, which is kept for many quotes; then its times are verified again, and its own grace counts.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, and `PolicyError` for

@@ -502,7 +502,7 @@ _REPORT_DATA: Final = checked("report data", 37)
 
 def verify_genuine(
     data: BytesLike,
-    collateral: Collateral,
+    collateral: Collateral | VerifiedCollateral,
     *,
     now: int,
     report_data: bytes | None,
@@ -513,13 +513,21 @@ def verify_genuine(
     """Verify a quote with all stages but the policy: the verdict is genuine, not yet acceptable.
 
     ``report_data`` are the 64 bytes that it must bind (step 37); pass None only if something else binds the quote to
-    the peer: a genuine quote of another machine verifies as well. The other arguments are those of
-    `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another type.
+    the peer: a genuine quote of another machine verifies as well. ``collateral`` may be what `verify_collateral`
+    returned under the same root; then only its times are verified again, and its own grace counts. The other arguments
+    are those of `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another
+    type.
     """
-    _check_kind("collateral", collateral, Collateral, "Collateral.load")
-    beside = collateral.pck_certificate_chain
-    opened = open_quote(data, now=now, root=root, sgx=sgx, pck_certificate_chain=beside)
-    verified = verify_collateral(collateral, now=now, root=root, grace=grace)
+    if isinstance(collateral, VerifiedCollateral):
+        if grace != 0:
+            raise TypeError("grace: is that of the verified collateral; pass it to verify_collateral")
+        opened = open_quote(data, now=now, root=root, sgx=sgx)
+        verified = collateral
+    else:
+        _check_kind("collateral", collateral, Collateral, "Collateral.load")
+        beside = collateral.pck_certificate_chain
+        opened = open_quote(data, now=now, root=root, sgx=sgx, pck_certificate_chain=beside)
+        verified = verify_collateral(collateral, now=now, root=root, grace=grace)
     _check_belongs(opened, verified, now)
     return _judge(check_signed(opened), verified, now, report_data)
 
