@@ -5,7 +5,7 @@ This is the front: the few names that most programs need. The rest is in the pub
 * ``chutes_proto.sync``, ``chutes_proto_trio``, ``chutes_proto_asyncio``: clients, and the key server in a program;
 * ``chutes_proto.boot``, ``chutes_proto.miner``: a VM's and a miner's flows and values;
 * ``chutes_proto.server``: the key server's configuration and ASGI application;
-* ``chutes_proto.quote``: the verifier of quotes, usable alone;
+* ``chutes_proto.quote``: the verifier of quotes, usable alone; ``chutes_proto.gpu``: that of the evidence of GPUs;
 * ``chutes_proto.store``, ``chutes_proto.effects``: for a store or a driver of one's own;
 * ``chutes_proto.testing``: a simulated platform, playbooks, the contract of a store;
 * ``chutes_proto.errors``, ``chutes_proto.secret``, ``chutes_proto.log``.

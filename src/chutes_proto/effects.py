@@ -58,6 +58,7 @@ Flow: TypeAlias = Generator[Effect[Any], Any, T]
 class Send(Effect[HttpResponse]):
     """Send one HTTP request to the server that the driver was made for, and reply with its whole answer.
 
+    Over TLS that verifies the server and shows the client's certificate; no redirect is followed.
     Raises `TransportError` in the flow without an answer; never for a status.
     """
 

@@ -30,8 +30,8 @@
     ├── LogError                       an entry, checkpoint or proof of the audit log does not verify
     │   ├── DigestError                … or a document is not the one that an entry names
     │   └── VerdictError               … or a quote is judged otherwise than an entry says
-    ├── GpuError                       ``chutes_proto.gpu._errors`` has its branches
-    └── QuoteError                     ``chutes_proto.quote._errors`` has its branches
+    ├── GpuError                       ``chutes_proto.gpu`` has its branches
+    └── QuoteError                     ``chutes_proto.quote`` has its branches
 
 The server raises a `Refusal` and answers with it; the client turns the answer back into an equal one. ``detail`` and
 ``code`` are for the peer, ``reason`` is for the operator only.

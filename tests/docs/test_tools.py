@@ -180,3 +180,43 @@ def test_a_newcomer_gets_through_every_tutorial(
     if page.stem == "boot-agent":
         _ = require_program("cryptsetup")
     assert newcomer.main(["--quick", str(page)]) == 0, capfd.readouterr().err
+
+
+# --- the API ---
+
+
+def test_a_value_has_the_fields_of_its_bases(tmp_path: Path) -> None:
+    griffe = pytest.importorskip("griffe", reason="make docs installs it")
+    from tools.docs.values import ValueFields
+
+    (tmp_path / "things.py").write_text(
+        """
+class Op:
+    KIND = "any"
+    takes_long: bool = False
+
+@frozen
+class Thing(Op):
+    name: str
+
+@frozen(kw_only=True)
+class Heavy(Thing):
+    kilograms: int
+    _owner: str = ""
+
+class Bytes(Struct):
+    first: bytes
+
+class More(Bytes):
+    second: bytes
+"""
+    )
+    read = griffe.load("things", search_paths=[tmp_path], extensions=griffe.Extensions(ValueFields()))
+    fields = {name: [each.name for each in read[name].parameters][1:] for name in ("Thing", "Heavy", "Bytes", "More")}
+    assert fields == {
+        "Thing": ["name"],
+        "Heavy": ["name", "kilograms", "owner"],
+        "Bytes": ["first"],
+        "More": ["first", "second"],
+    }
+    assert [each.kind.value for each in read["Heavy"].parameters][1:] == ["keyword-only"] * 3

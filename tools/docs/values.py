@@ -31,12 +31,20 @@ def _classes(module: Module) -> Iterator[Class]:
 
 
 def _is_value(found: Class) -> bool:
+    return any(_makes_value(each) for each in (found, *found.mro()))
+
+
+def _makes_value(found: Class) -> bool:
     made = {str(decorator.value).partition("(")[0] for decorator in found.decorators}
     return bool(made & MAKERS or {str(base).partition("(")[0] for base in found.bases} & BASES)
 
 
 def _fields(found: Class) -> Iterator[Parameter]:
-    for name, member in found.members.items():
+    """The fields of its bases first, as attrs and msgspec have them."""
+    makers = [each for each in (*reversed(found.mro()), found) if _is_value(each)]
+    named = any("kw_only=True" in str(decorator.value) for decorator in found.decorators)
+    kind = ParameterKind.keyword_only if named else ParameterKind.positional_or_keyword
+    for name, member in {name: member for each in makers for name, member in each.members.items()}.items():
         if not isinstance(member, Attribute) or member.annotation is None or "property" in member.labels:
             continue
         if str(member.annotation).startswith("ClassVar"):
@@ -44,5 +52,4 @@ def _fields(found: Class) -> Iterator[Parameter]:
         default = member.value
         if default is not None and "field(" in str(default):
             default = "..." if any(word in str(default) for word in ("default=", "factory=")) else None
-        kind = ParameterKind.positional_or_keyword
         yield Parameter(name.lstrip("_"), annotation=member.annotation, kind=kind, default=default)

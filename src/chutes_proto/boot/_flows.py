@@ -149,7 +149,11 @@ class _VolumeState:
 
 @frozen(kw_only=True)
 class VolumeKey(_VolumeState):
-    """The passphrase of one volume, and whether its disk may be formatted (`may_format`)."""
+    """The passphrase of one volume, and whether its disk may be formatted.
+
+    ``may_format``: the disk has no LUKS header (``is_formatted``, the caller's word), and the server does not know it
+    to hold data (``is_in_use``).
+    """
 
     volume: str
     passphrase: Secret

@@ -25,7 +25,7 @@ class GpuError(ChutesError):
 
 
 class GpuVerificationError(FailedCheck, GpuError):
-    """A piece of evidence is refused. The members are `FailedCheck`'s."""
+    """A piece of evidence is refused. The members are those of `chutes_proto.quote.VerificationError`."""
 
 
 class EvidenceFormatError(GpuVerificationError):

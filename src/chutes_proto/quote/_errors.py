@@ -65,11 +65,7 @@ class CollateralFormatError(QuoteError):
 
 
 class FailedCheck(Exception):
-    """A check of evidence that failed.
-
-    ``step``, ``code`` and ``rule`` are those of the check that refuses it, ``subject`` is the piece that fails it.
-    ``got`` and ``expected`` are the values, bytes, numbers or texts, or None where there are none to compare.
-    """
+    """A check of evidence that failed; `VerificationError` describes its members."""
 
     step: ClassVar[int]
     rule: ClassVar[str]
@@ -88,7 +84,12 @@ class FailedCheck(Exception):
 
 
 class VerificationError(FailedCheck, QuoteError):
-    """The quote is refused: it is not genuine, or the policy does not accept it. The members are `FailedCheck`'s."""
+    """The quote is refused: it is not genuine, or the policy does not accept it.
+
+    ``step``, ``code`` and ``rule`` are those of the check that refuses it, ``subject`` is the piece that fails it, and
+    ``problem`` how. ``got`` and ``expected`` are the values, bytes, numbers or texts, or None where there are none to
+    compare.
+    """
 
 
 class QuoteFormatError(VerificationError):

@@ -33,7 +33,7 @@ class HttpRequest:
     values Latin-1 text, in the order of arrival. ``peer_certificate`` is what the peer presented in the TLS handshake:
     possession of its key is proved, nothing else. ``peer_address`` is an IP address or empty. ``arrived`` is when its
     first byte came, in seconds of the `Uptime` clock (0 on the client's side). Headers and body may hold secrets, so
-    neither is in the ``repr``.
+    neither is in the ``repr``. A client's transport adds ``host`` and ``content-length``.
     """
 
     method: str
@@ -59,7 +59,7 @@ class MalformedRequest:
 
 @frozen
 class HttpResponse:
-    """One whole answer; header names in lower case. Transports add ``content-length``.
+    """One whole answer; header names in lower case. A server's transport adds ``content-length``.
 
     ``("connection", "close")`` among the headers ends the connection after the answer.
     """
