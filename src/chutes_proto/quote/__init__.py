@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         verify_certificate,
     )
     from chutes_proto.quote._attributes import AttributePolicy
-    from chutes_proto.quote._behind import Behind
+    from chutes_proto.quote._behind import Behind, Lack
     from chutes_proto.quote._collateral import Collateral, CollateralDigests, CollateralIssue, VerifiedCollateral
     from chutes_proto.quote._errors import (
         AppraisalError,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from chutes_proto.quote._eventlog import (
+        Difference,
         Event,
         EventLog,
         EventLogFormatError,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     )
     from chutes_proto.quote._identity import IdentityPolicy
     from chutes_proto.quote._layout import (
+        Header,
+        PckReference,
         Quote,
         SgxAttributes,
         SgxReport,
@@ -56,7 +59,14 @@ if TYPE_CHECKING:
         Xfam,
         parse_quote,
     )
-    from chutes_proto.quote._measurements import Profile, RegisterRule, Stage, parse_profiles_json, parse_profiles_toml
+    from chutes_proto.quote._measurements import (
+        Profile,
+        RegisterRule,
+        Schedule,
+        Stage,
+        parse_profiles_json,
+        parse_profiles_toml,
+    )
     from chutes_proto.quote._pck import PckIdentity
     from chutes_proto.quote._policy import (
         AcceptedVerdict,
@@ -69,7 +79,9 @@ if TYPE_CHECKING:
         verify,
     )
     from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
-    from chutes_proto.quote._statements import TcbStatus
+    from chutes_proto.quote._statements import Stated, TcbStatus
+    from chutes_proto.quote._steps import Checked
+    from chutes_proto.quote._terms import Term
     from chutes_proto.quote._token import make_ear, sign_ear
     from chutes_proto.quote._verify import (
         OpenedQuote,
@@ -89,24 +101,29 @@ else:
                 "CertificateEvidence CertificateEvidenceError evidence_for read_evidence verify_certificate"
             ),
             "chutes_proto.quote._attributes": "AttributePolicy",
-            "chutes_proto.quote._behind": "Behind",
+            "chutes_proto.quote._behind": "Behind Lack",
             "chutes_proto.quote._collateral": "Collateral CollateralDigests CollateralIssue VerifiedCollateral",
             "chutes_proto.quote._token": "make_ear sign_ear",
             "chutes_proto.quote._eventlog": (
-                "Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
+                "Difference Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
                 "parse_event_log parse_event_log_json replay"
             ),
             "chutes_proto.quote._identity": "IdentityPolicy",
             "chutes_proto.quote._layout": (
-                "Quote SgxAttributes SgxReport TdAttributes TdReport10 TdReport15 TdReport15Ex Xfam parse_quote"
+                "Header PckReference Quote SgxAttributes SgxReport TdAttributes TdReport10 TdReport15 TdReport15Ex "
+                "Xfam parse_quote"
             ),
-            "chutes_proto.quote._measurements": "Profile RegisterRule Stage parse_profiles_json parse_profiles_toml",
+            "chutes_proto.quote._measurements": (
+                "Profile RegisterRule Schedule Stage parse_profiles_json parse_profiles_toml"
+            ),
             "chutes_proto.quote._pck": "PckIdentity",
             "chutes_proto.quote._policy": (
                 "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml verify"
             ),
             "chutes_proto.quote._roots": "INTEL_ROOT TrustedRoot",
-            "chutes_proto.quote._statements": "TcbStatus",
+            "chutes_proto.quote._statements": "Stated TcbStatus",
+            "chutes_proto.quote._steps": "Checked",
+            "chutes_proto.quote._terms": "Term",
             "chutes_proto.quote._verify": (
                 "OpenedQuote SignedQuote Verdict check_signed open_quote verify_collateral verify_genuine verify_quote"
             ),
@@ -118,7 +135,8 @@ else:
 
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
 __all__ += ["CertificateEvidence", "CertificateEvidenceError", "evidence_for", "read_evidence", "verify_certificate"]
-__all__ += ["Behind", "CollateralDigests", "CollateralIssue", "make_ear", "sign_ear"]
+__all__ += ["Behind", "Checked", "CollateralDigests", "CollateralIssue", "Lack", "Stated", "Term"]
+__all__ += ["make_ear", "sign_ear"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
 __all__ += [
@@ -126,12 +144,15 @@ __all__ += [
     "IdentityPolicy",
     "Profile",
     "RegisterRule",
+    "Schedule",
     "TcbPolicy",
     "parse_profiles_json",
     "parse_profiles_toml",
 ]
-__all__ += ["Quote", "SgxAttributes", "SgxReport", "TdAttributes", "TdReport10", "TdReport15", "TdReport15Ex", "Xfam"]
+__all__ += ["Header", "PckReference", "Quote", "SgxAttributes", "SgxReport", "TdAttributes"]
+__all__ += ["TdReport10", "TdReport15", "TdReport15Ex", "Xfam"]
 __all__ += ["INTEL_ROOT", "TrustedRoot", "parse_quote"]
-__all__ += ["Event", "EventLog", "ReplayedLog", "first_difference", "parse_event_log", "parse_event_log_json", "replay"]
+__all__ += ["Difference", "Event", "EventLog", "ReplayedLog"]
+__all__ += ["first_difference", "parse_event_log", "parse_event_log_json", "replay"]
 __all__ += ["AppraisalError", "CollateralFormatError", "EventLogFormatError", "EventLogMismatchError", "PolicyError"]
 __all__ += ["QuoteError", "QuoteFormatError", "Refusal", "VerificationError"]

@@ -24,7 +24,10 @@ _LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a cer
 
 
 class Term(Struct, frozen=True):
-    """The validity of one piece: a certificate, or a CRL or statement, which Intel renews every few weeks."""
+    """The validity of one piece: a certificate, or a CRL or statement, which Intel renews every few weeks.
+
+    ``begin`` and ``end`` are unix seconds, both inclusive.
+    """
 
     subject: str
     begin: int
