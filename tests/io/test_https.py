@@ -20,8 +20,10 @@ import pytest
 
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.io.http.attested import attested_context
 from chutes_proto.io.http.https import HttpGetter, HttpsSender, TimeLimits, why_not
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.quote import Policy
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.origin import Origin
 from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
@@ -34,6 +36,16 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 def sender(credentials: Credentials, url: str, limits: TimeLimits = TimeLimits()) -> HttpsSender:
     return HttpsSender(client_context(ca_pem=credentials.ca_pem), url, limits)
+
+
+def test_a_context_that_verifies_no_server_is_refused(credentials: Credentials) -> None:
+    context = client_context(ca_pem=credentials.ca_pem)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with pytest.raises(LocalProtocolError, match="verifies no certificate"):
+        _ = HttpsSender(context, "https://keys.example")
+    attested = attested_context(Policy(measurements="unchecked"), lambda _: pytest.fail("there is no handshake"))
+    HttpsSender(attested, "https://keys.example").close()
 
 
 def fails(credentials: Credentials, behaviour: Behaviour, limits: TimeLimits = TimeLimits()) -> TransportError:

@@ -68,10 +68,16 @@ class HttpsSender:
 
     ``url`` is the server's origin, ``https://host:port``; ``context``, which must verify it, is the caller's choice.
     Close a sender after its last request, or use it as a context manager. Raises `LocalProtocolError` for an ``url``
-    that is not such an origin.
+    that is not such an origin, and for a context that verifies no peer.
     """
 
     def __init__(self, context: ssl.SSLContext, url: str, limits: TimeLimits = TimeLimits()) -> None:
+        # The context of `attested_context` verifies in a socket of its own.
+        if context.verify_mode == ssl.CERT_NONE and context.sslsocket_class is ssl.SSLSocket:
+            raise LocalProtocolError(
+                "the context verifies no certificate, so anyone on the way could hand out keys; make it with"
+                " client_context or attested_context"
+            )
         self._context = context
         self._origin = Origin.parse(url)
         self._limits = limits
