@@ -12,6 +12,8 @@ def asgi_app(config: ServerConfig) -> AsgiApp:
     The ASGI server listens, so ``listen``, ``tls`` and ``proxy.unix`` of the configuration are checked and not used;
     ``admin``, ``control`` and ``takeover`` have no effect. A proxy in front of it ends TLS: clients show their
     certificates to the proxy, and a ``proxy`` table must name it.
+    With ``proxy.unix`` a request whose scope has no ``client`` counts as one over that socket, and its headers are
+    believed: what calls the application must name the client of every other connection.
 
     Reads all files that ``config`` names, opens the store to check that it can be written and that its keys can be
     opened, and closes it again. It is open while the application lives: from its start to its end in the lifespan
