@@ -23,7 +23,6 @@ from chutes_proto.auth.signing import purpose_message
 from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Log, Resolve, Transact
 from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
 from chutes_proto.keys.generations import CALLER_VOLUME
-from chutes_proto.quote._files import UnixTime
 from chutes_proto.quote._measurements import Schedule
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
@@ -114,7 +113,7 @@ def test_a_host_shows_its_quote(world):
 
 def test_a_profile_that_ends_after_its_quote_was_accepted_is_no_fault():
     """The quote was judged by the time at which it came."""
-    ending = evolve(PROFILE, schedule=Schedule(not_after=UnixTime(NOW + 1)))
+    ending = evolve(PROFILE, schedule=Schedule(not_after=NOW + 1))
     world = make_world(profiles={ending.identity: ServedProfile(ending, None, False, False)})
 
     def pass_time(effect: Effect[Any]) -> None:

@@ -11,7 +11,6 @@ from msgspec.structs import asdict
 
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.quote._collateral import Collateral, CollateralDigests
-from chutes_proto.quote._files import UnixTime
 from chutes_proto.quote._measurements import Schedule
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet
@@ -94,13 +93,11 @@ NEW = [
     pytest.param(served(), id="the same"),
     pytest.param(served(TcbPolicy()), id="UpToDate alone"),
     pytest.param(served(evolve(EVERY, rejected_advisories=frozenset({"SIMULATED-SA-OutOfDate"}))), id="an advisory"),
-    pytest.param(served(evolve(EVERY, min_tcb_date=UnixTime(NOW))), id="a floor by date"),
+    pytest.param(served(evolve(EVERY, min_tcb_date=NOW)), id="a floor by date"),
     pytest.param(served(evolve(EVERY, platform_grace=(NOW - 1_500_000_000) // 2 * 2 + 40 * DAY)), id="a grace"),
-    pytest.param(served(schedule=Schedule(not_after=UnixTime(NOW + 30 * DAY))), id="an end"),
-    pytest.param(served(schedule=Schedule(not_before=UnixTime(NOW + 10 * DAY))), id="a begin"),
-    pytest.param(
-        served(schedule=Schedule(not_after=UnixTime(NOW + 30 * DAY), retirement_grace=DAY)), id="a retirement"
-    ),
+    pytest.param(served(schedule=Schedule(not_after=NOW + 30 * DAY)), id="an end"),
+    pytest.param(served(schedule=Schedule(not_before=NOW + 10 * DAY)), id="a begin"),
+    pytest.param(served(schedule=Schedule(not_after=NOW + 30 * DAY, retirement_grace=DAY)), id="a retirement"),
     pytest.param(served(hotkeys=frozenset()), id="no hotkey"),
     pytest.param(served(blacklist={HOTKEY: "left"}), id="a blacklist"),
     pytest.param(served(minimum_version="99"), id="a version"),

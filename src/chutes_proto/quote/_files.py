@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
-from typing import Any, Final, NewType, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NewType, ParamSpec, TypeAlias, TypeVar
 
 from chutes_proto._converter import (
     Hook,
@@ -55,7 +55,10 @@ def _octets(value: object, _: object) -> bytes:
     return octets
 
 
-UnixTime = NewType("UnixTime", int)
+if TYPE_CHECKING:
+    UnixTime: TypeAlias = int  # so that a typed program passes its own numbers
+else:
+    UnixTime = NewType("UnixTime", int)
 """Unix seconds; in a file a date, which begins at midnight UTC, or a time with its offset."""
 
 
