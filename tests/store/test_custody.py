@@ -1371,7 +1371,9 @@ def test_after_a_rotation_the_key_of_before_makes_no_row(place: StorePlace) -> N
         run(place, "INSERT INTO store_head SELECT * FROM kept_head")
         with pytest.raises(StoreError, match="epoch 1, and"):
             server.transact(granted("fourth", B, 250))
-    with pytest.raises(StoreError, match=r"of epoch 1, and rows of epoch 2 were seen.* stop all servers, move"):
+    with pytest.raises(
+        StoreError, match=r"of epoch 1, and rows of epoch 2 were seen.* stop all servers, move that file alone away"
+    ):
         evolve(place, vault=BOTH).open()
 
 

@@ -178,7 +178,7 @@ class Custody:
             raise StoreError(
                 f"store {self.name}: it says that its rows are of epoch {epoch}, and they were of epoch {self._least}:"
                 " somebody changed it, or it is a backup from before a key-encryption key (KEK) was rotated; after a"
-                " restore, move the mark's file away on every server, and start it again"
+                " restore, move the mark's file alone away on every server, and start it again"
             )
         if not epoch:
             return Session(None, is_final=False, is_locked=False)

@@ -235,8 +235,8 @@ class MarkKeeper:
                 f"its rows are of epoch {view.epoch}, and rows of epoch {mark.epoch} were seen: it is from before a"
                 " key-encryption key (KEK) was rotated",
                 "restore a newer backup, or, if this one is right, as after a fail-over that lost the rotation, stop"
-                " all servers, move the mark's file away on each, say what happened with `chutes-proto store restored`"
-                " or `chutes-proto store accept-loss`, start them and rotate again",
+                " all servers, move that file alone away on each, and not those beside it, say what happened with"
+                " `chutes-proto store restored` or `chutes-proto store accept-loss`, start them and rotate again",
             )
         loss = None if mark is None else find_loss(mark, view, now)
         if loss is None:
