@@ -190,7 +190,7 @@ class Custody:
                 # Without its KEK no server starts (`check_keys`), and nobody writes. One that has started would take
                 # what it reads now, unchecked, for true later.
                 if self._has_opened:
-                    why = f"{exc}; if you rotated it, reload this server with it"
+                    why = f"{exc}; if you rotated it, reload this server with it, or restart it if its files are copies"
                     raise RowNotAuthentic("keyring", rows_key(epoch), why) from None
         if key is None:
             return Session(None, is_final=is_final, is_locked=True)
