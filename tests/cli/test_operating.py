@@ -317,6 +317,8 @@ def test_one_format_is_allowed(site: Site) -> None:
     unnamed = site.do("audit", "list", "--event", "format alowed", "--json")
     assert (unnamed.code, unnamed.json["rows"]) == (0, [])
     assert "no row has the event 'format alowed' here; the newest rows have: boot, format allowed" in unnamed.err
+    of_another = site.do("audit", "list", "--event", "format allowed", "--vm", "vm-9")
+    assert (of_another.code, of_another.err) == (0, "")
     (row,) = site.json("audit", "list", "--event", "format allowed")["rows"]
     assert (row["vm"], row["keys"]) == ("vm-1", "storage")
 

@@ -134,7 +134,8 @@ def listing(
         rows = _newest(store, unit, last)
         if event and not rows:
             known = sorted({row.event for row in _newest(store, ReadAuditPage(), operating.PAGE)})
-            console.tell(f"no row has the event {event!r} here; the newest rows have: {', '.join(known) or 'none'}")
+            if event not in known:
+                console.tell(f"no row has the event {event!r} here; the newest rows have: {', '.join(known) or 'none'}")
     return operating.answer_rows("rows", rows, _members, _COLUMNS, "no audit rows", _UNDER)
 
 
