@@ -113,6 +113,8 @@ def test_only_a_genuine_quote_causes_requests_but_for_a_missing_chain(door: str,
         upstream.asked.clear()
     with pytest.raises(ConfigurationError, match="use https"):
         _ = DOORS[door](QUOTE, ["http://pccs.example"], root=ROOT)
+    with pytest.raises(ConfigurationError, match=r"a list of URLs, as in \['https://pccs\.example'\]"):
+        _ = DOORS[door](QUOTE, "https://pccs.example", root=ROOT)
 
 
 @pytest.mark.parametrize("door", DOORS)

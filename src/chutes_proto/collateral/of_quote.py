@@ -21,7 +21,7 @@ from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import Update, Upstream, ask_pck_chain
 from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.effects import Now
-from chutes_proto.errors import CollateralUnavailable, TransportError, UpstreamError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, TransportError, UpstreamError
 from chutes_proto.quote import _layout as layout
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._verify import check_signed, open_quote
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from chutes_proto.effects import Flow
     from chutes_proto.quote._collateral import Collateral
     from chutes_proto.quote._layout import BytesLike, Quote
+
+
+def upstreams_of(services: Sequence[str]) -> list[Upstream]:
+    """Read the URLs of services. Raises `ConfigurationError`."""
+    if isinstance(services, str):  # to a type checker it is a sequence of texts, too
+        raise ConfigurationError(f"services: must be a list of URLs, as in [{services!r}]")
+    return [Upstream.parse(service) for service in services]
 
 
 def collateral_for(

@@ -17,8 +17,8 @@ import anyio.abc
 from chutes_proto.collateral.cache import Cache, Fetch, GiveUp, K, R_co, Refresh, S, V, clock, fetch, settle
 from chutes_proto.collateral.gpus import GpuService, HeldRim, HeldStatus, RimKey, StatusKey, rim_keys, status_keys
 from chutes_proto.collateral.library import Family
-from chutes_proto.collateral.of_quote import collateral_for
-from chutes_proto.collateral.pcs import INTEL_PCS, Update, Upstream
+from chutes_proto.collateral.of_quote import collateral_for, upstreams_of
+from chutes_proto.collateral.pcs import INTEL_PCS, Update
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.gpu import GenuineDevice, GpuCollateral, Revocation, Rims
@@ -241,7 +241,7 @@ async def fetch_collateral(
     ca_file: str | Path | None = None,
 ) -> Collateral:
     """Fetch collateral for a quote, as `chutes_proto.sync.fetch_collateral` does. Raises the same errors."""
-    upstreams = [Upstream.parse(service) for service in services]
+    upstreams = upstreams_of(services)
     async with open_client(context_trusting(ca_file, kind=BoundedContext)) as client:
         performer = Performer(get=HttpxGetter(client, FETCH_LIMITS), log=lambda _: None)
         return await performer.run(collateral_for(quote, upstreams, root=root, update=update))

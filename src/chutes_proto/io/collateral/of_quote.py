@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from chutes_proto.collateral.of_quote import collateral_for
-from chutes_proto.collateral.pcs import INTEL_PCS, Update, Upstream
+from chutes_proto.collateral.of_quote import collateral_for, upstreams_of
+from chutes_proto.collateral.pcs import INTEL_PCS, Update
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.http.https import HttpGetter
@@ -38,6 +38,6 @@ def fetch_collateral(
     Raises `VerificationError` for the quote, `CollateralUnavailable` with the reason of each service, and
     `ConfigurationError` for a URL or file.
     """
-    upstreams = [Upstream.parse(service) for service in services]
+    upstreams = upstreams_of(services)
     performer = Performer(get=HttpGetter(context_trusting(ca_file), FETCH_LIMITS), log=lambda _: None)
     return performer.run(collateral_for(quote, upstreams, root=root, update=update))
