@@ -23,8 +23,9 @@ from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW
-from chutes_proto.tlog.notes import Signer
-from chutes_proto.tlog.tiles import bundle, unbundle
+from chutes_proto.tlog.merkle import leaf_hash, root_hash
+from chutes_proto.tlog.notes import Checkpoint, Signer
+from chutes_proto.tlog.tiles import Place, bundle, grow, reader, unbundle
 from chutes_proto.units.log import SequenceLog
 from tests.cli.conftest import Ended
 from tests.cli.test_operating import PLATFORM
@@ -201,6 +202,71 @@ def test_an_exported_log_that_lacks_a_file_is_refused(logged: Site, tmp_path: Pa
     ended = logged.run("audit", "verify", str(directory), "--key", key)
     assert ended.code in (1, 2)
     assert why in " ".join((ended.out + ended.err).split())
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "tile/entries/001", "tile/0/001"])
+def test_a_pipe_in_an_exported_log_is_not_waited_for(logged: Site, tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "log"
+    assert logged.do("audit", "export", str(directory)).code == 0
+    key = (directory / "key").read_text().strip()
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    ended = logged.run("audit", "verify", str(directory), "--key", key)
+    assert ended.code == 2
+    assert f"{directory / name}: not a plain file" in " ".join(ended.err.split())
+
+
+def test_a_damaged_file_of_entries_is_named(logged: Site, tmp_path: Path) -> None:
+    directory = tmp_path / "log"
+    assert logged.do("audit", "export", str(directory)).code == 0
+    key = (directory / "key").read_text().strip()
+    os.truncate(directory / "tile/entries/001", 100)
+    ended = logged.run("audit", "verify", str(directory), "--key", key)
+    assert ended.code == 1
+    assert f"{directory / 'tile/entries/001'}: not a bundle of entries" in " ".join(ended.err.split())
+
+
+OWN = Signer("keys.example/audit", Secret(bytes(32)))
+
+
+def write_log(directory: Path, entries: list[bytes], *, first: int = 0) -> Checkpoint:
+    """A log as an operator can make it up, with a key of his own, from the bundle ``first`` on."""
+    made = grow(0, [], map(leaf_hash, entries))
+    files = {Place(level, number, len(hashes) // 32): hashes for (level, number), hashes in made.items()}
+    for begin in range(first * 256, len(entries), 256):
+        some = entries[begin : begin + 256]
+        files[Place(None, begin // 256, len(some))] = bundle(some)
+    for place, data in files.items():
+        (directory / str(place)).parent.mkdir(parents=True, exist_ok=True)
+        (directory / str(place)).write_bytes(data)
+    root = root_hash(reader(lambda level, number: made[level, number]), len(entries))
+    checkpoint = Checkpoint(OWN.name, len(entries), root)
+    (directory / "checkpoint").write_text(str(OWN.sign(checkpoint.text)))
+    return checkpoint
+
+
+@pytest.mark.parametrize("has_last", [False, True])
+def test_a_log_may_say_any_size(tmp_path: Path, command: Callable[..., Ended], has_last: bool) -> None:
+    """A look at each tile that such a log would have would not end."""
+    _ = write_log(tmp_path, [b"entry"] * 300)
+    large = Checkpoint(OWN.name, 1 << 62, bytes(32))
+    (tmp_path / "checkpoint").write_text(str(OWN.sign(large.text)))
+    if has_last:
+        last = tmp_path / str(Place(None, large.size // 256 - 1))
+        last.parent.mkdir(parents=True)
+        last.write_bytes(bundle([b"entry"] * 256))
+    ended = command("audit", "verify", str(tmp_path), "--key", str(OWN.verifier))
+    assert ended.code == 1
+    assert "entries 512 to 767: it is missing" in ended.out
+
+
+def test_the_names_in_a_log_add_no_line_and_are_not_endless(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    name = "a\nthe log of 2 entries is whole\n\x1b[31m" + 60_000 * "a"
+    entry = json.dumps({"at": 1, "hotkey": "5G", "vm": name, "vm_version": 2}).encode()
+    _ = write_log(tmp_path, [entry, entry.replace(b'"at": 1', b'"at": 2')])
+    ended = command("audit", "verify", str(tmp_path), "--key", str(OWN.verifier))
+    assert (ended.code, ended.out.count("\n")) == (1, 1)
+    assert len(ended.out) < 1000
 
 
 @pytest.mark.skipif(not SOAK, reason="it compiles a program of Go: part of `make soak`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
+from chutes_proto.errors import FileUnavailable, LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
 from chutes_proto.io.files import is_there, make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
@@ -24,6 +25,9 @@ KEY: Final = "key"
 """The files of an exported log beside its tiles: the newest checkpoint, and the verifier key."""
 
 _PAGE: Final = 1000
+_LONGEST_SHOWN: Final = 255
+_MOST_ABSENT: Final = 1000
+"""After so many absent files in a row, the next one that is there is searched for: a log may say any size."""
 _LARGEST_BUNDLE: Final = WIDTH * (2 + LARGEST_ENTRY)
 
 
@@ -37,7 +41,7 @@ def read_checkpoint(path: Path, verifiers: Sequence[Verifier]) -> Checkpoint:
         checkpoint = Checkpoint.of(note)
         of_log = [each for each in verifiers if each.name == checkpoint.origin]
         if not of_log:
-            raise LogError(f"it is a checkpoint of another log, {checkpoint.origin}")
+            raise LogError(f"it is a checkpoint of another log, {checkpoint.origin[:_LONGEST_SHOWN]}")
         signers = {(each.name, each.identifier) for each in note.signatures}
         known = [each for each in of_log if (each.name, each.identifier) in signers]
         if not known:
@@ -47,6 +51,13 @@ def read_checkpoint(path: Path, verifiers: Sequence[Verifier]) -> Checkpoint:
     except LogError as exc:
         raise LogError(f"{path}: {exc}") from None
     return checkpoint
+
+
+def plain(path: Path) -> Path:
+    """Return the path of a file in a directory that others wrote: a pipe would never end. Raises `FileUnavailable`."""
+    if is_there(path) and not path.is_file():
+        raise FileUnavailable(f"{path}: not a plain file; get this file again")
+    return path
 
 
 # --- in the store ---
@@ -200,11 +211,23 @@ class LogDirectory:
         return self._read(Place(level, number, min(WIDTH, max(1, count - number * WIDTH))), WIDTH * HASH_SIZE)
 
     def entries(self) -> Iterator[tuple[int, bytes]]:
-        """The entries that there are."""
-        for number in range(-(-self.size // WIDTH)):
-            width = min(WIDTH, self.size - number * WIDTH)
-            for at, text in enumerate(unbundle(self._read(Place(None, number, width), _LARGEST_BUNDLE))):
-                yield number * WIDTH + at, text
+        """The entries that there are. Raises `LogError` for a file that is not a bundle of entries."""
+        number, count, absent = 0, -(-self.size // WIDTH), 0
+        while number < count:
+            place = self._bundle(number)
+            data = self._read(place, _LARGEST_BUNDLE)
+            try:
+                for at, text in enumerate(unbundle(data)):
+                    yield number * WIDTH + at, text
+            except LogError as exc:
+                raise LogError(f"{self.path / str(place)}: {exc}; get this file again") from None
+            number, absent = number + 1, 0 if data else absent + 1
+            if absent > _MOST_ABSENT:
+                rest = range(number, count)
+                number += bisect_left(rest, True, key=lambda each: is_there(self.path / str(self._bundle(each))))
+
+    def _bundle(self, number: int) -> Place:
+        return Place(None, number, min(WIDTH, self.size - number * WIDTH))
 
     def check(self, checkpoints: Iterable[Checkpoint]) -> Report:
         """Check it whole."""
@@ -214,4 +237,4 @@ class LogDirectory:
 
     def _read(self, place: Place, limit: int) -> bytes:
         path = self.path / str(place)
-        return read_file(path, limit=limit) if is_there(path) else b""
+        return read_file(plain(path), limit=limit) if is_there(path) else b""

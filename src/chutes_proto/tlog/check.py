@@ -102,14 +102,21 @@ class _Check:
                     self.note(index, index, what)
             if tile < 0:
                 self.first, tile = min(leaves), number
-            for missing in range(tile, min(number, -(-self.size // WIDTH))):
-                self._tile(missing, {}, {})
+            self._missing(tile, number)
             self._tile(number, leaves, told)
             tile = number + 1
-        for missing in range(max(tile, self.first // WIDTH), -(-self.size // WIDTH)):
-            self._tile(missing, {}, {})
+        self._missing(max(tile, self.first // WIDTH), -(-self.size // WIDTH))
         if self.first > self.minimum:
             self.note(self.minimum, self.first - 1, "it is missing, and no entry says that it was purged")
+
+    def _missing(self, tile: int, until: int) -> None:
+        """Note that no entry of these tiles is there. A log may say any size: not every tile is looked at."""
+        until = min(until, -(-self.size // WIDTH))
+        looked = min(until, tile + MOST_FINDINGS)
+        for number in range(tile, looked):
+            self._tile(number, {}, {})
+        if looked < until:
+            self.note(looked * WIDTH, min(until * WIDTH, self.size) - 1, "it is missing")
 
     def _tile(self, number: int, leaves: dict[int, bytes], told: dict[int, int]) -> None:
         """Compare entries with their tile; those that it has excuse what they tell was purged."""
@@ -142,7 +149,7 @@ class _Check:
         """Compare each full tile with the hash above it."""
         level, first = 0, -(-self.first // WIDTH)
         while count := self.size >> 8 * (level + 1):
-            above, number_above = b"", -1
+            above, number_above, absent = b"", -1, 0
             span = WIDTH ** (level + 1)
             for number in range(first, count):
                 if number // WIDTH != number_above:
@@ -150,6 +157,9 @@ class _Check:
                     above = self._fetched(level + 1, number_above, min(WIDTH, count - number_above * WIDTH))
                 at = number % WIDTH * HASH_SIZE
                 hashes = self.fetch(level, number)
+                absent += not hashes
+                if absent > MOST_FINDINGS:  # a log may say any size; the tiles of missing entries are told already
+                    break
                 is_full = len(hashes) == WIDTH * HASH_SIZE
                 if is_full and fold(hashes) != above[at : at + HASH_SIZE]:
                     what = f"tile {Place(level, number)} contradicts the tile above it"

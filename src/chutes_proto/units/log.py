@@ -136,7 +136,7 @@ class VmChains:
             self._last[vm] = version, of
         if version > last or (version == last and of == last_of):
             return ""
-        return f"VM {vm[0]}/{vm[1]} has two histories: version {version} follows version {last}"
+        return f"VM {vm[0]:.128}/{vm[1]:.128} has two histories: version {version} follows version {last}"
 
     def follow_entry(self, entry: bytes) -> str:
         """The same for the text of an entry, which may be of no VM, or tell of forged rows."""

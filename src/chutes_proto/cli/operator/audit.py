@@ -24,6 +24,7 @@ from chutes_proto.io.log_files import (
     LogDirectory,
     check_stored,
     export_log,
+    plain,
     read_checkpoint,
 )
 from chutes_proto.io.server.sequencer import Sequencer
@@ -297,7 +298,7 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
         else:
             if config is not None or not keys:
                 raise ConfigurationError("DIR: it goes with --key, and without --config")
-            known = [read_checkpoint(path, keys) for path in (*paths, Path(directory) / CHECKPOINT)]
+            known = [read_checkpoint(path, keys) for path in (*paths, plain(Path(directory) / CHECKPOINT))]
             report = LogDirectory(Path(directory), known[-1].size).check(known)
     except LogError as exc:
         raise StoreError(str(exc)) from None
@@ -326,7 +327,7 @@ def _told(report: Report, known: list[Checkpoint]) -> int:
     newest = max((each.size for each in known), default=0)
     findings = [{"first": each.first, "last": each.last, "what": each.what} for each in report.findings]
     told = {"ok": not findings, "size": report.size, "first": report.first, "checkpoint": newest, "findings": findings}
-    lines = [str(each) for each in report.findings]
+    lines = [console.clean(str(each)) for each in report.findings]
     if not findings:
         lines.append(f"the log of {report.size} entries is whole")
         if report.first:
