@@ -269,6 +269,30 @@ def test_the_names_in_a_log_add_no_line_and_are_not_endless(tmp_path: Path, comm
     assert len(ended.out) < 1000
 
 
+def test_a_checkpoint_is_not_passed_over_because_its_entries_were_purged(
+    tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    """An operator who changed the first entries could delete them, and write an entry that says that they were old."""
+    honest = [f"entry {number}".encode() for number in range(600)]
+    purge = b'{"event":"audit purged","keys":"entries below 512: 512"}'
+    signed = [write_log(tmp_path / str(size), honest[:size]) for size in (300, 600)]
+    assert [each.size for each in signed] == [300, 600]
+    old, new = (str(tmp_path / str(each.size) / "checkpoint") for each in signed)
+
+    def verify(log: str, *files: str) -> Ended:
+        named = [part for file in files for part in ("--checkpoint", file)]
+        return command("audit", "verify", str(tmp_path / log), "--key", str(OWN.verifier), *named)
+
+    _ = write_log(tmp_path / "forged", [b"forged"] * 600 + [purge], first=2)
+    ended = verify("forged", old)
+    what = "purged: the checkpoint of 300 entries cannot be compared; name one of 512 or more"
+    assert (ended.code, ended.out) == (1, f"entries 0 to 299: {what}\n")
+    assert verify("forged", old, new).code == 1
+    _ = write_log(tmp_path / "purged", [*honest, purge], first=2)
+    assert verify("purged", old).code == 1
+    assert verify("purged", old, new).code == 0
+
+
 @pytest.mark.skipif(not SOAK, reason="it compiles a program of Go: part of `make soak`")
 def test_another_client_verifies_an_exported_log_and_a_receipt(logged: Site, tmp_path: Path) -> None:
     if (go := shutil.which("go")) is None or not (GO_PACKAGES / "src/golang.org/x/mod/sumdb").is_dir():

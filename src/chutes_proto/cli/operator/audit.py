@@ -35,7 +35,7 @@ from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit
-from chutes_proto.tlog.check import Report
+from chutes_proto.tlog.check import Finding, Report
 from chutes_proto.tlog.notes import Checkpoint, Note, Verifier
 from chutes_proto.units.log import LOG, ReadLogKeys
 from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
@@ -279,7 +279,8 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
     checkpoints: the one that the server keeps beside store.mark_file, and those in FILE. A changed, removed or moved
     entry below the newest checkpoint is found: by its index, or, if the tree was changed too, between two checkpoints.
     In a sealed store the root of the tree has a MAC, and counts like a checkpoint; one that was set back does not show.
-    So keep checkpoints where nobody who can write the database can write, and name them here. Nothing is changed.
+    So keep checkpoints where nobody who can write the database can write, and name them here: one of them at least must
+    be newer than the last purge. Nothing is changed.
 
     With DIR, which `audit export DIR` wrote, it needs neither server nor store, only --key.
 
@@ -295,13 +296,21 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
             if config is None:
                 raise ConfigurationError("--config: name the server's configuration file, or an exported log as DIR")
             report, known = _verify_store(config, paths, keys)
+            kept = known
         else:
             if config is not None or not keys:
                 raise ConfigurationError("DIR: it goes with --key, and without --config")
-            known = [read_checkpoint(path, keys) for path in (*paths, plain(Path(directory) / CHECKPOINT))]
+            kept = [read_checkpoint(path, keys) for path in paths]
+            known = [*kept, read_checkpoint(plain(Path(directory) / CHECKPOINT), keys)]
             report = LogDirectory(Path(directory), known[-1].size).check(known)
     except LogError as exc:
         raise StoreError(str(exc)) from None
+    newest = max(kept, key=lambda each: each.size, default=None)
+    if newest is not None and newest.size < report.first:
+        # Else a log that was rewritten, with an entry in which it says that its beginning was purged, would pass.
+        what = f"purged: the checkpoint of {newest.size} entries cannot be compared; name one of {report.first} or more"
+        purged = Finding(0, max(0, newest.size - 1), what)
+        report = evolve(report, findings=(*report.findings, purged))
     return _told(report, known)
 
 
