@@ -293,6 +293,20 @@ def test_a_checkpoint_is_not_passed_over_because_its_entries_were_purged(
     assert verify("purged", old, new).code == 0
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("size", -5), ("origin", "keys.example/audit+0badc0de+AQ==\nkeys.example/audit"), ("origin", 100_000 * "a")],
+)
+def test_a_state_of_the_log_that_no_server_writes(logged: Site, column: str, value: object) -> None:
+    """A loop over the tiles of fewer than no entries does not end; a name of two lines is a key that nobody has."""
+    assert logged.do("audit", "checkpoint").code == 0
+    change(logged, f"UPDATE log_state SET {column} = ?", value)
+    for words in (("verify",), ("checkpoint",), ("key",), ("export", "log")):
+        ended = logged.do("audit", *words)
+        assert (ended.code, ended.out) == (1, "")
+        assert f"no key server writes such a value of {column}" in " ".join(ended.err.split())
+
+
 @pytest.mark.skipif(not SOAK, reason="it compiles a program of Go: part of `make soak`")
 def test_another_client_verifies_an_exported_log_and_a_receipt(logged: Site, tmp_path: Path) -> None:
     if (go := shutil.which("go")) is None or not (GO_PACKAGES / "src/golang.org/x/mod/sumdb").is_dir():

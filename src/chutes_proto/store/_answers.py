@@ -35,6 +35,7 @@ _ASKED_AMONG: Final[dict[type[StoreOp[Any]], tuple[str, ...]]] = {
 }
 """The same for operations that ask for the rows of several: their values are all those of the statement."""
 
+_LONGEST_ORIGIN: Final = 255
 _PLACES: Final = {kind: {name: at for at, name in enumerate(columns(kind))} for kind in store.ROWS}
 
 
@@ -72,11 +73,21 @@ def check_once(kind: type[store.Row], rows: Rows) -> None:
 
 
 def check_types(kind: type[store.Row], rows: Rows) -> None:
-    """Check the types of what no MAC authenticates. Raises `RowNotAuthentic`."""
+    """Check the values of what no MAC authenticates: their types, and the log's state. Raises `RowNotAuthentic`."""
     for row in rows:
-        if wrong := mistyped(kind, row):
+        wrong = [*mistyped(kind, row)]
+        if kind is store.LogStateRow and not wrong:
+            wrong = _wrong_in_state(row)
+        if wrong:
             named = ", ".join(columns(kind)[at] for at in wrong)
             raise RowNotAuthentic(kind.TABLE, key_text(kind, row), f"no key server writes such a value of {named}")
+
+
+def _wrong_in_state(row: Sequence[Any]) -> list[int]:
+    """The columns of the log's state that would never end a loop over its tiles, or add a line to its public keys."""
+    size, origin = (_PLACES[store.LogStateRow][name] for name in ("size", "origin"))
+    is_line = row[origin].isprintable() and len(row[origin]) <= _LONGEST_ORIGIN
+    return [*([size] if row[size] < 0 else []), *([] if is_line else [origin])]
 
 
 def key_text(kind: type[store.Row], values: Sequence[Any]) -> str:
