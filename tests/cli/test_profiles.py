@@ -96,6 +96,27 @@ def test_the_difference_names_the_registers(command: Command, tmp_path: Path, in
     assert into.read_text() == source.read_text()  # SEV-SNP stays in the file
 
 
+def test_registers_that_anybodys_image_matches_are_shown(command: Command, tmp_path: Path, into: Path) -> None:
+    """An operator who confirms the import of a list must see what it does not check."""
+    names = [f"{stage}.rtmr{number}" for stage in ("boot", "runtime") for number in range(4)]
+    pinned = '[[profile]]\nname = "a"\nversion = "1"\nmrtd = "x"\n' + "".join(f'{name} = "x"\n' for name in names)
+    pinned = pinned.replace('"x"', f'"{RTMR1}"')
+
+    def shown(text: str) -> str:
+        source = tmp_path / "published.toml"
+        _ = source.write_text(text)
+        done = command("profiles", "import", str(source), "--into", str(into), "--yes", "--json")
+        (change,) = done.json["changes"]
+        return f"{change['change']}: {change['parts']}"
+
+    loose = pinned.replace(f'mrtd = "{RTMR1}"', 'mrtd = "any"')
+    assert shown(loose) == "added: MRTD is any"
+    looser = loose.replace(f'boot.rtmr2 = "{RTMR1}"', "boot.rtmr2 = { replayed = {} }")
+    assert shown(looser) == "changed: RTMR2 (boot), rules, MRTD is any, RTMR2 (boot) is replayed"
+    loosest = looser.replace("{ replayed = {} }", '"any"')
+    assert shown(loosest) == "changed: rules, MRTD is any, RTMR2 (boot) is any"
+
+
 def test_a_key_servers_list_is_fetched(command: Command, tmp_path: Path, into: Path) -> None:
     with dev_server(tmp_path / "platform") as server:
         url = f"{server.url}/servers/tee/measurements"

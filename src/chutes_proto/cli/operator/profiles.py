@@ -79,8 +79,8 @@ _COLUMNS: Final[output.Columns] = {
 def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> int:
     """Import published reference values into a file.
 
-    Shows which profiles would be added, removed or changed, asks, and then writes the published file as it is. Let the
-    servers reload afterwards.
+    Shows which profiles would be added, removed or changed, and which of their registers have no value ("is any", "is
+    replayed"), asks, and then writes the published file as it is. Let the servers reload afterwards.
 
     This list decides which images get keys. Compare it with a build of your own where you can.
 
@@ -292,14 +292,14 @@ def _changes(old: ProfileFile, new: ProfileFile) -> list[_Change]:
         if identity not in after:
             changes.append(_Change("removed", *identity))
         elif identity not in before:
-            changes.append(_Change("added", *identity))
+            changes.append(_Change("added", *identity, ", ".join(_without_value(after[identity][0]))))
         elif before[identity] != after[identity]:
             parts = _differing(before[identity][0], after[identity][0])
             changes.append(_Change("changed", *identity, ", ".join(parts) or "options"))
     return changes
 
 
-_BESIDE: Final = ("expected_gpus", "gpu_count", "fingerprints", "schedule")
+_BESIDE: Final = ("expected_gpus", "gpu_count", "fingerprints", "schedule", "attributes", "rules")
 
 
 def _differing(old: Profile, new: Profile) -> list[str]:
@@ -313,7 +313,13 @@ def _differing(old: Profile, new: Profile) -> list[str]:
             if was != now
         ),
         *(name for name in _BESIDE if getattr(old, name) != getattr(new, name)),
+        *_without_value(new),
     ]
+
+
+def _without_value(profile: Profile) -> list[str]:
+    """The registers for which a profile has a rule in place of a value: an image of anybody's may match it."""
+    return [f"{each.register}{(each.stage and f' ({each.stage})') or ''} is {each.check}" for each in profile.rules]
 
 
 def _fetched(url: str, ca_file: str | None) -> bytes:
