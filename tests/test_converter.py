@@ -11,7 +11,7 @@ from attrs import field, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto._converter import MOST, MismatchError, ProblemsError, StrictConverter, string
+from chutes_proto._converter import MOST, MismatchError, ProblemsError, StrictConverter, load_toml, string
 
 
 @frozen
@@ -193,6 +193,33 @@ def test_a_class_may_refuse_what_contradicts_itself() -> None:
 def test_what_is_no_toml(data: bytes) -> None:
     with pytest.raises(ProblemsError, match="not TOML"):
         _ = CONVERTER.from_toml(data, Whole, lambda _: ())
+
+
+DEEP = (("a", "."), ('"a.b"', " . "), ("'a'", "\t."), ('"\\""', "."))
+
+
+@pytest.mark.parametrize(("part", "dot"), DEEP)
+@pytest.mark.parametrize(
+    "form", ["{} = 1", "b = 1\r\n  {} = 1", "[{}]", "[[ {}]]", "b = {{ {} = 1 }}", "b = [{{c = 1,{} = 1}}]"]
+)
+def test_a_key_has_few_parts(form: str, part: str, dot: str) -> None:
+    """tomllib takes a time with the square of their number: half a minute for 20 kB."""
+    with pytest.raises(ProblemsError, match="a key of more than 32 parts"):
+        _ = load_toml(form.format(dot.join([part] * 33)).encode())
+    _ = load_toml(form.format(dot.join([part] * 32)).encode())
+
+
+def test_a_text_with_many_dots_is_not_a_key() -> None:
+    text = ".".join(["a"] * 99)
+    assert load_toml(f'# {text}\nb = "{text}"\nc = ["{text}"]'.encode()) == {"b": text, "c": [text]}
+
+
+@pytest.mark.parametrize("name", ["a" * 1_000_000, "a\nb", "\x1b[31m"])
+def test_a_name_adds_no_line_and_is_not_endless(name: str) -> None:
+    with pytest.raises(ProblemsError) as caught:
+        _ = CONVERTER.structure({"name": "n", name: 1}, Whole)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("kind", [bytes, dict[int, str], list[str], set[str], tuple[str, int], str | int, object])

@@ -10,6 +10,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -28,6 +29,13 @@ T = TypeVar("T")
 Hook: TypeAlias = Callable[[object, Any], Any]
 """Makes a value of the type (second argument) from plain data. Raises `ProblemsError`."""
 
+_LONGEST_SHOWN: Final = 128
+_DEEPEST_KEY: Final = 32
+_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
+_DEEP_KEY: Final = re.compile(
+    rf"(?:^[ \t]*+\[{{0,2}}|[{{,])[ \t]*+{_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{_DEEPEST_KEY}}}", re.MULTILINE
+)
+"""A dotted key with more parts, where a key can be: tomllib takes a time with the square of their number."""
 MOST: Final = 100
 """The most problems that are reported: a small body could have a great many."""
 
@@ -41,7 +49,14 @@ class Problem:
     msg: str
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, [".".join(map(str, self.path)), self.msg]))
+        return ": ".join(filter(None, [".".join(map(_shown, self.path)), self.msg]))
+
+
+def _shown(place: int | str) -> str:
+    """A part of a path. A name of an input may be megabytes, or add a line."""
+    if isinstance(place, int) or (len(place) <= _LONGEST_SHOWN and place.isprintable()):
+        return str(place)
+    return repr(place[:_LONGEST_SHOWN])
 
 
 class ProblemsError(ValueError):
@@ -244,7 +259,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_toml(data: bytes) -> dict[str, object]:
     """Parse a TOML file. Raises `ProblemsError`."""
     try:
-        return tomllib.loads(data.decode("utf-8"))
+        if _DEEP_KEY.search(text := data.decode("utf-8")):
+            raise ValueError(f"a key of more than {_DEEPEST_KEY} parts")
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as exc:
         raise MismatchError("toml", f"not TOML: {exc}") from None
 

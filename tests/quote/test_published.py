@@ -207,6 +207,16 @@ def test_nesting_and_size_have_an_end() -> None:
             _ = parse(data)
 
 
+def test_yaml_is_read_up_to_a_size_that_takes_seconds() -> None:
+    """Of four megabytes the reader of YAML makes nodes of more than a gigabyte, for minutes."""
+    assert parse(f"{FLAT}#{'a' * 200_000}".encode()).profiles
+    with pytest.raises(PolicyError, match="more than 262144 bytes of YAML"):
+        _ = parse(f"{FLAT}#{'a' * 262_144}".encode())
+    with pytest.raises(PolicyError) as caught:
+        _ = parse(f"measurements:\n- version: {'1' * 100_000}\n".encode())
+    assert len(str(caught.value)) < 1000
+
+
 @given(st.data())
 def test_mutated_files(data: st.DataObject) -> None:
     seed = data.draw(st.sampled_from([FLAT, BY_PLATFORM])).encode()

@@ -45,6 +45,7 @@ Extras: TypeAlias = "dict[str, object]"
 ProfileAndExtras: TypeAlias = "tuple[Profile, Extras]"
 Tables: TypeAlias = tuple[Mapping[str, object], ...]
 
+_LONGEST_NAME: Final = 128
 REGISTERS = ("MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3")
 
 
@@ -218,8 +219,8 @@ class Profile:
     def __attrs_post_init__(self) -> None:
         for name in ("name", "version"):
             text = getattr(self, name)
-            if type(text) is not str or not 1 <= len(text) <= 128 or not text.isprintable():
-                raise PolicyError(f"{name}: must be 1 to 128 printable characters")
+            if type(text) is not str or not 1 <= len(text) <= _LONGEST_NAME or not text.isprintable():
+                raise PolicyError(f"{name}: must be 1 to {_LONGEST_NAME} printable characters")
         for name, registers, count in (("mrtd", (self.mrtd,), 1), ("boot", self.boot, 4), ("runtime", self.runtime, 4)):
             if len(registers) != count or any(len(register) != 48 for register in registers):
                 raise PolicyError(f"{name}: must be {'48 bytes' if count == 1 else 'four registers of 48 bytes'}")
@@ -364,7 +365,7 @@ def _profiles(
     profiles: list[ProfileAndExtras] = []
     for number, entry in enumerate(entries, 1):
         name = entry.get("name")
-        where = f"profile {name!r}" if isinstance(name, str) else f"profile {number}"
+        where = f"profile {name[:_LONGEST_NAME]!r}" if isinstance(name, str) else f"profile {number}"
         own = {**defaults, **entry}
         extras = {key: own.pop(key) for key in own.keys() & extra_keys}
         rules = within(where, _take_rules, own) if converter is _IN_TOML else ()

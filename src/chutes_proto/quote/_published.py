@@ -18,7 +18,7 @@ from typing import Final, Literal
 from attrs import frozen
 
 from chutes_proto.quote._errors import PolicyError
-from chutes_proto.quote._files import MAX_SIZE, file_converter, within
+from chutes_proto.quote._files import file_converter, within
 from chutes_proto.quote._measurements import (
     Extras,
     ProfileAndExtras,
@@ -34,6 +34,9 @@ _JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
 _YAML: Final = re.compile(rb"^(?:measurements|MEASUREMENTS)[ \t]*:", re.MULTILINE)
 """A line of YAML, which TOML cannot have."""
 _ZERO: Final = "00" * 48
+_LONGEST_SHOWN: Final = 128
+_LARGEST_YAML: Final = 256 * 1024
+"""The reader of YAML takes ten seconds and 100 MB for so many bytes."""
 
 
 @frozen
@@ -59,8 +62,8 @@ def parse_profile_file(
     if _JSON.match(data):
         return ProfileFile(parse_profiles_json(data, extra_keys=extra_keys, defaults=defaults))
     if _YAML.search(data):
-        if len(data) > MAX_SIZE:
-            raise PolicyError(f"more than {MAX_SIZE} bytes of YAML")
+        if len(data) > _LARGEST_YAML:
+            raise PolicyError(f"more than {_LARGEST_YAML} bytes of YAML; JSON and TOML may have more")
         return _parse_entries(read_yaml(data), extra_keys, defaults or {})
     return ProfileFile(parse_profiles_toml(data, extra_keys=extra_keys, defaults=defaults))
 
@@ -148,7 +151,7 @@ def _parse_entries(file: object, extra_keys: frozenset[str], defaults: Mapping[s
     not_served: list[str] = []
     for number, entry in enumerate(content.measurements, 1):
         version = entry.get("version")
-        where = f"version {version!r}" if isinstance(version, str) else f"measurements {number}"
+        where = f"version {version[:_LONGEST_SHOWN]!r}" if isinstance(version, str) else f"measurements {number}"
         if "boot_rtmrs" in entry:
             tables = [_counted(where, entry)]
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 import click
 from attrs import frozen
 
+from chutes_proto._converter import load_toml
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Group, answer, json_option, parsed, wants
 from chutes_proto.cli.describe import exits
@@ -278,7 +278,7 @@ def _parsed(name: str, data: bytes) -> ProfileFile:
 def _require_form(into: str, data: bytes) -> None:
     """Refuse to write what is not TOML into a file of that name, which has options that no published list has."""
     try:
-        _ = tomllib.loads(data.decode()) if Path(into).suffix == ".toml" else None
+        _ = load_toml(data) if Path(into).suffix == ".toml" else None
     except ValueError:
         told = f"--into: {into}: the published values are not TOML; name a file of their own, such as published.json"
         raise ConfigurationError(told) from None
