@@ -12,7 +12,7 @@ from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolErro
 from chutes_proto.secret import Secret
 from chutes_proto.wire import codec, endpoints, json, public, vms
 from chutes_proto.wire.codec import error_response
-from chutes_proto.wire.codes import Code
+from chutes_proto.wire.codes import NO_CODE, Code
 from chutes_proto.wire.endpoint import Message, NonceAnswer
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from chutes_proto.wire.names import NAME_PATTERN, Name
@@ -335,6 +335,24 @@ def test_a_refusal_comes_back_as_the_one_that_was_raised() -> None:
 def test_answers_that_are_neither_grant_nor_refusal(status: int, body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         codec.decode_answer(vms.BOOT_ATTESTATION, HttpResponse(status, (), body))
+
+
+@pytest.mark.parametrize("request_id", ["$(reboot)", "-x", "a b", "a;b", "a\n", "`a`", "", "a" * 129])
+def test_the_id_of_a_request_is_a_word(request_id: str) -> None:
+    """It is printed in a command, which an operator pastes."""
+    body = json.encode({"detail": "no", "code": request_id, "request_id": request_id})
+    with pytest.raises(Refused) as caught:
+        codec.decode_answer(vms.BOOT_NONCE, HttpResponse(403, (), body))
+    assert (caught.value.request_id, caught.value.code) == (None, NO_CODE)
+
+
+@pytest.mark.parametrize("detail", ["d" * 1_000_000, [{"loc": ["body"], "msg": "m" * 10_000}] * 50])
+def test_the_text_of_a_refusal_is_not_endless(detail: object) -> None:
+    """A mebibyte of a server's would push all else off the screen."""
+    body = json.encode({"detail": detail, "code": "c" * 10_000, "request_id": "r" * 10_000})
+    with pytest.raises(Refused) as caught:
+        codec.decode_answer(vms.BOOT_NONCE, HttpResponse(403, (), body))
+    assert len(str(caught.value)) < 3000
 
 
 @given(st.integers(400, 599), st.binary(max_size=60))

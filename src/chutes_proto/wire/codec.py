@@ -50,6 +50,10 @@ _NAME = re.compile(NAME_PATTERN, re.ASCII)
 _JSON_TYPE = re.compile(r"\s*application/(?:json|[!-~]+\+json)\s*(?:;.*)?", re.IGNORECASE)
 JSON_HEADERS = (("content-type", "application/json"),)
 _PLACES = ("path", "query", "header", "body")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+_LONGEST_TEXT = 2000
+_LARGEST_LIST = 32 * 1024
+"""The most bytes of a refusal whose list of problems is shown."""
 
 
 # --- requests ---
@@ -181,7 +185,10 @@ def _answer_object(response: HttpResponse) -> dict[str, Any]:
 
 
 def _refusal(response: HttpResponse) -> Refusal:
-    """Decode a refusal, of this server or of a proxy in front of it."""
+    """Decode a refusal, of this server or of a proxy in front of it.
+
+    It is shown to people: texts are cut, and a request's id, which people put into a command, is a word.
+    """
     if not 400 <= response.status < 600:
         raise RemoteProtocolError(f"the server answered {response.status}, which is neither a grant nor a refusal")
     content: dict[str, Any] = {}
@@ -189,15 +196,21 @@ def _refusal(response: HttpResponse) -> Refusal:
         content = _answer_object(response)
     detail, code, request_id = (content.get(name) for name in ("detail", "code", "request_id"))
     is_problems = isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail))
+    if isinstance(detail, str):
+        detail = detail if len(detail) <= _LONGEST_TEXT else f"{detail[:_LONGEST_TEXT]}…"
+    elif not is_problems or len(response.body) > _LARGEST_LIST:
+        detail = f"HTTP status {response.status}, without a text of a key server"
     return refusal(
         response.status,
-        code if isinstance(code, str) else NO_CODE,
-        cast("Any", detail)
-        if is_problems or isinstance(detail, str)
-        else f"HTTP status {response.status}, without a text of a key server",
+        _word(code) or NO_CODE,
+        cast("Any", detail),
         retry_after=_retry_after(response),
-        request_id=request_id if isinstance(request_id, str) else None,
+        request_id=_word(request_id),
     )
+
+
+def _word(value: object) -> str | None:
+    return value if isinstance(value, str) and _WORD.fullmatch(value) else None
 
 
 def _retry_after(response: HttpResponse) -> int:
