@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -80,6 +81,14 @@ def test_nothing_is_replaced(command: Callable[..., Ended], tmp_path: Path) -> N
     assert "kek: exists, and is not replaced" in again.err
     assert not (tmp_path / "server.toml").exists()
     assert all(path.read_bytes() == data for path, data in before.items() if path.exists())
+
+
+def test_the_commands_that_remain_can_be_pasted(command: Callable[..., Ended], tmp_path: Path) -> None:
+    site = tmp_path / "the $(reboot) 'site'"
+    printed = command("init", site, "--name", "keys.example").out.splitlines()
+    commands = [shlex.split(line) for line in printed if line.startswith("  chutes-proto")]
+    assert [words[-1] for words in commands] == [str(site / "measurements.toml"), "--check", str(site / "server.toml")]
+    assert str(site / "server.toml") in commands[1]
 
 
 def test_as_written_it_says_what_is_missing(command: Callable[..., Ended], tmp_path: Path) -> None:

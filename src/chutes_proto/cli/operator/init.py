@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -47,11 +48,12 @@ def command(directory: str, name: str, state: str | None) -> int:
         for file in made:
             output.prose(f"{file.path}: {file.purpose}")
         console.say("next:")
+        measurements, config = (shlex.quote(str(place / name)) for name in ("measurements.toml", "server.toml"))
         for line in (
             f"have your CA sign {place / 'server.csr'}, and save the chain as {place / 'server.pem'}",
-            f"chutes-proto profile boot.quote runtime.quote --name NAME --version 1.0 > {place / 'measurements.toml'}",
-            f"chutes-proto serve --config {place / 'server.toml'} --check",
-            f"chutes-proto serve --config {place / 'server.toml'}",
+            f"chutes-proto profile boot.quote runtime.quote --name NAME --version 1.0 > {measurements}",
+            f"chutes-proto serve --config {config} --check",
+            f"chutes-proto serve --config {config}",
         ):
             console.say(f"  {line}")
 
