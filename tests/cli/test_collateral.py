@@ -93,6 +93,28 @@ def test_fetched_shown_checked_and_served_until_a_signal(
     assert (process.returncode, err) == (0, "")
 
 
+def test_older_collateral_replaces_none_that_verifies(
+    command: Command, serve: Any, platform: SimulatedPlatform, root: Path, tmp_path: Path
+) -> None:
+    """A service that is old, or that somebody speaks for, would take a revocation back."""
+    (older, _), (newer, _) = serve("--age", 2_000_000), serve()
+    write_file(tmp_path / "quote.bin", platform.quote(bytes(64)))
+    words = ("collateral", "fetch", "--quote", tmp_path / "quote.bin", "--root", root, "--out", tmp_path / "out")
+    assert command(*words, "--upstream", older).code == 0
+    (file,) = (tmp_path / "out").iterdir()
+    before = file.read_bytes()
+    assert command(*words, "--upstream", newer).code == 0
+    kept = file.read_bytes()
+    assert kept != before
+    ended = command(*words, "--upstream", older)
+    assert (ended.code, file.read_bytes()) == (1, kept)
+    said = " ".join(ended.err.split())
+    assert f"{file} is left as it is: {older}: it is older than the cached collateral" in said
+    assert command(*words, "--upstream", older, "--upstream", newer).code == 0
+    _ = file.write_text("damaged")
+    assert (command(*words, "--upstream", older).code, file.read_bytes() != kept) == (0, True)
+
+
 def test_fetch_tells_why_there_is_none(
     command: Command, serve: Any, platform: SimulatedPlatform, root: Path, tmp_path: Path
 ) -> None:

@@ -108,7 +108,7 @@ class Collateral:
         if members.get(_OPTIONAL, "") is None:  # as other writers leave it out
             members = {name: value for name, value in members.items() if name != _OPTIONAL}
         if unknown := sorted(name for name in members if name not in _MEMBERS):
-            raise CollateralFormatError(f"{unknown[0]!r} is not a member of collateral; remove it")
+            raise CollateralFormatError(f"{unknown[0][:80]!r} is not a member of collateral; remove it")
         pieces = {name: _piece(members[name], name) for name in _MEMBERS if name in members}
         if missing := [name for name in _MEMBERS if name not in pieces and name != _OPTIONAL]:
             raise CollateralFormatError(f"{missing[0]} is missing")

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,7 @@ from chutes_proto.cli.verifier.fields import (
 )
 from chutes_proto.cli.verifier.simulate import fault_option, simulated_platform
 from chutes_proto.collateral.report import described, forecast
-from chutes_proto.errors import ConfigurationError, QuoteError, TransportError
+from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError, TransportError
 from chutes_proto.io.files import read_file
 from chutes_proto.quote import Collateral, VerifiedCollateral
 from chutes_proto.quote._terms import rfc3339
@@ -34,6 +35,7 @@ from chutes_proto.quote._verify import authenticate_collateral, open_quote
 
 if TYPE_CHECKING:
     from chutes_proto.collateral.library import Family
+    from chutes_proto.log import Record
     from chutes_proto.quote import TrustedRoot
 
 _SECONDS: Final = click.IntRange(0, 999_999_999)
@@ -106,8 +108,9 @@ def fetch_command(
     """Fetch collateral into a directory.
 
     Asks collateral services, in the order given, for the collateral of one platform; verifies it up to Intel's root or
-    to --root; and writes one file for all platforms with the same FMSPC, CA and TEE. A server's `collateral =
-    { directory = "…" }` reads such a directory, and reloads it when it changes.
+    to --root; and writes one file for all platforms with the same FMSPC, CA and TEE. Older collateral replaces none
+    there that still verifies: it may lack a revocation. A server's `collateral = { directory = "…" }` reads such a
+    directory, and reloads it when it changes.
 
     Give the platform by a quote of it, or by --fmspc and --ca.
 
@@ -140,14 +143,36 @@ def fetch_command(
     except QuoteError as exc:
         return _refuse(f"{quote}: {exc}")
     cache = PlatformCache(services, root=trust, update=update)
-    performer = Performer(get=reporting(HttpGetter(context, FETCH_LIMITS), _unverified), log=lambda _: None)
+    file = str(Path(out) / f"{family.name}.json")
+    for held in _held(Path(file), trust):
+        if Family.of(held) == family:
+            _ = cache.take(family, held, int(time.time()))
+    problems: list[str] = []
+
+    def note(record: Record) -> None:
+        if record.event == "collateral_fetched":
+            problems.clear()
+        elif "error" in record.fields:
+            problems.append(f"{record.fields['upstream']}: {record.fields['error']}")
+
+    performer = Performer(get=reporting(HttpGetter(context, FETCH_LIMITS), _unverified), log=note)
     fetched = performer.run(fetch(cache, family))
     outcome = performer.run(settle(cache, family))
-    if isinstance(outcome, GiveUp) or fetched is None:
-        return _refuse(outcome.reason if isinstance(outcome, GiveUp) else "nothing was fetched")
-    file = str(keep_collateral(out, family, fetched))
+    if isinstance(outcome, GiveUp):
+        return _refuse(outcome.reason)
+    if fetched is not None:
+        file = str(keep_collateral(out, family, fetched))
+    elif problems:
+        return _refuse(f"{file} is left as it is: {'; '.join(problems)}")
     found = {"file": file, "fmspc": family.fmspc.hex(), "ca": family.ca, "tee": family.tee}
     return answer({"fetched": True, **found}, file)
+
+
+def _held(file: Path, root: TrustedRoot) -> Iterator[VerifiedCollateral]:
+    """The collateral of a file that there may be; one that cannot be used is replaced."""
+    with suppress(FileUnavailable, QuoteError):
+        for one in Collateral.all_from_json(read_file(file)):
+            yield authenticate_collateral(one, root=root)
 
 
 def _family(quote: str, root: TrustedRoot) -> Family:
