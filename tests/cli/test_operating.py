@@ -678,9 +678,10 @@ def test_what_no_option_takes(site: Site, words: list[str], told: str) -> None:
 def test_another_volumes_name_is_only_not_there(site: Site) -> None:
     site.boot("1")
     before = site.rows()
-    for volume in ("", "..", "a\0b", "x" * 10_000, "\udcff", "root"):
-        assert site.do("keys", "restore", "vm-1", volume, 1).code == 1
-        assert site.do("keys", "allow-format", "vm-1", volume).code == 1
+    for code, volumes in ((1, ("root",)), (2, ("", "..", "a\0b", "x" * 10_000, "\udcff"))):
+        for volume in volumes:
+            assert site.do("keys", "restore", "vm-1", volume, 1).code == code
+            assert site.do("keys", "allow-format", "vm-1", volume).code == code
     assert site.rows() == before
 
 
