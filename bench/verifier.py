@@ -68,7 +68,9 @@ def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: byte
         return verify.verify_genuine(quote, pieces, now=now, report_data=None, root=root)
 
     def warm() -> object:
-        return verify.verify_quote(verify.check_signed(verify.open_quote(quote, now=now, root=root)), verified, now=now)
+        return verify.verify_quote(
+            verify.check_signed(verify.open_quote(quote, now=now, root=root)), verified, now=now, report_data=None
+        )
 
     def forget() -> None:
         verify.forget()

@@ -727,7 +727,7 @@ BUNDLE = Bundle(
 def _entry() -> dict[str, Any]:
     """The entry of a grant that rests on the bundle."""
     signed = check_signed(open_quote(BUNDLE.quote, now=NOW, root=ROOT))
-    verdict = verify_quote(signed, verify_collateral(BUNDLE.collateral, now=NOW, root=ROOT), now=NOW)
+    verdict = verify_quote(signed, verify_collateral(BUNDLE.collateral, now=NOW, root=ROOT), now=NOW, report_data=None)
     rested_on = grounds(verdict, BUNDLE.documents, "boot", ACCEPTED, hotkey_proven=None)
     pin = platform_of(verdict).pin
     of = {"at": NOW, "event": "boot", "decision": "granted", "profile": str(PROFILE)}

@@ -132,11 +132,11 @@ def test_no_crl_is_no_empty_crl() -> None:
 def test_a_revocation_counts_for_what_was_seen_before() -> None:
     """A remembered chain must not outlive its revocation."""
     signed = signed_of(PLATFORM.quote(REPORT_DATA))
-    _ = verify_quote(signed, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
+    _ = verify_quote(signed, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW, report_data=None)
     for fault in ("pck_revoked", "intermediate_revoked"):
         with pytest.raises(QuoteError):
             revoking = verify_collateral(collateral_of(PLATFORM.having(fault)), now=NOW, root=ROOT)
-            _ = verify_quote(signed, revoking, now=NOW)
+            _ = verify_quote(signed, revoking, now=NOW, report_data=None)
 
 
 @pytest.mark.parametrize("fault", ["tcb_info_duplicate_key", "qe_identity_duplicate_key"])

@@ -79,10 +79,10 @@ def test_a_quote_serves_as_long_as_each_certificate_in_it(draft: str) -> None:
     forget()
     for _ in range(2):  # made, then remembered
         signed = signed_of(data)
-        assert verify_quote(signed, verified, now=NOW).window == (NOW, END)
-        assert verify_quote(signed, verified, now=END).verified_at == END
+        assert verify_quote(signed, verified, now=NOW, report_data=None).window == (NOW, END)
+        assert verify_quote(signed, verified, now=END, report_data=None).verified_at == END
         for late in (
-            lambda signed=signed: verify_quote(signed, verified, now=END + 1),
+            lambda signed=signed: verify_quote(signed, verified, now=END + 1, report_data=None),
             lambda: open_quote(data, now=END + 1, root=ROOT),
         ):
             with pytest.raises(CertificateExpiredError) as caught:
@@ -107,9 +107,9 @@ def test_no_grace_for_a_certificate_of_the_collateral(draft: str, member: str) -
         authenticate_collateral(collateral, root=ROOT, grace=GRACE),
     ):
         assert (verified.window, verified.usable_until) == ((NOW, END), END)
-        assert verify_quote(signed, verified, now=END).window == (NOW, END)
+        assert verify_quote(signed, verified, now=END, report_data=None).window == (NOW, END)
         with pytest.raises(CertificateExpiredError) as caught:
-            _ = verify_quote(signed, verified, now=END + 1)
+            _ = verify_quote(signed, verified, now=END + 1, report_data=None)
         assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
     with pytest.raises(CertificateExpiredError):
         _ = verify_collateral(collateral, now=END + 1, root=ROOT, grace=GRACE)
@@ -156,11 +156,11 @@ def test_of_two_certificates_of_one_ca_the_revoked_one_is_not_in_the_quote() -> 
         return Fault(name="revoking", side="collateral", what="one of them is revoked", root_crl=change)
 
     signed = signed_of(data)
-    assert verify_quote(signed, verified_of(PLATFORM), now=NOW).steps
+    assert verify_quote(signed, verified_of(PLATFORM), now=NOW, report_data=None).steps
     verified = verified_of(PLATFORM.having(revoking("new platform CA")))
-    assert verify_quote(signed_of(QUOTE), verified, now=NOW).steps
+    assert verify_quote(signed_of(QUOTE), verified, now=NOW, report_data=None).steps
     with pytest.raises(CertificateRevokedError) as caught:
-        _ = verify_quote(signed, verified, now=NOW)
+        _ = verify_quote(signed, verified, now=NOW, report_data=None)
     assert caught.value.subject == PLACES["intermediate"]
     with pytest.raises(CertificateRevokedError):
         _ = verified_of(PLATFORM.having(revoking("platform CA")))

@@ -88,7 +88,7 @@ def test_an_honest_platform(form: str, ca: str) -> None:
     assert (opened.pck.ppid, opened.pck.platform_instance_id) == (platform.ppid, platform.platform_instance_id)
     verified = verified_of(platform)
     assert (verified.fmspc, verified.ca, verified.tee) == (platform.fmspc, ca, "TDX")
-    verdict = verify_quote(check_signed(opened), verified, now=NOW)
+    verdict = verify_quote(check_signed(opened), verified, now=NOW, report_data=None)
     assert verdict.tcb_status == "UpToDate"
     assert verdict.current_status == ("UpToDate" if form.startswith("v5-td15") else None)
     assert verdict.quote.body.report_data == REPORT_DATA
@@ -106,7 +106,7 @@ def test_whatever_holds_the_bytes_of_a_quote(kind: Callable[[bytes], Any]) -> No
     if isinstance(held, bytearray):
         held[:] = bytes(len(held))
     assert opened.quote == quote
-    assert verify_quote(check_signed(opened), verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
+    assert verify_quote(check_signed(opened), verified_of(PLATFORM), now=NOW, report_data=None).tcb_status == "UpToDate"
 
 
 @pytest.mark.parametrize("wrong", [5, "a quote", None, [1, 2]])
@@ -132,7 +132,7 @@ def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
     verified = verified_of(PLATFORM)
     for number in range(3):
         quote = PLATFORM.quote(bytes([number]) * 64)
-        assert verify_quote(signed_of(quote), verified, now=NOW).tcb_status == "UpToDate"
+        assert verify_quote(signed_of(quote), verified, now=NOW, report_data=None).tcb_status == "UpToDate"
 
 
 def test_verified_collateral_names_the_documents_that_it_was_read_from() -> None:
@@ -152,6 +152,12 @@ def test_report_data_must_be_said() -> None:
         _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=bytes(64))
     assert (caught.value.got, caught.value.expected) == (REPORT_DATA, bytes(64))
     _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=None)
+    signed, verified = signed_of(QUOTE), verified_of(PLATFORM)
+    with pytest.raises(TypeError):
+        _ = verify_quote(signed, verified, now=NOW)  # type: ignore[call-arg]
+    with pytest.raises(ReportDataMismatchError):
+        _ = verify_quote(signed, verified, now=NOW, report_data=bytes(64))
+    assert verify_quote(signed, verified, now=NOW, report_data=REPORT_DATA).steps[-1] == 37
 
 
 def test_another_root_is_only_trusted_by_name() -> None:
@@ -163,7 +169,7 @@ def test_another_root_is_only_trusted_by_name() -> None:
     other_root = TrustedRoot.from_der(other.root_der)
     verified = verify_collateral(collateral_of(other), now=NOW, root=other_root)
     with pytest.raises(RootMismatchError):
-        _ = verify_quote(signed_of(QUOTE), verified, now=NOW)
+        _ = verify_quote(signed_of(QUOTE), verified, now=NOW, report_data=None)
 
 
 def test_the_reference_shows_how_another_root_is_trusted() -> None:
@@ -247,7 +253,7 @@ def test_a_verdict_says_which_steps_were_taken() -> None:
 def test_a_verdict_says_what_was_only_remembered() -> None:
     stages.forget()
     verified = verified_of(PLATFORM)
-    first, again = (verify_quote(signed_of(QUOTE), verified, now=NOW) for _ in range(2))
+    first, again = (verify_quote(signed_of(QUOTE), verified, now=NOW, report_data=None) for _ in range(2))
     remembered = {"PCK CA certificate": (4, 5, 7, 8)}  # of the collateral
     twice = {
         "chain of the TCB signing certificate": (3, 6),
@@ -300,7 +306,10 @@ def test_a_verdict_comes_whole_out_of_another_process() -> None:
     verdict = verdict_of(PLATFORM)
     made: Verdict = pickle.loads(pickle.dumps(verdict))
     assert made.to_dict() == verdict.to_dict()
-    assert verify_quote(check_signed(made.signed.opened), made.verified, now=NOW).tcb_status == "UpToDate"
+    assert (
+        verify_quote(check_signed(made.signed.opened), made.verified, now=NOW, report_data=None).tcb_status
+        == "UpToDate"
+    )
 
 
 def test_kept_collateral_verifies_many_quotes_until_it_expires() -> None:
@@ -328,9 +337,9 @@ def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
     signed: Any = check_signed(opened)
     for stage, maker in (
         (lambda: check_signed(impostor(opened)), "open_quote"),
-        (lambda: verify_quote(opened, verified, now=NOW), "check_signed"),  # type: ignore[arg-type]
-        (lambda: verify_quote(impostor(signed), verified, now=NOW), "check_signed"),
-        (lambda: verify_quote(signed, impostor(verified), now=NOW), "verify_collateral"),
+        (lambda: verify_quote(opened, verified, now=NOW, report_data=None), "check_signed"),  # type: ignore[arg-type]
+        (lambda: verify_quote(impostor(signed), verified, now=NOW, report_data=None), "check_signed"),
+        (lambda: verify_quote(signed, impostor(verified), now=NOW, report_data=None), "verify_collateral"),
         (lambda: verify_collateral(impostor(COLLATERAL), now=NOW, root=ROOT), r"Collateral\.load"),
     ):
         with pytest.raises(TypeError, match=f"as of {maker}, not "):
@@ -357,7 +366,7 @@ def test_no_proof_can_be_made_by_hand() -> None:
     opened = open_quote(QUOTE, now=NOW, root=ROOT)
     signed = check_signed(opened)
     verified = verified_of(PLATFORM)
-    verdict = verify_quote(signed, verified, now=NOW)
+    verdict = verify_quote(signed, verified, now=NOW, report_data=None)
     for value in (opened, signed, verified, verdict):
         fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
         with pytest.raises(TypeError, match="proves a check"):
@@ -397,17 +406,17 @@ def test_time_is_checked_in_every_stage() -> None:
     signed, verified = signed_of(QUOTE), verified_of(PLATFORM)
     for now in (NOW, end):
         assert verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT).window == (NOW, end)
-        assert verify_quote(signed, verified, now=now).verified_at == now
+        assert verify_quote(signed, verified, now=now, report_data=None).verified_at == now
     for now, step in ((NOW - 1, CollateralNotYetValidError), (end + 1, CollateralExpiredError)):
         with pytest.raises(step):
             _ = verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT)
         with pytest.raises(step):
-            _ = verify_quote(signed, verified, now=now)
+            _ = verify_quote(signed, verified, now=now, report_data=None)
     for now, certificate_step in ((ISSUED - 1, CertificateNotYetValidError), (EXPIRES + 1, CertificateExpiredError)):
         with pytest.raises(certificate_step):
             _ = open_quote(QUOTE, now=now, root=ROOT)
         with pytest.raises(certificate_step):
-            _ = verify_quote(signed, verified, now=now)
+            _ = verify_quote(signed, verified, now=now, report_data=None)
 
 
 def test_grace_extends_statements_and_never_certificates() -> None:
@@ -418,9 +427,9 @@ def test_grace_extends_statements_and_never_certificates() -> None:
     assert verified.window == (NOW, end)
     assert verified.usable_until == late
     signed = signed_of(QUOTE, now=late)
-    assert verify_quote(signed, verified, now=late).window == (NOW, end)
+    assert verify_quote(signed, verified, now=late, report_data=None).window == (NOW, end)
     with pytest.raises(CollateralExpiredError):
-        _ = verify_quote(signed, verified, now=late + 1)
+        _ = verify_quote(signed, verified, now=late + 1, report_data=None)
     with pytest.raises(CertificateExpiredError):
         _ = verify_collateral(collateral, now=EXPIRES + 1, root=ROOT, grace=EXPIRES)
 
@@ -432,7 +441,7 @@ def test_a_time_is_an_integer(wrong: Any) -> None:
     for stage in (
         lambda: open_quote(QUOTE, now=wrong, root=ROOT),
         lambda: verify_collateral(COLLATERAL, now=wrong, root=ROOT),
-        lambda: verify_quote(signed, verified, now=wrong),
+        lambda: verify_quote(signed, verified, now=wrong, report_data=None),
         lambda: verify_genuine(QUOTE, COLLATERAL, now=wrong, root=ROOT, report_data=None),
         lambda: terms.check_terms(opened.chain.terms, wrong),
     ):
@@ -457,8 +466,8 @@ def test_remembering_changes_no_answer() -> None:
     assert [verdict_of(PLATFORM).tcb_status, *honest] == ["UpToDate"] * 3
     signed = signed_of(QUOTE)
     with pytest.raises(PckRevokedError):
-        _ = verify_quote(signed, verified_of(PLATFORM.having("pck_revoked")), now=NOW)
-    assert verify_quote(signed, verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
+        _ = verify_quote(signed, verified_of(PLATFORM.having("pck_revoked")), now=NOW, report_data=None)
+    assert verify_quote(signed, verified_of(PLATFORM), now=NOW, report_data=None).tcb_status == "UpToDate"
 
 
 def test_refusals_are_not_remembered() -> None:

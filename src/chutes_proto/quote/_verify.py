@@ -3,7 +3,8 @@
     opened = open_quote(data, now=now)                               opened.pck: which collateral to ask for
     signed = check_signed(opened)                                    the platform made this quote
     verified = verify_collateral(collateral, now=now)                once for many quotes
-    verdict = verify_quote(signed, verified, now=now)                the result; or all at once: verify_genuine(…)
+    verdict = verify_quote(signed, verified, now=now, report_data=expected)
+                                                                     the result; or all at once: verify_genuine(…)
 
 Rules kept here:
 
@@ -377,15 +378,16 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     )
 
 
-def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
-    """Verify a quote by collateral of its platform (steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36).
+def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int, report_data: bytes | None) -> Verdict:
+    """Verify a quote by collateral of its platform (steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 37).
 
-    ``now`` is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
+    ``now`` is in whole unix seconds. ``report_data`` is as for `verify_genuine`: None only if something else binds the
+    quote to the peer. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
     _check_kind("signed", signed, SignedQuote, "check_signed")
     _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
     _check_belongs(signed.opened, verified, now)
-    return _judge(signed, verified, now, None)
+    return _judge(signed, verified, now, report_data)
 
 
 def foresee(verdict: Verdict, *, at: int) -> Verdict:

@@ -129,7 +129,7 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
                 collateral = yield from FetchCollateral(opened.pck, now, instead_of=collateral)
         now = yield from Now()  # collateral may be younger than the request
         _check_current(collateral, now)
-        verdict = verify_quote(signed, collateral, now=now)
+        verdict = verify_quote(signed, collateral, now=now, report_data=None)  # compared above
     except VerificationError as exc:
         if isinstance(exc, OURS):
             raise _no_collateral(f"{exc.code}: {exc}").because(exc) from None

@@ -360,7 +360,7 @@ def _judged(
     signed = check_signed(open_quote(bundle.quote, now=at, root=root))
     without = evolve(bundle.collateral, pck_certificate_chain=None)
     verified = verify_collateral(without, now=at, root=root, grace=policies.collateral_grace)
-    verdict = verify_quote(signed, verified, now=at)
+    verdict = verify_quote(signed, verified, now=at, report_data=None)
 
     def proven() -> Hotkey:
         if not told.get("hotkey_proven"):

@@ -64,7 +64,7 @@ def judge(
         opened = open_quote(row.quote, now=row.received_at, root=service.root)
         signed = check_signed(opened)
         found = collateral(opened.pck)
-        verdict = verify_quote(signed, found, now=max(row.received_at, found.window[0]))
+        verdict = verify_quote(signed, found, now=max(row.received_at, found.window[0]), report_data=None)
     except VerificationError as exc:
         if isinstance(exc, OURS):
             return Judged("not judged", str(Code.COLLATERAL_UNAVAILABLE), f"{exc.code}: {exc}", at)
