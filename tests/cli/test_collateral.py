@@ -109,7 +109,7 @@ def test_older_collateral_replaces_none_that_verifies(
     ended = command(*words, "--upstream", older)
     assert (ended.code, file.read_bytes()) == (1, kept)
     said = " ".join(ended.err.split())
-    assert f"{file} is left as it is: {older}: it is older than the cached collateral" in said
+    assert f"{file} is left as it is: {older}: it is older than the cached collateral; if you want older" in said
     assert command(*words, "--upstream", older, "--upstream", newer).code == 0
     _ = file.write_text("damaged")
     assert (command(*words, "--upstream", older).code, file.read_bytes() != kept) == (0, True)

@@ -163,7 +163,8 @@ def fetch_command(
     if fetched is not None:
         file = str(keep_collateral(out, family, fetched))
     elif problems:
-        return _refuse(f"{file} is left as it is: {'; '.join(problems)}")
+        told = f"{file} is left as it is: {'; '.join(problems)}"
+        return _refuse(f"{told}; if you want older collateral, as after --update early, move the file away first")
     found = {"file": file, "fmspc": family.fmspc.hex(), "ca": family.ca, "tee": family.tee}
     return answer({"fetched": True, **found}, file)
 
