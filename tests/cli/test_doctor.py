@@ -92,7 +92,8 @@ def test_a_remedy_is_for_a_shell(command: Command, tmp_path: Path) -> None:
     (folder / "kek").chmod(0o600)
     (path,) = (folder / "collateral").iterdir()
     path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS - 60))
-    with closing(SqliteStore(folder / "keys.db")), sqlite3.connect(folder / "keys.db") as database:
+    SqliteStore(folder / "keys.db").close()
+    with closing(sqlite3.connect(folder / "keys.db", isolation_level=None)) as database:
         database.execute("UPDATE fact SET value = 1 WHERE name = 'schema_version'")
     wrong = command("doctor", "--config", folder / "server.toml", "--json")
     assert found(wrong)["collateral"]["remedy"].endswith(f" --out '{folder}/collateral'")
