@@ -15,6 +15,7 @@ from chutes_proto.testing._gpus import gpu_files
 from tests.cli.conftest import Ended
 from tests.collateral.test_gpu_services import GPUS as ON_A_NETWORK
 from tests.collateral.test_gpu_services import serving
+from tests.collateral.test_gpus import by_serial
 from tests.gpu.vectors import ABSENT, GPU
 
 NOW = 1_800_000_000
@@ -109,6 +110,22 @@ def test_files_that_cannot_be_used_are_named(verify: Callable[..., tuple[int, di
     assert (code, report["code"], len(report["unreadable"])) == (1, "status_missing", 1)
 
 
+def test_a_file_of_a_directory_that_cannot_be_read_ends_nothing(
+    verify: Callable[..., tuple[int, dict[str, Any]]], tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    assert verify(nonce=NONCE.hex())[0] == 0
+    for directory in ("rims", "status"):
+        with (tmp_path / directory / "image.iso").open("wb") as file:
+            _ = file.truncate(1 << 30)
+    code, report = verify(nonce=NONCE.hex())
+    assert (code, report["accepted"]) == (0, True)
+    (unread,) = (one for one in report["rims"] if "error" in one)
+    assert (unread["code"], unread["error"].startswith("has more than")) == (None, True)
+    assert ["image.iso: has more than" in one for one in report["unreadable"]] == [True]
+    named = ("gpu", "verify", tmp_path / "evidence.json", "--rim", tmp_path / "rims" / "image.iso")
+    assert command(*named).code == 2
+
+
 def test_what_is_no_evidence_is_unreadable(tmp_path: Path, command: Callable[..., Ended]) -> None:
     for data in (b"", b"{}", b"[1]", b"\xff"):
         _ = (tmp_path / "x").write_bytes(data)
@@ -152,6 +169,33 @@ def test_what_was_fetched_is_a_bundle_for_offline_use(tmp_path: Path, command: C
     spoilt = command(*check)
     assert (spoilt.code, len(spoilt.json["problems"])) == (1, 1)
     assert command("gpu", "check", tmp_path / "nowhere").code == 2
+
+
+def test_older_answers_and_rims_replace_none_that_verify(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    """A service that is old, or that somebody speaks for, would take a revocation back."""
+    now = int(time.time())
+    for name, data in gpu_files(ON_A_NETWORK, NONCE, now).items():
+        if "/" not in name:
+            _ = (tmp_path / name).write_bytes(data)
+    revoked = by_serial(ON_A_NETWORK.having("revoked").status(now))
+    newest = by_serial(ON_A_NETWORK.status(now))
+    with serving() as services:
+        named = ("--rim-service", services.url, "--ocsp-service", services.url, "--roots", tmp_path)
+        fetch = ("gpu", "fetch", tmp_path / "evidence.json", *named, "--out", tmp_path / "bundle", "--json")
+        for kept, older, why in (
+            (newest, by_serial(ON_A_NETWORK.status(now - 7200)), "it is older than the cached answer"),
+            (revoked, newest, "it takes a revocation back"),
+        ):
+            services.status = kept
+            assert command(*fetch).code == 0
+            bundle = {path: path.read_bytes() for path in (tmp_path / "bundle").glob("*/*")}
+            services.status = older
+            ended = command(*fetch)
+            assert {path: path.read_bytes() for path in (tmp_path / "bundle").glob("*/*")} == bundle
+            assert (ended.code, ended.json["fetched"]) == (1, False)
+            assert all("is left as it is: " in problem and why in problem for problem in ended.json["problems"])
+    check = command("gpu", "check", tmp_path / "bundle", "--roots", tmp_path, "--json")
+    assert check.json["problems"] == []
 
 
 def test_roots_are_named_where_evidence_and_rims_are_under_others(

@@ -231,6 +231,11 @@ class Cache(ABC, Generic[K, S, V, R_co]):
         """Return whether a key was fetched, restored or given up before, and not forgotten since."""
         return key in self._entries
 
+    def trouble(self, key: K, now: int) -> str | None:
+        """Return why nothing was fetched for a key since it was restored; None if something was."""
+        entry = self._entries.get(key, _Entry[V]())
+        return entry.why or (None if entry.due else self._hindrance(entry, now))
+
     def held(self) -> tuple[V, ...]:
         """All cached collateral, valid or not."""
         entries = list(self._entries.values())  # at once: another thread may ask while there are new ones

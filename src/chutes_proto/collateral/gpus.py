@@ -16,14 +16,15 @@ from __future__ import annotations
 import re
 from binascii import Error as Base64Error
 from binascii import a2b_base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha384
 from typing import TYPE_CHECKING, Final
 
 from attrs import evolve, field, frozen
 
 from chutes_proto.auth import der
-from chutes_proto.collateral.cache import Cache, CachePolicy, GiveUp, K, R_co, S, V, fetch, settle
+from chutes_proto.collateral.cache import Cache, CachePolicy, GiveUp, K, S, V, fetch, settle
 from chutes_proto.collateral.pcs import check_service, check_status
 from chutes_proto.effects import Get, Now, Post
 from chutes_proto.errors import GpuError, UpstreamError
@@ -273,9 +274,19 @@ class GpuFetched:
 
 
 def fetch_gpu_collateral(
-    evidence: Iterable[DeviceEvidence], rims: RimCache, status: StatusCache, *, now: int, roots: GpuRoots = NVIDIA
+    evidence: Iterable[DeviceEvidence],
+    rims: RimCache,
+    status: StatusCache,
+    *,
+    now: int,
+    roots: GpuRoots = NVIDIA,
+    kept: Callable[[RimKey | StatusKey], bytes | None] = lambda _: None,
 ) -> Flow[GpuFetched]:
-    """Fetch everything that evidence is verified with. Raises nothing."""
+    """Fetch everything that evidence is verified with, into empty caches. Raises nothing.
+
+    ``kept`` returns the piece that was fetched before: what `Cache.replaces` does not replace stays, and the problem
+    says so.
+    """
     found = GpuFetched()
     devices: list[GenuineDevice] = []
     for number, one in enumerate(evidence):
@@ -285,20 +296,27 @@ def fetch_gpu_collateral(
             found.problems.append(f"device {number}: {exc}")
     verified: list[VerifiedRim] = []
     for rim_key in rim_keys(devices):
-        held = yield from _fetched(found, rims, rim_key)
+        held = yield from _fetched(found, rims, rim_key, rims.read, kept(rim_key))
         if held is not None:
             verified.append(held.rim)
     for key in status_keys(devices, verified):
-        _ = yield from _fetched(found, status, key)
+        _ = yield from _fetched(found, status, key, status.read, kept(key))
     return found
 
 
-def _fetched(found: GpuFetched, cache: Cache[K, S, V, R_co], key: K) -> Flow[V | None]:
+def _fetched(
+    found: GpuFetched, cache: Cache[K, S, V, bytes], key: K, read: Callable[[K, bytes], V], kept: bytes | None
+) -> Flow[V | None]:
+    if kept is not None:
+        with suppress(GpuError, UpstreamError):  # it is replaced
+            cache.restore(key, read(key, kept))
     data = yield from fetch(cache, key)
     outcome = yield from settle(cache, key)
     if isinstance(outcome, GiveUp):
         found.problems.append(outcome.reason)
         return None
-    if isinstance(key, RimKey | StatusKey) and isinstance(data, bytes):
-        found.pieces[key] = data
+    if why := cache.trouble(key, (yield from Now())):
+        found.problems.append(f"{key} is left as it is: {why}")
+    elif (piece := kept if data is None else data) is not None and isinstance(key, RimKey | StatusKey):
+        found.pieces[key] = piece
     return outcome.collateral

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from chutes_proto.cli.base import Argument, Decorator, F, Group, answer, at_opti
 from chutes_proto.cli.describe import exits, wrong_usage
 from chutes_proto.cli.verifier.fields import list_faults_option, say_fields
 from chutes_proto.collateral.gpus import OCSP_SERVICE, RIM_SERVICE
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.gpu import (
     NVIDIA,
     DeviceEvidence,
@@ -225,20 +226,29 @@ def _policy(path: str | None, rims: tuple[str, ...], status: str | None, grace: 
     return policy if not grace else evolve(policy, revocation="grace", revocation_grace=grace)
 
 
-def _files(path: Path) -> list[Path]:
-    """The file, or the files of a directory."""
+def _contents(path: Path) -> Iterator[tuple[Path, bytes | str]]:
+    """The file, or the files of a directory; of one there that cannot be read, the reason in place of its content."""
     if not path.is_dir():
-        return [path]
-    return sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
+        yield path, read_file(path)
+        return
+    for file in sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith(".")):
+        try:
+            content: bytes | str = read_file(file)
+        except FileUnavailable as exc:
+            content = str(exc).removeprefix(f"{file}: ")
+        yield file, content
 
 
 def _rims(paths: tuple[str, ...], roots: GpuRoots) -> tuple[Rims, list[dict[str, Any]]]:
     """The RIMs that their signers signed, at whatever time, and a report on every file."""
     found: list[VerifiedRim] = []
     reports: list[dict[str, Any]] = []
-    for file in (file for path in paths if path != _NONE for file in _files(Path(path))):
+    for file, data in (one for path in paths if path != _NONE for one in _contents(Path(path))):
+        if isinstance(data, str):
+            reports.append({"file": str(file), "code": None, "error": data})
+            continue
         try:
-            rim = authenticate_rim(read_file(file), roots=roots)
+            rim = authenticate_rim(data, roots=roots)
         except GpuError as exc:
             reports.append({"file": str(file), "code": exc.code, "error": str(exc)})
         else:
@@ -251,8 +261,10 @@ def _revocation(path: str | None) -> tuple[Revocation, list[str]]:
     """The OCSP answers and CRLs of a directory, and the files that are neither."""
     pieces: list[bytes] = []
     problems: list[str] = []
-    for file in [] if path in (None, _OFF) else _files(Path(str(path))):
-        data = read_file(file)
+    for file, data in [] if path in (None, _OFF) else _contents(Path(str(path))):
+        if isinstance(data, str):
+            problems.append(f"{file}: {data}")
+            continue
         try:
             _ = Revocation.of([data])
         except GpuError as exc:
@@ -370,7 +382,8 @@ def fetch_command(
 
     Verifies each device's chain and report, asks NVIDIA's services for everything that the evidence is verified with,
     verifies the answers, and writes them below DIR, into rims and status: a directory for `gpu verify` and for a
-    server's `gpu_evidence.directory`. OCSP answers end after a day.
+    server's `gpu_evidence.directory`. An older answer replaces none there that is still valid, and a revocation stays.
+    OCSP answers end after a day.
 
     Examples:
       chutes-proto gpu fetch gpus/evidence.json --roots gpus --out fetched
@@ -393,7 +406,12 @@ def fetch_command(
     rims, status = (GpuService.parse(url) for url in (rim_service, ocsp_service))
     performer = Performer(get=HttpGetter(context_trusting(ca_file), FETCH_LIMITS), log=lambda _: None)
     flow = fetch_gpu_collateral(
-        devices, RimCache([rims], roots=trust), StatusCache([status]), now=int(time.time()), roots=trust
+        devices,
+        RimCache([rims], roots=trust),
+        StatusCache([status]),
+        now=int(time.time()),
+        roots=trust,
+        kept=lambda key: _kept(Path(out) / key.file),
     )
     fetched = performer.run(flow)
     files = [str(keep_piece(Path(out), key, data)) for key, data in fetched.pieces.items()]
@@ -403,6 +421,13 @@ def fetch_command(
         lambda: _say_fetched(files, fetched.problems, hint),
         ok=not fetched.problems,
     )
+
+
+def _kept(file: Path) -> bytes | None:
+    """A piece that was fetched before; one that cannot be read is replaced."""
+    with suppress(FileUnavailable):
+        return read_file(file)
+    return None
 
 
 def _say_fetched(files: list[str], problems: list[str], hint: str | None) -> None:
