@@ -268,6 +268,9 @@ def test_evidence_of_another_type_is_refused(made: Callable[[bytes], Any]) -> No
     policy, rims, revocation = GpuPolicy(), Rims(), Revocation()
     with pytest.raises(TypeError, match=r"^data: must be bytes, or a sequence of DeviceEvidence"):
         _ = verify(data, nonce=NONCE, now=NOW, rims=rims, revocation=revocation, policy=policy, roots=GPUS.roots)
+    unread: Any = [b"<SoftwareIdentity/>"]
+    with pytest.raises(TypeError, match=r"^rims: must be VerifiedRim, as of verify_rim, not bytes"):
+        _ = Rims.of(unread)
     with pytest.raises(TypeError, match=r"^evidence: must be DeviceEvidence"):
         _ = authenticate(data, nonce=NONCE, now=NOW, roots=GPUS.roots)
 

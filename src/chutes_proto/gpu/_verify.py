@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hmac import compare_digest
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from attrs import frozen
 
@@ -204,8 +204,13 @@ class Rims:
 
     @classmethod
     def of(cls, rims: Iterable[VerifiedRim]) -> Rims:
-        """These RIMs, each content once."""
-        return cls(tuple({rim.digest: rim for rim in rims}.values()))
+        """These RIMs, each content once. Raises `TypeError` for anything but a `VerifiedRim`."""
+        found: dict[bytes, VerifiedRim] = {}
+        for rim in rims:
+            if not isinstance(cast("object", rim), VerifiedRim):
+                raise TypeError(f"rims: must be VerifiedRim, as of verify_rim, not {type(rim).__name__}")
+            found[rim.digest] = rim
+        return cls(tuple(found.values()))
 
     def find(
         self, device: GenuineDevice, version: str | None, name: str, rim_id: str | None
