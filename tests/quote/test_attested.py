@@ -23,6 +23,7 @@ from chutes_proto.quote._attested import CertificateEvidenceError, evidence_for,
 from chutes_proto.quote._errors import AppraisalError, VerificationError
 from chutes_proto.quote._policy import AcceptedVerdict, Policy
 from chutes_proto.quote._steps import CertificateExpiredError, CertificateNotYetValidError, ReportDataMismatchError
+from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.testing._faults import Fault
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, ROOT, collateral_of
 
@@ -96,6 +97,9 @@ def test_each_form(form: str, extensions: dict[str, bytes]) -> None:
 
     assert verify_certificate(made, fetch, now=NOW, policy=POLICY, root=ROOT)
     assert asked == [read_evidence(made).quote]
+    kept = verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT)
+    assert verify_certificate(made, kept, now=NOW, policy=POLICY, root=ROOT).verified is kept
+    assert verify_certificate(made, lambda _: kept, now=NOW, policy=POLICY, root=ROOT).verified is kept
 
 
 def test_the_form_that_is_made_here() -> None:

@@ -32,7 +32,7 @@ from chutes_proto.quote import _cbor as cbor
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._certificates import MAX_PEM
-from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, verify
@@ -105,7 +105,7 @@ def read_evidence(certificate: bytes) -> CertificateEvidence:
 
 def verify_certificate(
     certificate: bytes,
-    collateral: Collateral | Callable[[bytes], Collateral],
+    collateral: Collateral | VerifiedCollateral | Callable[[bytes], Collateral | VerifiedCollateral],
     *,
     now: int,
     policy: AnyPolicy,
@@ -116,9 +116,9 @@ def verify_certificate(
 ) -> AcceptedVerdict:
     """Verify the quote in a certificate (DER), and return a verdict only if it is bound to the key and accepted.
 
-    ``collateral`` may be a function that gets the quote and returns collateral for it. The other arguments are those of
-    `verify`; an event log in the certificate is used for registers that a log must explain. Use it on the certificate
-    of the connection itself, after the handshake has shown that the peer has its key.
+    ``collateral`` may be a function that gets the quote and returns collateral for it, verified or not. The other
+    arguments are those of `verify`; an event log in the certificate is used for registers that a log must explain. Use
+    it on the certificate of the connection itself, after the handshake has shown that the peer has its key.
 
     Raises `VerificationError` for every refusal; `CertificateEvidenceError` where the certificate itself is at fault.
     """
@@ -132,7 +132,7 @@ def verify_certificate(
             raise _refused(f"its event log: {exc}") from None
     return verify(
         evidence.quote,
-        collateral if isinstance(collateral, Collateral) else collateral(evidence.quote),
+        collateral if isinstance(collateral, Collateral | VerifiedCollateral) else collateral(evidence.quote),
         now=now,
         report_data=evidence.report_data,
         policy=policy,

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.quoters.choose import Quoter, take_quote
 from chutes_proto.quote._attested import DICE_TAGGED_EVIDENCE, evidence_for, verify_certificate
-from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy
@@ -59,7 +59,7 @@ class AttestationFailedError(ssl.SSLCertVerificationError):
 
 def attested_context(
     policy: AnyPolicy,
-    collateral: Collateral | Callable[[bytes], Collateral],
+    collateral: Collateral | VerifiedCollateral | Callable[[bytes], Collateral | VerifiedCollateral],
     *,
     root: TrustedRoot = INTEL_ROOT,
     grace: int = 0,
@@ -71,7 +71,8 @@ def attested_context(
 
     For ``ssl``, asyncio, and httpx (``verify=context``). ``collateral`` may be a function of the quote, such as
     `fetch_collateral`; it runs in the thread of the handshake, in asyncio and trio that of the event loop, which waits
-    for it: give those a `Collateral`, or a function that fetches nothing. ``accepted`` gets each verdict. A handshake
+    for it: give those a `Collateral`, or a function that fetches nothing. A `VerifiedCollateral` is not verified again
+    in each handshake but for its times, and its own grace counts. ``accepted`` gets each verdict. A handshake
     with any other peer raises `AttestationFailedError`, which httpx turns into a ``ConnectError``; so does a use of the
     connection without a handshake. A connection that stays open is not verified again.
     """
@@ -147,7 +148,7 @@ def _attested(use: Callable[..., Any]) -> Callable[..., Any]:
 
 def attested_callback(
     policy: AnyPolicy,
-    collateral: Collateral | Callable[[bytes], Collateral],
+    collateral: Collateral | VerifiedCollateral | Callable[[bytes], Collateral | VerifiedCollateral],
     *,
     root: TrustedRoot = INTEL_ROOT,
     grace: int = 0,
