@@ -94,9 +94,19 @@ def test_a_service_that_sends_interim_answers_without_an_end_does_not_keep_a_loo
 
 @pytest.mark.parametrize("door", DOORS)
 def test_a_tcb_evaluation_data_number_may_be_asked_for(door: str, upstream: Upstream) -> None:
-    _ = DOORS[door](QUOTE, [upstream.url], root=ROOT, update=17)
-    wanted = [target for target in upstream.asked if "tcbEvaluationDataNumber=17" in target]
+    _ = DOORS[door](QUOTE, [upstream.url], root=ROOT, update=20)
+    wanted = [target for target in upstream.asked if "tcbEvaluationDataNumber=20" in target]
     assert [target.partition("?")[0].rpartition("/")[2] for target in wanted] == ["tcb", "identity"]
+    with pytest.raises(CollateralUnavailable, match="its TCB evaluation data number is 20, not 17"):
+        _ = DOORS[door](QUOTE, [upstream.url], root=ROOT, update=17)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("update", ["late", "", True, 0, -1, 17.0, None])
+def test_another_update_is_refused(door: str, update: Any, upstream: Upstream) -> None:
+    with pytest.raises(ConfigurationError, match=r"^update: must be"):
+        _ = DOORS[door](QUOTE, [upstream.url], root=ROOT, update=update)
+    assert upstream.asked == []
 
 
 @pytest.mark.parametrize("door", DOORS)

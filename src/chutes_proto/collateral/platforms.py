@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chutes_proto.collateral.cache import Cache, CachePolicy
 from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import Update, Upstream, ask
-from chutes_proto.errors import UpstreamError
+from chutes_proto.errors import ConfigurationError, UpstreamError
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import authenticate_collateral
@@ -37,6 +37,8 @@ class PlatformCache(Cache[Family, Upstream, VerifiedCollateral, Collateral]):
         seed: bytes = b"",
     ) -> None:
         super().__init__(upstreams, policy=policy, seed=seed)
+        if update not in ("standard", "early") and (type(update) is not int or update < 1):
+            raise ConfigurationError(f'update: must be "standard", "early" or an evaluation number, not {update!r}')
         self.root = root
         self.update: Update = update
 
@@ -49,6 +51,8 @@ class PlatformCache(Cache[Family, Upstream, VerifiedCollateral, Collateral]):
         of_info, of_qe = verified.issue.tcb_info_number, verified.issue.qe_identity_number
         if of_info != of_qe:  # it published a TCB recovery between two answers, or one of its caches is old
             raise UpstreamError(f"its TCB info has TCB evaluation data number {of_info}, its QE identity {of_qe}")
+        if self.update not in ("standard", "early", of_info):
+            raise UpstreamError(f"its TCB evaluation data number is {of_info}, not {self.update}")
         return verified, collateral
 
     def replaces(self, held: VerifiedCollateral, fetched: VerifiedCollateral, now: int) -> bool:

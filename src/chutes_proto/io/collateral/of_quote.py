@@ -36,7 +36,7 @@ def fetch_collateral(
     chain, that is fetched first, so anyone's quote causes this one request, and is in the result.
 
     Raises `VerificationError` for the quote, `CollateralUnavailable` with the reason of each service, and
-    `ConfigurationError` for a URL or file.
+    `ConfigurationError` for a URL, a file or another ``update``.
     """
     upstreams = upstreams_of(services)
     performer = Performer(get=HttpGetter(context_trusting(ca_file), FETCH_LIMITS), log=lambda _: None)
