@@ -329,8 +329,9 @@ def confirm_root(settings: BootSettings, grant: BootGrant) -> Flow[str]:
 def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Mapping[str, str]]:
     """Send the server the caller's report, and return the result of each volume. An empty report is not sent.
 
-    Where the result is ``promoted``, every key but ``next`` and ``current`` may be taken off the disk; otherwise all
-    stay on it. ``current`` should stay, too: after a restore from a backup the server may know that one only.
+    Where the result is ``promoted``, every key but ``next`` and ``current`` may be taken off the disk. Otherwise all
+    stay on it: ``discarded`` where the report says that the disk has no ``next``, ``no_pending`` where the server had
+    nothing to decide. ``current`` should stay, too: after a restore from a backup the server may know that one only.
 
     Raises `Refused` where the server decided otherwise meanwhile (401, 409) and `TransportError` where nothing is
     known: in either case every key stays on the disk.
