@@ -115,6 +115,19 @@ def test_older_collateral_replaces_none_that_verifies(
     assert (command(*words, "--upstream", older).code, file.read_bytes() != kept) == (0, True)
 
 
+def test_a_file_of_a_directory_that_cannot_be_read_hides_no_other(
+    command: Command, collected: Path, root: Path
+) -> None:
+    with (collected / "b.json").open("wb") as file:
+        _ = file.truncate(1 << 30)
+    for words in (("check", "--at", MADE), ("show",)):
+        ended = command("collateral", *words, collected, "--root", root, "--json")
+        first, second = ended.json["files"]
+        assert (ended.code, "problem" in first) == (1, False)
+        assert second["problem"].startswith("has more than")
+    assert command("collateral", "check", collected / "b.json", "--root", root).code == 2
+
+
 def test_fetch_tells_why_there_is_none(
     command: Command, serve: Any, platform: SimulatedPlatform, root: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from chutes_proto.cli.base import platform_option as simulated_option
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import (
     QUOTE_FORMS,
+    read_files,
     read_quote_file,
     root_option,
     say_fields,
@@ -207,22 +208,25 @@ def _files(function: F) -> F:
 def _read_all(paths: tuple[str, ...], root: str | None) -> Iterator[tuple[str, VerifiedCollateral | str]]:
     """All files that are named, by name, with their content or why they cannot be used."""
     trust = trusted_root(root)
-    for path in map(Path, paths):
-        files = sorted(path.glob("[!.]*.json")) if path.is_dir() else [path]
-        if not files:
-            raise ConfigurationError(f"{path}: the directory holds no *.json; fetch some with `collateral fetch`")
-        for file in files:
-            data = read_file(file)
+    for path in paths:
+        is_empty = True
+        for file, data in read_files(path, "[!.]*.json"):
+            is_empty = False
+            if isinstance(data, str):
+                yield file, data
+                continue
             try:
                 found = Collateral.all_from_json(data)
             except QuoteError as exc:
-                yield str(file), with_root_hint(str(exc))
+                yield file, with_root_hint(str(exc))
                 continue
             for one in found:
                 try:
-                    yield str(file), authenticate_collateral(one, root=trust)
+                    yield file, authenticate_collateral(one, root=trust)
                 except QuoteError as exc:
-                    yield str(file), with_root_hint(str(exc))
+                    yield file, with_root_hint(str(exc))
+        if is_empty:
+            raise ConfigurationError(f"{path}: the directory holds no *.json; fetch some with `collateral fetch`")
 
 
 @command.command("show", exits=exits("shown", "a file is not collateral, or not the root's"))

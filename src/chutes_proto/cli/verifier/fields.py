@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, cast
 
 import click
@@ -14,7 +15,7 @@ import click
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator
-from chutes_proto.errors import ConfigurationError, QuoteError
+from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._steps import UntrustedRootError
@@ -94,6 +95,22 @@ def read_quote_file(path: str) -> bytes:
             with suppress(ValueError):
                 return base64.b64decode(padded + b"=" * (-len(padded) % 4))
     return data
+
+
+def read_files(path: str, pattern: str = "[!.]*") -> Iterator[tuple[str, bytes | str]]:
+    """The file, or those of a directory with the name of each; of one there that cannot be read, the reason.
+
+    Raises `FileUnavailable` for the file that is named.
+    """
+    if not Path(path).is_dir():
+        yield path, read_file(path)
+        return
+    for file in sorted(Path(path).glob(pattern)):
+        try:
+            content: bytes | str = read_file(file)
+        except FileUnavailable as exc:
+            content = str(exc).removeprefix(f"{file}: ")
+        yield str(file), content
 
 
 def read_event_log(path: str) -> bytes:

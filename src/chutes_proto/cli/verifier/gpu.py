@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from attrs import evolve
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator, F, Group, answer, at_option, full_option, json_option, parsed
 from chutes_proto.cli.describe import exits, wrong_usage
-from chutes_proto.cli.verifier.fields import list_faults_option, say_fields
+from chutes_proto.cli.verifier.fields import list_faults_option, read_files, say_fields
 from chutes_proto.collateral.gpus import OCSP_SERVICE, RIM_SERVICE
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.gpu import (
@@ -226,34 +226,21 @@ def _policy(path: str | None, rims: tuple[str, ...], status: str | None, grace: 
     return policy if not grace else evolve(policy, revocation="grace", revocation_grace=grace)
 
 
-def _contents(path: Path) -> Iterator[tuple[Path, bytes | str]]:
-    """The file, or the files of a directory; of one there that cannot be read, the reason in place of its content."""
-    if not path.is_dir():
-        yield path, read_file(path)
-        return
-    for file in sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith(".")):
-        try:
-            content: bytes | str = read_file(file)
-        except FileUnavailable as exc:
-            content = str(exc).removeprefix(f"{file}: ")
-        yield file, content
-
-
 def _rims(paths: tuple[str, ...], roots: GpuRoots) -> tuple[Rims, list[dict[str, Any]]]:
     """The RIMs that their signers signed, at whatever time, and a report on every file."""
     found: list[VerifiedRim] = []
     reports: list[dict[str, Any]] = []
-    for file, data in (one for path in paths if path != _NONE for one in _contents(Path(path))):
+    for file, data in (one for path in paths if path != _NONE for one in read_files(path)):
         if isinstance(data, str):
-            reports.append({"file": str(file), "code": None, "error": data})
+            reports.append({"file": file, "code": None, "error": data})
             continue
         try:
             rim = authenticate_rim(data, roots=roots)
         except GpuError as exc:
-            reports.append({"file": str(file), "code": exc.code, "error": str(exc)})
+            reports.append({"file": file, "code": exc.code, "error": str(exc)})
         else:
             found.append(rim)
-            reports.append({"file": str(file), **rim_fields(rim)})
+            reports.append({"file": file, **rim_fields(rim)})
     return Rims.of(found), reports
 
 
@@ -261,7 +248,7 @@ def _revocation(path: str | None) -> tuple[Revocation, list[str]]:
     """The OCSP answers and CRLs of a directory, and the files that are neither."""
     pieces: list[bytes] = []
     problems: list[str] = []
-    for file, data in [] if path in (None, _OFF) else _contents(Path(str(path))):
+    for file, data in () if path is None or path == _OFF else read_files(path):
         if isinstance(data, str):
             problems.append(f"{file}: {data}")
             continue
