@@ -60,7 +60,8 @@ class ServiceBinding:
     def of_e2e_key(cls, nonce: str, e2e_pubkey: str) -> ServiceBinding:
         """An instance that binds its key for end-to-end encryption: SHA-256(nonce ‖ e2e_pubkey), both as it sends them.
 
-        The second half of its report data is not compared.
+        The second half of its report data is not compared. This says less than `of_tls_key`: the digest stands where
+        others have a nonce, so anyone for whom the VM attests over a nonce of theirs can bind a key of their own.
         """
         digest = hashlib.sha256((nonce + e2e_pubkey).encode()).digest()
         return cls(digest, digest)
