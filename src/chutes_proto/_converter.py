@@ -52,11 +52,16 @@ class Problem:
         return ": ".join(filter(None, [".".join(map(_shown, self.path)), self.msg]))
 
 
+def quoted(text: str) -> str:
+    """A text of an input as an error shows it. It may be megabytes, or add a line."""
+    return repr(text[:_LONGEST_SHOWN])
+
+
 def _shown(place: int | str) -> str:
-    """A part of a path. A name of an input may be megabytes, or add a line."""
+    """A part of a path."""
     if isinstance(place, int) or (len(place) <= _LONGEST_SHOWN and place.isprintable()):
         return str(place)
-    return repr(place[:_LONGEST_SHOWN])
+    return quoted(place)
 
 
 class ProblemsError(ValueError):
@@ -253,7 +258,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like ``name``; None if none is much like it."""
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(name[:128], list(known), 1, 0.8)), None)
+    return next(iter(get_close_matches(name[:_LONGEST_SHOWN], list(known), 1, 0.8)), None)
 
 
 def load_toml(data: bytes) -> dict[str, object]:

@@ -28,6 +28,7 @@ from chutes_proto._converter import (
     integer,
     list_of,
     nearest,
+    quoted,
     string,
 )
 from chutes_proto.quote import _strict_json as strict_json
@@ -365,7 +366,7 @@ def _profiles(
     profiles: list[ProfileAndExtras] = []
     for number, entry in enumerate(entries, 1):
         name = entry.get("name")
-        where = f"profile {name[:_LONGEST_NAME]!r}" if isinstance(name, str) else f"profile {number}"
+        where = f"profile {quoted(name)}" if isinstance(name, str) else f"profile {number}"
         own = {**defaults, **entry}
         extras = {key: own.pop(key) for key in own.keys() & extra_keys}
         rules = within(where, _take_rules, own) if converter is _IN_TOML else ()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 from attrs import Factory, evolve, field, frozen
 
-from chutes_proto._converter import nearest
+from chutes_proto._converter import nearest, quoted
 from chutes_proto.quote._errors import AppraisalError, PolicyError
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._measurements import Profile, Stage
@@ -222,14 +222,14 @@ def parse_policy_set(data: bytes | str, *, extra_keys: frozenset[str] = frozense
         if name not in own:
             near = nearest(name, own)
             problem = "no profile of this file has this name" + (f"; did you mean {near}?" if near else "")
-            raise PolicyError(f"per_profile.{name[:128]!r}: {problem}")
+            raise PolicyError(f"per_profile.{quoted(name)}: {problem}")
     pairs = [(one, other) for one in per_profile for other in per_profile if other.startswith(f"{one} ")]
     cases: list[Case] = [*product([(), *((name,) for name in per_profile), *pairs], [None, *per_hotkey])]
     if len(cases) > MOST:
         raise PolicyError(f"per_profile, per_hotkey: {len(cases)} combinations, more than {MOST}")
     exceptions: dict[Case, AnyPolicy] = {}
     for names, hotkey in cases:
-        layers = [(f"per_profile.{name[:128]!r}", per_profile[name]) for name in names]
+        layers = [(f"per_profile.{quoted(name)}", per_profile[name]) for name in names]
         layers += [] if hotkey is None else [(f"per_hotkey.{hotkey!r}", per_hotkey[hotkey])]
         if layers:
             exceptions[names, hotkey] = _exception(table, layers)

@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 from attrs import frozen
 
+from chutes_proto._converter import quoted
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._files import file_converter, within
 from chutes_proto.quote._measurements import (
@@ -34,7 +35,6 @@ _JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
 _YAML: Final = re.compile(rb"^(?:measurements|MEASUREMENTS)[ \t]*:", re.MULTILINE)
 """A line of YAML, which TOML cannot have."""
 _ZERO: Final = "00" * 48
-_LONGEST_SHOWN: Final = 128
 _LARGEST_YAML: Final = 256 * 1024
 """The reader of YAML takes ten seconds and 100 MB for so many bytes."""
 
@@ -151,7 +151,7 @@ def _parse_entries(file: object, extra_keys: frozenset[str], defaults: Mapping[s
     not_served: list[str] = []
     for number, entry in enumerate(content.measurements, 1):
         version = entry.get("version")
-        where = f"version {version[:_LONGEST_SHOWN]!r}" if isinstance(version, str) else f"measurements {number}"
+        where = f"version {quoted(version)}" if isinstance(version, str) else f"measurements {number}"
         if "boot_rtmrs" in entry:
             tables = [_counted(where, entry)]
         else:
