@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Final
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import LogError
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash, root_hash
@@ -40,6 +40,17 @@ class Report:
     size: int
     first: int
     findings: tuple[Finding, ...]
+
+    def beside(self, kept: Iterable[Checkpoint]) -> Report:
+        """Require that one of the checkpoints that were ``kept`` elsewhere, if any, is newer than the last purge.
+
+        Otherwise a log that was rewritten, with an entry by which its beginning was purged, would pass.
+        """
+        newest = max((each.size for each in kept), default=self.first)
+        if newest >= self.first:
+            return self
+        what = f"purged: the checkpoint of {newest} entries cannot be compared; name one of {self.first} or more"
+        return evolve(self, findings=(*self.findings, Finding(0, max(0, newest - 1), what)))
 
 
 def check_log(

@@ -35,7 +35,7 @@ from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit
-from chutes_proto.tlog.check import Finding, Report
+from chutes_proto.tlog.check import Report
 from chutes_proto.tlog.notes import Checkpoint, Note, Verifier
 from chutes_proto.units.log import LOG, ReadLogKeys
 from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
@@ -305,13 +305,7 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
             report = LogDirectory(Path(directory), known[-1].size).check(known)
     except LogError as exc:
         raise StoreError(str(exc)) from None
-    newest = max(kept, key=lambda each: each.size, default=None)
-    if newest is not None and newest.size < report.first:
-        # Else a log that was rewritten, with an entry in which it says that its beginning was purged, would pass.
-        what = f"purged: the checkpoint of {newest.size} entries cannot be compared; name one of {report.first} or more"
-        purged = Finding(0, max(0, newest.size - 1), what)
-        report = evolve(report, findings=(*report.findings, purged))
-    return _told(report, known)
+    return _told(report.beside(kept), known)
 
 
 def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) -> tuple[Report, list[Checkpoint]]:
