@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import click
 
@@ -16,8 +16,12 @@ from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.secret import Secret
+from chutes_proto.wire.names import ROOT
 
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
+_NEXT: Final = ".next"
+_ROOT_SECOND: Final = f"{ROOT}.second"
+"""The files of --keys for a key that is to replace another (after its name), and for the root disk's third."""
 
 
 class _BootCommand(PeerCommand):
@@ -31,7 +35,7 @@ class _BootCommand(PeerCommand):
 
 def _volumes(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
-    if wrong := [name for name in names if not _VOLUME.fullmatch(name) or name == "root"]:
+    if wrong := [name for name in names if not _VOLUME.fullmatch(name) or name == ROOT]:
         raise ValueError(f"{wrong[0]!r} is not a volume's name; give for example storage,tdx-cache")
     return names
 
@@ -83,7 +87,7 @@ def command(
     """
     identity = new_identity()
     one_of(hotkey=hotkey, hotkey_file=hotkey_file)
-    taken = {"root.second", *(f"{name}.next" for name in ("root", *volumes))}
+    taken = {_ROOT_SECOND, *(name + _NEXT for name in (ROOT, *volumes))}
     if keys and (twice := sorted(taken.intersection(volumes))):
         raise click.UsageError(f"--keys: {twice[0]} is the file of another key, too, so --volumes cannot have it")
     pair = None if hotkey_file is None else read_hotkey(hotkey_file)
@@ -100,7 +104,7 @@ def command(
     later_exchange = "provisioned" if grant.is_provisioned else "two-phase"
     received, exchange = _keys(result), "base" if isinstance(result, tuple) else later_exchange
     if directory is not None:
-        following = {f"{name}.next": key.next for name, key in received.items() if key.next}
+        following = {name + _NEXT: key.next for name, key in received.items() if key.next}
         current = {name: key.passphrase for name, key in received.items()}
         for name, passphrase in {**_root_keys(grant), **current, **following}.items():
             write_file(directory / name, passphrase.reveal(), mode=0o600)
@@ -119,11 +123,11 @@ def command(
 
 
 def _root_keys(grant: BootGrant) -> dict[str, Secret]:
-    keys = {"root": grant.root_passphrase}
+    keys = {ROOT: grant.root_passphrase}
     if grant.root is not None and grant.root.next != grant.root_passphrase:
-        keys["root.next"] = grant.root.next
+        keys[ROOT + _NEXT] = grant.root.next
     if grant.root is not None and grant.root.second is not None:
-        keys["root.second"] = grant.root.second
+        keys[_ROOT_SECOND] = grant.root.second
     return keys
 
 
