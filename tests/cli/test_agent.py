@@ -178,8 +178,10 @@ def test_a_ca_file_that_is_none_is_named(command: Command, write: Callable[[str]
 
 def heard(agent: subprocess.Popen[str], text: str) -> None:
     assert agent.stderr is not None
+    said = ""
     while text not in (line := agent.stderr.readline()):
-        assert line, f"it ended before {text}"
+        said += line
+        assert line, f"it ended with {agent.wait(60)} before {text}: {said}"
 
 
 @pytest.mark.parametrize(("attempts", "awaited", "code"), [(30, "trying again", 143), (1, "next  ", 2)])
