@@ -406,6 +406,8 @@ def test_a_long_chain_is_accepted(tmp_path: Path) -> None:
     [
         (b"", IDENTITY.key_pem, "chain is not PEM"),
         (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", IDENTITY.key_pem, "chain is not PEM"),
+        (IDENTITY.chain_pem + IDENTITY.ca_pem[:-40], IDENTITY.key_pem, "chain is cut off; copy the whole file"),
+        (IDENTITY.chain_pem + IDENTITY.ca_pem[:20], IDENTITY.key_pem, "chain is cut off; copy the whole file"),
         (IDENTITY.chain_pem, Secret(b""), "not a private key"),
         (IDENTITY.chain_pem, Secret(IDENTITY.chain_pem), "not a private key"),
         (IDENTITY.ca_pem, IDENTITY.key_pem, "does not match the certificate"),
@@ -415,6 +417,11 @@ def test_a_long_chain_is_accepted(tmp_path: Path) -> None:
 def test_contexts_that_cannot_be(chain: bytes, key: Secret, why: str) -> None:
     with pytest.raises(ConfigurationError, match=why):
         server_context(chain, key)
+
+
+def test_a_ca_of_clients_that_is_cut_off_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="the CA of clients is cut off"):
+        server_context(IDENTITY.chain_pem, IDENTITY.key_pem, client_ca_pem=IDENTITY.ca_pem * 2 + IDENTITY.ca_pem[:100])
 
 
 def test_an_encrypted_key_is_not_asked_for_its_password() -> None:

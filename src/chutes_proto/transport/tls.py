@@ -14,6 +14,7 @@ pyOpenSSL does this because Python's own ``ssl`` refuses every client certificat
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import Final
 
@@ -40,6 +41,7 @@ _CURVE_BITS: Final = 1023  # more than the key of any curve has, and less than a
 _KEY_BITS: Final = 4096
 _EXPONENT_BITS: Final = 32
 _CHUNK: Final = 64 * 1024
+_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
 _NO_RENEGOTIATION: Final = 1 << 30  # SSL_OP_NO_RENEGOTIATION of openssl/ssl.h, which pyOpenSSL does not name
 
 
@@ -49,13 +51,10 @@ def server_context(chain_pem: bytes, key_pem: Secret, *, client_ca_pem: bytes | 
     With ``client_ca_pem`` the handshake fails unless the client has a certificate that is valid now, for TLS clients,
     and issued under one of these CAs (RFC 5280).
 
-    Raises `ConfigurationError` for a chain, key or CA that is not PEM, an encrypted key, or a key of another
-    certificate.
+    Raises `ConfigurationError` for a chain, key or CA that is not PEM or is cut off, an encrypted key, or a key of
+    another certificate.
     """
-    try:
-        certificates = x509.load_pem_x509_certificates(chain_pem)
-    except ValueError as exc:
-        raise ConfigurationError(f"the TLS certificate chain is not PEM: {exc}") from None
+    certificates = _read_certificates(chain_pem, "the TLS certificate chain")
     try:
         key = load_pem_private_key(key_pem.reveal(), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # without its text, which may repeat parts of the key
@@ -78,7 +77,9 @@ def server_context(chain_pem: bytes, key_pem: Secret, *, client_ca_pem: bytes | 
         context.use_privatekey(key)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - else a TypeError
         context.check_privatekey()
     except (SSL.Error, TypeError):
-        raise ConfigurationError("the TLS key does not match the certificate, or cannot be used for TLS") from None
+        raise ConfigurationError(
+            "the TLS key does not match the certificate, the first one of its chain, or cannot be used for TLS"
+        ) from None
     return context
 
 
@@ -188,11 +189,18 @@ class TlsSession:
             return None
 
 
-def _require_clients_of(context: ServerContext, client_ca_pem: bytes) -> None:
+def _read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:
+    """Return the certificates of a file, at least one. cryptography leaves out one that is cut off at the end."""
+    if b"-----B" in _BLOCK.sub(b"", pem):
+        raise ConfigurationError(f"{what} is cut off; copy the whole file")
     try:
-        authorities = x509.load_pem_x509_certificates(client_ca_pem)
-    except ValueError as exc:
-        raise ConfigurationError(f"the CA of clients is not PEM: {exc}") from None
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError:
+        raise ConfigurationError(f"{what} is not PEM, or has no certificate") from None
+
+
+def _require_clients_of(context: ServerContext, client_ca_pem: bytes) -> None:
+    authorities = _read_certificates(client_ca_pem, "the CA of clients")
     trusted = context.get_cert_store()
     assert trusted is not None  # noqa: S101 - a context always has one
     for authority in authorities:
