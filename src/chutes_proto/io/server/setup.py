@@ -265,9 +265,14 @@ def _tls(certificate: str, key_file: str, base: Path, files: Files, client_ca: s
         made = server_context(chain, key, client_ca_pem=authorities)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{base / certificate}, {base / key_file}: {exc}") from None
-    end = min(one.not_valid_after_utc for one in load_pem_x509_certificates(chain))
-    if end <= datetime.now(UTC):  # no VM would connect
+    certificates, now = load_pem_x509_certificates(chain), datetime.now(UTC)
+    begin = max(one.not_valid_before_utc for one in certificates)
+    end = min(one.not_valid_after_utc for one in certificates)
+    if end <= now:  # no VM would connect
         raise ConfigurationError(f"{base / certificate}: expired at {end:%Y-%m-%dT%H:%M:%SZ}; replace it")
+    if now < begin:
+        when = f"is not valid before {begin:%Y-%m-%dT%H:%M:%SZ}; wait until then, or set the clock right"
+        raise ConfigurationError(f"{base / certificate}: {when}")
     return made
 
 
