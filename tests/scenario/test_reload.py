@@ -46,6 +46,7 @@ from chutes_proto.store.rows import AuditRow, Insert, KeyringRow, Scan
 from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.units.log import LOG
+from tests.certificates import chained
 from tests.cli.conftest import HOTKEY
 from tests.conftest import SOAK
 from tests.scenario.premises import Premises
@@ -110,9 +111,8 @@ def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> 
         _ = file.write(GPU_KIND)
     site.edit('listen = "127.0.0.1:0"', 'listen = "127.0.0.1:1"')
     done = reload(site)
-    assert done["changes"] == [
-        *("reference values: newer 1 added", "hotkeys", "GPU kinds", "collateral", "certificate", "KEK")
-    ]
+    changes = [change.partition(": issued")[0] for change in done["changes"]]
+    assert changes == ["reference values: newer 1 added", "hotkeys", "GPU kinds", "collateral", "certificate", "KEK"]
     assert done["needs_restart"] == ["listen"]
     write_file(site.ca, identity.ca_pem)
     assert len(site.vm().ask("GET", "/servers/tee/measurements")) == 2
@@ -140,6 +140,27 @@ def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> 
     assert [one.partition(" ended ")[0] for one in ended] == ["profile: newer 1", "profile: simulated 1"]
     checked = site.here("serve", "--check")
     assert (checked.code, policy in checked.out, none_counts in checked.err) == (1, True, True)
+
+
+def test_a_certificate_that_vms_may_not_trust_is_told(site: Premises) -> None:
+    """A name less, or the leaf without the CA between: the server cannot know what images trust, its operator does."""
+    site.start()
+
+    def renew(chain: bytes, key: bytes) -> list[str]:
+        write_file(site.directory / "server.pem", chain)
+        write_file(site.directory / "server.key", key, mode=0o600)
+        changes: list[str] = reload(site)["changes"]
+        return changes
+
+    identity = make_server_identity(site.now - 86_400, os.urandom(32), ["keys.example", "127.0.0.1"])
+    (first,) = renew(identity.chain_pem, identity.key_pem.reveal())
+    assert first.startswith("certificate: keys.example added, ::1, localhost removed; issued under CN=chutes-proto ")
+    chain, key = chained(2)
+    (told,) = renew(chain, key)
+    assert told.startswith("certificate: 127.0.0.1, keys.example removed; issued under CN=level 2, and the one before ")
+    leaf = chain.partition(b"-----END CERTIFICATE-----\n")[0] + b"-----END CERTIFICATE-----\n"
+    assert renew(leaf, key) == ["certificate: issued under CN=level 1, and the one before under CN=level 2"]
+    assert renew(leaf + b"\n", key) == ["certificate"]
 
 
 def test_who_names_another_file_is_told_which_one_the_server_reads(

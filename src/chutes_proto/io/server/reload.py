@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import attrs
 from attrs import evolve, frozen
+from cryptography import x509
 
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable, QuoteError, StoreError
 from chutes_proto.io.collateral.gpu_directory import gpu_root_files
@@ -141,7 +142,23 @@ def _change(part: str, old: ServerSetup, new: ServerSetup) -> str:
     if part == "hotkeys" and old.service.hotkeys != "*" and new.service.hotkeys != "*":
         known, wanted = dict.fromkeys(old.service.hotkeys), dict.fromkeys(new.service.hotkeys)
         return f"{part}: {_difference(known, wanted) or 'the order, or the blacklist'}"
+    if part == "certificate":
+        (was_for, was_under), (now_for, now_under) = map(_certified, (old, new))
+        told = [_difference(was_for, now_for)] if was_for != now_for else []
+        if was_under != now_under:  # VMs whose image trusts the CA of before alone do not connect
+            told.append(f"issued under {now_under}, and the one before under {was_under}")
+        return ": ".join((part, *filter(None, ["; ".join(told)])))
     return part
+
+
+def _certified(setup: ServerSetup) -> tuple[dict[str, None], str]:
+    """The names that the server's certificate is for, and the issuer that its chain leads to."""
+    chain = x509.load_pem_x509_certificates(setup.files.read(setup.base / setup.config.tls.certificate))
+    try:
+        names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        names = x509.SubjectAlternativeName([])
+    return {str(name.value): None for name in names}, chain[-1].issuer.rfc4514_string()
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
