@@ -161,6 +161,9 @@ def test_a_credential_of_the_service_manager(
     server = start(*config, ca=site / "ca.pem")
     assert boot(command, server, site, "vm-1", tmp_path / "keys").code == 0
     assert server.stop(signal.SIGTERM).code == 0
+    (given / "kek").unlink()
+    told = command("serve", *config, "--check").err
+    assert told.strip().endswith("No such file or directory; give the unit a line LoadCredential=kek:FILE"), told
 
 
 # --- while a server runs ---

@@ -72,6 +72,18 @@ def test_a_credential_of_the_service_manager_may_be_its_groups(tmp_path: Path, m
         _ = read_private(path)
 
 
+def test_a_credential_that_the_unit_does_not_name_is_missed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file beside the configuration is in its place, so nobody has to get it back from anywhere."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "given"))
+    for read in (read_file, read_private):
+        with pytest.raises(FileUnavailable, match=r"No such file .*; give the unit a line LoadCredential=new:FILE$"):
+            _ = read(tmp_path / "given" / "new")
+        with pytest.raises(FileUnavailable, match=r"No such file or directory$"):
+            _ = read(tmp_path / "new")
+
+
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"), ("nul\0", "null")):
         for read in (read_file, read_private):

@@ -118,7 +118,7 @@ def check_private(path: str | Path, *, group_may: bool = False) -> None:
 
 def _check_mode(path: str | Path, found: os.stat_result, group_may: bool) -> None:
     mode = stat.S_IMODE(found.st_mode)
-    if mode & (0o007 if group_may or _is_credential(Path(path)) else 0o077):
+    if mode & (0o007 if group_may or is_credential(Path(path)) else 0o077):
         better = "640" if group_may else "600"
         mend = f"chmod {better} {shlex.quote(str(path))}"
         raise ConfigurationError(f"{path}: permissions are {mode:04o}, which is too open; run: {mend}")
@@ -200,7 +200,7 @@ def make_directory(path: str | Path, *, mode: int = 0o755) -> Path:
     return Path(path)
 
 
-def _is_credential(path: Path) -> bool:
+def is_credential(path: Path) -> bool:
     """Return whether this is a credential of systemd (systemd.exec(5)).
 
     An access list keeps that for its unit alone; the mask of the list is in the group's bits of the mode.
@@ -235,7 +235,9 @@ def unavailable(path: str | os.PathLike[str], what: str) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        raise FileUnavailable(f"{path}: {what}: {reason(exc)}") from None
+        is_not_given = isinstance(exc, FileNotFoundError) and is_credential(Path(path))
+        mend = f"; give the unit a line LoadCredential={Path(path).name}:FILE" if is_not_given else ""
+        raise FileUnavailable(f"{path}: {what}: {reason(exc)}{mend}") from None
 
 
 def reason(exc: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError, StoreError
-from chutes_proto.io.files import Files, check_private
+from chutes_proto.io.files import Files, check_private, is_credential
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.sinks import FileSink, JournalSink, Sink, Sinks
 from chutes_proto.io.server.witnesses import Witness, Witnesses
@@ -266,7 +266,7 @@ def _kek(path: Path, files: Files) -> KeyEncryptionKey:
     try:
         data = files.read_private(path)
     except FileUnavailable as exc:
-        if os.path.lexists(path):
+        if os.path.lexists(path) or is_credential(path):
             raise
         raise FileUnavailable(f"{exc}; get it back from its backup: a new one is for a new store only") from None
     try:
