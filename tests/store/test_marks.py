@@ -98,7 +98,7 @@ def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: S
         backup = backup_of(path)
         grant(running, "3", "4")
         put_back(path, backup)
-        missing = r"it lacks 2 audit rows from 20\d\d-.*Z to 20\d\d-.*Z \(ids 3, 4\); it was restored, or"
+        missing = r"it lacks 2 audit rows from 20\d\d-.*Z to 20\d\d-.*Z \(ids 3 to 4\); it was restored, or"
         refused(lambda: running.transact(boot("5")), missing)
     content = path.read_bytes()
     refused(place.open, missing)
@@ -110,6 +110,18 @@ def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: S
         again.transact(boot("6", now=NOW + 100))
     with keeping(place) as once_more:
         assert once_more.notes == []
+
+
+def test_a_loss_of_more_than_a_mark_has_is_not_told_as_its_whole(place: StorePlace) -> None:
+    """The times say which VMs to look at, so the operator has to know that there may be more."""
+    with keeping(place) as running:
+        grant(running, "1", "2")
+        backup = backup_of(place.base / "keys.db")
+        grant(running, *(str(number) for number in range(3, 100)))
+        put_back(place.base / "keys.db", backup)
+        said = r"it lacks 64 audit rows from \S+ to \S+ \(ids 36 to 99\), the oldest of this mark, so it may lack"
+        older = r"others before them, too; the newest before them that it has is 2 of 20\S+Z;"
+        refused(lambda: running.transact(boot("x")), f"{said} {older}")
 
 
 def test_the_file_is_written_once_a_second_and_by_no_request(

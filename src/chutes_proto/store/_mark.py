@@ -219,7 +219,7 @@ def find_loss(mark: Mark, view: View, now: int) -> Loss | None:
     if view.timeline < mark.timeline:
         whys.append(f"it is on timeline {view.timeline}, and timeline {mark.timeline} was seen: an old primary")
     if missing:
-        whys.append(f"it lacks {_named(missing)}")
+        whys.append(f"it lacks {_named(missing)}{_unknown(missing, mark, view)}")
     is_decided = view.decided_at > 0
     if whys:
         is_decided &= view.decided_at >= max((entry.at for entry in missing or mark.entries), default=0)
@@ -246,5 +246,20 @@ def _named(missing: Sequence[Entry]) -> str:
     first, last = missing[0], missing[-1]
     if len(missing) == 1:
         return f"audit row {first.number} of {rfc3339(first.at)}"
-    numbers = ", ".join(str(entry.number) for entry in missing)
-    return f"{len(missing)} audit rows from {rfc3339(first.at)} to {rfc3339(last.at)} (ids {numbers})"
+    runs: list[list[int]] = []
+    for entry in missing:
+        if not runs or entry.number != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(entry.number)
+    ids = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"{len(missing)} audit rows from {rfc3339(first.at)} to {rfc3339(last.at)} (ids {ids})"
+
+
+def _unknown(missing: Sequence[Entry], mark: Mark, view: View) -> str:
+    """The rows before these that may be missing, too: the mark has only the newest that were seen."""
+    first = missing[0]
+    if first != mark.entries[0] or first.number == 1:
+        return ""
+    older = max((entry for entry in view.entries if entry.number < first.number and entry.at <= first.at), default=None)
+    since = "" if older is None else f"; the newest before them that it has is {older.number} of {rfc3339(older.at)}"
+    return f", the oldest of this mark, so it may lack others before them, too{since}"
