@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from contextlib import suppress
 from struct import pack, unpack_from
 
@@ -117,6 +118,13 @@ def test_what_is_no_quote_has_a_code_and_the_number(data: bytes, code: str, got:
 def test_the_refusal_of_an_sgx_quote_says_how_it_is_read() -> None:
     with pytest.raises(QuoteFormatError, match=r"of SGX.*sgx=True"):
         _ = parse_quote(pack("<HHI", 3, 2, 0) + bytes(1000))
+
+
+@pytest.mark.parametrize("text", [V4.hex(), V4.hex().upper(), f"0x{V4.hex()}", b64encode(V4).decode(), V5.hex()])
+def test_the_refusal_of_a_quote_in_digits_says_to_decode_it(text: str) -> None:
+    with pytest.raises(QuoteFormatError, match="decode its hexadecimal digits or base64 first") as refused:
+        _ = parse_quote(text.encode())
+    assert refused.value.code == "quote_version"
 
 
 def test_sgx_only_if_asked_for_and_only_in_version_3() -> None:

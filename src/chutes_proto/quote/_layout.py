@@ -280,6 +280,8 @@ def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
         text, expected = f"quote version {header.version} is not read here", "3, 4 or 5" if sgx else "4 or 5"
         if header.version == 3:
             text = "quote version 3 is of SGX, and only quotes of TDX are read here (sgx=True reads both)"
+        elif data[:16].isalnum():
+            text = "these bytes look like a text; decode its hexadecimal digits or base64 first"
         raise QuoteFormatError("quote_version", text, got=header.version, expected=expected)
     tee_type = TEE_SGX if header.version == 3 else TEE_TDX
     if header.tee_type != tee_type:
