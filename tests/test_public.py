@@ -64,6 +64,7 @@ def test_a_package_has_the_names_that_it_says_and_no_others(package: str) -> Non
     module = import_module(package)
     names = getattr(module, "__all__", ())
     assert {*names} <= {*dir(module)}
+    assert len(dir(module)) == len({*dir(module)})
     assert all(getattr(module, name) is not None for name in names)
     with pytest.raises(AttributeError, match=f"'{package}' has no attribute 'nothing'"):
         _ = module.nothing

@@ -21,7 +21,7 @@ def lazily(package: MutableMapping[str, Any], modules: dict[str, str]) -> Callab
         package[name] = value = getattr(import_module(homes[name]), name)
         return value
 
-    package["__dir__"] = lambda: [*package, *homes]
+    package["__dir__"] = lambda: [*{*package, *homes}]
     return resolve
 
 

@@ -111,7 +111,7 @@ def test_whatever_holds_the_bytes_of_a_quote(kind: Callable[[bytes], Any]) -> No
 
 @pytest.mark.parametrize("wrong", [5, "a quote", None, [1, 2]])
 def test_what_holds_no_bytes_is_no_quote(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="bytes-like object is required"):
+    with pytest.raises(TypeError, match=r"^data: must be the bytes of a quote, not (int|str|NoneType|list)$"):
         _ = parse_quote(wrong)
 
 
@@ -158,6 +158,19 @@ def test_report_data_must_be_said() -> None:
     with pytest.raises(ReportDataMismatchError):
         _ = verify_quote(signed, verified, now=NOW, report_data=bytes(64))
     assert verify_quote(signed, verified, now=NOW, report_data=REPORT_DATA).steps[-1] == 37
+
+
+@pytest.mark.parametrize("wrong", ["00" * 64, REPORT_DATA.hex(), 0, [0] * 64])
+def test_report_data_are_bytes(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^report_data: must be 64 bytes, or None, not (str|int|list)$"):
+        _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=wrong)
+    with pytest.raises(TypeError, match=r"^report_data: must be 64 bytes, or None, not (str|int|list)$"):
+        _ = verify_quote(signed_of(QUOTE), verified_of(PLATFORM), now=NOW, report_data=wrong)
+
+
+def test_report_data_of_another_length_are_told_apart() -> None:
+    with pytest.raises(ReportDataMismatchError, match="32 bytes are expected, and every quote has 64"):
+        _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=REPORT_DATA[:32])
 
 
 def test_another_root_is_only_trusted_by_name() -> None:
@@ -296,9 +309,9 @@ def test_no_copy_of_a_parsed_quote_verifies(name: str) -> None:
         copies.append(copy.replace(quote, **{name: getattr(other, name)}))
     for altered in [*copies, *(pickle.loads(pickle.dumps(each)) for each in copies)]:
         for sgx in (False, True):
-            with pytest.raises(TypeError, match="bytes-like object is required"):
+            with pytest.raises(TypeError, match=r"^data: must be the bytes of a quote, not Quote$"):
                 _ = open_quote(altered, now=NOW, root=ROOT, sgx=sgx)
-            with pytest.raises(TypeError, match="bytes-like object is required"):
+            with pytest.raises(TypeError, match=r"^data: must be the bytes of a quote, not Quote$"):
                 _ = verify_genuine(altered, COLLATERAL, now=NOW, root=ROOT, report_data=None, sgx=sgx)
 
 

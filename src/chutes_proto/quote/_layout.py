@@ -269,7 +269,10 @@ def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
     structure.
     """
     if type(data) is not bytes:
-        data = bytes(memoryview(data))
+        try:
+            data = bytes(memoryview(data))
+        except TypeError:
+            raise TypeError(f"data: must be the bytes of a quote, not {type(data).__name__}") from None
     size = len(data)
     least = MIN_SGX if sgx else MIN_TDX
     if size < least:

@@ -386,6 +386,7 @@ def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int,
     """
     _check_kind("signed", signed, SignedQuote, "check_signed")
     _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
+    _check_expected(report_data)
     _check_belongs(signed.opened, verified, now)
     return _judge(signed, verified, now, report_data)
 
@@ -439,7 +440,10 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
-        raise steps.ReportDataMismatchError("quote", "the report data does not match", got=got, expected=expected)
+        problem = "the report data does not match"
+        if len(expected) != len(got):
+            problem += f": {len(expected)} bytes are expected, and every quote has {len(got)}"
+        raise steps.ReportDataMismatchError("quote", problem, got=got, expected=expected)
     chain, collateral = opened.chain.window, verified.window
     return Verdict(
         quote=quote,
@@ -520,6 +524,7 @@ def verify_genuine(
     are those of `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another
     type.
     """
+    _check_expected(report_data)
     if isinstance(collateral, VerifiedCollateral):
         if grace != 0:
             raise TypeError("grace: is that of the verified collateral; pass it to verify_collateral")
@@ -639,6 +644,11 @@ def _check_kind(name: str, value: object, kind: type, maker: str) -> None:
     """Refuse what only looks like the value that ``maker`` returns."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: must be a {kind.__name__}, as of {maker}, not {type(value).__name__}")
+
+
+def _check_expected(report_data: object) -> None:
+    if report_data is not None and not isinstance(report_data, bytes | bytearray):
+        raise TypeError(f"report_data: must be 64 bytes, or None, not {type(report_data).__name__}")
 
 
 @lru_cache(maxsize=16)
