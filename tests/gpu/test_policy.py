@@ -35,6 +35,7 @@ from chutes_proto.gpu._certificates import verify_chain
 from chutes_proto.gpu._revocation import answer_about, read_status
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, crl
+from chutes_proto.testing._gpu_faults import GpuFault
 from chutes_proto.testing._pki import Keys, flipped, pem
 from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
 
@@ -163,6 +164,28 @@ def test_of_two_rims_for_one_version_the_fitting_one_counts() -> None:
     (device,) = verified(GPUS, rims=rims).devices
     assert device.rims[0].digest != rims.rims[0].digest
     assert refused(GPUS, rims=Rims(rims.rims[:2])).code == "measurement_mismatch"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("status", ["revoked", "missing"])
+def test_a_rim_that_was_signed_again_counts_beside_the_old_one(status: str, order: int) -> None:
+    signed = GpuFault(
+        "signed_again",
+        "another signer of RIMs",
+        rim_signer=lambda signer: attrs.evolve(signer, key="the next signer"),
+        driver_rim=lambda rim: attrs.evolve(rim, signer="the next signer"),
+        vbios_rim=lambda rim: attrs.evolve(rim, signer="the next signer"),
+    )
+    again = attrs.evolve(GPUS, faults=(signed,))
+    old, new = ([verify_rim(data, now=NOW, roots=GPUS.roots) for data in gpus.rims(NOW)] for gpus in (GPUS, again))
+    known = again.status(NOW)
+    if status == "revoked":
+        known += GPUS.having("rim_signer_on_hold").status(NOW)
+    revocation = Revocation.of(known)
+    (device,) = verified(GPUS, rims=Rims.of([*old, *new][::order]), revocation=revocation).devices
+    assert {rim.digest for rim in device.rims} == {rim.digest for rim in new}
+    code = "certificate_revoked" if status == "revoked" else "status_missing"
+    assert refused(GPUS, rims=Rims.of(old), revocation=revocation).code == code
 
 
 def test_revocation_has_grace_hold_and_a_floor() -> None:

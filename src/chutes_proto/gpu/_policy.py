@@ -387,10 +387,13 @@ def _with_measurements(
     policy: GpuPolicy,
     now: int,
 ) -> DeviceReport:
-    """Steps 25 to 29, with the RIMs or with pinned measurements."""
+    """Steps 25 to 29, with the RIMs or with pinned measurements; steps 18 to 24 for the signers of the RIMs."""
+    usable, error = _usable(device, rims, revocation, policy, now)
     try:
-        comparison = compare(device, rims, now=now)
+        comparison = compare(device, usable, now=now)
     except steps.RimMissingError:
+        if error is not None:
+            raise error from None
         pinned = policy.pinned_for(device)
         if pinned is None:
             raise
@@ -398,18 +401,6 @@ def _with_measurements(
         mismatches = differences(device.report, values, "pinned")
         report = evolve(report, reference="pinned", compared=len(values))
     else:
-        for rim in comparison.rims:
-            check_floor(rim.chain, "RIM signer's", revocation)
-            if policy.revocation != "off":
-                _ = check_chain_status(
-                    rim.chain,
-                    "RIM signer's",
-                    revocation,
-                    now=now,
-                    grace=policy.revocation_grace,
-                    first=0,
-                    hold=policy.allow_rim_signer_on_hold,
-                )
         mismatches = comparison.mismatches
         taken = {*comparison.steps, *(step for rim in comparison.rims for step in rim.steps)}
         report = evolve(_passed(report, *taken), reference="rims", compared=comparison.compared, rims=comparison.rims)
@@ -424,6 +415,32 @@ def _with_measurements(
         told = told_beside(mismatches, others)
         raise _Refused(steps.MeasurementMismatchError(told), evolve(report, mismatches=told))
     return _passed(report, 29)
+
+
+def _usable(
+    device: GenuineDevice, rims: Rims, revocation: Revocation, policy: GpuPolicy, now: int
+) -> tuple[Rims, GpuVerificationError | None]:
+    """The RIMs without those for this device whose signer's status refuses them, and the first such refusal.
+
+    NVIDIA signs a RIM again when its signer is revoked, or its certificate ends: the new one counts beside the old one.
+    """
+    refused: dict[VerifiedRim, GpuVerificationError] = {}
+    for rim in rims.fitting([device]):
+        if not rim.window[0] <= now <= rim.window[1]:
+            continue  # it does not count beside a valid one, and is refused for its times without one
+        try:
+            check_floor(rim.chain, _SIGNER, revocation)
+            if policy.revocation != "off":
+                grace, hold = policy.revocation_grace, policy.allow_rim_signer_on_hold
+                _ = check_chain_status(rim.chain, _SIGNER, revocation, now=now, grace=grace, first=0, hold=hold)
+        except GpuVerificationError as exc:
+            refused[rim] = exc
+    if not refused:
+        return rims, None
+    return Rims(tuple(rim for rim in rims.rims if rim not in refused)), next(iter(refused.values()))
+
+
+_SIGNER: Final = "RIM signer's"
 
 
 def _passed(report: DeviceReport, *numbers: int) -> DeviceReport:
