@@ -258,6 +258,28 @@ def test_no_byte_leaves_after_a_connect_that_failed(peer: str, identity: Atteste
     assert not any(b"secret" in data for data in got)
 
 
+@pytest.mark.parametrize("end", ["unwrap", "shutdown"])
+def test_no_byte_leaves_in_the_clear_once_tls_has_ended(end: str, identity: AttestedIdentity, tmp_path: Path) -> None:
+    context = attested_context(POLICY, fresh, root=ROOT)
+    with (
+        serving(identity, tmp_path) as (port, got),
+        socket.create_connection(("127.0.0.1", port)) as plain,
+        context.wrap_socket(plain) as stream,
+    ):
+        stream.settimeout(10)
+        stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert stream.recv(4096).endswith(b"ok")
+        if end == "unwrap":
+            with suppress(OSError):
+                _ = stream.unwrap()
+        else:
+            stream.shutdown(socket.SHUT_RD)
+        for use in (lambda: stream.sendall(b"secret"), lambda: stream.send(b"secret")):
+            with pytest.raises(ssl.SSLError, match=r"shut ?down"):
+                _ = use()
+    assert len(got) == 1
+
+
 def test_no_byte_leaves_by_memory_without_a_handshake() -> None:
     stream = attested_context(POLICY, fresh, root=ROOT).wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO())
     for use in (lambda: stream.write(b"secret"), lambda: stream.read(10)):

@@ -6,7 +6,8 @@ Rules kept here:
   byte of the application is sent to a peer that was not accepted;
 * it is made in every handshake, also in one that resumes a session;
 * OpenSSL makes a handshake by itself where a stream is read or written before it had one, and `ssl` does without TLS
-  after a `connect` that failed: such a stream, and one whose peer was refused, neither reads nor writes;
+  after a `connect` that failed, an `unwrap` or a `shutdown`: such a stream, and one whose peer was refused, neither
+  reads nor writes;
 * CAs and host names count for nothing: the quote decides. The clock is the system's.
 """
 
@@ -135,11 +136,11 @@ def _attested(use: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(use)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_attested:
+        if not self._is_attested or self._sslobj is None:  # without that, `ssl` sends in the clear
             if isinstance(self, ssl.SSLSocket):
                 _ = self.getpeername()  # raises if it is not connected; `ssl` tries to read such a socket first
             raise AttestationFailedError(
-                "the peer is not attested: call do_handshake; use no connection that was refused"
+                "the peer is not attested: call do_handshake; use no connection that was refused, or that was shut down"
             )
         return use(self, *args, **kwargs)
 
