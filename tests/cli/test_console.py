@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from chutes_proto.cli.console import moment
+from chutes_proto.cli.console import moment, say_json, say_json_lines, say_json_list
 from tests.cli.conftest import PROGRAM, Ended
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (os.fsdecode(b"quote\xff.bin"), r"quote\udcff.bin"),
+        ("\ud800\U0001f600\udc00", "\\ud800\U0001f600\\udc00"),
+        (r"\ud800", r"\ud800"),
+        ("\\\udcff\\", r"\\udcff" + "\\"),
+        ("\U0001f600", "\U0001f600"),
+    ],
+    ids=ascii,
+)
+def test_json_has_no_lone_surrogate(name: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name of a file may be any bytes; many readers of JSON would refuse the whole result for it."""
+    say_json({"file": name, name: 1})
+    say_json_list({"a": 1}, "files", [name])
+    say_json_lines([name])
+    one, listed, line = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one, listed["files"], line) == ({"file": told, told: 1}, [told], told)
+    assert told.encode()
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,22 @@ def say(text: str = "") -> None:
     out(clean(text))
 
 
+_SURROGATES = re.compile(r"\\\\|\\ud[89ab]..\\ud[c-f]..|\\ud[89a-f]..")
+"""An escaped backslash, a surrogate pair, or a lone surrogate in JSON."""
+
+
+def _json(value: object) -> str:
+    """JSON in ASCII; what is not UTF-8 in the name of a file is spelled out, as on a terminal.
+
+    Python has a lone surrogate for each such byte, and many readers of JSON refuse the whole text for one.
+    """
+    text = json.dumps(value)
+    return _SURROGATES.sub(lambda found: "\\" * (len(found[0]) == 6) + found[0], text) if "\\ud" in text else text
+
+
 def say_json(value: object) -> None:
     """The result as one JSON object on one line."""
-    out(json.dumps(value))
+    out(_json(value))
 
 
 def say_json_list(
@@ -85,9 +98,9 @@ def say_json_list(
 
     ``ok`` is asked after the last and printed there. An error that ends the list ends the line as it is.
     """
-    out(json.dumps({**before, name: []})[:-2], end="")
+    out(_json({**before, name: []})[:-2], end="")
     try:
-        _out_parts(map(json.dumps, members), ", ")
+        _out_parts(map(_json, members), ", ")
     except ChutesError:
         out("")
         raise
@@ -96,7 +109,7 @@ def say_json_list(
 
 def say_json_lines(values: Iterable[object]) -> None:
     """The result as one JSON object on each line, printed while it is read."""
-    _out_parts((f"{json.dumps(value)}\n" for value in values), "")
+    _out_parts((f"{_json(value)}\n" for value in values), "")
 
 
 def _out_parts(parts: Iterable[str], between: str) -> None:
