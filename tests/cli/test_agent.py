@@ -212,8 +212,11 @@ def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, aw
     assert gone.exists()
 
 
-def test_a_signal_after_the_boot_does_not_change_how_it_ended(tmp_path: Path) -> None:
+def test_a_signal_after_the_boot_does_not_change_how_it_ended(
+    tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
     """The initramfs would take a machine whose disks are open for one whose boot failed."""
+    _ = require_program("cryptsetup")
 
     def has_ended() -> bool:
         agent.terminate()
