@@ -216,6 +216,19 @@ def test_a_pipe_in_an_exported_log_is_not_waited_for(logged: Site, tmp_path: Pat
     assert f"{directory / name}: not a plain file" in " ".join(ended.err.split())
 
 
+def test_a_changed_entry_is_not_exported(logged: Site, tmp_path: Path) -> None:
+    """Its file would stay: an export replaces none that it wrote before."""
+    directory = tmp_path / "log"
+    _ = logged.do("audit", "checkpoint")
+    change(logged, "UPDATE audit SET reason = 'forged' WHERE idx = 300")
+    ended = logged.do("audit", "export", str(directory))
+    assert (ended.code, "tile/0/001 contradicts its entries; see `chutes-proto audit verify`" in ended.err) == (1, True)
+    change(logged, "UPDATE audit SET reason = '' WHERE idx = 300")
+    assert logged.do("audit", "export", str(directory)).code == 0
+    key = (directory / "key").read_text().strip()
+    assert logged.run("audit", "verify", str(directory), "--key", key).code == 0
+
+
 def test_a_damaged_file_of_entries_is_named(logged: Site, tmp_path: Path) -> None:
     directory = tmp_path / "log"
     assert logged.do("audit", "export", str(directory)).code == 0

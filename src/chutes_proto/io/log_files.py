@@ -15,7 +15,7 @@ from chutes_proto.io.files import is_there, make_directory, read_file, write_fil
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
 from chutes_proto.tlog.check import Report, check_log
-from chutes_proto.tlog.merkle import HASH_SIZE
+from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier
 from chutes_proto.tlog.tiles import LARGEST_ENTRY, WIDTH, Fetch, Place, bundle, places, unbundle
 from chutes_proto.units.log import LOG, VmChains, announced_minimum, entry_text, leaf_of
@@ -164,7 +164,8 @@ def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note
     """Write the log of a store up to ``checkpoint`` into a directory; returns the number of files that were written.
 
     Files that are there already are left: what they hold never changes. The checkpoint is replaced last. Raises
-    `LogError` for a log that lacks what the checkpoint has, `PurgedMeanwhile`, and `FileUnavailable`.
+    `LogError` for a log that lacks what the checkpoint has, or whose entries contradict their tiles, `PurgedMeanwhile`,
+    and `FileUnavailable`.
     """
     fetch, size = stored_tiles(store), checkpoint.size
     page = store.transact(Ask(ReadLog(0, 1)))
@@ -178,13 +179,13 @@ def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note
         hashes = fetch(place.level or 0, place.number)[: place.width * HASH_SIZE]
         if len(hashes) != place.width * HASH_SIZE:
             raise LogError(f"{place} lacks a hash; see `chutes-proto audit verify`")
-        written += _write_new(directory / str(place), hashes)
         if place.level == 0:
             begin = place.number * WIDTH
             texts = [text for _, text in stored_entries(store, begin, begin + place.width)]
-            if len(texts) != place.width:
-                raise LogError(f"{place} lacks an entry; see `chutes-proto audit verify`")
+            if b"".join(map(leaf_hash, texts)) != hashes:  # what is written once is never replaced
+                raise LogError(f"{place} contradicts its entries; see `chutes-proto audit verify`")
             written += _write_new(directory / str(Place(None, place.number, place.width)), bundle(texts))
+        written += _write_new(directory / str(place), hashes)
     write_file(directory / KEY, f"{verifier}\n".encode())
     write_file(directory / CHECKPOINT, str(note).encode())
     return written
