@@ -153,6 +153,24 @@ def test_a_stream_that_is_closed_is_a_fault_only_where_it_had_the_result(words: 
         assert done.stderr == "chutes-proto: standard output: Bad file descriptor\n"
 
 
+def test_standard_input_that_is_closed_is_empty() -> None:
+    command = ["bash", "-c", '"$@" <&-', "bash", *PROGRAM, "inspect", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "0 bytes" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_no_file_gets_the_descriptor_of_a_stream_that_is_closed(closed: str, tmp_path: Path) -> None:
+    """A disk would get what a library writes to standard error, and a program that is started would read from it."""
+    code = "import os, sys; from chutes_proto.cli.main import main; main(['agent', '--help'])\n"
+    code += "opened = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+    code += "_ = os.write(opened, str([opened, *map(os.get_inheritable, range(3))]).encode())\n"
+    program = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-c", code, str(tmp_path / "disk")]
+    _ = subprocess.run(program, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "disk").read_text() == "[3, True, True, True]"
+
+
 @pytest.mark.parametrize(
     ("words", "code"), [("no-such-command", 2), ("vm", 2), ("vm list --config /none", 2), ("hotkey inspect 5F", 1)]
 )

@@ -17,7 +17,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import Literal, TextIO
 
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
@@ -50,7 +50,11 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     # A service may be started without; of another command the output is the result. To read alone: writing fails.
     goes_on = words[:1] in (["serve"], ["agent"]) or words[:2] == ["collateral", "serve"]
     missing = os.O_WRONLY if goes_on else os.O_RDONLY
-    sys.stdout, sys.stderr = sys.stdout or _in_place(missing), sys.stderr or _in_place(os.O_WRONLY)
+    # In this order each gets the number of the one that is missing: a disk would get it otherwise, and on it whatever a
+    # library writes to descriptor 2.
+    sys.stdin = sys.stdin or _in_place(os.O_RDONLY, "r")
+    sys.stdout = sys.stdout or _in_place(missing, "w")
+    sys.stderr = sys.stderr or _in_place(os.O_WRONLY, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -96,9 +100,11 @@ def _named(words: Sequence[str]) -> str:
     return words_of(words)
 
 
-def _in_place(mode: int) -> TextIO:
-    """A stream in place of one that the process was started without (``>&-``)."""
-    return os.fdopen(os.open(os.devnull, mode), "w", encoding="utf-8")
+def _in_place(flags: int, mode: Literal["r", "w"]) -> TextIO:
+    """A stream in place of one that the process was started without (``>&-``); programs that it starts get it, too."""
+    descriptor = os.open(os.devnull, flags)
+    os.set_inheritable(descriptor, True)
+    return os.fdopen(descriptor, mode, encoding="utf-8")
 
 
 def _run(words: Sequence[str]) -> int:
