@@ -128,14 +128,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:
         yield running
 
 
+def laid_out(tree: Path) -> Path:
+    for name in MERGED:
+        (tree / "usr" / name).mkdir(parents=True)
+        (tree / name).symlink_to(f"usr/{name}")
+    return tree
+
+
 @pytest.fixture(scope="module")
 def image(agent: Path, server: DevServer) -> Iterator[Image]:
     # The path of a socket in it must be short.
     with tempfile.TemporaryDirectory(prefix="initramfs-") as directory:
-        tree = Path(directory) / "tree"
-        for name in MERGED:
-            (tree / "usr" / name).mkdir(parents=True)
-            (tree / name).symlink_to(f"usr/{name}")
+        tree = laid_out(Path(directory) / "tree")
         settings = Path(directory) / "agent.toml"
         values: dict[str, object] = {
             "servers": [server.url],
@@ -234,6 +238,19 @@ def test_where_the_agent_fails_the_machine_goes_off_and_nobody_gets_a_shell(imag
     assert "SHELL" not in ended.stdout
     assert "BOOT FAILED" in ended.stderr
     assert image.enter("/local-top", "prereqs").stdout == "udev\n"
+
+
+def test_without_a_ca_file_the_systems_authorities_are_trusted(agent: Path, tmp_path: Path) -> None:
+    settings, tree = tmp_path / "agent.toml", laid_out(tmp_path / "tree")
+    text = f'servers = ["https://keys.example"]\nvm_name = "vm"\nhotkey = "{HOTKEY}"\nroot.device = "/dev/vda"\n'
+    _ = settings.write_text(text)
+    done = hook(agent, settings, tree)
+    assert (done.returncode, done.stderr) == (0, "")
+    count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
+    alone = {"PATH": PATH}  # without SSL_CERT_FILE, as in an initramfs
+    there = [["chroot", str(tree), PYTHON, "-I", "-c", count], [PYTHON, "-I", "-c", count]]
+    found = [subprocess.check_output(command, env=alone, text=True) for command in there]
+    assert found[0] == found[1] != "0\n"
 
 
 def test_what_is_missing_is_told_when_the_initramfs_is_made(agent: Path, tmp_path: Path) -> None:
