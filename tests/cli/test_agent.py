@@ -168,6 +168,15 @@ def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Pa
     assert not platform.exists()
 
 
+def test_a_dry_run_finds_that_seed_and_hotkey_do_not_belong_together(
+    command: Command, write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    _ = (tmp_path / "miner-seed").write_text("11" * 32)
+    settings = write(f'signer = "config-volume"\nconfig_volume.directory = "{tmp_path}"\n')
+    ended = command("agent", "run", "--config", settings, "--dry-run")
+    assert (ended.code, "config volume: the seed is not that of the hotkey" in ended.err) == (2, True)
+
+
 def test_a_ca_file_that_is_none_is_named(command: Command, write: Callable[[str], Path]) -> None:
     ended = command("agent", "run", "--config", write('ca_file = "/dev/null"\n'), "--dry-run")
     assert (ended.code, "/dev/null: not one or more PEM certificates" in ended.err) == (2, True)

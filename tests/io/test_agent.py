@@ -210,6 +210,13 @@ def test_a_seed_that_does_not_belong_to_the_hotkey(who: VmIdentity, told: str) -
         _ = agent.make_signer("config-volume", who)
 
 
+def test_without_the_package_that_signs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sr25519", None)
+    told = "^signer: config-volume needs py-sr25519-bindings; install it for the agent's Python, or name a program"
+    with pytest.raises(ConfigurationError, match=told):
+        _ = agent.make_signer("config-volume", identity())
+
+
 def test_a_program_signs(tmp_path: Path) -> None:
     source = (
         "import sys;from chutes_proto.auth.hotkey import HotkeyPair;from chutes_proto.secret import Secret;"

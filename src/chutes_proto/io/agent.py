@@ -26,6 +26,7 @@ from chutes_proto.errors import (
     ConfigurationError,
     FileUnavailable,
     HandoverRejected,
+    LocalProtocolError,
     NotInMemory,
     QuoteUnavailable,
     SignatureUnavailable,
@@ -248,8 +249,7 @@ class TimedQuoter:
 def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.inf) -> Signer | None:
     """Return the signer that the settings name: none, the seed of the VM's identity, or a program.
 
-    A program has the time of a quote, see `TimedQuoter`. Raises `ConfigurationError`, and `LocalProtocolError` if
-    sr25519 is not installed.
+    A program has the time of a quote, see `TimedQuoter`. Raises `ConfigurationError`, also if sr25519 is not installed.
     """
     from chutes_proto.boot._quoter_names import COMMAND
 
@@ -257,8 +257,15 @@ def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.i
         return None
     if text.startswith(COMMAND):
         return command_signer(text.removeprefix(COMMAND), deadline=deadline)
-    from chutes_proto.auth.hotkey import HotkeyError, HotkeyPair
+    from chutes_proto.auth.hotkey import HotkeyError, HotkeyPair, check_installed
 
+    try:
+        check_installed()
+    except LocalProtocolError:
+        raise ConfigurationError(
+            "signer: config-volume needs py-sr25519-bindings; install it for the agent's Python, or name a program that"
+            " signs"
+        ) from None
     if identity.seed is None:
         raise ConfigurationError("signer: the config volume has no seed; add one, or name a program that signs")
     try:

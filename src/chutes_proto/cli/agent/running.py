@@ -186,10 +186,12 @@ def close_opened(settings: AgentSettings, progress: Progress) -> None:
 
 def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
     from chutes_proto.boot._disks import foresee
+    from chutes_proto.io.agent import make_signer
     from chutes_proto.io.drivers.sync import Performer
     from chutes_proto.io.quoters.choose import make_quoter
 
     who = identity_of(settings)
+    _ = make_signer(settings.signer, who)
     if not is_simulated(settings):  # to make one would make its platform
         _ = make_quoter(settings.quoter)
     if settings.ca_file is not None:
