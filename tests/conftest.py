@@ -25,10 +25,11 @@ CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
 """Tests that have a long form take it; `make soak` sets this."""
 
-# A shell without job control starts what is in its background with interrupts ignored, and so would every program be
-# that a test starts and interrupts: it would go on for ever.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    _ = signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell without job control starts what is in its background with interrupts ignored, and `nohup` with hang-ups; so
+# would every program be that a test starts and interrupts: it would go on for ever.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        _ = signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 # Debian keeps nginx and cryptsetup where only root's PATH looks; what tests start looks there, too.
 os.environ["PATH"] = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -71,7 +72,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 _HANDLERS = {number: signal.getsignal(number) for number in _SIGNALS}
 
 

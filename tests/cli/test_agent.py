@@ -193,8 +193,10 @@ def heard(agent: subprocess.Popen[str], text: str) -> None:
         assert line, f"it ended with {agent.wait(60)} before {text}: {said}"
 
 
-@pytest.mark.parametrize(("attempts", "awaited", "code"), [(30, "trying again", 143), (1, "next  ", 2)])
-def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, awaited: str, code: int) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=lambda it: it.name)
+@pytest.mark.parametrize("ends_boot", [True, False], ids=["boot", "wait"])
+def test_a_signal_is_a_failure_or_ends_the_wait(tmp_path: Path, sent: signal.Signals, ends_boot: bool) -> None:
+    attempts, awaited, code = (30, "trying again", 128 + sent) if ends_boot else (1, "next  ", 2)
     disk, gone, settings = tmp_path / "disk", tmp_path / "went-off", tmp_path / "agent.toml"
     _ = disk.write_bytes(bytes(20 << 20))
     lines = {
@@ -204,19 +206,19 @@ def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, aw
         "retry.attempts": attempts,
         "volumes.storage.device": str(disk),
         "on_failure.action": "poweroff",
-        "on_failure.wait_seconds": 0 if code == 143 else 3600,
+        "on_failure.wait_seconds": 0 if ends_boot else 3600,
         "on_failure.poweroff": ["touch", str(gone)],
     }
     _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
     command = [*PROGRAM, "agent", "run", "--images", "--config", str(settings)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as agent:
         heard(agent, awaited)
-        agent.terminate()
+        agent.send_signal(sent)
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == code, said
-    if code == 143:
+    if ends_boot:
         told = " ".join(said.split())
-        assert "BOOT FAILED reason ended by SIGTERM means A signal ended the boot." in told
+        assert f"BOOT FAILED reason ended by {sent.name} means A signal ended the boot." in told
         assert "next poweroff in 0 s" in told
     assert gone.exists()
 

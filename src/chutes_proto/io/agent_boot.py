@@ -60,7 +60,7 @@ class StoppedError(KeyboardInterrupt):
 
 
 class Stops:
-    """SIGINT and SIGTERM: a boot that runs ends, but first what is done to a disk; a second one does not wait for that.
+    """Signals to stop: a boot that runs ends, but first what is done to a disk; a second one does not wait for that.
 
     When the boot has ended they end only the wait for what follows a failure, which they never keep away.
     """

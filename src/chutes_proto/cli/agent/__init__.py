@@ -16,7 +16,7 @@ _EXITS = {
     " content of a disk",
     2: "wrong usage, a file that cannot be read, no answer, or no quote",
     130: "ended by SIGINT, once the current step on a disk is done",
-    143: "ended by SIGTERM, likewise",
+    143: "ended by SIGTERM, likewise; 129 by SIGHUP, 131 by SIGQUIT",
 }
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _MAX_SETTINGS = 64 * 1024
 _SIGNALLED = 128  # what a shell adds to the number of a signal that ended a program
+_OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)  # the second would leave a core file, with keys in it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,12 +41,13 @@ def run(options: argparse.Namespace) -> int:
         return _foresee(options, settings)
     progress = Progress(as_json=options.json, seconds=settings.retry.deadline_seconds)
     stops = Stops()
-    for number in STOPS:
+    signals = (*STOPS, *(one for one in _OF_TERMINALS if signal.getsignal(one) is not signal.SIG_IGN))  # as by `nohup`
+    for number in signals:
         _ = signal.signal(number, stops)
     try:
         return _done(options, settings, progress, stops)
     finally:
-        ignore(STOPS)
+        ignore(signals)
 
 
 def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: Stops) -> int:
