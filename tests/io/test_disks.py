@@ -726,6 +726,20 @@ def test_a_block_device_that_is_in_use_is_not_formatted(bench: Bench, loop: str)
         os.close(holder)
 
 
+def test_a_block_device_that_is_read_only_is_told(
+    bench: Bench, loop: str, require_program: Callable[[str], str]
+) -> None:
+    program = require_program("blockdev")
+    disks, act = Disks(bench.program, mapping=False), Format("storage", loop, Key.CURRENT)
+    _ = subprocess.run([program, "--setro", loop], check=True)
+    try:
+        assert isinstance(disks.inspect(loop), Blank)
+        with pytest.raises(DiskError, match=r"; if it is read-only, attach it for writing$"):
+            _ = disks.act(act, {Key.CURRENT: Secret(A)})
+    finally:
+        _ = subprocess.run([program, "--setrw", loop], check=True)  # the next one with this number would be, too
+
+
 def test_a_mapping(bench: Bench, loop: str) -> None:
     """The data that is written through it comes back from it at the next boot, and is not on the disk in the clear."""
     if "device-mapper" not in Path("/proc/misc").read_text():

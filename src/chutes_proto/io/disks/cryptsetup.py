@@ -16,6 +16,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
@@ -218,7 +219,7 @@ class Disks:
                 flags &= ~os.O_EXCL
             descriptor = os.open(real, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
-            raise DiskError("unavailable", f"it cannot be opened: {exc.strerror}", path) from exc
+            raise DiskError("unavailable", f"it cannot be opened: {_why(exc, flags)}", path) from exc
         try:
             size = os.lseek(descriptor, 0, os.SEEK_END)
             status = os.fstat(descriptor)
@@ -230,7 +231,7 @@ class Disks:
             self._seen[path] = identity
             yield _Device(path, real, descriptor, size)
         except OSError as exc:
-            raise DiskError("unreadable", f"it cannot be read or written: {exc.strerror}", path) from exc
+            raise DiskError("unreadable", f"it cannot be read or written: {_why(exc, flags)}", path) from exc
         finally:
             os.close(descriptor)
 
@@ -490,6 +491,12 @@ def _write(descriptor: int, offset: int, data: bytes) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _why(exc: OSError, flags: int) -> str:
+    """Return the system's text; which error a write to a read-only disk is depends on the kernel's version."""
+    forbidden = flags & os.O_RDWR and exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return f"{exc.strerror}; if it is read-only, attach it for writing" if forbidden else exc.strerror or str(exc)
 
 
 def _kind(mode: int) -> str:
