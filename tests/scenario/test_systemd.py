@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,3 +39,28 @@ def test_the_command_is_one_of_ours(unit: Path, capsys: pytest.CaptureFixture[st
 def test_sigterm_is_for_the_agent_alone(unit: Path) -> None:
     """By default it goes to every process of the unit: to the one, too, that the agent has work on a disk."""
     assert re.findall(r"^KillMode=(.*)$", unit.read_text(), re.M) == ["mixed"]
+
+
+CAP_DAC_READ_SEARCH = 1 << 2  # capabilities(7); the root of a container lacks it
+RIGHTS = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+
+
+@pytest.mark.skipif(not RIGHTS & CAP_DAC_READ_SEARCH, reason="takes the rights of a machine's root")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_config_volume_may_keep_the_owner_and_the_modes_of_its_files(
+    unit: Path, tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
+    """A host makes it as it likes; `mkisofs -R` keeps both."""
+    (line,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit.read_text(), re.M)
+    rights = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in line.split())])
+    folder = tmp_path / "config"
+    folder.mkdir(mode=0o700)
+    _ = (folder / "miner-seed").write_text("11" * 32)
+    (folder / "miner-seed").chmod(0o600)
+    for path in (folder, folder / "miner-seed"):
+        os.chown(path, 1000, 1000)
+    read = "import sys; from chutes_proto.io.agent import read_config_volume as read;"
+    read += "print(read(sys.argv[1], ['miner-seed'], limit=100))"
+    command = [require_program("setpriv"), "--bounding-set", rights, "--inh-caps", rights, sys.executable, "-c", read]
+    done = subprocess.run([*command, folder], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.stdout) == ("", str({"miner-seed": b"11" * 32}) + "\n")
