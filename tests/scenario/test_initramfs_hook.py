@@ -274,14 +274,17 @@ def test_what_is_missing_is_told_when_the_initramfs_is_made(agent: Path, tmp_pat
     _ = settings.write_text(f'{needed}ca_file = "{tmp_path}/none.pem"\n')
     lacking = hook(agent, settings, tmp_path)
     assert lacking.returncode == 1
-    assert "none.pem: Cannot stat" in lacking.stderr
-    _ = settings.write_text(f'{needed}signer = "config-volume"\n')
-    if subprocess.run([PYTHON, "-I", "-c", "import sr25519"], capture_output=True, check=False).returncode == 0:
-        return
-    unsigned = hook(agent, settings, tmp_path)
-    assert unsigned.returncode == 1
-    assert "signer: config-volume needs py-sr25519-bindings; run: /usr/bin/python3 -m pip" in unsigned.stderr
-    _ = settings.write_text(f'{needed}ca_file = "/etc/hostname"\nsigner = "command:/no/such/signer --fast"\n')
+    assert f"{settings}: {tmp_path}/none.pem: cannot be read: No such file or directory" in lacking.stderr
+    _ = settings.write_text(f'{needed}ca_file = "/etc/hostname"\n')
+    assert "/etc/hostname: not one or more PEM certificates of CAs" in hook(agent, settings, tmp_path).stderr
+    _ = settings.write_text(f'{needed}quoter = "simulated"\n')
+    assert "this agent has no simulated platform" in hook(agent, settings, tmp_path).stderr
+    _ = settings.write_text(f'{needed}signer = "command:/no/such/signer --fast"\n')
     unsigned = hook(agent, settings, tmp_path)
     assert unsigned.returncode == 1
     assert "/no/such/signer cannot be copied" in unsigned.stderr
+    _ = settings.write_text(f'{needed}signer = "config-volume"\n')
+    if subprocess.run([PYTHON, "-I", "-c", "import sr25519"], capture_output=True, check=False).returncode != 0:
+        unable = hook(agent, settings, tmp_path)
+        assert unable.returncode == 1
+        assert "signer: config-volume needs py-sr25519-bindings; run: /usr/bin/python3 -m pip" in unable.stderr
