@@ -3,7 +3,8 @@
 python examples/boot_agent_asyncio.py https://keys.example:8443 HOTKEY VM_NAME auto ca.pem
     storage=/dev/vdb tdx-cache=/dev/vdc
 
-`chutes-proto agent run` is a whole agent: it also checks the disks' headers before cryptsetup reads them.
+`chutes-proto agent run` is a whole agent. In one of your own let cryptsetup read a checked copy of each header, never
+the disk's, which the host can change: docs/explanation/disks.md.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ async def unlock(url, hotkey, vm_name, quoter, ca_pem, devices):
 
 
 def open_disk(volume, passphrase, *, may_format):
-    """Stands for ``cryptsetup luksFormat`` and ``open`` with the passphrase on standard input (``--key-file=-``)."""
+    """Stands for ``cryptsetup luksFormat``, and ``open --header COPY``, with the passphrase on standard input."""
     print(f"{volume}: {'format and open' if may_format else 'open'} with a passphrase of {len(passphrase)} bytes")
 
 

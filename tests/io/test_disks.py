@@ -4,6 +4,7 @@ and under a host that changes the disk meanwhile."""
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import socket
@@ -25,7 +26,7 @@ from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Foreign, Luks
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Open
 from chutes_proto.secret import Secret
-from tests.conftest import CI
+from tests.conftest import CI, ROOT
 from tests.luks import headers
 
 SIZE = 20 * 1024 * 1024
@@ -819,3 +820,24 @@ def test_whether_a_disk_has_a_header(tmp_path: Path) -> None:
         _ = module.has_luks_header(image(tmp_path / "image", header))
     with pytest.raises(DiskError, match="No such file"):
         _ = module.has_luks_header(str(tmp_path / "missing"), images=True)
+
+
+def test_an_agent_of_ones_own_opens_a_disk_with_a_copy_of_its_header(bench: Bench, tmp_path: Path) -> None:
+    """By the commands of the page about disks; what the host makes of the disk's own header does not count."""
+    bench.format()
+    page = (ROOT / "docs/explanation/disks.md").read_text("utf-8")
+    copying, opening = re.findall(r"^(?:head|cryptsetup) .*$", page, re.M)
+    copy = tmp_path / "storage.header"
+
+    def run(command: str) -> int:
+        text = command.replace("/run/storage.header", str(copy)).replace("/dev/vdb", bench.device)
+        return subprocess.run(["sh", "-c", text], input=A, capture_output=True, check=False).returncode
+
+    assert run(copying) == 0
+    assert module.has_luks_header(str(copy), images=True) is True
+    bench.put(0, _null(bench))
+    assert run(opening.replace("/dev/vdb storage", "--test-passphrase /dev/vdb")) == 0
+    assert copy.read_bytes() != bench.path.read_bytes()[: copy.stat().st_size]
+    assert run(copying) == 0
+    with pytest.raises(HeaderRejected, match="cipher_null-ecb, which encrypts nothing"):
+        _ = module.has_luks_header(str(copy), images=True)

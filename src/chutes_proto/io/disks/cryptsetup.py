@@ -60,6 +60,9 @@ _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fc
 def has_luks_header(device: str, *, images: bool = False) -> bool:
     """Return whether the disk at ``device`` has a LUKS2 header that may be used; False for a blank disk.
 
+    This is the header of the moment: a host can change it before `cryptsetup` reads it again. Open the disk with a copy
+    that was checked, see "In an agent of your own" in ``docs/explanation/disks.md``.
+
     ``images`` allows a regular file in place of a block device. Raises `DiskError` for a disk with any other content,
     which must not be formatted, for a header that is not allowed, and for a device that cannot be read.
     """
