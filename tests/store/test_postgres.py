@@ -26,6 +26,7 @@ from chutes_proto.errors import (
 )
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.postgres import PostgresStore, has_secret, transactions
+from chutes_proto.io.stores.postgres.url import name_of
 from chutes_proto.store import sql
 from chutes_proto.store._heads import RECENT_BOOTS
 from chutes_proto.store._run import Ask, Script, Unit
@@ -272,6 +273,20 @@ def test_a_wrong_password_is_said_and_not_shown(cluster: Cluster) -> None:
 def test_a_name_says_where_and_as_whom_and_no_more(cluster: Cluster) -> None:
     with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
         assert store.name == f"postgresql://owner@{cluster.folder}/postgres"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("keys@a:1,b:2/keys", "keys@a:1,b:2/keys"),
+        ("a:1,b/keys", "a:1,b/keys"),
+        ("a,b/keys", "a,b/keys"),
+        ("a:1/keys", "a:1/keys"),
+        ("a,b/keys?port=1", "a,b:1/keys"),
+    ],
+)
+def test_each_host_is_named_with_its_port(given: str, name: str) -> None:
+    assert name_of(f"postgresql://{given}") == f"postgresql://{name}"
 
 
 # --- migrations ---

@@ -61,5 +61,10 @@ def parse(url: str) -> tuple[str, str]:
     if relative := sorted(name for name, path in named.items() if path not in ("", "system") and path[0] != "/"):
         raise ConfigurationError(f"{', '.join(relative)}: say the whole path, from / on")
     user = f"{given['user']}@" if "user" in given else ""
-    port = f":{given['port']}" if "port" in given else ""
-    return full, f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"
+    place, port = str(given.get("host", "")), str(given.get("port", ""))
+    hosts, ports = place.split(","), port.split(",")
+    if len(hosts) == len(ports):  # libpq gives the ports of several hosts in a list of their own
+        place = ",".join(f"{host}:{number}" if number else host for host, number in zip(hosts, ports, strict=True))
+    elif port:
+        place += f":{port}"
+    return full, f"postgresql://{user}{place}/{given.get('dbname', '')}"
