@@ -66,6 +66,16 @@ def test_one_rule_says_when_an_end_is_near(kind: Kind) -> None:
     assert [end.finding(at).remedy for at in (0, end.end)] == ["", "do this"]
 
 
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [(2 * DAY, "2 days"), (2 * DAY - 1, "47 hours"), (7200, "2 hours"), (7199, "119 minutes"), (59, "0 minutes")],
+)
+def test_an_end_is_told_in_the_unit_that_fits(left: int, text: str) -> None:
+    end = End("certificate", "server.pem", 0, NOW, "do this")
+    assert f"expires in {text}, at" in end.text(NOW - left)
+    assert f"expired {text} ago, at" in end.text(NOW + left)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_certificate_that_is_not_valid_yet_names_the_clock(kind: Kind) -> None:
     """As on a server whose clock is behind, in `serve --check`, `doctor`, the log and the metrics alike."""

@@ -52,6 +52,7 @@ KEK_SECONDS: Final = 365 * DAY
 
 _VERBS: Final[Mapping[Kind, tuple[str, str]]] = {"profile": ("ends", "ended"), "kek": ("is due", "was due")}
 _OTHER_VERBS: Final = ("expires", "expired")
+_UNITS: Final = ((DAY, "days"), (3600, "hours"))
 _FETCH_GPUS: Final = "chutes-proto gpu fetch EVIDENCE --out DIR"
 
 
@@ -87,7 +88,8 @@ class End:
         if self.begin is not None and self._is_early(now):
             return f"{self.name} is valid from {rfc3339(self.begin)} only; is the clock right?"
         left = abs(self.end - now)
-        span = f"{left // DAY} days" if left >= 2 * DAY else f"{left // 3600} hours"
+        unit, name = next((found for found in _UNITS if left >= 2 * found[0]), (60, "minutes"))
+        span = f"{left // unit} {name}"
         ends, ended = _VERBS.get(self.kind, _OTHER_VERBS)
         when = f"{ended} {span} ago" if now >= self.end else f"{ends} in {span}"
         return f"{self.name}{f' ({self.place})' if self.place else ''} {when}, at {rfc3339(self.end)}"
