@@ -16,7 +16,8 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.ends import check_profiles, ends_of, fetch_command
 from chutes_proto.io.server.setup import ServerSetup
-from chutes_proto.io.server.store_setup import check_store
+from chutes_proto.io.server.store_setup import check_store, erasures_file
+from chutes_proto.io.stores.erasures import check_file
 from chutes_proto.quote._policy_words import policy_notes
 
 
@@ -57,7 +58,7 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
 
 
 def check_places(setup: ServerSetup) -> Iterator[Finding]:
-    """Files and sockets that the server makes, where this user can make none.
+    """Files and sockets that the server makes, where this user can make none, and those of a mark that it cannot read.
 
     A socket is a note: systemd may make it, or its directory, before the server starts.
     """
@@ -74,6 +75,11 @@ def check_places(setup: ServerSetup) -> Iterator[Finding]:
     if mark is not None and not _may_make(mark):
         detail = f"{mark}: {_NOWHERE}; after a restart the server knows neither the store that it saw, nor erasures"
         yield Finding("note", "store.mark_file", detail)
+    if (erasures := erasures_file(setup.config)) is not None:
+        try:
+            check_file(erasures)
+        except StoreError as exc:
+            yield Finding.of_problem(str(exc))
     audit = setup.config.audit
     file = None if audit.file is None else setup.base / audit.file
     if file is not None and not (os.access(file, os.W_OK) or _may_make(file)):

@@ -77,6 +77,11 @@ def file_beside(mark_file: Path) -> Path:
     return mark_file.with_name(f"{mark_file.name}.erasures")
 
 
+def check_file(path: Path) -> None:
+    """Read a file of erasures as the start of a server does, if it is there. Raises `StoreError`."""
+    _ = _read(path, 0)
+
+
 def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
     """Repeat in ``store`` the erasures and revocations of the file, and add those of the store to it.
 
