@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import threading
@@ -358,6 +359,23 @@ def test_a_file_that_is_not_a_whole_mark_is_refused_and_left_alone(place: StoreP
     refused(place.open, "mark_file .*: not a mark of a store, or not all of it; if the store is right, move the file")
     assert place.mark_file.read_bytes() == content
     assert Mark.from_bytes(whole).to_bytes() == whole
+
+
+def test_a_mark_of_another_user_is_not_to_be_moved_away(place: StorePlace) -> None:
+    """As of a server that was copied to another machine by root: the mark is whole, and only it knows what it saw."""
+    with keeping(place) as running:
+        grant(running, "1")
+    assert place.mark_file is not None
+    place.mark_file.chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        refused(
+            place.open,
+            r"Permission denied.*; give it, and its folder, to the user of the server$",
+        )
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize(

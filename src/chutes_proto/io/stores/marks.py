@@ -13,6 +13,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -380,6 +381,8 @@ class MarkKeeper:
             return Mark.from_bytes(read_file(self._path, limit=LARGEST))
         except (ConfigurationError, OSError) as exc:
             advice = "if the store is right, move the file away, and the server begins another"
+            if not os.access(self._path, os.R_OK, effective_ids=True):  # it may well be whole
+                advice = "give it, and its folder, to the user of the server"
             raise StoreError(f"store {self._name}: mark_file {self._path}: {exc}; {advice}") from None
 
     def _refused(self, mark: Mark, why: str, remedy: str) -> StoreError:
