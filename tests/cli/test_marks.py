@@ -69,6 +69,11 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     wait_until(lambda: "store is not behind it" in command("store", "check", "--config", site, "--json").json["mark"])
     assert "it lacks audit row 4 of" in server.stop(signal.SIGTERM).err  # what is lost stays in the log
     assert "no boot is granted" in command("serve", "--config", site, "--check").out
+    noted = "store.mark does not exist, and the store is in use"
+    assert noted not in command("serve", "--config", site, "--check").out
+    (tmp_path / "store.mark").rename(tmp_path / "forgotten")
+    assert noted in command("serve", "--config", site, "--check").out
+    (tmp_path / "forgotten").rename(tmp_path / "store.mark")
     (tmp_path / "store.mark.checkpoint").unlink()
     monkeypatch.setattr(marks, "FIRST_CHECKPOINT_SECONDS", 0)  # the key of the log is not as old yet
     found = command("store", "check", "--config", site, "--json")

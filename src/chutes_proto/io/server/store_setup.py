@@ -21,7 +21,7 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError, StoreError
-from chutes_proto.io.files import Files, check_private, is_credential
+from chutes_proto.io.files import Files, check_private, is_credential, is_there
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.sinks import FileSink, JournalSink, Sink, Sinks
 from chutes_proto.io.server.witnesses import Witness, Witnesses
@@ -118,6 +118,12 @@ def check_store(
         if place.mark_file is None:
             what, _, detail = NO_FILE.partition(": ")
             yield Finding("note", what, detail)
+        elif count > 1 and not is_there(place.mark_file):  # a new store has one key, that of its rows
+            detail = (
+                f"{place.mark_file} does not exist, and the store is in use; a server begins another mark at its start;"
+                " if the store was moved here, move the mark, too, and the files beside it"
+            )
+            yield Finding("note", "store.mark_file", detail)
         for each in find_differences(store, alike) if alike is not None else ():
             detail = f"{each}; {MAKE_ALIKE}{WARN_MEANWHILE if must_be_alike else ''}"
             yield Finding("problem" if must_be_alike else "note", "configuration", detail)
