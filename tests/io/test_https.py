@@ -264,6 +264,22 @@ def test_an_address_that_does_not_answer_has_only_its_share(
             connecting.close()
 
 
+def test_an_address_that_answered_nothing_is_tried_last(
+    credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a server whose process hangs: the system takes its connections."""
+    with peer(credentials, answering(OK)) as (url, _), socket.socket() as hung:
+        port = int(url.rpartition(":")[2])
+        hung.bind(("127.0.0.2", port))
+        hung.listen()
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", port)) for last in (2, 1)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        with sender(credentials, url, TimeLimits(connect=1.0)) as send:
+            with pytest.raises(TransportError, match=r"none within 1 s$"):
+                _ = send(REQUEST)
+            assert send(REQUEST).body == b"ok"
+
+
 def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     done = threading.Event()
     real: Callable[..., object] = socket.getaddrinfo

@@ -6,6 +6,7 @@ Rules kept here:
 * no request is sent before the server's chain and name are verified;
 * every wait ends: each address has its share of the time for a connection, and a slow peer ends with the whole time,
   and so does one that sends so fast that OpenSSL never ceases to read;
+* of the addresses of a name, those at which an attempt failed are tried last;
 * a connection can begin before its request is ready: the server answers in the meantime;
 * a failed request leaves no connection behind; a connection is used again only while the server is silent on it.
 """
@@ -84,6 +85,8 @@ class HttpsSender:
         self._kept: _Connection | None = None
         self._begun: _TlsStream | None = None
         self._begun_at = 0.0
+        self._suspects: dict[object, None] = {}
+        """Addresses that took a connection and have answered nothing since, the one tried last at the end."""
         self._is_closed = False
 
     def __enter__(self) -> HttpsSender:
@@ -113,6 +116,7 @@ class HttpsSender:
             connection = self._connect(end)
         try:
             response = connection.exchange(request, self._limits.read, end)
+            _ = self._suspects.pop(connection.address, None)
             if connection.http.reusable:
                 self._kept = connection
             return response
@@ -142,9 +146,12 @@ class HttpsSender:
         if self._is_closed:
             raise LocalProtocolError("the client is closed; make a request within its `with` block")
         with self._connecting():
-            plain = _connected(_addresses(self._origin, end), end)
+            suspects = [*self._suspects]
+            addresses = _addresses(self._origin, end)
+            addresses.sort(key=lambda found: suspects.index(found[1]) + 1 if found[1] in suspects else 0)
+            plain, address = _connected(addresses, end)
             try:
-                stream = _TlsStream(plain, self._context, self._origin.name)
+                stream = _TlsStream(plain, address, self._context, self._origin.name)
                 stream.begin(end)
             except BaseException:
                 plain.close()
@@ -159,6 +166,8 @@ class HttpsSender:
             begun.close()
             begun = None
         stream = begun or self._begin(end)
+        _ = self._suspects.pop(stream.address, None)
+        self._suspects[stream.address] = None
         from chutes_proto.transport.client import ClientConnection  # while the hello is on its way
 
         try:
@@ -185,10 +194,10 @@ class _PlainSender(HttpsSender):
     def _connect(self, end: float) -> _Connection:
         with self._connecting():
             end = min(end, time.monotonic() + self._limits.connect)
-            plain = _connected(_addresses(self._origin, end), end)
+            plain, address = _connected(_addresses(self._origin, end), end)
         from chutes_proto.transport.client import ClientConnection
 
-        return _Connection(_Stream(plain), ClientConnection(self._origin.authority))
+        return _Connection(_Stream(plain, address), ClientConnection(self._origin.authority))
 
 
 @frozen
@@ -211,8 +220,9 @@ class HttpGetter:
 class _Stream:
     """A connected socket. A wait ends after ``seconds`` of silence, and at ``end``, with `TimeoutError`."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, address: object) -> None:
         self._socket = connected
+        self.address = address
 
     def send(self, data: bytes, seconds: float, end: float) -> None:
         """Send all of ``data``. Raises `OSError`."""
@@ -237,8 +247,8 @@ class _TlsStream(_Stream):
     are few at a time; from the socket they would keep this thread from the time and from signals.
     """
 
-    def __init__(self, connected: socket.socket, context: ssl.SSLContext, name: bytes) -> None:
-        super().__init__(connected)
+    def __init__(self, connected: socket.socket, address: object, context: ssl.SSLContext, name: bytes) -> None:
+        super().__init__(connected, address)
         self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._unsent, server_hostname=name)
 
@@ -284,6 +294,7 @@ class _Connection:
 
     def __init__(self, stream: _Stream, http: ClientConnection) -> None:
         self._stream = stream
+        self.address = stream.address
         self.http = http
 
     def exchange(self, request: HttpRequest, read: float, end: float) -> HttpResponse:
@@ -340,8 +351,11 @@ def _resolved(origin: Origin, flags: int) -> list[tuple[int, Any]]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
-    """Connect to the first address that answers in its share of the time. Raises the last one's `OSError`."""
+def _connected(addresses: list[tuple[int, Any]], end: float) -> tuple[socket.socket, object]:
+    """Connect to the first address that answers in its share of the time, and return it, too.
+
+    Raises the last one's `OSError`.
+    """
     error: OSError = TimeoutError()
     for index, (family, address) in enumerate(addresses):
         try:
@@ -356,7 +370,7 @@ def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
             error = exc
         else:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return plain
+            return plain, address
     raise error
 
 
