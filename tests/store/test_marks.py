@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -308,6 +308,13 @@ def test_a_checkpoint_that_is_missing_beside_a_mark_or_not_signed_is_told(
             (told,) = again.notes
             assert told.startswith(f"audit log: {file}: ")
             assert told.endswith("; if the log is right, move the file away")
+    file.unlink()
+    file.mkdir()
+    with keeping(place) as again:
+        (told,) = again.notes
+        assert (told.startswith(f"audit log: {file}: "), told.count(str(file))) == (True, 1)
+    file.rmdir()
+    file.write_bytes(b"not a checkpoint")
     whole = backup_of(place.base / "keys.db")
     for damage in ("wrapped = 5", "wrapped = x'00'", "kek_id = 'unknown'"):
         with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
@@ -361,21 +368,25 @@ def test_a_file_that_is_not_a_whole_mark_is_refused_and_left_alone(place: StoreP
     assert Mark.from_bytes(whole).to_bytes() == whole
 
 
-def test_a_mark_of_another_user_is_not_to_be_moved_away(place: StorePlace) -> None:
-    """As of a server that was copied to another machine by root: the mark is whole, and only it knows what it saw."""
-    with keeping(place) as running:
-        grant(running, "1")
-    assert place.mark_file is not None
-    place.mark_file.chmod(0)
+@contextmanager
+def unreadable(file: Path) -> Generator[None]:
+    """A file of another user, as after a copy to another machine by root."""
+    file.chmod(0)
     user = os.geteuid()
     os.seteuid(user or 65534)  # root may read everything
     try:
-        refused(
-            place.open,
-            r"Permission denied.*; give it, and its folder, to the user of the server$",
-        )
+        yield
     finally:
         os.seteuid(user)
+
+
+def test_a_mark_of_another_user_is_not_to_be_moved_away(place: StorePlace) -> None:
+    """It is whole, and only it knows what it saw."""
+    with keeping(place) as running:
+        grant(running, "1")
+    assert place.mark_file is not None
+    with unreadable(place.mark_file):
+        refused(place.open, r"Permission denied.*; give it, and its folder, to the user of the server$")
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,8 @@ class MarkKeeper:
             else:
                 return
         if faults:  # the words of the sequencer, which signs nothing then
-            self.add_note(f"audit log: {path}: {faults[0]}; if the log is right, move the file away")
+            advice = _advice(path, "if the log is right, move the file away")
+            self.add_note(f"audit log: {path}: {faults[0].removeprefix(f'{path}: ')}; {advice}")
 
     def _check_decision(self, ask: Ask, view: View) -> None:
         """Refuse a decision that nobody made who holds the store's keys. Raises `StoreError`."""
@@ -380,9 +381,7 @@ class MarkKeeper:
                 return None
             return Mark.from_bytes(read_file(self._path, limit=LARGEST))
         except (ConfigurationError, OSError) as exc:
-            advice = "if the store is right, move the file away, and the server begins another"
-            if not os.access(self._path, os.R_OK, effective_ids=True):  # it may well be whole
-                advice = "give it, and its folder, to the user of the server"
+            advice = _advice(self._path, "if the store is right, move the file away, and the server begins another")
             raise StoreError(f"store {self._name}: mark_file {self._path}: {exc}; {advice}") from None
 
     def _refused(self, mark: Mark, why: str, remedy: str) -> StoreError:
@@ -523,6 +522,12 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
     """The entries of rows. A row that no server can have written has none: a mark with it could not be read again."""
     return tuple([Entry.of_columns(*row) for row in rows if _is_possible(row)])
+
+
+def _advice(path: Path, otherwise: str) -> str:
+    """Advise on a file that cannot be used. One that may not be read may well be whole."""
+    is_readable = os.access(path, os.R_OK, effective_ids=True)
+    return otherwise if is_readable else "give it, and its folder, to the user of the server"
 
 
 def _is_possible(row: Sequence[Any]) -> bool:
