@@ -183,8 +183,9 @@ def test_collateral_that_is_not_valid_yet_is_read_again(directory: CollateralDir
 def test_a_file_of_no_use_is_named_and_harms_no_other(directory: CollateralDirectory, content: bytes, why: str) -> None:
     write_file(directory.path / "b.json", content)
     assert directory.fetch(identity(), NOW).fmspc == PLATFORM.fmspc
-    with pytest.raises(CollateralUnavailable, match=rf"b\.json: unusable: .*{why}|{why}"):
+    with pytest.raises(CollateralUnavailable, match=rf"b\.json: unusable: .*{why}|{why}") as caught:
         _ = directory.fetch(identity(PLATFORM.another(1)), NOW)
+    assert str(caught.value).count("b.json") == 1
 
 
 def test_other_files_and_unreadable_ones(directory: CollateralDirectory) -> None:

@@ -95,7 +95,7 @@ class CollateralDirectory:
         try:
             found = Collateral.all_from_json(read_file(path))
         except (FileUnavailable, QuoteError) as exc:
-            return (Item(str(path), str(exc)),)
+            return (Item(str(path), str(exc).removeprefix(f"{path}: ")),)
         return tuple(Item(str(path), self._verified(one, now)) for one in found)
 
     def _verified(self, collateral: Collateral, now: int) -> VerifiedCollateral | str:
