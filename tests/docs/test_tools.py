@@ -177,8 +177,8 @@ def test_a_newcomer_gets_through_every_tutorial(
     page: Path, require_program: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the packages of this environment; `.ci/run` does it in one of its own."""
-    if page.stem == "boot-agent":
-        _ = require_program("cryptsetup")
+    if needed := {"boot-agent": "cryptsetup", "key-server": "openssl"}.get(page.stem):
+        _ = require_program(needed)
     assert newcomer.main(["--quick", str(page)]) == 0, capfd.readouterr().err
 
 
