@@ -189,9 +189,18 @@ def test_a_class_may_refuse_what_contradicts_itself() -> None:
     assert str(caught.value) == "0.low: must not be above high; 2.high: Field required"
 
 
-@pytest.mark.parametrize("data", [b"\xff", b"name", b"name = " + b"[" * 100_000], ids=["bytes", "words", "depth"])
-def test_what_is_no_toml(data: bytes) -> None:
-    with pytest.raises(ProblemsError, match="not TOML"):
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\xff", "decode"),
+        (b"\xef\xbb\xbfname = 1", "it begins with a byte order mark; save it as UTF-8 without one"),
+        (b"name", "Expected"),
+        (b"name = " + b"[" * 100_000, ""),
+    ],
+    ids=["bytes", "mark", "words", "depth"],
+)
+def test_what_is_no_toml(data: bytes, why: str) -> None:
+    with pytest.raises(ProblemsError, match=f"not TOML: .*{why}"):
         _ = CONVERTER.from_toml(data, Whole, lambda _: ())
 
 

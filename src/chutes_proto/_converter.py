@@ -264,7 +264,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_toml(data: bytes) -> dict[str, object]:
     """Parse a TOML file. Raises `ProblemsError`."""
     try:
-        if _DEEP_KEY.search(text := data.decode("utf-8")):
+        if (text := data.decode("utf-8")).startswith("\ufeff"):
+            raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
+        if _DEEP_KEY.search(text):
             raise ValueError(f"a key of more than {_DEEPEST_KEY} parts")
         return tomllib.loads(text)
     except (ValueError, RecursionError) as exc:
