@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,8 @@ def test_a_file_of_a_directory_that_cannot_be_read_ends_nothing(
     for directory in ("rims", "status"):
         with (tmp_path / directory / "image.iso").open("wb") as file:
             _ = file.truncate(1 << 30)
+        (tmp_path / directory / "older").mkdir()
+        os.mkfifo(tmp_path / directory / "pipe")
     code, report = verify(nonce=NONCE.hex())
     assert (code, report["accepted"]) == (0, True)
     (unread,) = (one for one in report["rims"] if "error" in one)

@@ -210,7 +210,7 @@ def _read_all(paths: tuple[str, ...], root: str | None) -> Iterator[tuple[str, V
     trust = trusted_root(root)
     for path in paths:
         is_empty = True
-        for file, data in read_files(path, "[!.]*.json"):
+        for file, data in read_files(path, ".json"):
             is_empty = False
             if isinstance(data, str):
                 yield file, data

@@ -16,7 +16,7 @@ from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError
-from chutes_proto.io.files import MAX_SIZE, read_file, read_head
+from chutes_proto.io.files import MAX_SIZE, read_file, read_head, unavailable
 from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._steps import UntrustedRootError
 
@@ -97,15 +97,19 @@ def read_quote_file(path: str) -> bytes:
     return data
 
 
-def read_files(path: str, pattern: str = "[!.]*") -> Iterator[tuple[str, bytes | str]]:
+def read_files(path: str, suffix: str = "") -> Iterator[tuple[str, bytes | str]]:
     """The file, or those of a directory with the name of each; of one there that cannot be read, the reason.
 
-    Raises `FileUnavailable` for the file that is named.
+    Raises `FileUnavailable` for what is named itself.
     """
     if not Path(path).is_dir():
         yield path, read_file(path)
         return
-    for file in sorted(Path(path).glob(pattern)):
+    with unavailable(path, "cannot be read"):
+        found = sorted(Path(path).iterdir())
+    for file in found:
+        if file.name.startswith(".") or not file.name.endswith(suffix) or not file.is_file():  # a pipe would be awaited
+            continue
         try:
             content: bytes | str = read_file(file)
         except FileUnavailable as exc:
