@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 import chutes_proto.sync
-from chutes_proto.sync import has_luks_header
+from chutes_proto.sync import BootAgent, has_luks_header, open_disk
 from chutes_proto.testing import SimulatedPlatform
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from chutes_proto.wire.codes import Code
 from tests.dev_server import dev_server
-from tests.luks import headers
+from tests.luks.headers import image
 from tools.docs.pictures import files
 
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -28,30 +28,27 @@ def block(number: int) -> str:
     return str(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number])
 
 
-def test_the_agent_of_the_readme_is_given_its_keys(tmp_path, monkeypatch):
+def test_the_agent_of_the_readme_opens_its_disks(tmp_path, monkeypatch, require_program):
     """As it stands, but for the address of the server, the hotkey, and disks that are images."""
-    blank, formatted = tmp_path / "blank", tmp_path / "formatted"
-    for disk in (blank, formatted):
-        with disk.open("wb") as file:
-            file.truncate(headers.SIZE)
-            file.write(headers.both(headers.told()) if disk is formatted else b"")
-    opened = []
-
-    def open_disk(volume, passphrase, *, may_format):
-        opened.append((volume, len(passphrase), may_format))
-
+    _ = require_program("cryptsetup")
+    root, storage, cache = (image(tmp_path / name) for name in ("root", "storage", "cache"))
     with dev_server(tmp_path / "platform") as server:
         platform = PlatformRecord.decode((server.platform / PLATFORM_FILE).read_bytes()).platform
         monkeypatch.setattr(chutes_proto.sync, "auto_quoter", lambda: platform.quote)
-        monkeypatch.setattr(chutes_proto.sync, "has_luks_header", partial(has_luks_header, images=True))
+        for function in (has_luks_header, open_disk):
+            monkeypatch.setattr(chutes_proto.sync, function.__name__, partial(function, images=True))
         monkeypatch.setenv("SSL_CERT_FILE", str(server.ca))
-        said = {"https://keys.example:8443": server.url, "5Grw…": HOTKEY, "/dev/vdb": formatted, "/dev/vdc": blank}
+        with BootAgent(server.url, hotkey=HOTKEY, vm_name="vm-1", quoter=platform.quote) as agent:
+            assert open_disk(root, "root", agent.boot().root_passphrase, may_format=True, images=True)
+        said = {"https://keys.example:8443": server.url, "5Grw…": HOTKEY}
+        said |= {"/dev/vda2": root, "/dev/vdb": storage, "/dev/vdc": cache}
         text = block(0)
         for words, meant in said.items():
             assert words in text
-            text = text.replace(words, str(meant))
-        exec(text, {"open_disk": open_disk})
-    assert opened == [("storage", 128, False), ("tdx-cache", 128, True)]
+            text = text.replace(words, meant)
+        for _boot in range(2):
+            exec(text, {})
+            assert all(has_luks_header(disk, images=True) for disk in (storage, cache))
 
 
 def test_the_verifier_of_the_readme_returns_what_the_policy_accepts(vectors, tmp_path, monkeypatch, capsys):

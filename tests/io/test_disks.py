@@ -4,7 +4,6 @@ and under a host that changes the disk meanwhile."""
 from __future__ import annotations
 
 import os
-import re
 import select
 import shutil
 import socket
@@ -26,7 +25,7 @@ from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Foreign, Luks
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Open
 from chutes_proto.secret import Secret
-from tests.conftest import CI, ROOT
+from tests.conftest import CI
 from tests.luks import headers
 
 SIZE = 20 * 1024 * 1024
@@ -795,49 +794,60 @@ def test_a_missing_device_mapper_is_reported(bench: Bench, loop: str) -> None:
     assert "device-mapper" in str(bench.refused(lambda: disks.act(action, key), "cryptsetup", path=loop))
 
 
-# --- whether a disk has a header, for agents that open disks themselves ---
-
-
-def image(path: Path, content: bytes) -> str:
-    with path.open("wb") as file:
-        _ = file.truncate(headers.SIZE)
-        _ = file.write(content)
-    return str(path)
+# --- the functions for an agent of one's own ---
 
 
 def test_whether_a_disk_has_a_header(tmp_path: Path) -> None:
     """True and False are for disks that may be opened and formatted; anything else is an error."""
     header = headers.both(headers.told())
-    assert module.has_luks_header(image(tmp_path / "luks", header), images=True) is True
-    assert module.has_luks_header(image(tmp_path / "blank", b""), images=True) is False
-    assert module.has_luks_header(image(tmp_path / "cut", UNFINISHED), images=True) is False
+    assert module.has_luks_header(headers.image(tmp_path / "luks", header), images=True) is True
+    assert module.has_luks_header(headers.image(tmp_path / "blank", b""), images=True) is False
+    assert module.has_luks_header(headers.image(tmp_path / "cut", UNFINISHED), images=True) is False
     with pytest.raises(DiskError, match="it is not touched; wipe it") as caught:
-        _ = module.has_luks_header(image(tmp_path / "other", b"a file system"), images=True)
+        _ = module.has_luks_header(headers.image(tmp_path / "other", b"a file system"), images=True)
     assert caught.value.device == str(tmp_path / "other")
     with pytest.raises(HeaderRejected):
-        _ = module.has_luks_header(image(tmp_path / "bad", headers.both(headers.told(MAX_SLOTS + 1))), images=True)
+        _ = module.has_luks_header(
+            headers.image(tmp_path / "bad", headers.both(headers.told(MAX_SLOTS + 1))), images=True
+        )
     with pytest.raises(DiskError, match="block device"):
-        _ = module.has_luks_header(image(tmp_path / "image", header))
+        _ = module.has_luks_header(headers.image(tmp_path / "image", header))
     with pytest.raises(DiskError, match="No such file"):
         _ = module.has_luks_header(str(tmp_path / "missing"), images=True)
 
 
-def test_an_agent_of_ones_own_opens_a_disk_with_a_copy_of_its_header(bench: Bench, tmp_path: Path) -> None:
-    """By the commands of the page about disks; what the host makes of the disk's own header does not count."""
-    bench.format()
-    page = (ROOT / "docs/explanation/disks.md").read_text("utf-8")
-    copying, opening = re.findall(r"^(?:head|cryptsetup) .*$", page, re.M)
-    copy = tmp_path / "storage.header"
-
-    def run(command: str) -> int:
-        text = command.replace("/run/storage.header", str(copy)).replace("/dev/vdb", bench.device)
-        return subprocess.run(["sh", "-c", text], input=A, capture_output=True, check=False).returncode
-
-    assert run(copying) == 0
-    assert module.has_luks_header(str(copy), images=True) is True
+def test_an_agent_of_ones_own_opens_and_formats_disks(bench: Bench, tmp_path: Path) -> None:
+    """What the host makes of the header, and what is no empty disk, stops it and stays as it is."""
+    key, other = Secret(A), Secret(B)
+    disk = partial(module.open_disk, bench.device, "storage", images=True)
+    assert "may not be formatted" in str(bench.refused(lambda: disk(key), "blank"))
+    assert disk(key, may_format=True) is True
+    for may_format in (False, True):
+        assert disk(key, may_format=may_format) is False
+        _ = bench.refused(partial(disk, other, may_format=may_format), "key_refused")
+    assert bench.slots() == 1
     bench.put(0, _null(bench))
-    assert run(opening.replace("/dev/vdb storage", "--test-passphrase /dev/vdb")) == 0
-    assert copy.read_bytes() != bench.path.read_bytes()[: copy.stat().st_size]
-    assert run(copying) == 0
     with pytest.raises(HeaderRejected, match="cipher_null-ecb, which encrypts nothing"):
-        _ = module.has_luks_header(str(copy), images=True)
+        _ = disk(key)
+    for content, reason in ((b"a file system", "foreign"), (b"", "blank")):
+        path = headers.image(tmp_path / reason, content)
+        act = partial(module.open_disk, path, "storage", key, may_format=bool(content), images=True)
+        with pytest.raises(DiskError) as caught:
+            _ = act()
+        assert (caught.value.reason, caught.value.device) == (reason, path)
+    with pytest.raises(DiskError, match="not a block device"):
+        _ = module.open_disk(bench.device, "storage", key)
+    with pytest.raises(LocalProtocolError, match="is not a volume's name"):
+        _ = module.open_disk(bench.device, "../storage", key, images=True)
+
+
+def test_an_opened_disk_of_ones_own_is_mapped(bench: Bench, loop: str) -> None:
+    if "device-mapper" not in Path("/proc/misc").read_text():
+        with pytest.raises(DiskError, match="device-mapper"):
+            _ = module.open_disk(loop, "own", Secret(A), may_format=True)
+        return
+    assert module.open_disk(loop, "own", Secret(A), may_format=True) is True
+    try:
+        assert Path("/dev/mapper/own").exists()
+    finally:
+        _ = subprocess.run([bench.program, "close", "own"], check=True)

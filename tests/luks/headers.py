@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import struct
+from pathlib import Path
 from typing import Any, Final
 
 SIZE: Final = 64 * 1024 * 1024
@@ -16,6 +17,14 @@ AREA: Final = 0x4000
 _SALT: Final = "U/KRxZhMuKYKfkwz/h9mFzRZM3mW5SSWdZf6fYdhW4E="
 _PBKDF2: Final = {"type": "pbkdf2", "hash": "sha256", "iterations": 1000, "salt": _SALT}
 ARGON2ID: Final = {"type": "argon2id", "time": 4, "memory": 1048576, "cpus": 4, "salt": _SALT}
+
+
+def image(path: Path, content: bytes = b"") -> str:
+    """Make an image file of such a disk, which begins with the content; return its path."""
+    with path.open("wb") as file:
+        _ = file.truncate(SIZE)
+        _ = file.write(content)
+    return str(path)
 
 
 def slot(number: int = 0, kdf: Any = _PBKDF2) -> dict[str, Any]:
