@@ -560,11 +560,11 @@ class Calls(RuleBasedStateMachine):
             assert outcome == Code.PLATFORM_MISMATCH
             return
         assert outcome is None
-        known.platform, known.proven, known.booted, known.attested = home, False, False, None
+        known.platform, known.booted, known.attested = home, False, None
         self._void(vm)
         if not keep:
             known.disown(self.now)
-            known.two_phase = False
+            known.proven = known.two_phase = False
 
     # --- what holds at every instant ---
 

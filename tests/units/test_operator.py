@@ -344,6 +344,19 @@ def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
     assert (claim.pin, claim.attested) == (elsewhere.pin, None)
 
 
+def test_a_name_that_its_owner_proved_stays_so_where_its_disks_move(store: MemoryStore) -> None:
+    """Else the old machine, whose VM proves the same hotkey, takes the name and retires the keys of the moved disks."""
+    store.transact(evolve(boot("1"), hotkey_proven=True))
+    elsewhere = platform("elsewhere")
+    store.transact(RebindVm(NOW, VM, elsewhere, True, VAULT, WHY))
+    old_place = evolve(boot("old place"), hotkey_proven=True)
+    assert refused(store, old_place).code is Code.PLATFORM_MISMATCH
+    store.transact(evolve(boot("moved"), platform=elsewhere))
+    assert refused(store, old_place).code is Code.PLATFORM_MISMATCH
+    store.transact(RebindVm(NOW, VM, platform("third"), False, VAULT, WHY))
+    store.transact(old_place)  # with new keys, the name is whose hotkey is proven first
+
+
 def test_a_name_that_was_rebound_without_the_instance_id_of_its_machine(store: MemoryStore) -> None:
     store.transact(boot("1"))
     home = platform("home")

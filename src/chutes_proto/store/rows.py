@@ -144,10 +144,10 @@ class NonceRow:
 class VmRow:
     """A claim: this name of this hotkey belongs to this platform.
 
-    It is ``proven`` once a granted boot on this platform carried the hotkey's signature. ``exchange`` is ``two-phase``
-    once a boot was served so. ``attested`` is the boot that attested its volumes last, whose confirmation counts, and
-    ``booted`` the last one that was handed a next root key, likewise. ``nonce_at`` is when the newest nonce of a
-    provisioned boot was issued.
+    It is ``proven`` once a granted boot carried the hotkey's signature, and stays so where an operator moves it to
+    another platform with its keys. ``exchange`` is ``two-phase`` once a boot was served so. ``attested`` is the boot
+    that attested its volumes last, whose confirmation counts, and ``booted`` the last one that was handed a next root
+    key, likewise. ``nonce_at`` is when the newest nonce of a provisioned boot was issued.
     """
 
     TABLE: ClassVar[str] = "vm"

@@ -359,8 +359,9 @@ class BindVm(Unit[None]):
 class RebindVm(Unit[None]):
     """Bind a name to another platform and void all its tokens.
 
-    With ``keep_keys`` the disk moved, and its keys stay with the name. Without, the name was another's: all generations
-    are retired, none is revived by itself, and the state of its disks and its exchange is forgotten.
+    With ``keep_keys`` the disk moved, and its keys stay with the name, and with the hotkey that proved itself: no other
+    platform takes it over. Without, the name was another's: all generations are retired, none is revived by itself, and
+    the state of its disks and its exchange is forgotten.
     """
 
     now: int
@@ -378,7 +379,8 @@ class RebindVm(Unit[None]):
         moved = store.VmRow.of(self.vm, self.platform, self.now)
         if self.keep_keys:
             yield from store.VoidTokens(self.vm, self.now)
-            moved = evolve(moved, created_at=claim.created_at, exchange=claim.exchange)
+            kept = {name: getattr(claim, name) for name in ("created_at", "exchange", "proven", "nonce_at")}
+            moved = evolve(moved, **kept)
         else:
             yield from keys.disown()
         yield from store.Put(moved)
