@@ -186,6 +186,9 @@ def test_full_slots_are_freed(bench: Bench) -> None:
     for number in range(MAX_SLOTS - 1):
         bench.add(A, b"left over %d" % number)
     assert bench.slots() == MAX_SLOTS
+    before = bench.path.read_bytes()
+    _ = bench.refused(lambda: bench.add(B, C), "key_refused")
+    assert bench.path.read_bytes() == before, "no key that is known opens it, so none may go"
     bench.add(A, B)
     assert bench.slots() == 2
     assert bench.opens(A)

@@ -16,8 +16,9 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedExchange, ServedProfile
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, NonceRow, VmRow, VolumeRow
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, NonceRow, Vm, VmRow, VolumeRow
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.operator import RestoreKey
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.codes import Code
@@ -178,6 +179,51 @@ def test_a_late_first_boot_changes_nothing(world):
     response = world.ask("POST", "/servers/boot/attestation", body, headers=proof(late, body))
     assert refusal(response) == (401, Code.NONCE_INVALID, "Invalid nonce supplied")
     assert everything(world) == before
+
+
+def test_a_first_boot_counts_only_with_a_nonce_younger_than_all_that_were_granted(world):
+    """Not with one of the same second, and not after a boot with an older nonce that was granted in between."""
+    older = world.nonce()
+    world.now += 2
+    same, newest = world.nonce(), world.nonce()
+
+    def ask(nonce: str, *, first_boot: bool) -> HttpResponse:
+        body, _ = world.attestation(nonce, miner_hotkey=HOTKEY, first_boot=first_boot)
+        response: HttpResponse = world.ask("POST", "/servers/boot/attestation", body, headers=proof(nonce, body))
+        return response
+
+    assert answer(ask(newest, first_boot=True))
+    assert refusal(ask(same, first_boot=True))[:2] == (401, Code.NONCE_INVALID)
+    assert answer(ask(older, first_boot=False))
+    assert refusal(ask(same, first_boot=True))[:2] == (401, Code.NONCE_INVALID)
+
+
+def test_a_repeated_provision_gets_the_same_answer(world):
+    """Without the root key, which the boot was handed beside them."""
+    granted = answer(boot(world))
+    body = volumes_request(world, nonce := granted["luks_quote_nonce"])
+    headers = {"x-quote-nonce": nonce, **proof(nonce, body)}
+    first, again = (answer(world.ask("POST", "/servers/vm-1/provision", body, headers=headers)) for _ in range(2))
+    assert list(first["volumes"]) == [*BOTH]
+    assert again == first
+
+
+def test_a_repeated_confirmation_is_no_promise_of_a_root_key_that_was_replaced_since(world):
+    """Its VM removes the old key from the disk if it hears 200."""
+    granted = answer(boot(world, first_boot=True))
+    assert answer(confirm(world, granted["root_confirm_nonce"], ROOT))
+    vm = Vm(HOTKEY, "vm-1")
+    world.store.transact(RestoreKey(world.now, vm, "root", 1, "the operator's choice"))
+    assert refusal(confirm(world, granted["root_confirm_nonce"], ROOT))[:2] == (409, Code.ROTATION_SUPERSEDED)
+
+
+def test_a_boot_of_another_exchange_ends_the_confirmation_of_a_root_key(world):
+    granted = answer(boot(world, first_boot=True))
+    world.app = App(provisioned("two-phase"))
+    body, headers = world.attestation(world.nonce(), miner_hotkey=HOTKEY)
+    assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
+    world.app = App(provisioned())
+    assert refusal(confirm(world, granted["root_confirm_nonce"], ROOT))[:2] == (401, Code.CONFIRM_NONCE_INVALID)
 
 
 def test_root_and_volumes_have_nonces_of_their_own(world):

@@ -11,7 +11,7 @@ request is always accepted.
 
 Rules kept here:
 
-* the nonce of a signed request is the time in unix seconds, in ASCII digits, at most 600 s away from ours; only that
+* the nonce of a signed request is the time in unix seconds, in ASCII digits, less than 600 s away from ours; only that
   of a runtime attestation is the server's, and its age is the mint's to check;
 * a signature is 64 bytes as 128 ASCII hex digits of either case, without ``0x``;
 * a refusal never repeats the message or the signature.
