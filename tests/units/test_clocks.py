@@ -18,7 +18,7 @@ from chutes_proto.server._tags import TagKey
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite._parts import DAY, NOW
-from chutes_proto.units.nonces import SKEW, Nonce, redeem_nonce, why_void
+from chutes_proto.units.nonces import SKEW, ForgetNonces, Nonce, RaiseHorizon, redeem_nonce, why_void
 from chutes_proto.units.operator import StoreRestored
 from tests.store.memory import MemoryStore
 
@@ -54,7 +54,7 @@ class ClockedStore(MemoryStore):
 
 
 class Nonces(RuleBasedStateMachine):
-    """Servers that issue and redeem, and an operator who restores backups."""
+    """Servers that issue, redeem and sweep, and an operator who restores backups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,6 +107,11 @@ class Nonces(RuleBasedStateMachine):
         text = sorted(self.redeemed)[which % len(self.redeemed)]
         self.turn(server, self.redeemed[text] + age - self.time)
         assert not self.redeems(server, text)
+
+    @rule(server=some_server)
+    def sweep(self, server: int) -> None:
+        _ = self.transact(RaiseHorizon(self.now(server)))
+        _ = self.transact(ForgetNonces(self.now(server)))
 
     @rule()
     def back_up(self) -> None:
