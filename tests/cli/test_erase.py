@@ -24,7 +24,7 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import EvidenceRow, GenerationRow, Put, Scan, Vm
+from chutes_proto.store.rows import EvidenceRow, GenerationRow, Put, Read, Scan, Vm, VmRow
 from chutes_proto.units.revocations import Revocations
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, PLATFORM, Site
@@ -44,6 +44,11 @@ def marked(site: Site) -> Path:
     address = setup_of(site).config.store.url
     site.configuration.write_text(text.replace(line, f'store = {{ url = "{address}", mark_file = "store.mark" }}'))
     return site.directory / "store.mark.erasures"
+
+
+def claimed(site: Site) -> bool:
+    with closing(setup_of(site).store.open()) as store:
+        return store.transact(Ask(Read(VmRow, Vm(HOTKEY, "vm-1")))) is not None
 
 
 def sealed(rows: tuple[GenerationRow, ...]) -> list[bytes]:
@@ -202,6 +207,7 @@ def test_keys_made_since_in_a_store_that_was_restored_are_not_erased(site: Site)
     site.boot("3", rekey=("storage",), at=int(time.time()) + 200)
     with open_store(Running(setup_of(site))):
         assert [(row.volume, row.generation) for row in site.rows() if row.sealed] == [("storage", 2)]
+    assert claimed(site), "else a VM of another machine could have the later key"
     assert file.exists()
 
 

@@ -15,6 +15,7 @@ from chutes_proto.store.rows import (
     AuditRow,
     AuditWanted,
     CountSealed,
+    ErasureRow,
     GenerationRow,
     Insert,
     LogTileRow,
@@ -355,6 +356,16 @@ def test_a_name_that_its_owner_proved_stays_so_where_its_disks_move(store: Memor
     assert refused(store, old_place).code is Code.PLATFORM_MISMATCH
     store.transact(RebindVm(NOW, VM, platform("third"), False, VAULT, WHY))
     store.transact(old_place)  # with new keys, the name is whose hotkey is proven first
+
+
+def test_a_later_vm_of_the_name_keeps_it_where_an_erasure_is_repeated(store: MemoryStore) -> None:
+    """It has no key of its own yet, as its image has the root passphrase."""
+    store.transact(evolve(boot("later"), root=None))
+    record = ErasureRow("e", VM, NOW - 1, '{"storage":2}')
+    assert store.transact(RepeatErasure(NOW + 1, 1, record)) == 0
+    assert store.transact(Ask(Read(VmRow, VM))) is not None
+    assert store.transact(RepeatErasure(NOW + 1, 2, ErasureRow("f", VM, NOW, "{}"))) == 0
+    assert store.transact(Ask(Read(VmRow, VM))) is None
 
 
 def test_a_name_that_was_rebound_without_the_instance_id_of_its_machine(store: MemoryStore) -> None:
