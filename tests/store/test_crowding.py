@@ -88,16 +88,18 @@ def test_boots_of_unrelated_vms_are_hardly_rolled_back(
 
 
 MANY = """
-INSERT INTO vm SELECT md5(n::text), 'vm-' || n, 'ppid', sha256(n::text::bytea), NULL,
+INSERT INTO vm SELECT md5(n::text), 'vm-' || n, 'instance', sha256(n::text::bytea), sha256(n::text::bytea),
   sha256(n::text::bytea), TRUE, 'base', 1, 1 FROM generate_series(1, {many}) AS n;
-INSERT INTO boot SELECT md5(n::text), md5(n::text), 'vm-' || n, 'ppid', sha256(n::text::bytea), '',
+INSERT INTO boot SELECT md5(n::text), md5(n::text), 'vm-' || n, 'instance', sha256(n::text::bytea), '',
   'profile', '1', 'base', '', sha256(n::text::bytea), 1, TRUE, '192.0.2.1', n FROM generate_series(1, {many}) AS n;
 INSERT INTO boot_volume SELECT boot_id, 'storage', 0, 1, NULL, TRUE FROM boot;
 INSERT INTO volume SELECT hotkey, vm, 'storage', TRUE, FALSE FROM vm;
 INSERT INTO generation SELECT hotkey, vm, 'storage', 1, 'active', '', 'kek', '', FALSE, 1, '' FROM vm;
 ANALYZE;
 """
-"""The rows of as many VMs, of a hotkey and a name each."""
+"""The rows of as many VMs, of a hotkey and a name each, on platforms of the kind that boots come from.
+
+The index of platforms begins with the kind: those of another one would be no neighbours of these."""
 
 AUDITED = b"""
 INSERT INTO audit (at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys, peer_address)
