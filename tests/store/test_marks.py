@@ -649,6 +649,48 @@ def test_a_row_of_a_clock_that_was_ahead_does_not_outlast_a_decision() -> None:
     assert loss.is_accepted
 
 
+def test_a_decision_counts_for_rows_that_a_clock_has_dated_into_the_future() -> None:
+    ahead = Mark(7, 0, (Row(5, NOW, "a"), Row(6, NOW + 9 * DAY, "b")), is_sealed=True, decided_at=NOW - DAY)
+    older = View(7, 0, NOW - DAY, (Row(5, NOW, "a"),), has_older=True)
+    for decided_at, now, is_accepted in (
+        (NOW + 1, NOW + 1, True),
+        (NOW - DAY, NOW + 1, False),  # it was seen with the rows
+        (NOW + 1, NOW + 10 * DAY, False),  # the clock was right
+    ):
+        for mark, counts in ((ahead, is_accepted), (evolve(ahead, is_sealed=False), False)):
+            loss = find_loss(mark, evolve(older, decided_at=decided_at), now)
+            assert loss is not None
+            assert loss.is_accepted is counts
+
+
+def test_an_operator_decides_on_what_a_clock_that_was_ahead_has_dated(place: StorePlace) -> None:
+    """Rows, key of the log and checkpoint have a time that is to come; a decision by the right clock counts."""
+    place = evolve(place, vault=VAULT)
+    file = checkpoint_path(place.mark_file)
+    assert file is not None
+    ahead = int(time.time()) + DAY
+    with keeping(place) as running:
+        grant(running, "1")
+        running.transact(SequenceLog(bytes(16), "o"))
+        assert running.transact(OpenLogKey(ahead, VAULT, Secret(bytes(SEED_SIZE + NONCE_SIZE))))
+        backup = backup_of(place.base / "keys.db")
+        running.transact(boot("2", now=ahead))
+        sequencer = Sequencer(running, lambda: VAULT, "o", file)
+        sequencer.sequence()
+        assert sequencer.checkpoint() is not None
+    os.utime(file, (ahead, ahead))
+    put_back(place.base / "keys.db", backup)
+    refused(place.open, "it lacks audit row")
+    with closing(evolve(place, mark_file=None).open()) as operator:
+        operator.transact(StoreRestored(int(time.time()), "a clock was ahead"))
+    for _ in range(2):
+        with keeping(place) as again:
+            again.transact(Ask(InsertAll((AuditRow(NOW, "vm", "new", "granted"),))))
+            sequencer = Sequencer(again, lambda: VAULT, "o", file)
+            sequencer.sequence()
+            assert sequencer.checkpoint() is not None
+
+
 def test_of_very_many_findings_the_newest_are_kept() -> None:
     marks = MarkKeeper("keys", None, Custody("keys"))
     for number in range(1100):

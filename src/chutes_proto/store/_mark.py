@@ -187,6 +187,15 @@ class View:
         begun = Mark(self.store_id, self.timeline)
         return self.adopted(begun, begun)
 
+    def is_decided_since(self, at: int, mark: Mark | None, now: int) -> bool:
+        """Whether an operator has decided on a loss of what was written at ``at``, and seen with ``mark``.
+
+        A time that is still to come is of a clock that was ahead. Then a decision counts that the mark has not seen;
+        the mark of a store that is not sealed tells of none.
+        """
+        is_unseen = mark is not None and mark.is_sealed and self.decided_at > mark.decided_at
+        return self.decided_at >= at or (at > now and is_unseen)
+
     def adopted(self, compared: Mark, mark: Mark) -> Mark:
         """The mark after a comparison with ``compared`` that found no loss; it is ``mark`` meanwhile."""
         purged = set(compared.missing(self.entries))
@@ -222,7 +231,8 @@ def find_loss(mark: Mark, view: View, now: int) -> Loss | None:
         whys.append(f"it lacks {_named(missing)}{_unknown(missing, mark, view)}")
     is_decided = view.decided_at > 0
     if whys:
-        is_decided &= view.decided_at >= max((entry.at for entry in missing or mark.entries), default=0)
+        at = max((entry.at for entry in missing or mark.entries), default=0)
+        is_decided &= view.is_decided_since(at, mark, now)
     if view.head < mark.head or (view.head == mark.head and view.head_mac != mark.head_mac):
         # Version and decision were seen together: one that is not later came back with the rest.
         is_decided &= view.decided_at > mark.decided_at

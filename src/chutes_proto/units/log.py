@@ -457,8 +457,9 @@ class ProveEntry(Unit[Receipt]):
 class OpenLogKey(Unit[Signer | None]):
     """The key that signs the log's checkpoints, made if there is none; None if the log has not begun.
 
-    A key made at or before ``lost_at`` is not used further: what it has signed is in no log any more. ``entropy`` is
-    `SEED_SIZE` and `NONCE_SIZE` random bytes. Raises `KeyUnavailable` and `SealBroken`.
+    A key made at or before ``lost_at`` is not used further: what it has signed is in no log any more. Nor is one that
+    was made after ``now``, by a clock that was ahead, if ``lost_at`` is not 0. ``entropy`` is `SEED_SIZE` and
+    `NONCE_SIZE` random bytes. Raises `KeyUnavailable` and `SealBroken`.
     """
 
     now: int
@@ -471,7 +472,7 @@ class OpenLogKey(Unit[Signer | None]):
         if state is None:
             return None
         row = max((yield from _keys()), key=lambda row: row.epoch, default=None)
-        if row is not None and row.created_at > self.lost_at:
+        if row is not None and (not self.lost_at or self.lost_at < row.created_at <= self.now):
             return Signer(state.origin, self.vault.unwrap(row))
         entropy = self.entropy.reveal()
         seed, epoch = Secret(entropy[:SEED_SIZE]), 1 if row is None else row.epoch + 1

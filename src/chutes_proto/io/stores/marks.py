@@ -17,6 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, TypeAlias
@@ -241,7 +242,7 @@ class MarkKeeper:
             )
         loss = None if mark is None else find_loss(mark, view, now)
         if loss is None:
-            self._compare_log(ask, view)
+            self._compare_log(ask, view, mark, now)
         if mark is not None and loss is not None and not loss.is_accepted:
             with self._lock:
                 self._is_behind = True
@@ -253,6 +254,7 @@ class MarkKeeper:
             )
         if loss is not None:
             self._check_decision(ask, view)
+            _redate(checkpoint_path(self._path), view.decided_at, now)
         if not self._is_checkpoint_looked_at:
             self._tell_of_checkpoint(ask)
         is_decided = mark is not None and view.head > mark.head and view.decided_at > mark.decided_at
@@ -269,15 +271,16 @@ class MarkKeeper:
             self._is_behind = False
             self._looked_at = time.monotonic()
 
-    def _compare_log(self, ask: Ask, view: View) -> None:
+    def _compare_log(self, ask: Ask, view: View, mark: Mark | None, now: int) -> None:
         """Compare the audit log with the checkpoint. Raises `StoreError`, unless an operator has decided since."""
         with self._lock:
             held = self._checkpoint
         why = "" if held is None else _log_fault(ask, held[0])
         if held is None or not why:
             return
-        if view.decided_at >= held[1]:
+        if view.is_decided_since(held[1], mark, now):
             self._check_decision(ask, view)
+            _redate(checkpoint_path(self._path), view.decided_at, now)
             with self._lock:
                 self.notes.append(f"store: {why}; an operator has decided to go on")
                 self._checkpoint = None
@@ -470,6 +473,13 @@ def _read_checkpoint(mark_file: Path | None) -> tuple[Checkpoint, int] | None:
         return Checkpoint.of(Note.parse(read_file(path, limit=LARGEST_NOTE))), int(path.stat().st_mtime)
     except (ConfigurationError, LogError, OSError):
         return None  # the sequencer, which needs it, tells the operator
+
+
+def _redate(checkpoint: Path | None, decided_at: int, now: int) -> None:
+    """Let a decision count for a checkpoint that a clock which was ahead has dated into the future."""
+    with suppress(OSError):  # the sequencer, which needs the file, tells the operator
+        if checkpoint is not None and checkpoint.stat().st_mtime > now + 1:
+            os.utime(checkpoint, (decided_at, decided_at))
 
 
 def _log_fault(ask: Ask, held: Checkpoint) -> str:
