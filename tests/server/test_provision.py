@@ -198,6 +198,19 @@ def test_a_first_boot_counts_only_with_a_nonce_younger_than_all_that_were_grante
     assert refusal(ask(same, first_boot=True))[:2] == (401, Code.NONCE_INVALID)
 
 
+def test_the_builds_passphrase_is_replaced_at_once_and_the_next_key_after_a_day(world):
+    """Every VM has the build's; a backup has the next one, as both are made in one transaction."""
+    world.app = App(provisioned(rotate_after=86_400))
+    first = answer(boot(world, first_boot=True))
+    assert first["key"] == BUILD != first["root_next"]
+    assert answer(confirm(world, first["root_confirm_nonce"], ROOT))
+    again = answer(boot(world))
+    assert again["key"] == again["root_next"] == first["root_next"]
+    assert answer(confirm(world, again["root_confirm_nonce"], ROOT))
+    world.now += 86_400
+    assert answer(boot(world))["root_next"] != again["key"]
+
+
 def test_a_repeated_provision_gets_the_same_answer(world):
     """Without the root key, which the boot was handed beside them."""
     granted = answer(boot(world))
