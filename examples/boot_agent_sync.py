@@ -1,25 +1,22 @@
-"""A boot agent without an event loop: attest, open each disk with its key, format only where no data can be lost.
+"""A boot agent without an event loop: attest, open all disks, format blank ones where no data can be lost, rotate keys.
 
 python examples/boot_agent_sync.py https://keys.example:8443 HOTKEY VM_NAME auto ca.pem
     /dev/vda2 storage=/dev/vdb tdx-cache=/dev/vdc
 
-The root disk, named first, must have its passphrase already. `chutes-proto agent run` is a whole agent, which also
-rotates keys.
+The root disk is named first. `chutes-proto agent run` is the same with settings in a file, for an initramfs.
 """
 
 import sys
 from pathlib import Path
 
-from chutes_proto.sync import BootAgent, has_luks_header, make_quoter, open_disk
+from chutes_proto.sync import BootAgent, make_quoter
 
 
 def unlock(url, hotkey, vm_name, quoter, ca_pem, root, disks):
     with BootAgent(url, hotkey=hotkey, vm_name=vm_name, quoter=quoter, ca_pem=ca_pem) as agent:
-        grant = agent.boot()
-        open_disk(root, "root", grant.root_passphrase)
-        keys = agent.sync({volume: has_luks_header(device) for volume, device in disks.items()})
-        for key in keys:
-            open_disk(disks[key.volume], key.volume, key.passphrase, may_format=key.may_format)
+        unlocked = agent.unlock(disks, root=root)
+    for disk in unlocked.volumes:
+        print(f"{disk.device} is /dev/mapper/{disk.mapping}{', without a file system' if disk.formatted else ''}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""A boot agent on trio: attest, open each disk with its key, format only where no data can be lost.
+"""A boot agent on trio: attest, open all disks, format blank ones where no data can be lost, rotate keys.
 
 python examples/boot_agent_trio.py https://keys.example:8443 HOTKEY VM_NAME auto ca.pem
     /dev/vda2 storage=/dev/vdb tdx-cache=/dev/vdc
 
-The root disk, named first, must have its passphrase already. `chutes-proto agent run` is a whole agent, which also
-rotates keys.
+The root disk is named first. `chutes-proto agent run` is the same with settings in a file, for an initramfs.
 """
 
 import sys
@@ -12,16 +11,14 @@ from pathlib import Path
 
 import trio
 
-from chutes_proto_trio import BootAgent, has_luks_header, make_quoter, open_disk
+from chutes_proto_trio import BootAgent, make_quoter
 
 
 async def unlock(url, hotkey, vm_name, quoter, ca_pem, root, disks):
     async with BootAgent(url, hotkey=hotkey, vm_name=vm_name, quoter=quoter, ca_pem=ca_pem) as agent:
-        grant = await agent.boot()
-        open_disk(root, "root", grant.root_passphrase)
-        keys = await agent.sync({volume: has_luks_header(device) for volume, device in disks.items()})
-        for key in keys:
-            open_disk(disks[key.volume], key.volume, key.passphrase, may_format=key.may_format)
+        unlocked = await agent.unlock(disks, root=root)
+    for disk in unlocked.volumes:
+        print(f"{disk.device} is /dev/mapper/{disk.mapping}{', without a file system' if disk.formatted else ''}")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from chutes_proto.errors import DiskError, TransportError
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.miner import HotkeyPair
 from chutes_proto.secret import Secret
-from chutes_proto.sync import BootAgent, has_luks_header, open_disk
+from chutes_proto.sync import BootAgent
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from chutes_proto.testing.store_suite import CASES, Case
 from tests.clients import run
 from tests.conftest import ROOT
 from tests.dev_server import DevServer, dev_server
-from tests.luks.headers import image
+from tests.luks.headers import image, make_root
 from tests.server.world import GPU
 from tests.store.harness import together
 from tests.test_public import PUBLIC
@@ -61,30 +61,37 @@ def load(name: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["sync", "trio", "asyncio"])
 def test_a_boot_agent_opens_disks_and_formats_only_blank_ones(
-    kind: str, server: DevServer, tmp_path: Path, require_program: Callable[[str], str]
+    kind: str,
+    server: DevServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    require_program: Callable[[str], str],
 ) -> None:
     _ = require_program("cryptsetup")
     root, storage, cache = (image(tmp_path / name) for name in ("root", "storage", "tdx-cache"))
     example = load(f"boot_agent_{kind}")
-    example.open_disk = partial(open_disk, images=True)
-    example.has_luks_header = partial(has_luks_header, images=True)
+    example.BootAgent = partial(example.BootAgent, images=True)
     quoter = example.make_quoter(f"simulated:{server.platform}")
     ca_pem = server.ca.read_bytes()
     with BootAgent(server.url, hotkey=HOTKEY, vm_name=f"vm-{kind}", quoter=quoter, ca_pem=ca_pem) as agent:
-        assert open_disk(root, "root", agent.boot().root_passphrase, may_format=True, images=True)
+        make_root(root, agent.boot().root_passphrase)
 
-    async def unlock() -> None:
-        disks = {"storage": storage, "tdx-cache": cache}
-        done = example.unlock(server.url, HOTKEY, f"vm-{kind}", quoter, ca_pem, root, disks)
-        if inspect.isawaitable(done):
-            await done
+    def boot() -> list[str]:
+        async def unlock() -> None:
+            disks = {"storage": storage, "tdx-cache": cache}
+            done = example.unlock(server.url, HOTKEY, f"vm-{kind}", quoter, ca_pem, root, disks)
+            if inspect.isawaitable(done):
+                await done
 
-    run(kind, unlock)
-    assert all(has_luks_header(disk, images=True) for disk in (storage, cache))
-    run(kind, unlock)
-    _ = image(Path(cache))
-    with pytest.raises(DiskError, match="tdx-cache: it is blank, and may not be formatted"):
         run(kind, unlock)
+        return [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()]
+
+    new = "without a file system"
+    assert boot() == ["root", f"storage, {new}", f"tdx-cache, {new}"]
+    assert boot() == ["root", "storage", "tdx-cache"]
+    _ = image(Path(cache))
+    with pytest.raises(DiskError, match="the disk of tdx-cache is blank, but the server knows it to hold data"):
+        _ = boot()
 
 
 def test_a_driver_of_ones_own_boots(server: DevServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 import chutes_proto.sync
-from chutes_proto.sync import BootAgent, has_luks_header, open_disk
+from chutes_proto.sync import BootAgent, has_luks_header
 from chutes_proto.testing import SimulatedPlatform
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from chutes_proto.wire.codes import Code
 from tests.dev_server import dev_server
-from tests.luks.headers import image
+from tests.luks.headers import image, make_root
 from tools.docs.pictures import files
 
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -31,15 +31,14 @@ def block(number: int) -> str:
 def test_the_agent_of_the_readme_opens_its_disks(tmp_path, monkeypatch, require_program):
     """As it stands, but for the address of the server, the hotkey, and disks that are images."""
     _ = require_program("cryptsetup")
-    root, storage, cache = (image(tmp_path / name) for name in ("root", "storage", "cache"))
     with dev_server(tmp_path / "platform") as server:
         platform = PlatformRecord.decode((server.platform / PLATFORM_FILE).read_bytes()).platform
         monkeypatch.setattr(chutes_proto.sync, "auto_quoter", lambda: platform.quote)
-        for function in (has_luks_header, open_disk):
-            monkeypatch.setattr(chutes_proto.sync, function.__name__, partial(function, images=True))
+        monkeypatch.setattr(chutes_proto.sync, "BootAgent", partial(BootAgent, images=True))
         monkeypatch.setenv("SSL_CERT_FILE", str(server.ca))
+        root, storage, cache = (image(tmp_path / name) for name in ("root", "storage", "cache"))
         with BootAgent(server.url, hotkey=HOTKEY, vm_name="vm-1", quoter=platform.quote) as agent:
-            assert open_disk(root, "root", agent.boot().root_passphrase, may_format=True, images=True)
+            make_root(root, agent.boot().root_passphrase)
         said = {"https://keys.example:8443": server.url, "5Grw…": HOTKEY}
         said |= {"/dev/vda2": root, "/dev/vdb": storage, "/dev/vdc": cache}
         text = block(0)

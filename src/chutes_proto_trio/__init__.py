@@ -13,7 +13,7 @@ try:
 
     from chutes_proto.io.clients.aio import BootAgent, MinerClient
     from chutes_proto.io.collateral.aio import fetch_collateral
-    from chutes_proto.io.disks.cryptsetup import has_luks_header, open_disk
+    from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.aio import HttpxSender, Performer
     from chutes_proto.io.hotkey_file import read_hotkey
     from chutes_proto.io.http.attested import (
@@ -58,7 +58,6 @@ __all__ = [
     "make_attested_identity",
     "make_gpu_tool",
     "make_quoter",
-    "open_disk",
     "read_hotkey",
     "serve",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,15 +14,17 @@ import pytest
 
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.errors import LocalProtocolError, Refused
+from chutes_proto.errors import DiskError, LocalProtocolError, Refused
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.log import Record
+from chutes_proto.secret import Secret
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto_trio import BootAgent
 from tests.boot import talk
 from tests.boot.model import CANARY, K3S_KEY, VOLUMES, ModelServer
 from tests.clients import KINDS, make_client, run
 from tests.io.peers import Credentials, make_credentials, peer, read_request
+from tests.luks.headers import image, make_root
 
 QUICK = RetryPolicy(attempts=5, base=0.01, cap=0.02, deadline=20.0)
 BLANK = dict.fromkeys(VOLUMES, False)
@@ -96,6 +100,70 @@ def test_a_boot_with_its_volumes(kind: str, credentials: Credentials, identity: 
         (name, f"{CANARY}-{name}".encode()) for name in VOLUMES
     ]
     assert again == keys
+
+
+@every_kind
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_all_disks_are_opened_at_once_or_the_root_disk_first(
+    kind: str,
+    two_phase: bool,
+    credentials: Credentials,
+    identity: ClientIdentity,
+    tmp_path: Path,
+    require_program: Callable[[str], str],
+) -> None:
+    """By the real cryptsetup, on images; keys are rotated where the server has them rotate."""
+    program = require_program("cryptsetup")
+    volumes = {name: image(tmp_path / name) for name in VOLUMES}
+    root = image(tmp_path / "root")
+    make_root(root, Secret(f"{CANARY}-root".encode()))
+
+    async def at_once(agent: Any) -> Any:
+        return await agent.unlock(volumes, root=root)
+
+    async def root_first(agent: Any) -> Any:
+        early = await agent.unlock({}, root=root)
+        assert [volume.name for volume in early.volumes] == ["root"]
+        return await agent.unlock(volumes)
+
+    def boot(work: Callable[[Any], Any]) -> list[tuple[str, bool]]:
+        records: list[Record] = []
+        model = ModelServer(iter(()), two_phase=two_phase)
+        options = {"log": records.append, "images": True}
+        unlocked = run_agent(kind, work, model, credentials, identity, **options)
+        assert model.confirmed == ({name: {"rotated": True} for name in VOLUMES} if two_phase else None)
+        assert (unlocked.k3s_encryption_key is not None) is two_phase
+        assert [record.event for record in records].count("grant_received") == 1
+        assert CANARY not in str(records)
+        return [(volume.name, volume.formatted) for volume in unlocked.volumes]
+
+    assert boot(at_once) == [("root", False), *((name, True) for name in VOLUMES)]
+    assert boot(root_first) == [(name, False) for name in VOLUMES]
+    for name, path in volumes.items():
+        key = f"{CANARY}-{name}{'-next' if two_phase else ''}".encode()
+        trial = [program, "open", "--test-passphrase", "--key-file=-", path]
+        assert subprocess.run(trial, input=key, check=False).returncode == 0
+
+
+@every_kind
+def test_disks_that_cannot_be_opened(kind: str, tmp_path: Path) -> None:
+    """Nobody is asked for their keys."""
+    who: dict[str, Any] = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "quoter": lambda _: b"quote"}
+    foreign = image(tmp_path / "foreign", b"a file system")
+    refused: list[tuple[bool, dict[str, str], type[Exception], str]] = [
+        (False, {}, LocalProtocolError, "name the root disk, or at least one volume"),
+        (False, {"storage": "disk.img"}, LocalProtocolError, "must be an absolute path"),
+        (False, {"storage": foreign}, DiskError, "not a block device"),
+        (True, {"storage": foreign}, DiskError, "neither blank nor LUKS2"),
+    ]
+
+    async def work() -> None:
+        for images, volumes, error, text in refused:
+            async with make_client(kind, "BootAgent", "https://keys.invalid", **who, images=images) as agent:
+                with pytest.raises(error, match=text):
+                    await agent.unlock(volumes)
+
+    run(kind, work)
 
 
 @every_kind

@@ -797,7 +797,7 @@ def test_a_missing_device_mapper_is_reported(bench: Bench, loop: str) -> None:
     assert "device-mapper" in str(bench.refused(lambda: disks.act(action, key), "cryptsetup", path=loop))
 
 
-# --- the functions for an agent of one's own ---
+# --- whether a disk has a header, for agents that open disks themselves ---
 
 
 def test_whether_a_disk_has_a_header(tmp_path: Path) -> None:
@@ -817,40 +817,3 @@ def test_whether_a_disk_has_a_header(tmp_path: Path) -> None:
         _ = module.has_luks_header(headers.image(tmp_path / "image", header))
     with pytest.raises(DiskError, match="No such file"):
         _ = module.has_luks_header(str(tmp_path / "missing"), images=True)
-
-
-def test_an_agent_of_ones_own_opens_and_formats_disks(bench: Bench, tmp_path: Path) -> None:
-    """What the host makes of the header, and what is no empty disk, stops it and stays as it is."""
-    key, other = Secret(A), Secret(B)
-    disk = partial(module.open_disk, bench.device, "storage", images=True)
-    assert "may not be formatted" in str(bench.refused(lambda: disk(key), "blank"))
-    assert disk(key, may_format=True) is True
-    for may_format in (False, True):
-        assert disk(key, may_format=may_format) is False
-        _ = bench.refused(partial(disk, other, may_format=may_format), "key_refused")
-    assert bench.slots() == 1
-    bench.put(0, _null(bench))
-    with pytest.raises(HeaderRejected, match="cipher_null-ecb, which encrypts nothing"):
-        _ = disk(key)
-    for content, reason in ((b"a file system", "foreign"), (b"", "blank")):
-        path = headers.image(tmp_path / reason, content)
-        act = partial(module.open_disk, path, "storage", key, may_format=bool(content), images=True)
-        with pytest.raises(DiskError) as caught:
-            _ = act()
-        assert (caught.value.reason, caught.value.device) == (reason, path)
-    with pytest.raises(DiskError, match="not a block device"):
-        _ = module.open_disk(bench.device, "storage", key)
-    with pytest.raises(LocalProtocolError, match="is not a volume's name"):
-        _ = module.open_disk(bench.device, "../storage", key, images=True)
-
-
-def test_an_opened_disk_of_ones_own_is_mapped(bench: Bench, loop: str) -> None:
-    if "device-mapper" not in Path("/proc/misc").read_text():
-        with pytest.raises(DiskError, match="device-mapper"):
-            _ = module.open_disk(loop, "own", Secret(A), may_format=True)
-        return
-    assert module.open_disk(loop, "own", Secret(A), may_format=True) is True
-    try:
-        assert Path("/dev/mapper/own").exists()
-    finally:
-        _ = subprocess.run([bench.program, "close", "own"], check=True)

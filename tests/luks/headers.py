@@ -9,6 +9,10 @@ import struct
 from pathlib import Path
 from typing import Any, Final
 
+from chutes_proto.io.disks.cryptsetup import Disks
+from chutes_proto.luks.plan import Format, Key
+from chutes_proto.secret import Secret
+
 SIZE: Final = 64 * 1024 * 1024
 """The bytes of the disk that the headers say they are on."""
 UUID: Final = "f22a7ab9-f2b6-402d-8e7b-16d8c3138aba"
@@ -25,6 +29,11 @@ def image(path: Path, content: bytes = b"") -> str:
         _ = file.truncate(SIZE)
         _ = file.write(content)
     return str(path)
+
+
+def make_root(path: str, passphrase: Secret) -> None:
+    """Make the image a disk with this passphrase, by the real `cryptsetup`."""
+    Disks(images=True, mapping=False).act(Format("root", path, Key.CURRENT), {Key.CURRENT: passphrase})
 
 
 def slot(number: int = 0, kdf: Any = _PBKDF2) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class OpenVolume:
 
 @frozen
 class Unlocked:
-    """The result of `unlock`. ``k3s_encryption_key`` comes with the two-phase and the provisioned exchange."""
+    """The open disks of a VM. ``k3s_encryption_key`` comes with the two-phase and the provisioned exchange."""
 
     grant: BootGrant
     volumes: tuple[OpenVolume, ...]

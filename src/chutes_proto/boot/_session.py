@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from attrs import define
 
 from chutes_proto.boot import _flows as flows
+from chutes_proto.boot._agent import resume_agent, run_agent
+from chutes_proto.boot._disks import Unlocked
 from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
 from chutes_proto.effects import Flow
 from chutes_proto.errors import LocalProtocolError
+from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
 
@@ -27,6 +30,21 @@ class BootSession:
         """Attest until the server grants."""
         self.grant = yield from flows.boot(self.settings)
         return self.grant
+
+    def unlock(self, volumes: Mapping[str, str], root: str | None, disk_wait_seconds: float) -> Flow[Unlocked]:
+        """Open the root disk and the volumes, or the volumes with the grant of a run that opened the root disk."""
+        top = None if root is None else Volume("root", root)
+        others = [Volume(name, device) for name, device in volumes.items()]
+        if top is None and not others:
+            raise LocalProtocolError("no disk is named to be opened; name the root disk, or at least one volume")
+        grant, self.grant = self.grant, None
+        if top is None and grant is not None:
+            done = yield from resume_agent(self.settings, others, grant, disk_wait_seconds=disk_wait_seconds)
+        else:
+            done = yield from run_agent(self.settings, top, others, disk_wait_seconds=disk_wait_seconds)
+        if not others:
+            self.grant = done.grant
+        return Unlocked(done.grant, done.opened, done.k3s_encryption_key)
 
     def sync(self, volumes: Volumes) -> Flow[VolumeKeys]:
         """Get the keys of ``volumes``; boots first without a grant, or where its token has expired."""

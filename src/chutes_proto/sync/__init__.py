@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from chutes_proto.io.clients.boot_sync import BootAgent
     from chutes_proto.io.clients.miner_sync import MinerClient
     from chutes_proto.io.collateral.of_quote import fetch_collateral
-    from chutes_proto.io.disks.cryptsetup import has_luks_header, open_disk
+    from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.sync import Performer
     from chutes_proto.io.hotkey_file import read_hotkey
     from chutes_proto.io.http.attested import (
@@ -33,7 +33,7 @@ else:
             "chutes_proto.io.clients.boot_sync": "BootAgent",
             "chutes_proto.io.clients.miner_sync": "MinerClient",
             "chutes_proto.io.collateral.of_quote": "fetch_collateral",
-            "chutes_proto.io.disks.cryptsetup": "has_luks_header open_disk",
+            "chutes_proto.io.disks.cryptsetup": "has_luks_header",
             "chutes_proto.io.drivers.sync": "Performer",
             "chutes_proto.io.hotkey_file": "read_hotkey",
             "chutes_proto.io.http.attested": (
@@ -65,6 +65,5 @@ __all__ = [
     "make_attested_identity",
     "make_gpu_tool",
     "make_quoter",
-    "open_disk",
     "read_hotkey",
 ]

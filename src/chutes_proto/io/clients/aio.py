@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -11,11 +11,13 @@ import httpx
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer, SigningPolicy
+from chutes_proto.boot._disks import Unlocked
 from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
 from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
 from chutes_proto.boot._session import BootSession
+from chutes_proto.io.disks.cryptsetup import Disks
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
-from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.drivers.sync import DiskWorker, log_record
 from chutes_proto.io.http.bounded import BoundedContext
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import open_client
@@ -40,6 +42,7 @@ class _Connected:
         quoter: Quoter | None,
         log: Callable[[Record], None],
         gpu_tool: GpuTool | None = None,
+        disks: DiskWorker | None = None,
     ) -> None:
         if quoter is not None:
             check_quoter(quoter)
@@ -49,7 +52,8 @@ class _Connected:
         self._owned = None
         if client is None:
             client = self._owned = open_client(client_context(self._identity, ca_pem, kind=BoundedContext))
-        self._run = Performer(send=HttpxSender(client, url, limits), quoter=quoter, gpu_tool=gpu_tool, log=log).run
+        send = HttpxSender(client, url, limits)
+        self._run = Performer(send=send, quoter=quoter, gpu_tool=gpu_tool, disks=disks, log=log).run
 
     async def __aenter__(self) -> Self:
         return self
@@ -64,9 +68,9 @@ class _Connected:
 class BootAgent(_Connected):
     """One VM's boot against one key server, on trio or asyncio: an asynchronous context manager.
 
-    Arguments, methods and errors are those of `chutes_proto.sync.BootAgent`; ``quoter`` may block, it runs in a thread;
-    ``signer`` is called on the event loop. A ``client`` of the caller must present the certificate of ``identity``, and
-    stays open.
+    Arguments, methods and errors are those of `chutes_proto.sync.BootAgent`; ``quoter`` may block, it runs in a thread,
+    and so does the work on disks; ``signer`` is called on the event loop. A ``client`` of the caller must present the
+    certificate of ``identity``, and stays open.
     """
 
     def __init__(
@@ -83,10 +87,18 @@ class BootAgent(_Connected):
         retry: RetryPolicy = DEFAULT_RETRY,
         limits: TimeLimits = TimeLimits(),
         log: Callable[[Record], None] = log_record,
+        images: bool = False,
     ) -> None:
         check_quoter(quoter)
-        super().__init__(url, identity, ca_pem, client, limits, quoter, log)
+        disks = Disks(images=images, mapping=not images)
+        super().__init__(url, identity, ca_pem, client, limits, quoter, log, disks=disks)
         self._session = BootSession(BootSettings(hotkey, vm_name, self._identity.spki_sha256, signer, retry))
+
+    async def unlock(
+        self, volumes: Mapping[str, str], *, root: str | None = None, disk_wait_seconds: float = 0.0
+    ) -> Unlocked:
+        """See `chutes_proto.sync.BootAgent.unlock`."""
+        return await self._run(self._session.unlock(volumes, root, disk_wait_seconds))
 
     async def boot(self) -> BootGrant:
         """See `chutes_proto.sync.BootAgent.boot`."""

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer
+from chutes_proto.boot._disks import Unlocked
 from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
 from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
 from chutes_proto.boot._session import BootSession
-from chutes_proto.io.drivers.sync import Performer, log_record
-from chutes_proto.io.http.https import HttpsSender, TimeLimits
-from chutes_proto.io.http.tls import client_context, presented
-from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_gpu_tool, check_quoter
+from chutes_proto.io.clients.connected_sync import Connected
+from chutes_proto.io.disks.cryptsetup import Disks
+from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.quoters.choose import Quoter, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
-
-
-class Connected:
-    """A client's connection and driver; the connection is closed at the end."""
-
-    def __init__(
-        self,
-        url: str,
-        identity: ClientIdentity | None,
-        ca_pem: bytes | None,
-        limits: TimeLimits,
-        quoter: Quoter | None,
-        log: Callable[[Record], None],
-        gpu_tool: GpuTool | None = None,
-    ) -> None:
-        if quoter is not None:
-            check_quoter(quoter)
-        if gpu_tool is not None:
-            check_gpu_tool(gpu_tool)
-        self._identity = presented(identity)
-        self._sender = HttpsSender(client_context(self._identity, ca_pem), url, limits)
-        self._run = Performer(send=self._sender, quoter=quoter, gpu_tool=gpu_tool, log=log).run
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._sender.close()
 
 
 class BootAgent(Connected):
@@ -58,7 +28,7 @@ class BootAgent(Connected):
     ``ca_pem`` is the CA bundle to trust instead of the system's. ``signer`` proves the hotkey, for servers that require
     it. The agent makes an ephemeral client key, which the quotes bind, or uses ``identity``. ``retry`` limits each
     method, ``limits`` each request; ``log`` is called with every record, none of which holds a secret. Proxies of the
-    environment are not used.
+    environment are not used. ``images``, for tests, lets disks be regular files, on which keys are only tried.
 
     The methods raise `Refused` or `BadRequest` at the first final answer, and, after the last attempt, the last of
     `Unavailable`, `BadRequest` with status 408, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`. They raise
@@ -79,10 +49,28 @@ class BootAgent(Connected):
         retry: RetryPolicy = DEFAULT_RETRY,
         limits: TimeLimits = TimeLimits(),
         log: Callable[[Record], None] = log_record,
+        images: bool = False,
     ) -> None:
         check_quoter(quoter)
-        super().__init__(url, identity, ca_pem, limits, quoter, log)
+        disks = Disks(images=images, mapping=not images)
+        super().__init__(url, identity, ca_pem, limits, quoter, log, disks=disks)
         self._session = BootSession(BootSettings(hotkey, vm_name, self._identity.spki_sha256, signer, retry))
+
+    def unlock(
+        self, volumes: Mapping[str, str], *, root: str | None = None, disk_wait_seconds: float = 0.0
+    ) -> Unlocked:
+        """Boot, and open the root disk and the volumes: all that a VM's agent has to do, by whichever exchange it has.
+
+        ``volumes`` is the whole set of the VM's volumes, the name and device of each, and ``root`` the device of the
+        root disk; each becomes ``/dev/mapper/NAME``. A blank volume is formatted if the server does not know it to hold
+        data, and has no file system then; the root disk never is. Keys rotate where the server has them rotate. With
+        ``root`` and no volumes only that disk is opened, and the next call, without ``root``, goes on with the volumes.
+        Disks may take ``disk_wait_seconds`` to appear. This needs the program `cryptsetup`.
+
+        May also raise `DiskError`: for a disk that must not be touched, before anything is sent; for the first that
+        does not open, once all others are open. ``docs/explanation/disks.md`` says what happens to a disk, and why.
+        """
+        return self._run(self._session.unlock(volumes, root, disk_wait_seconds))
 
     def boot(self) -> BootGrant:
         """Attest until the server grants; return the root passphrase and the token of the next method."""
@@ -91,8 +79,8 @@ class BootAgent(Connected):
     def sync(self, volumes: Volumes) -> VolumeKeys:
         """Return the keys of ``volumes``: each name, and whether its disk has a LUKS header.
 
-        ``volumes`` is the whole set of the VM's volumes; the server retires the keys of all others. Boots first
-        without a grant, or if its token has expired or was redeemed.
+        For disks that `unlock` cannot open. ``volumes`` is the whole set of the VM's volumes; the server retires the
+        keys of all others. Boots first without a grant, or if its token has expired or was redeemed.
         """
         return self._run(self._session.sync(volumes))
 
@@ -108,9 +96,9 @@ class BootAgent(Connected):
     def rotate(self, volumes: Volumes) -> Generator[Rotation]:
         """Get the current and next keys of ``volumes``; the end of the block confirms the keys that were added.
 
-        For profiles with the two-phase exchange. Boots first without a grant, or if it has served a rotation. A block
-        that raises confirms nothing. If the confirmation raises, so does the block, and then no key may be removed
-        from a disk::
+        For profiles with the two-phase exchange, and disks that `unlock` cannot open. Boots first without a grant, or
+        if it has served a rotation. A block that raises confirms nothing. If the confirmation raises, so does the
+        block, and then no key may be removed from a disk::
 
             with agent.rotate({"storage": True}) as rotation:
                 ...  # open the disk with rotation.keys["storage"].current, add .next

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.io.clients.boot_sync import Connected
+from chutes_proto.io.clients.connected_sync import Connected
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.quoters.choose import GpuTool, Quoter

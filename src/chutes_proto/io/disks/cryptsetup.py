@@ -35,8 +35,7 @@ from chutes_proto.errors import DiskError, LocalProtocolError
 from chutes_proto.io import how_it_ended
 from chutes_proto.luks.disk import DATA_OFFSET, LEAST_SIZE, LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
 from chutes_proto.luks.header import FRESH_IMAGE_TOKEN, HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
-from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open, RemoveMark, plan_open
-from chutes_proto.luks.volume import Volume
+from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open, RemoveMark
 from chutes_proto.secret import Secret
 
 if TYPE_CHECKING:
@@ -61,7 +60,8 @@ _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fc
 def has_luks_header(device: str, *, images: bool = False) -> bool:
     """Return whether the disk at ``device`` has a LUKS2 header that may be used; False for a blank disk.
 
-    This is the header of the moment, which a host can change: only `open_disk` may open the disk.
+    This is the header of the moment, which a host can change before `cryptsetup` reads it: `BootAgent.unlock` opens
+    disks by a checked copy.
 
     ``images`` allows a regular file in place of a block device. Raises `DiskError` for a disk with any other content,
     which must not be formatted, for a header that is not allowed, and for a device that cannot be read.
@@ -71,34 +71,6 @@ def has_luks_header(device: str, *, images: bool = False) -> bool:
             raise DiskError("foreign", f"{disk}: it is not touched; wipe it if nothing on it is needed", device)
         case disk:
             return isinstance(disk, Luks)
-
-
-def open_disk(device: str, mapping: str, passphrase: Secret, *, may_format: bool = False, images: bool = False) -> bool:
-    """Open the disk at ``device`` with its passphrase, as ``/dev/mapper/MAPPING``; return whether it was formatted now.
-
-    A disk that is blank is formatted first if ``may_format``, which is for the key server to say (`VolumeKey`); what
-    was formatted holds no file system yet. `cryptsetup` reads a checked copy of the header, never the host's. This
-    blocks, for seconds: an event loop that has other work calls it in a thread. ``images`` allows a regular file, of
-    which the passphrase is only tried.
-
-    Raises `DiskError`, and then no disk was formatted that held anything: for a blank disk without ``may_format``, for
-    one with other content, for a header that is not allowed, and for another passphrase. Raises `LocalProtocolError`
-    for impossible names.
-    """
-    volume = Volume(mapping, str(Path(device).absolute()))
-    disks = Disks(images=images, mapping=not images)
-    found = disks.inspect(volume.device)
-    if isinstance(found, Blank) and not may_format:
-        raise DiskError(
-            "blank",
-            "it is blank, and may not be formatted: attach the disk that holds the data; for a new one in its place,"
-            " the operator can permit one format",
-            volume.device,
-        )
-    plan = plan_open(volume, found, in_use=False)
-    for action in plan:
-        _ = disks.act(action, {Key.CURRENT: passphrase})
-    return any(isinstance(action, Format) for action in plan)
 
 
 class Disks:
