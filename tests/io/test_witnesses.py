@@ -328,6 +328,22 @@ def test_a_checkpoint_that_another_server_has_overtaken_is_no_alarm(
     assert told == []
 
 
+def test_a_witness_that_changes_its_key_is_named_by_the_new_one(
+    log: Log, small: SmallWitness, witness: Witness
+) -> None:
+    before, note = small.key, log.grow(1)
+    assert Witnesses(log.store, [witness], log.file).ask(note)[1] == []
+    small.seed = bytes(range(1, 33))
+    (fault,) = Witnesses(log.store, [witness], log.file).ask(log.grow(1))[1]
+    assert "has no signature of witness.example/w1" in fault
+    kept = read_witnessed(witnessed_path(log.file))
+    assert kept is not None
+    assert cosigned_by(kept, [before]) == (before,), "the newest that counts stays"
+    whole, faults = Witnesses(log.store, [Witness(witness.url, small.key)], log.file).ask(log.grow(1))
+    assert faults == []
+    assert cosigned_by(whole, [before, small.key]) == (small.key,)
+
+
 def test_a_cosignature_stays_when_its_witness_is_away(log: Log, witness: Witness) -> None:
     note = log.grow(1)
     other_seed = bytes(range(1, 33))
