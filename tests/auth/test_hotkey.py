@@ -66,6 +66,12 @@ def test_a_text_is_refused_or_canonical(text: str) -> None:
         assert Hotkey.parse(text).address == text
 
 
+def test_a_long_text_is_not_computed_with() -> None:
+    """Of a million characters that would take minutes."""
+    with pytest.raises(HotkeyError, match="longer than"):
+        Hotkey.parse("z" * 10_000)
+
+
 @given(st.integers(0, 47), st.sampled_from(room._ALPHABET))
 def test_one_changed_character_is_refused(index: int, character: str) -> None:
     changed = ADDRESS[:index] + character + ADDRESS[index + 1 :]

@@ -227,6 +227,8 @@ def _passphrases(text: str) -> Callable[[Path], None]:
         ),
         (_passphrases('{"0.9": "x"}'), r"'simulated': root_passphrases_file has no passphrase of version '1'"),
         (_passphrases('{"1": ""}'), r"'simulated': root_passphrases_file, version '1': must hold one line"),
+        (_passphrases('{"1": "a\\"b"}'), r"'simulated': root_passphrases_file, version '1': must hold one line"),
+        (_passphrases('{"1": "\u00e9"}'), r"'simulated': root_passphrases_file, version '1': must hold one line"),
         (_passphrases("[]"), r"'simulated': root_passphrases_file must hold a JSON object, version to passphrase"),
         (_edited('root_passphrase = "vm"', 'root_passphrase = "vm"\ncolour = 1'), r"toml: profile_defaults\.colour"),
         (

@@ -176,6 +176,7 @@ def test_pem() -> None:
     for wrong in (
         b"",
         pem.replace(b"-----END CERTIFICATE-----", b"", 1),
+        pem[: pem.rindex(b"\n-----END")],
         pem + pem,
         pem.replace(b"MII", b"M!I", 1),
         pem.replace(b"MII", b"\nMII", 1),

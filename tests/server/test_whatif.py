@@ -34,10 +34,15 @@ ANY = frozenset({"UpToDate", "SWHardeningNeeded", "ConfigurationNeeded", "OutOfD
 EVERY = TcbPolicy(accepted_statuses=ANY)
 
 
-def served(tcb: TcbPolicy = EVERY, schedule: Schedule | None = None, **changes: Any) -> Service:
+def served(
+    tcb: TcbPolicy = EVERY, schedule: Schedule | None = None, *, for_hotkey: Policy | None = None, **changes: Any
+) -> Service:
     profile = PROFILE if schedule is None else evolve(PROFILE, schedule=schedule)
     profiles = {PROFILE.identity: ServedProfile(profile, None, False, False)}
-    return service(policies=PolicySet(default=Policy(tcb=tcb)), profiles=profiles, **changes)
+    policies = PolicySet(default=Policy(tcb=tcb))
+    if for_hotkey is not None:
+        policies = evolve(policies, exceptions={((), HOTKEY): for_hotkey})
+    return service(policies=policies, profiles=profiles, **changes)
 
 
 def name(kind: str) -> str:
@@ -98,6 +103,7 @@ NEW = [
     pytest.param(served(schedule=Schedule(not_after=NOW + 30 * DAY)), id="an end"),
     pytest.param(served(schedule=Schedule(not_before=NOW + 10 * DAY)), id="a begin"),
     pytest.param(served(schedule=Schedule(not_after=NOW + 30 * DAY, retirement_grace=DAY)), id="a retirement"),
+    pytest.param(served(TcbPolicy(), for_hotkey=Policy(tcb=EVERY)), id="an exception for who proves a hotkey"),
     pytest.param(served(hotkeys=frozenset()), id="no hotkey"),
     pytest.param(served(blacklist={HOTKEY: "left"}), id="a blacklist"),
     pytest.param(served(minimum_version="99"), id="a version"),
