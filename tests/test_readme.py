@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from chutes_proto.testing import SimulatedPlatform
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from chutes_proto.wire.codes import Code
 from tests.dev_server import dev_server
-from tests.luks.headers import image, make_root
+from tests.luks import headers
 from tools.docs.pictures import files
 
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -28,26 +29,54 @@ def block(number: int) -> str:
     return str(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number])
 
 
-def test_the_agent_of_the_readme_opens_its_disks(tmp_path, monkeypatch, require_program):
-    """As it stands, but for the address of the server, the hotkey, and disks that are images."""
-    _ = require_program("cryptsetup")
-    with dev_server(tmp_path / "platform") as server:
+@contextmanager
+def premises(folder, monkeypatch):
+    """A server, and the words for it and for the machine that the agents of the texts name."""
+    with dev_server(folder) as server:
         platform = PlatformRecord.decode((server.platform / PLATFORM_FILE).read_bytes()).platform
         monkeypatch.setattr(chutes_proto.sync, "auto_quoter", lambda: platform.quote)
         monkeypatch.setattr(chutes_proto.sync, "BootAgent", partial(BootAgent, images=True))
+        monkeypatch.setattr(chutes_proto.sync, "has_luks_header", partial(has_luks_header, images=True))
         monkeypatch.setenv("SSL_CERT_FILE", str(server.ca))
-        root, storage, cache = (image(tmp_path / name) for name in ("root", "storage", "cache"))
-        with BootAgent(server.url, hotkey=HOTKEY, vm_name="vm-1", quoter=platform.quote) as agent:
-            make_root(root, agent.boot().root_passphrase)
-        said = {"https://keys.example:8443": server.url, "5Grw…": HOTKEY}
-        said |= {"/dev/vda2": root, "/dev/vdb": storage, "/dev/vdc": cache}
-        text = block(0)
-        for words, meant in said.items():
-            assert words in text
-            text = text.replace(words, meant)
+        yield {"https://keys.example:8443": server.url, "5Grw…": HOTKEY}, platform.quote
+
+
+def with_words(text, said):
+    for words, meant in said.items():
+        assert words in text
+        text = text.replace(words, meant)
+    return text
+
+
+def test_the_agent_of_the_readme_opens_its_disks(tmp_path, monkeypatch, require_program):
+    """As it stands, but for the address of the server, the hotkey, and disks that are images."""
+    _ = require_program("cryptsetup")
+    root, storage, cache = (headers.image(tmp_path / name) for name in ("root", "storage", "cache"))
+    with premises(tmp_path / "platform", monkeypatch) as (said, quoter):
+        with BootAgent(said["https://keys.example:8443"], hotkey=HOTKEY, vm_name="vm-1", quoter=quoter) as agent:
+            headers.make_root(root, agent.boot().root_passphrase)
+        text = with_words(block(0), said | {"/dev/vda2": root, "/dev/vdb": storage, "/dev/vdc": cache})
         for _boot in range(2):
             exec(text, {})
             assert all(has_luks_header(disk, images=True) for disk in (storage, cache))
+
+
+def test_the_agent_of_the_reference_is_given_its_keys(tmp_path, monkeypatch):
+    """As it stands, too, with a function of its author's for the disks."""
+    blank, formatted = (
+        headers.image(tmp_path / "blank"),
+        headers.image(tmp_path / "formatted", headers.both(headers.told())),
+    )
+    opened = []
+
+    def open_disk(volume, passphrase, *, may_format):
+        opened.append((volume, len(passphrase), may_format))
+
+    page = (ROOT / "docs/reference/api/sync.md").read_text("utf-8").partition("## Keys alone")[2]
+    text = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    with premises(tmp_path / "platform", monkeypatch) as (said, _):
+        exec(with_words(text, said | {"/dev/vdb": formatted, "/dev/vdc": blank}), {"open_disk": open_disk})
+    assert opened == [("storage", 128, False), ("tdx-cache", 128, True)]
 
 
 def test_the_verifier_of_the_readme_returns_what_the_policy_accepts(vectors, tmp_path, monkeypatch, capsys):
