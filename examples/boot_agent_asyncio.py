@@ -17,7 +17,7 @@ async def unlock(url, hotkey, vm_name, quoter, ca_pem, root, disks):
     async with BootAgent(url, hotkey=hotkey, vm_name=vm_name, quoter=quoter, ca_pem=ca_pem) as agent:
         unlocked = await agent.unlock(disks, root=root)
     for disk in unlocked.volumes:
-        print(f"{disk.device} is /dev/mapper/{disk.mapping}{', without a file system' if disk.formatted else ''}")
+        print(f"{disk.device} is {disk.path}{', without a file system' if disk.formatted else ''}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def unlock(url, hotkey, vm_name, quoter, ca_pem, root, disks):
     with BootAgent(url, hotkey=hotkey, vm_name=vm_name, quoter=quoter, ca_pem=ca_pem) as agent:
         unlocked = agent.unlock(disks, root=root)
     for disk in unlocked.volumes:
-        print(f"{disk.device} is /dev/mapper/{disk.mapping}{', without a file system' if disk.formatted else ''}")
+        print(f"{disk.device} is {disk.path}{', without a file system' if disk.formatted else ''}")
 
 
 if __name__ == "__main__":

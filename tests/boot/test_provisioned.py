@@ -176,7 +176,7 @@ def act(kind: type[Any], reply: object = None) -> tuple[Any, object]:
 def test_the_root_disk_opens_whatever_becomes_of_its_rotation(disk: object, script: list[Any]) -> None:
     """A key is taken off it only when the server has said that the next one is active."""
     flow = unlock_root(SETTINGS, ROOT, granted(key_second="s"))
-    assert Playbook((InspectDisk, disk), *script, aside=talk.patient()).run(flow).mapping == "/dev/mapper/cryptroot"
+    assert Playbook((InspectDisk, disk), *script, aside=talk.patient()).run(flow).path == "/dev/mapper/cryptroot"
 
 
 def test_where_both_keys_of_the_root_disk_are_one_it_is_tried_once() -> None:

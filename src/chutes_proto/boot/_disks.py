@@ -52,7 +52,8 @@ class OpenVolume:
 
     name: str
     device: str
-    mapping: str
+    path: str
+    """Of the open disk: ``/dev/mapper/NAME``."""
     formatted: bool
 
 

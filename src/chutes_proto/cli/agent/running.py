@@ -110,7 +110,7 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
     fields: dict[str, Value] = {
         "vm_name": booted.grant.vm_name,
         "hotkey": booted.grant.miner_hotkey,
-        "opened": [f"{it.name}: {it.device if options.images else it.mapping}" for it in booted.opened],
+        "opened": [f"{it.name}: {it.device if options.images else it.path}" for it in booted.opened],
         "formatted": [volume.name for volume in booted.opened if volume.formatted],
     }
     if booted.grant.vm_auth_ss58 is not None:
@@ -119,7 +119,7 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
     lines = [("", f"DONE: VM {booted.grant.vm_name} is {'attested' if is_left else 'booted'}")]
     for volume in booted.opened:
         new = ", formatted just now: it needs a file system" if volume.formatted else ""
-        opened = "its key fits" if options.images else f"open as {volume.mapping}"
+        opened = "its key fits" if options.images else f"open as {volume.path}"
         lines.append((volume.name, f"{volume.device}: {opened}{new}"))
     if is_left:
         fields["left"] = settings.state.file
