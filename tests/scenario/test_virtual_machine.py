@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+import attr
 import pytest
 from attrs import define, evolve, field
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -251,6 +252,25 @@ BARE = """\
 Requires=basic.target
 After=basic.target
 AllowIsolate=yes
+"""
+
+# In the same place: an agent of somebody's own with the library, and with the Python and the packages of this machine.
+OWN_AGENT = """\
+#!/bin/sh
+case "$1" in prereqs) echo udev; exit 0 ;; esac
+. /scripts/functions
+configure_networking
+modprobe 9pnet_virtio
+modprobe 9p
+for tag in usr project packages; do
+    mkdir -p "/run/$tag"
+    mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=262144 "$tag" "/run/$tag"
+done
+export LD_LIBRARY_PATH=/run/usr/lib/x86_64-linux-gnu
+export PYTHONPATH=/run/usr/lib/python3/dist-packages:/run/project/src:/run/packages
+by_id=/dev/disk/by-id/virtio
+/run/usr/bin/python3 /run/project/examples/boot_agent_sync.py ARGUMENTS \
+    "$by_id-root" "storage=$by_id-storage" "tdx-cache=$by_id-tdx-cache" || poweroff -f
 """
 
 # The system on the root disk.
@@ -511,14 +531,14 @@ class Machine:
         self.site.heard += [said.encode(), in_one.encode()]
         return said
 
-    def make_system(self) -> Path:
-        """A file system with the initramfs as its system."""
+    def make_system(self, files: dict[str, str]) -> Path:
+        """A file system with the initramfs as its system, and files beside it."""
         tree = self.folder / "root"
         _ = subprocess.run(["unmkinitramfs", self.image.initrd, tree], check=True, timeout=SECONDS)
         tree = tree / "main" if (tree / "main").is_dir() else tree
         (tree / "init").unlink()
         settings = {"etc/chutes-proto/agent.toml": toml(self.image.settings | self.settings)}
-        write_tree(tree, settings | {"usr/sbin/init": INIT})
+        write_tree(tree, settings | files)
         return self.file_system(tree)
 
     def make_systemd(self, unit: str, *enabled: str) -> Path:
@@ -751,12 +771,34 @@ def test_the_root_disk_first_and_the_volumes_in_the_booted_system(
         site.edit(*TWO_PHASE)
     site.start()
     machine.root_is_encrypted()
-    machine.encrypt(machine.make_system())
+    machine.encrypt(machine.make_system({"usr/sbin/init": INIT}))
     for boot in range(2):
         told = machine.boots()
         assert "root: open as /dev/mapper/root" in " ".join(told.split())
         assert "going on with the boot of VM vm-1" in told
         for name in VOLUMES:
+            assert boot == 0 or f"PROBE: {name} holds the data of {name}" in told
+
+
+@pytest.mark.parametrize("exchange", ["base", "two-phase"])
+def test_an_agent_of_ones_own_opens_the_disks_by_one_call(machine: Machine, site: Premises, exchange: str) -> None:
+    if exchange == "two-phase":
+        site.edit(*TWO_PHASE)
+    site.start()
+    machine.encrypt(machine.make_system({"usr/sbin/init": "#!/bin/sh\nexec /probe\n"}))
+    machine.shares |= {"project": str(ROOT), "packages": str(Path(attr.__file__).parents[1])}
+    given = machine.image.settings
+    arguments = [*cast("list[str]", given["servers"]), HOTKEY, "vm-1", given["quoter"], "/etc/chutes-proto/ca.pem"]
+    machine.files = {
+        "scripts/local-top/chutes-proto": OWN_AGENT.replace("ARGUMENTS", " ".join(map(str, arguments))),
+        "etc/chutes-proto/ca.pem": machine.image.authority.ca_pem.decode(),
+    }
+    for boot in range(2):
+        told = machine.boot()
+        for name in VOLUMES:
+            formatted = ", without a file system" if boot == 0 else ""
+            assert f"virtio-{name} is /dev/mapper/{name}{formatted}\n" in told
+            assert re.search(rf"PROBE: {name} is 0 [0-9]+ crypt aes-xts-plain64 ", told)
             assert boot == 0 or f"PROBE: {name} holds the data of {name}" in told
 
 
