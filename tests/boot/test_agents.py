@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
@@ -20,11 +23,13 @@ from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto_trio import BootAgent
+from tests.block_devices import Mappings, attached
 from tests.boot import talk
 from tests.boot.model import CANARY, K3S_KEY, VOLUMES, ModelServer
 from tests.clients import KINDS, make_client, run
 from tests.io.peers import Credentials, make_credentials, peer, read_request
 from tests.luks.headers import image, make_root
+from tests.waiting import async_wait_until
 
 QUICK = RetryPolicy(attempts=5, base=0.01, cap=0.02, deadline=20.0)
 BLANK = dict.fromkeys(VOLUMES, False)
@@ -164,6 +169,76 @@ def test_disks_that_cannot_be_opened(kind: str, tmp_path: Path) -> None:
                     await agent.unlock(volumes)
 
     run(kind, work)
+
+
+NAMES = [f"test-{os.getpid()}-{number}" for number in (1, 2)]
+
+
+@pytest.fixture
+def mappings(
+    tmp_path: Path, require_program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Mappings]:
+    """Of a program that makes the file ``begun`` when it has mapped the first disk, and waits for the file ``go``."""
+    held = f'case "$8" in *-1) touch {tmp_path}/begun; until [ -e {tmp_path}/go ]; do sleep 0.1; done ;; esac'
+    mappings = Mappings(tmp_path, require_program("cryptsetup"), held)
+    monkeypatch.setenv("PATH", mappings.path)
+    yield mappings
+    mappings.close(*NAMES)
+
+
+@pytest.fixture
+def two_disks(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[dict[str, str]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(attached(image(tmp_path / name), require_program)) for name in NAMES}
+
+
+@every_kind
+def test_a_failed_unlock_closes_what_it_opened_and_can_be_tried_again(
+    kind: str,
+    credentials: Credentials,
+    identity: ClientIdentity,
+    tmp_path: Path,
+    mappings: Mappings,
+    two_disks: dict[str, str],
+) -> None:
+    (tmp_path / "go").touch()
+    records: list[Record] = []
+
+    async def work(agent: Any) -> Any:
+        make_root(two_disks[NAMES[1]], Secret(b"of another VM"))
+        with pytest.raises(DiskError, match="the current key does not open it"):
+            await agent.unlock(two_disks)
+        assert mappings.open == []
+        assert [record.fields["mapping"] for record in records if record.event == "disk_closed"] == NAMES[:1]
+        _ = image(tmp_path / NAMES[1])
+        assert [volume.path for volume in (await agent.unlock(two_disks)).volumes] == [
+            f"/dev/mapper/{name}" for name in NAMES
+        ]
+        with pytest.raises(DiskError, match="is it open already"):
+            await agent.unlock(two_disks)
+        return mappings.open  # of the call that did not fail
+
+    assert run_agent(kind, work, ModelServer(iter(())), credentials, identity, log=records.append) == NAMES
+
+
+@pytest.mark.parametrize("kind", ["trio", "asyncio"])
+def test_a_cancelled_unlock_closes_also_the_disk_that_it_was_opening(
+    kind: str,
+    credentials: Credentials,
+    identity: ClientIdentity,
+    tmp_path: Path,
+    mappings: Mappings,
+    two_disks: dict[str, str],
+) -> None:
+    async def work(agent: Any) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent.unlock, two_disks)
+            await async_wait_until((tmp_path / "begun").exists)
+            group.cancel_scope.cancel()
+            (tmp_path / "go").touch()
+
+    run_agent(kind, work, ModelServer(iter(())), credentials, identity)
+    assert (mappings.open, mappings.closed) == ([], NAMES[:1])
 
 
 @every_kind

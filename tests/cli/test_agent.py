@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import pytest
 from attrs import frozen
 
 from chutes_proto.auth import client_identity
-from chutes_proto.boot._settings import AgentSettings
 from chutes_proto.cli.agent.progress import Progress
-from chutes_proto.cli.agent.running import close_opened
 from chutes_proto.cli.main import main
-from chutes_proto.log import Level, Record
+from chutes_proto.log import Record
+from tests.block_devices import Mappings, attached
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
-from tests.conftest import CI
 from tests.dev_server import DevServer, dev_server
+from tests.luks.headers import image
 from tests.waiting import send_twice, wait_until
 
 Command = Callable[..., Ended]
@@ -81,29 +81,6 @@ def test_a_full_disk_behind_its_output_changes_no_outcome(
         ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environ, check=False)
     assert ended.returncode == 1
     assert b"No space left" not in ended.stderr
-
-
-def test_what_was_opened_is_closed_the_last_one_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = tmp_path / "told"
-    program = tmp_path / "cryptsetup"
-    _ = program.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    settings = AgentSettings.from_toml(SETTINGS.encode())
-    progress = Progress(as_json=False, seconds=1.0)
-    close_opened(settings, progress)
-    assert not told.exists()
-    for volume in ("root", "storage"):
-        progress(Record(Level.INFO, "disk_opened", {"volume": volume, "key": "current"}))
-    close_opened(settings, progress)
-    assert told.read_text().splitlines() == ["close storage", "close rootfs"]
-    assert "closed again: rootfs, storage" in capsys.readouterr().err
-    program.unlink()
-    monkeypatch.setattr("chutes_proto.io.disks.cryptsetup.find_cryptsetup", lambda: "/nowhere/cryptsetup")
-    close_opened(settings, progress)
-    assert "could not be closed: /dev/mapper/storage" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_fault_of_its_own_is_a_failed_boot_like_any_other(
@@ -286,15 +263,14 @@ def test_a_signal_before_a_disk_is_touched_leaves_it_alone(
 
 @frozen
 class Held:
-    """A machine with two block devices. Its `cryptsetup` is the real one, but waits when it has mapped the second, and
-    makes a file beside each mapping, or in its place where the kernel has no device mapper.
-    """
+    """A machine with two block devices. Its `cryptsetup` waits when it has mapped the second."""
 
     folder: Path
+    mappings: Mappings
 
     def start(self, action: str) -> subprocess.Popen[str]:
         command = [*PROGRAM, "agent", action, "--config", str(self.folder / "agent.toml")]
-        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}"}
+        environment = {**os.environ, "PATH": self.mappings.path}
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
     def wait_for_the_second(self, agent: subprocess.Popen[str]) -> None:
@@ -307,69 +283,31 @@ class Held:
     def go_on(self) -> None:
         (self.folder / "go").touch()
 
-    @property
-    def mapped(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "mapped").iterdir())
 
-    @property
-    def closed(self) -> list[str]:
-        return (self.folder / "closed").read_text().split()
-
-
-CRYPTSETUP = """#!/bin/sh
-case "$*" in
-open*--header*)
-    {real} {open} || exit
+HELD = """
     case "$8" in
     *-2)
         touch {folder}/begun
         until [ -e {folder}/go ]; do sleep 0.1; done
         sleep 0.3 ;;
     esac
-    touch {folder}/mapped/"$8" ;;
-close*)
-    {close}
-    rm {folder}/mapped/"$2" && echo "$2" >> {folder}/closed ;;
-*)
-    exec {real} "$@" ;;
-esac
 """
 MAPPINGS = [f"chutes-proto-test-{os.getpid()}-{number}" for number in (1, 2)]
 
 
 @pytest.fixture
 def machine(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Held]:
-    real, losetup = require_program("cryptsetup"), require_program("losetup")
-    maps = "device-mapper" in Path("/proc/misc").read_text()
-    (tmp_path / "mapped").mkdir()
-    program = tmp_path / "cryptsetup"
-    how = {"open": '"$@"' if maps else 'open --test-passphrase --type luks2 --key-file=- "$6"'}
-    how["close"] = f'{real} "$@" || exit' if maps else ":"
-    _ = program.write_text(CRYPTSETUP.format(real=real, folder=tmp_path, **how))
-    program.chmod(0o755)
-    devices: list[str] = []
-    try:
-        for name in ("storage", "tdx-cache"):
-            with (tmp_path / name).open("wb") as file:
-                _ = file.truncate(20 << 20)
-            attach = [losetup, "--find", "--show", str(tmp_path / name)]
-            done = subprocess.run(attach, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                refuse = pytest.fail if CI and os.geteuid() == 0 else pytest.skip
-                refuse(f"this kernel, or this user, makes no loop device: {done.stderr.strip()}")
-            devices.append(done.stdout.strip())
-        with dev_server(tmp_path / "platform") as server:
-            said: dict[str, object] = {"state.file": str(tmp_path / "boot.json"), "state.on_disk": True}
-            for name, device, mapping in zip(("storage", "tdx-cache"), devices, MAPPINGS, strict=True):
-                said |= {f"volumes.{name}.device": device, f"volumes.{name}.mapping": mapping}
-            _ = write_settings(tmp_path, server, said)
-            yield Held(tmp_path)
-    finally:
-        (tmp_path / "go").touch()  # nothing waits on where a test failed
-        for mapping in MAPPINGS if maps else ():  # one that a test had killed is still there
-            _ = subprocess.run([real, "close", mapping], capture_output=True, check=False)
-        for device in devices:
-            _ = subprocess.run([losetup, "--detach", device], check=True)
+    mappings = Mappings(tmp_path, require_program("cryptsetup"), HELD.format(folder=tmp_path))
+    with ExitStack() as stack:
+        _ = stack.callback(mappings.close, *MAPPINGS)  # one that a test had killed is still there
+        _ = stack.callback((tmp_path / "go").touch)  # nothing waits on where a test failed
+        said: dict[str, object] = {"state.file": str(tmp_path / "boot.json"), "state.on_disk": True}
+        for name, mapping in zip(("storage", "tdx-cache"), MAPPINGS, strict=True):
+            device = stack.enter_context(attached(image(tmp_path / name), require_program))
+            said |= {f"volumes.{name}.device": device, f"volumes.{name}.mapping": mapping}
+        server = stack.enter_context(dev_server(tmp_path / "platform"))
+        _ = write_settings(tmp_path, server, said)
+        yield Held(tmp_path, mappings)
 
 
 @pytest.mark.parametrize(("action", "number"), [("run", signal.SIGTERM), ("resume", signal.SIGINT)])
@@ -391,9 +329,9 @@ def test_a_signal_closes_what_was_opened_also_by_what_it_met(
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 128 + number, said
     told = " ".join(said.split())
-    assert f"closed again: {MAPPINGS[0]}, {MAPPINGS[1]} " in told
+    assert told.index(f"closed again: {MAPPINGS[1]}") < told.index(f"closed again: {MAPPINGS[0]}")
     assert f"BOOT FAILED reason ended by {number.name} " in told
-    assert (machine.closed, machine.mapped) == (MAPPINGS[::-1], [])
+    assert (machine.mappings.closed, machine.mappings.open) == (MAPPINGS[::-1], [])
     assert (machine.folder / "boot.json").exists() == (action == "resume")  # for another try
 
 
@@ -405,7 +343,7 @@ def test_a_signal_that_comes_twice_at_once_waits(machine: Held) -> None:
         machine.go_on()
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 143, said
-    assert (machine.closed, machine.mapped) == (MAPPINGS[::-1], [])
+    assert (machine.mappings.closed, machine.mappings.open) == (MAPPINGS[::-1], [])
 
 
 def test_a_second_signal_does_not_wait(machine: Held) -> None:
@@ -415,4 +353,4 @@ def test_a_second_signal_does_not_wait(machine: Held) -> None:
             agent.send_signal(number)
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 143, said
-    assert (machine.closed, machine.mapped) == (MAPPINGS[:1], [])
+    assert (machine.mappings.closed, machine.mappings.open) == (MAPPINGS[:1], [])

@@ -277,28 +277,6 @@ def test_the_end_command_runs_after_a_wait(tmp_path: Path) -> None:
     assert (waits, (tmp_path / "went-off").exists()) == ([30.0], True)
 
 
-def test_mappings_are_closed_the_last_one_first(tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    script = tmp_path / "cryptsetup"
-    _ = script.write_text(f'#!/bin/sh\necho "$@" >> {told}\n[ "$2" != busy ] || exit 5\n')
-    script.chmod(0o755)
-    assert agent.close_mappings(str(script), ["root", "busy", "storage"]) == [
-        "/dev/mapper/busy: cryptsetup close ended with exit status 5"
-    ]
-    assert told.read_text().splitlines() == ["close storage", "close busy", "close root"]
-    (problem,) = agent.close_mappings("/nowhere/cryptsetup", ["root"])
-    assert "No such file" in problem
-
-
-def test_the_closing_program_gets_no_signal_to_the_agent(tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    script = tmp_path / "cryptsetup"
-    _ = script.write_text(f"#!/bin/sh\ncut -d' ' -f5 /proc/$$/stat > {told}\n")  # proc_pid_stat(5), pgrp
-    script.chmod(0o755)
-    assert agent.close_mappings(str(script), ["root"]) == []
-    assert int(told.read_text()) != os.getpgrp()
-
-
 def test_a_failed_end_command_is_reported() -> None:
     assert agent.end_with(["/nowhere/reboot"], 0.0) == "/nowhere/reboot cannot be run: No such file or directory"
     assert agent.end_with(["false"], 0.0) == "false ended with exit status 1"

@@ -21,11 +21,12 @@ import pytest
 from chutes_proto.errors import DiskError, HeaderRejected, LocalProtocolError
 from chutes_proto.io.disks import cryptsetup as module
 from chutes_proto.io.disks.cryptsetup import Disks, environment, find_cryptsetup
+from chutes_proto.log import Record
 from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Foreign, Luks
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Open
 from chutes_proto.secret import Secret
-from tests.conftest import CI
+from tests.block_devices import attached
 from tests.luks import headers
 
 SIZE = 20 * 1024 * 1024
@@ -634,6 +635,35 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     assert "did not end in 0.2 s" in str(bench.refused(bench.format, "timeout"))
 
 
+def test_what_was_mapped_is_closed_the_last_one_first(bench: Bench, tmp_path: Path) -> None:
+    program = tmp_path / "cryptsetup"
+    closes = 'echo "$2" >>"$0.closed"; cut -d" " -f5 /proc/$$/stat >"$0.group"; [ "$2" != second ] || exit 4'  # proc(5)
+    _ = program.write_text(f'#!/bin/sh\n[ "$1" = close ] || exit 0\n{closes}\n')
+    bench.format()
+    program.chmod(0o755)
+    disks = Disks(str(program), images=True)
+    said: list[Record] = []
+    disks.close(said.append)
+    assert said == []
+    for mapping in ("first", "second", "third"):
+        open_it = Open("storage", bench.device, mapping, (Key.CURRENT,))
+        assert disks.act(open_it, {Key.CURRENT: Secret(A)}) is Key.CURRENT
+    for _again in range(2):  # what cannot be closed is not tried again: whoever holds it has been told of
+        disks.close(said.append)
+    assert Path(f"{program}.closed").read_text().split() == ["third", "second", "first"]
+    assert int(Path(f"{program}.group").read_text()) != os.getpgrp()  # no signal to the caller's group ends it
+    assert [(record.event, record.fields["mapping"]) for record in said] == [
+        ("disk_closed", "third"),
+        ("disk_left_open", "second"),
+        ("disk_closed", "first"),
+    ]
+    assert said[1].fields["text"] == "cryptsetup close ended with exit status 4"
+    disks.opened = ["first"]
+    program.unlink()
+    disks.close(said.append)
+    assert "No such file" in str(said[-1].fields["text"])
+
+
 def test_a_program_that_is_given_up_ends_with_its_children(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -695,14 +725,8 @@ def test_a_folder_of_the_path_in_which_nobody_may_look_hides_no_program(
 @pytest.fixture
 def loop(bench: Bench, require_program: Callable[[str], str]) -> Iterator[str]:
     """A block device over the image file."""
-    program = require_program("losetup")
-    done = subprocess.run([program, "--find", "--show", bench.device], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        refuse = pytest.fail if CI and os.geteuid() == 0 else pytest.skip
-        refuse(f"this kernel, or this user, makes no loop device: {done.stderr.strip()}")
-    device = done.stdout.strip()
-    yield device
-    _ = subprocess.run([program, "--detach", device], check=True)
+    with attached(bench.device, require_program) as device:
+        yield device
 
 
 def test_a_block_device(bench: Bench, loop: str) -> None:

@@ -304,24 +304,6 @@ def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: flo
 # --- the end ---
 
 
-def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
-    """Close the mappings, the last one first; return the problems."""
-    import subprocess
-
-    from chutes_proto.io.disks.cryptsetup import run_cryptsetup
-
-    problems: list[str] = []
-    for mapping in reversed([*mappings]):
-        try:
-            done = run_cryptsetup([program or "cryptsetup", "close", mapping], 60)
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            problems.append(f"/dev/mapper/{mapping}: {exc}")
-        else:
-            if done.returncode:
-                problems.append(f"/dev/mapper/{mapping}: cryptsetup close {how_it_ended(done.returncode)}")
-    return problems
-
-
 def end_with(command: Sequence[str], wait: float, *, sleep: Callable[[float], None] = time.sleep) -> str | None:
     """Wait ``wait`` seconds, then run ``command`` after a failed boot until it ends; return its problem, or None."""
     import subprocess

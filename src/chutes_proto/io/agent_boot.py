@@ -35,10 +35,14 @@ IMAGES = "disks may be images: keys are tried, nothing is mapped"
 
 
 class Report(Protocol):
-    """Takes the records of a boot, and sentences for people; ``step`` is the last one that a record named."""
+    """Takes the records of a boot, and sentences for people; ``step`` is the last one that a record named.
+
+    ``close`` closes the disks that the boot has opened, and reports that.
+    """
 
     step: str
     server: Callable[[], str]
+    close: Callable[[], None]
 
     def __call__(self, record: Record) -> None: ...
 
@@ -240,6 +244,7 @@ def _performer(
         report.tell(IMAGES)
     quoter = _quoter(settings, report, deadline)
     opener = disks(images=images, end=deadline)
+    report.close = lambda: opener.close(report)
     return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=opener, log=report)
 
 

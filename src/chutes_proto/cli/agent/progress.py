@@ -51,7 +51,7 @@ class Progress:
     """Tells a boot's records. ``server`` says which server is asked now; the deadline is ``seconds`` from now.
 
     ``step`` is what is asked now, ``stopped`` has the fields of the record that says why it ended, ``written`` what was
-    done to disks, ``opened`` the volumes that are open.
+    done to disks, ``close`` closes those that the boot has opened.
     """
 
     def __init__(self, *, as_json: bool, seconds: float, server: Callable[[], str] = str) -> None:
@@ -61,7 +61,7 @@ class Progress:
         self.step: str = ""
         self.stopped: Mapping[str, Value] = {}
         self.written: list[str] = []
-        self.opened: list[str] = []
+        self.close: Callable[[], None] = lambda: None
         self._writes = False
 
     def __call__(self, record: Record) -> None:
@@ -79,8 +79,6 @@ class Progress:
             case "disk_failed", _ if self._writes:
                 self._writes = False
                 self.written[-1] += ": FAILED"
-            case "disk_opened", {"volume": str(volume)}:
-                self.opened.append(volume)
             case _:
                 pass
         if self._as_json:
@@ -180,6 +178,8 @@ _TEXTS: Final = {
     "disk_found": "{volume}: {holds}",
     "disk_action": "{text}",
     "disk_failed": "{volume}: FAILED: {text}",
+    "disk_closed": "closed again: {mapping}",
+    "disk_left_open": "could not be closed: /dev/mapper/{mapping}: {text}",
 }
 """The events that are told with the fields of their record alone."""
 

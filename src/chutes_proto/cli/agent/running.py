@@ -79,7 +79,7 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
     else:
         _tell_done(options, settings, progress, booted)
         return console.GRANTED
-    _tell_failure(options, settings, progress, error, code)
+    _tell_failure(settings, progress, error, code)
     ending = settings.on_failure
     if ending.action != "exit":
         fault = end_with(ending.command, ending.wait_seconds, sleep=stops.wait)
@@ -127,16 +127,13 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
     progress.finish("agent_done", fields, lines, failed=False)
 
 
-def _tell_failure(
-    options: argparse.Namespace, settings: AgentSettings, progress: Progress, error: ChutesError, code: int
-) -> None:
+def _tell_failure(settings: AgentSettings, progress: Progress, error: ChutesError, code: int) -> None:
     """Close what this run has opened, and say what has happened, what it means and what comes next."""
     from chutes_proto.boot._advice import advise
     from chutes_proto.cli.agent.progress import said
     from chutes_proto.errors import DiskError
 
-    if not options.images:
-        close_opened(settings, progress)
+    progress.close()  # who comes to the console of a failed boot finds no open disk
     stopped: Mapping[str, Value] = {} if isinstance(error, DiskError) else progress.stopped
     advice, ending, facts = advise(error), settings.on_failure, said(error, stopped)
     step = str(stopped.get("step", ""))
@@ -170,20 +167,6 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-def close_opened(settings: AgentSettings, progress: Progress) -> None:
-    """Unmap what this run has opened: who comes to the console of a failed boot finds no open disk."""
-    from chutes_proto.io.agent import close_mappings
-    from chutes_proto.io.disks.cryptsetup import find_cryptsetup
-
-    mappings = {volume.name: volume.mapping for volume in (*filter(None, [settings.root_disk]), *settings.disks)}
-    opened = [mappings[name] for name in progress.opened]
-    problems = close_mappings(find_cryptsetup(), opened) if opened else []
-    for problem in problems:
-        progress.tell(f"could not be closed: {problem}")
-    if opened and not problems:
-        progress.tell(f"closed again: {', '.join(opened)}")
 
 
 def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:

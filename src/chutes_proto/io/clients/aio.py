@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
+import anyio
+import anyio.to_thread
 import httpx
 
 from chutes_proto.auth.client_identity import ClientIdentity
@@ -90,15 +92,25 @@ class BootAgent(_Connected):
         images: bool = False,
     ) -> None:
         check_quoter(quoter)
-        disks = Disks(images=images, mapping=not images)
-        super().__init__(url, identity, ca_pem, client, limits, quoter, log, disks=disks)
+        self._disks = Disks(images=images, mapping=not images)
+        self._log = log
+        super().__init__(url, identity, ca_pem, client, limits, quoter, log, disks=self._disks)
         self._session = BootSession(BootSettings(hotkey, vm_name, self._identity.spki_sha256, signer, retry))
 
     async def unlock(
         self, volumes: Mapping[str, str], *, root: str | None = None, disk_wait_seconds: float = 0.0
     ) -> Unlocked:
         """See `chutes_proto.sync.BootAgent.unlock`."""
-        return await self._run(self._session.unlock(volumes, root, disk_wait_seconds))
+        self._disks.opened.clear()
+        try:
+            return await self._run(self._session.unlock(volumes, root, disk_wait_seconds))
+        except BaseException:
+            told: list[Record] = []
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._disks.close, told.append)
+            for record in told:
+                self._log(record)
+            raise
 
     async def boot(self) -> BootGrant:
         """See `chutes_proto.sync.BootAgent.boot`."""

@@ -52,8 +52,9 @@ class BootAgent(Connected):
         images: bool = False,
     ) -> None:
         check_quoter(quoter)
-        disks = Disks(images=images, mapping=not images)
-        super().__init__(url, identity, ca_pem, limits, quoter, log, disks=disks)
+        self._disks = Disks(images=images, mapping=not images)
+        self._log = log
+        super().__init__(url, identity, ca_pem, limits, quoter, log, disks=self._disks)
         self._session = BootSession(BootSettings(hotkey, vm_name, self._identity.spki_sha256, signer, retry))
 
     def unlock(
@@ -68,9 +69,15 @@ class BootAgent(Connected):
         Disks may take ``disk_wait_seconds`` to appear. This needs the program `cryptsetup`.
 
         May also raise `DiskError`: for a disk that must not be touched, before anything is sent; for the first that
-        does not open, once all others are open. ``docs/explanation/disks.md`` says what happens to a disk, and why.
+        does not open, once all others are open. Whatever it raises, what it had opened is closed again by then, and
+        `unlock` can be called again. ``docs/explanation/disks.md`` says what happens to a disk, and why.
         """
-        return self._run(self._session.unlock(volumes, root, disk_wait_seconds))
+        self._disks.opened.clear()  # what earlier calls have opened stays open
+        try:
+            return self._run(self._session.unlock(volumes, root, disk_wait_seconds))
+        except BaseException:
+            self._disks.close(self._log)
+            raise
 
     def boot(self) -> BootGrant:
         """Attest until the server grants; return the root passphrase and the token of the next method."""

@@ -23,7 +23,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,7 @@ from attrs import frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
 from chutes_proto.io import how_it_ended
+from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import DATA_OFFSET, LEAST_SIZE, LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
 from chutes_proto.luks.header import FRESH_IMAGE_TOKEN, HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open, RemoveMark
@@ -78,6 +79,7 @@ class Disks:
 
     For tests and demonstrations, ``images`` allows regular files in place of block devices, and without ``mapping`` a
     volume is not mapped, but its key is tried. Runs end soon after ``end``, on the clock of ``time.monotonic``.
+    ``opened`` has the mappings that this object has made and not closed, in their order.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Disks:
         self._mapping = mapping
         self._end = end
         self._seen: dict[str, _Identity] = {}
+        self.opened: list[str] = []
 
     def inspect(self, device: str) -> Disk:
         """Return the content of the disk. Raises `DiskError`."""
@@ -110,6 +113,25 @@ class Disks:
             case _:
                 raise LocalProtocolError(f"{type(action).__name__} is not a known action")
         return None
+
+    def close(self, log: Callable[[Record], None]) -> None:
+        """Close what is in ``opened``, the last one first, and log what came of it. Raises no error of the system."""
+        import subprocess
+
+        while self.opened:
+            mapping = self.opened.pop()
+            try:
+                status = run_cryptsetup(
+                    [self._program or find_cryptsetup() or "cryptsetup", "close", mapping], 60
+                ).returncode
+            except (OSError, subprocess.TimeoutExpired) as exc:
+                problem = str(exc)
+            else:
+                problem = f"cryptsetup close {how_it_ended(status)}" if status else ""
+            if problem:
+                log(Record.of(Level.ERROR, "disk_left_open", mapping=mapping, text=problem))
+            else:
+                log(Record.of(Level.INFO, "disk_closed", mapping=mapping))
 
     # --- actions ---
 
@@ -139,6 +161,7 @@ class Disks:
                 else:
                     arguments += ["--test-passphrase", copy.path]
                 if copy.run(*arguments, keys=[keys[key]], refusable=True):
+                    self.opened += [action.mapping] if self._mapping else []
                     return key
             first, *more = [key.value for key in action.keys]
             tried = (
