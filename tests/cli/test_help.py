@@ -158,6 +158,14 @@ def test_a_completion_script_is_one_of_its_shell(
         ("agent ", {"run", "resume"}),
         ("keys purge --y", {"--yes"}),
         ("completion z", {"zsh"}),
+        ("agent run --d", {"--dry-run"}),
+        ("agent resume --", {"--help", "--config", "--images", "--json"}),
+        ("agent run --config a", {"file,a"}),
+        ("verify quo", {"file,quo"}),
+        ("verify quote.bin --policy ", {"file,"}),
+        ("gpu verify evidence.json --rim r", {"file,r"}),
+        ("serve --config ", {"file,"}),
+        ("simulate --out ", {"dir,"}),
     ],
 )
 def test_commands_and_options_are_completed(
@@ -167,6 +175,19 @@ def test_commands_and_options_are_completed(
     monkeypatch.setenv("COMP_WORDS", f"chutes-proto {words}")
     monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
     assert {line.removeprefix("plain,") for line in command().out.splitlines()} == found
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("verfy", "no such command 'verfy'. Did you mean 'verify'?; see chutes-proto --help"),
+        ("zzz", "no such command 'zzz'; see chutes-proto --help"),
+        ("completion", "missing argument 'SHELL'. Choose from: bash, zsh, fish; see chutes-proto completion --help"),
+    ],
+)
+def test_a_wrong_word_is_told_in_one_line(command: Callable[..., Ended], words: str, told: str) -> None:
+    ended = command(*words.split())
+    assert (ended.code, ended.err) == (2, f"chutes-proto: {told}\n")
 
 
 # --- examples ---

@@ -24,6 +24,7 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
   `Command`, or a command of the class ``of``. Every command that
   talks to the same kind of thing shares a subclass of `Command` whose ``invoke`` turns that thing's exceptions into an
   exit code, and whose ``exits`` says what the codes mean.
+* A shell completes the names of files where a metavar is of those words that stand for one.
 * Options: ``parsed(convert)`` makes a callback of a function that raises `ValueError` with a text for people.
   `json_option`, `plain_option`, `full_option` and `watch_option` are not passed to the function: ask `wants`, for
   example `wants("json")`; `answer` prints a result as JSON or for people. `table_options` is the first three.
@@ -35,10 +36,12 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import click
+from click.types import StringParamType
 
 from chutes_proto.cli import console
 from chutes_proto.cli.describe import (
@@ -52,6 +55,9 @@ from chutes_proto.cli.describe import (
     sentence_of,
 )
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 COMPLETE = "_CHUTES_PROTO_COMPLETE"
 """The environment variable by which a shell asks for completions."""
 
@@ -63,6 +69,29 @@ class Decorator(Protocol):
     """Adds an option or an argument to a function or a command."""
 
     def __call__(self, function: F, /) -> F: ...
+
+
+class _FileName(StringParamType):
+    """A text that a shell completes as the name of a file or of a directory."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        del ctx, param
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type=self.kind)]
+
+
+_FILES: Final = frozenset("DER EVIDENCE FILE GOOD LOG PATH PEM QUOTE RIM RUNTIME".split())
+"""The words that stand for the name of a file in the usage of a command."""
+
+
+def _file_name(param: click.Parameter) -> _FileName | None:
+    """The type of a parameter that names a file or a directory, by the words that stand for its value."""
+    words = {*re.findall("[A-Z]+", param.metavar or "")} if param.type is click.STRING else set[str]()
+    return _FileName("file") if words & _FILES else _FileName("dir") if "DIR" in words else None
 
 
 class Argument(click.Argument):
@@ -81,6 +110,8 @@ class Described(click.Command):
     def __init__(self, *args: Any, exits: Mapping[int, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exits = exits or self.exits
+        for param in self.params:
+            param.type = _file_name(param) or param.type
 
     def describe(self, ctx: click.Context) -> Description:
         """The description, of the command as it is called in ``ctx``."""

@@ -86,6 +86,16 @@ class Root(Group):
         found: click.Command = getattr(import_module(f"chutes_proto.cli.{path}"), attribute or "command")
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            near = " or ".join(map(repr, get_close_matches(args[0], COMMANDS)))
+            ctx.fail(f"No such command {args[0]!r}.{near and f' Did you mean {near}?'}")
+        return super().resolve_command(ctx, args)
+
     def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:
         del ctx
         return tuple(
@@ -145,7 +155,7 @@ def run(argv: Sequence[str]) -> int:
         console.tell_lines(exc.format_message())
         return console.USAGE
     except click.ClickException as exc:
-        message = exc.format_message().strip().rstrip(".")
+        message = exc.format_message().replace("\n\t", " ").strip().rstrip(".")
         console.complain(f"{message[:1].lower()}{message[1:]}; see {words_of(argv)} --help")
         return console.USAGE
     return code if isinstance(code, int) else console.GRANTED

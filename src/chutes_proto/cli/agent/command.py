@@ -19,9 +19,21 @@ class _Agent(Command):
         del ctx
         return make_parser().descriptions()
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return _complete(ctx, None, incomplete)
 
-def _complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    found = ((one.words.split()[-1], one.sentence) for one in make_parser().descriptions()[1:])
+
+def _complete(ctx: click.Context, _: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
+    """The actions, or the options of the action that is given; the only value of an option is a file."""
+    own, *actions = make_parser().descriptions()
+    words: tuple[str, ...] = ctx.params.get("words") or ()
+    if words[-1:] == ("--config",):
+        return [CompletionItem(incomplete, type="file")]
+    action = next((one for one in actions if one.words.split()[-1] in words), None)
+    if incomplete.startswith("-"):
+        found = [(name.split()[0], told) for name, told in (action or own).options]
+    else:
+        found = [] if action else [(one.words.split()[-1], one.sentence) for one in actions]
     return [CompletionItem(name, help=told) for name, told in found if name.startswith(incomplete)]
 
 

@@ -247,9 +247,7 @@ def _key(read: Callable[[str], Verifier], text: str) -> Verifier:
         raise ValueError(str(exc)) from None
 
 
-_config_or_none: Decorator = click.option(
-    "--config", metavar="FILE", type=click.Path(), help="the server's configuration file (TOML)"
-)
+_config_or_none: Decorator = click.option("--config", metavar="FILE", help="the server's configuration file (TOML)")
 
 
 def keys_option(about: str) -> Decorator:

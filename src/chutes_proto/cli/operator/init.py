@@ -16,9 +16,9 @@ from chutes_proto.errors import ConfigurationError, FileUnavailable
 @click.command(
     "init", cls=Command, exits=exits("written", "nothing was written: a file exists, or the name cannot be used")
 )
-@click.argument("directory", cls=Argument, metavar="DIR", type=click.Path(), help="where the files are written")
+@click.argument("directory", cls=Argument, metavar="DIR", help="where the files are written")
 @click.option("--name", metavar="HOST", required=True, help="the host name or IP address that VMs connect to")
-@click.option("--state", metavar="DIR", type=click.Path(), help="where the store is kept (default: with the files)")
+@click.option("--state", metavar="DIR", help="where the store is kept (default: with the files)")
 @json_option
 def command(directory: str, name: str, state: str | None) -> int:
     """Write the files of a new key server.

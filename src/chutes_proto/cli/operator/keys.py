@@ -317,11 +317,10 @@ def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
 
 
 @command.command("import-fernet")
-@click.argument("file", cls=Argument, metavar="FILE", type=click.Path(), help="the rows, one JSON object a line")
+@click.argument("file", cls=Argument, metavar="FILE", help="the rows, one JSON object a line")
 @click.option(
     "--fernet-key-file",
     metavar="FILE",
-    type=click.Path(),
     required=True,
     help="44 characters of urlsafe base64; only you may be able to read it",
 )

@@ -252,7 +252,7 @@ def identifier(text: str) -> bytes:
 
 
 config_option: Decorator = click.option(
-    "--config", type=click.Path(), metavar="FILE", required=True, help="the server's configuration file (TOML)"
+    "--config", metavar="FILE", required=True, help="the server's configuration file (TOML)"
 )
 reason_option: Decorator = click.option(
     "--reason",

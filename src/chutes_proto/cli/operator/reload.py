@@ -19,7 +19,7 @@ from chutes_proto.server import ServerConfig
 @click.command(
     "reload", cls=Command, exits=exits("reloaded, or there was no change", "refused: nothing was changed, and why")
 )
-@click.option("--config", metavar="FILE", type=click.Path(), required=True, help="the configuration file (TOML)")
+@click.option("--config", metavar="FILE", required=True, help="the configuration file (TOML)")
 @json_option
 def command(config: str) -> int:
     """Let a running server read its files again, without a restart.

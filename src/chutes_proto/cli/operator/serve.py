@@ -39,7 +39,7 @@ _EXITS = exits(
 
 
 @click.command("serve", cls=Command, exits=_EXITS)
-@click.option("--config", metavar="FILE", type=click.Path(), help="the configuration file (TOML)")
+@click.option("--config", metavar="FILE", help="the configuration file (TOML)")
 @click.option("--dev", is_flag=True, help="a server for development, on loopback")
 @click.option("--check", is_flag=True, help="check files, store and keys, report, and stop")
 @click.option("--transport", type=click.Choice(["trio", "asyncio"]), help="the event loop (default: trio if installed)")

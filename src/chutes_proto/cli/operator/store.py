@@ -56,7 +56,7 @@ command: Group = Group(
 
 def _which(function: F) -> F:
     """The options that name the store."""
-    config = click.option("--config", metavar="FILE", type=click.Path(), help="the server's configuration file (TOML)")
+    config = click.option("--config", metavar="FILE", help="the server's configuration file (TOML)")
     store = click.option(
         "--store", metavar="URL", help="sqlite:/path, or postgresql://user@host/database (no password: use passfile)"
     )
@@ -102,7 +102,7 @@ def migrate(config: str | None, store: str | None) -> int:
 
 @command.command(exits=exits("all rows are copied", "no row was copied"))
 @click.option("--from", "source", metavar="URL", help="the store that has the rows")
-@click.option("--from-config", metavar="FILE", type=click.Path(), help="the configuration file of its server, instead")
+@click.option("--from-config", metavar="FILE", help="the configuration file of its server, instead")
 @operating.reason_option
 @_which
 def copy(source: str | None, from_config: str | None, reason: str, config: str | None, store: str | None) -> int:
@@ -245,7 +245,7 @@ def _compared_with_mark(place: StorePlace, mark_file: Path | None) -> dict[str, 
     exits=exits("the store is sealed", "it cannot be sealed; what was done stays, and the next run goes on")
 )
 @operating.reason_option
-@click.option("--config", metavar="FILE", required=True, type=click.Path(), help="the server's configuration file")
+@click.option("--config", metavar="FILE", required=True, help="the server's configuration file")
 @json_option
 def seal(reason: str, config: str) -> int:
     """Authenticate the rows of a store that an older release made.
@@ -362,7 +362,7 @@ def _decided(
 @click.argument("old", cls=Argument, metavar="OLD", help="the store that came back from a backup, as a URL")
 @click.argument("new", cls=Argument, metavar="NEW", help="the newer store that it replaces, as a URL")
 @click.option("--take", is_flag=True, help="copy the missing keys from NEW to OLD; needs --config")
-@click.option("--config", metavar="FILE", type=click.Path(), help="the server's configuration file, for its KEKs")
+@click.option("--config", metavar="FILE", help="the server's configuration file, for its KEKs")
 @operating.reason_option
 @table_options
 def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> int:

@@ -52,7 +52,6 @@ class _Refusal:
 @click.option(
     "--log",
     metavar="FILE",
-    type=click.Path(),
     help="the server's log, or - for standard input: it has the refusals before a quote is verified, too",
 )
 @click.option(
