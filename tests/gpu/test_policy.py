@@ -96,6 +96,17 @@ def test_a_policy_gives_all_its_reasons() -> None:
     assert verified(GPUS, policy=same).devices[0].model == "h200"
 
 
+def test_a_switch_has_a_lowest_vbios_too() -> None:
+    switch = verified(MACHINE).devices[-1]
+    assert switch.arch == "LS10"
+    same, later = (GpuPolicy(min_vbios={"LS10": vbios}) for vbios in (str(switch.vbios), "FF.00.00.00.00"))
+    assert verified(MACHINE, policy=same).devices[-1].error is None
+    *gpus, switch = refused(MACHINE, policy=later).devices
+    assert [gpu.error for gpu in gpus] == [None] * 3
+    assert switch.error is not None
+    assert switch.error.code == "vbios_too_old"
+
+
 def test_a_board_can_be_named() -> None:
     blackwell = SimulatedGpus(GPUS.seed, arch="BLACKWELL")
     demands = {"models": frozenset({"b200"})}
@@ -115,7 +126,11 @@ def test_every_mismatch_is_told_with_whether_the_others_agree() -> None:
     both = SimulatedGpus(GPUS.seed, count=2)
     same = verified_evidence(both.having("measurement"), both.having("measurement").another(1))
     assert [m.shared for device in same for m in device.mismatches] == [True, True]
-    assert refused(GPUS.having("measurement")).devices[0].mismatches[0].shared is None
+    most = verified_evidence(both.having("measurement"), both.having("measurement").another(1), both.another(2))
+    assert [m.shared for device in most for m in device.mismatches] == [False, False]
+    beside_a_switch = SimulatedGpus(GPUS.seed, switches=1)
+    for alone in (GPUS, beside_a_switch):
+        assert refused(alone.having("measurement")).devices[0].mismatches[0].shared is None
 
 
 def verified_evidence(*machines: SimulatedGpus) -> tuple[Any, ...]:
@@ -161,8 +176,9 @@ def test_of_two_rims_for_one_version_the_fitting_one_counts() -> None:
     corrected = GPUS.having("rim_corrected").rims(NOW)
     rims = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in (*corrected, *GPUS.rims(NOW)))
     assert len(rims.rims) == 3
-    (device,) = verified(GPUS, rims=rims).devices
-    assert device.rims[0].digest != rims.rims[0].digest
+    for order in (rims, Rims(rims.rims[::-1])):
+        (device,) = verified(GPUS, rims=order).devices
+        assert device.rims[0].digest != rims.rims[0].digest
     assert refused(GPUS, rims=Rims(rims.rims[:2])).code == "measurement_mismatch"
 
 
@@ -197,7 +213,8 @@ def test_revocation_has_grace_hold_and_a_floor() -> None:
     )
     held, lenient = GPUS.having("rim_signer_on_hold"), GpuPolicy(allow_rim_signer_on_hold=True)
     assert verified(held, policy=lenient).devices
-    assert refused(GPUS.having("rim_ca_on_hold"), policy=lenient).code == "certificate_revoked"
+    for other in ("rim_ca_on_hold", "device_on_hold"):
+        assert refused(GPUS.having(other), policy=lenient).code == "certificate_revoked"
     off = GpuPolicy(revocation="off")
     assert not verified(GPUS, revocation=Revocation(), policy=off).devices[0].revocation_checked
     assert verified(GPUS, revocation=Revocation.of(GPUS.crls(NOW)), policy=off).devices
@@ -400,10 +417,19 @@ def test_a_rim_is_used_in_its_time_only() -> None:
     old = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in GPUS.rims(NOW))
     options: dict[str, Any] = {"now": later, "policy": GpuPolicy(revocation="off")}
     assert refused(GPUS, rims=old, **options).code == "certificate_expired"
+    held = Revocation.of(GPUS.having("rim_signer_on_hold").status(later))
+    assert refused(GPUS, rims=old, revocation=held, now=later).code == "certificate_expired"  # its status is no matter
     new = Rims.of(verify_rim(data, now=later, roots=GPUS.roots) for data in GPUS.rims(later))
     both = Rims.of((*old.rims, *new.rims))
     assert verified(GPUS, rims=both, **options).devices[0].rims == new.rims
     assert str(new.rims[0]).startswith("RIM of GH100 600.10.01 (SHA-256 ")
+
+
+def test_few_zeros_may_follow_a_report() -> None:
+    report = GPUS.evidence(NONCE)[0].report
+    assert parse_report(report + bytes(64)).signature == parse_report(report).signature
+    with pytest.raises(EvidenceFormatError, match="bytes after the signature"):
+        _ = parse_report(report + bytes(65))
 
 
 def test_a_report_tells_the_ports_beside_a_switch() -> None:
