@@ -17,7 +17,7 @@ from attrs import define
 from cryptography.x509 import load_pem_x509_certificate
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.signing import Coverage, messages_to_sign, signature_headers
+from chutes_proto.auth.signing import messages_to_sign, signature_headers
 from chutes_proto.effects import Effect, Transact, run_async
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
@@ -25,6 +25,7 @@ from chutes_proto.store._run import Unit
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.endpoint import Coverage
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.scenario.operations import (
     LOOPS,

@@ -12,7 +12,7 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
+from chutes_proto.auth.signing import SigningPolicy, messages_to_sign
 from chutes_proto.effects import (
     Effect,
     Entropy,
@@ -43,6 +43,7 @@ from chutes_proto.store.rows import Row, Scan
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.endpoint import Coverage
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from chutes_proto.wire.miners import NodeArgs
 from tests.store.memory import MemoryStore

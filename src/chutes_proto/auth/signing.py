@@ -27,6 +27,7 @@ from typing import Final, Literal, TypeAlias
 from chutes_proto.auth.hotkey import SIGNATURE_SIZE, Hotkey, HotkeyError
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import Coverage
 
 _SIGNATURE: Final = re.compile(rf"[0-9A-Fa-f]{{{2 * SIGNATURE_SIZE}}}")
 
@@ -35,9 +36,6 @@ WINDOW: Final = 600
 """Seconds that a signed request's time may be away from the server's."""
 
 _SECONDS: Final = re.compile(r"[0-9]{1,15}")
-
-Coverage: TypeAlias = Literal["body", "purpose", "nonce"]
-"""The least that an operation's signature covers: the body; only the purpose; the server's nonce with either."""
 
 SigningPolicy: TypeAlias = Literal["compatible", "request"]
 """Whether signatures over less than the whole request are accepted, or made."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Final
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import Coverage, check_signature, check_time, messages_to_sign
+from chutes_proto.auth.signing import check_signature, check_time, messages_to_sign
 from chutes_proto.errors import Refused
 from chutes_proto.server._service import Service
 from chutes_proto.wire.codec import decode_headers
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import Coverage
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.names import HEX_32
 

@@ -17,10 +17,11 @@ from chutes_proto.wire.codes import Code
 if TYPE_CHECKING:
     from attrs import AttrsInstance
 
-    from chutes_proto.auth.signing import Coverage
-
 Message: TypeAlias = "AttrsInstance"
 """A request, an answer, or a part of one."""
+
+Coverage: TypeAlias = Literal["body", "purpose", "nonce"]
+"""The least that an operation's signature covers: the body; only the purpose; the server's nonce with either."""
 
 PARAMETER = re.compile(r"\{([a-z_]+)\}")
 
