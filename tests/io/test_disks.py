@@ -47,7 +47,7 @@ class Bench:
 
     def again(self, program: str | None = None) -> None:
         """Begin a new boot, perhaps with another program in place of `cryptsetup`."""
-        self.disks = Disks(program or self.program, images=True, mapping=False)
+        self.disks = Disks(program or self.program, images=True)
 
     @property
     def device(self) -> str:
@@ -641,7 +641,7 @@ def test_what_was_mapped_is_closed_the_last_one_first(bench: Bench, tmp_path: Pa
     _ = program.write_text(f'#!/bin/sh\n[ "$1" = close ] || exit 0\n{closes}\n')
     bench.format()
     program.chmod(0o755)
-    disks = Disks(str(program), images=True)
+    disks = Disks(str(program), images=True, mapping=True)
     said: list[Record] = []
     disks.close(said.append)
     assert said == []

@@ -86,7 +86,7 @@ class RealDisks:
             self.blank(name)
 
     def boot(self) -> None:
-        self._disks = Disks(images=True, mapping=False)
+        self._disks = Disks(images=True)
 
     def path(self, name: str) -> Path:
         return self._folder / f"{name}.img"

@@ -33,7 +33,7 @@ def image(path: Path, content: bytes = b"") -> str:
 
 def make_root(path: str, passphrase: Secret) -> None:
     """Make the image a disk with this passphrase, by the real `cryptsetup`."""
-    Disks(images=True, mapping=False).act(Format("root", path, Key.CURRENT), {Key.CURRENT: passphrase})
+    Disks(images=True).act(Format("root", path, Key.CURRENT), {Key.CURRENT: passphrase})
 
 
 def slot(number: int = 0, kdf: Any = _PBKDF2) -> dict[str, Any]:

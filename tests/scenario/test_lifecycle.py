@@ -280,7 +280,7 @@ class Agent:
 
         settings = BootSettings(HOTKEY, self.name, identity.spki_sha256, retry=RetryPolicy(attempts=1))
         context = client_context(identity, self.premises.ca.read_bytes())
-        disks = Disks(self.disk.program, images=True, mapping=False)
+        disks = Disks(self.disk.program, images=True)
         with HttpsSender(context, self.premises.url) as send:
             performer = Performer(send=send, quoter=quote, disks=disks, log=lambda _: None)
             return run(unlock(settings, [Volume("storage", str(self.disk.image))]), perform)

@@ -271,7 +271,7 @@ def is_simulated(settings: AgentSettings) -> bool:
 def disks(*, images: bool, end: float = math.inf) -> Disks:
     from chutes_proto.io.disks.cryptsetup import Disks
 
-    return Disks(images=images, mapping=not images, end=end)
+    return Disks(images=images, end=end)
 
 
 def _keep_k3s_key(settings: AgentSettings, booted: Booted) -> None:

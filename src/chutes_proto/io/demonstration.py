@@ -164,7 +164,7 @@ class _Story:
 
     async def _boots(self) -> Received:
         program = find_cryptsetup()
-        disks = Disks(program, images=True, mapping=False)
+        disks = Disks(program, images=True)
         self._page.section("A VM boots")
         first = await self._boot(formatted=())
         for name, passphrase in first.passphrases.items():

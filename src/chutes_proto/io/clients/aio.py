@@ -92,7 +92,7 @@ class BootAgent(_Connected):
         images: bool = False,
     ) -> None:
         check_quoter(quoter)
-        self._disks = Disks(images=images, mapping=not images)
+        self._disks = Disks(images=images)
         self._log = log
         super().__init__(url, identity, ca_pem, client, limits, quoter, log, disks=self._disks)
         self._session = BootSession(BootSettings(hotkey, vm_name, self._identity.spki_sha256, signer, retry))

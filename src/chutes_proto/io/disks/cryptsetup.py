@@ -77,17 +77,18 @@ def has_luks_header(device: str, *, images: bool = False) -> bool:
 class Disks:
     """Inspects disks and acts on them, with the program at ``program`` (None: the installed one).
 
-    For tests and demonstrations, ``images`` allows regular files in place of block devices, and without ``mapping`` a
-    volume is not mapped, but its key is tried. Runs end soon after ``end``, on the clock of ``time.monotonic``.
+    For tests and demonstrations, ``images`` allows regular files in place of block devices, and without ``mapping``
+    (None: with ``images``) a volume is not mapped, but its key is tried. Runs end soon after ``end``, on the clock of
+    ``time.monotonic``.
     ``opened`` has the mappings that this object has made and not closed, in their order.
     """
 
     def __init__(
-        self, program: str | None = None, *, images: bool = False, mapping: bool = True, end: float = math.inf
+        self, program: str | None = None, *, images: bool = False, mapping: bool | None = None, end: float = math.inf
     ) -> None:
         self._program = program
         self._images = images
-        self._mapping = mapping
+        self._mapping = not images if mapping is None else mapping
         self._end = end
         self._seen: dict[str, _Identity] = {}
         self.opened: list[str] = []
