@@ -155,9 +155,12 @@ def test_disks_that_cannot_be_opened(kind: str, tmp_path: Path) -> None:
     """Nobody is asked for their keys."""
     who: dict[str, Any] = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "quoter": lambda _: b"quote"}
     foreign = image(tmp_path / "foreign", b"a file system")
-    refused: list[tuple[bool, dict[str, str], type[Exception], str]] = [
+    refused: list[tuple[bool, Any, type[Exception], str]] = [
         (False, {}, LocalProtocolError, "name the root disk, or at least one volume"),
+        (False, ["storage"], LocalProtocolError, "as in {'storage': '/dev/vdb'}; got .'storage'.$"),
         (False, {"storage": "disk.img"}, LocalProtocolError, "must be an absolute path"),
+        (False, {"storage": Path("/dev/vdb")}, LocalProtocolError, "must be an absolute path as a string"),
+        (False, {"storage": str(tmp_path / "missing")}, DiskError, "No such file.*; attach the disk to the VM, or"),
         (False, {"storage": foreign}, DiskError, "not a block device"),
         (True, {"storage": foreign}, DiskError, "neither blank nor LUKS2"),
     ]

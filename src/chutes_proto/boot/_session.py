@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from attrs import define
 
@@ -33,6 +34,11 @@ class BootSession:
 
     def unlock(self, volumes: Mapping[str, str], root: str | None, disk_wait_seconds: float) -> Flow[Unlocked]:
         """Open the root disk and the volumes, or the volumes with the grant of a run that opened the root disk."""
+        given = cast("object", volumes)  # of a caller without a type checker
+        if not isinstance(given, Mapping):
+            raise LocalProtocolError(
+                f"volumes must map each name to its device, as in {{'storage': '/dev/vdb'}}; got {given!r}"
+            )
         top = None if root is None else Volume("root", root)
         others = [Volume(name, device) for name, device in volumes.items()]
         if top is None and not others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, cast
 
 from attrs import frozen
 
@@ -29,5 +29,6 @@ class Volume:
         for name in (self.name, self.mapping):
             if not _NAME.fullmatch(name) or name == "control":
                 raise LocalProtocolError(f"{name!r} is not a volume's name: letters, digits, '_', '.', '-', at most 64")
-        if not self.device.startswith("/"):
-            raise LocalProtocolError(f"the device of {self.name} must be an absolute path, not {self.device!r}")
+        device = cast("object", self.device)  # a caller without a type checker may pass a Path
+        if not isinstance(device, str) or not device.startswith("/"):
+            raise LocalProtocolError(f"the device of {self.name} must be an absolute path as a string, not {device!r}")

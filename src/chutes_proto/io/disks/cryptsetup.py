@@ -521,9 +521,12 @@ def _write(descriptor: int, offset: int, data: bytes) -> None:
 
 
 def _why(exc: OSError, flags: int) -> str:
-    """Return the system's text; which error a write to a read-only disk is depends on the kernel's version."""
+    """Return the system's text and what to do; which error a write to a read-only disk is depends on the kernel."""
+    why = exc.strerror or str(exc)
+    if exc.errno == errno.ENOENT:
+        return f"{why}; attach the disk to the VM, or correct the device's path: lsblk lists the disks that are there"
     forbidden = flags & os.O_RDWR and exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    return f"{exc.strerror}; if it is read-only, attach it for writing" if forbidden else exc.strerror or str(exc)
+    return f"{why}; if it is read-only, attach it for writing" if forbidden else why
 
 
 def _kind(mode: int) -> str:
