@@ -14,6 +14,7 @@ from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.effects import Effect, Flow, MakeQuote, Send, Sleep, Transact, run
 from chutes_proto.errors import (
+    LocalProtocolError,
     QuoteUnavailable,
     Refusal,
     Refused,
@@ -255,6 +256,19 @@ def test_a_time_without_its_offset_is_not_taken_for_local_time(network: Network,
     answer = HttpResponse(200, (("content-type", "application/json"),), body)
     with pytest.raises(RemoteProtocolError, match="not RFC 3339"):
         play(network, servers.read_server(miner(), "n1"), *[answer] * 9)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a\n", "\u00e9", "x" * 129])
+def test_a_name_that_no_request_can_carry_is_not_sent(network: Network, name: str) -> None:
+    for flow in (
+        servers.read_server(miner(), name),
+        servers.rename_server(miner(), "n1", name),
+        servers.remove_server(miner(), name),
+        register(server_id=name),
+    ):
+        with pytest.raises(LocalProtocolError, match="the id or name of a server is 1 to 128"):
+            play(network, flow)
+    assert network.sent == []
 
 
 def test_it_ends(network: Network) -> None:

@@ -13,11 +13,16 @@ import pytest
 import chutes_proto.sync
 import chutes_proto_asyncio
 import chutes_proto_trio
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.collateral.pcs import Upstream as Service
+from chutes_proto.collateral.pcs import ask_pck_chain
+from chutes_proto.effects import Get, Now
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, UpstreamError
 from chutes_proto.io.collateral.simulated import CollateralServer
 from chutes_proto.quote import Collateral, VerificationError, parse_quote, verify_genuine
 from chutes_proto.testing._pki import pem
+from chutes_proto.testing._playbook import Playbook
 from chutes_proto.testing._service import CollateralService
+from chutes_proto.wire.http import HttpResponse
 from tests.collateral.network import PLATFORM, ROOT, Upstream, running
 from tests.io.peers import make_credentials, peer, read_request
 from tests.loops import on_loop
@@ -125,6 +130,12 @@ def test_only_a_genuine_quote_causes_requests_but_for_a_missing_chain(door: str,
         _ = DOORS[door](QUOTE, ["http://pccs.example"], root=ROOT)
     with pytest.raises(ConfigurationError, match=r"a list of URLs, as in \['https://pccs\.example'\]"):
         _ = DOORS[door](QUOTE, "https://pccs.example", root=ROOT)
+
+
+def test_a_chain_that_is_not_text_is_refused() -> None:
+    asked = ask_pck_chain(Service.parse("https://pccs.example"), parse_quote(_named()))
+    with pytest.raises(UpstreamError, match="PCK certificate: the answer is not PEM"):
+        Playbook((Get, HttpResponse(200, (), PCK + b"\xff")), aside={Now: lambda _: 0}).run(asked)
 
 
 @pytest.mark.parametrize("door", DOORS)

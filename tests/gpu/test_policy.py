@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
 from chutes_proto.gpu import (
@@ -446,3 +447,8 @@ def test_ocsp_answers_of_another_form_are_refused() -> None:
     for fault in ("status_version", "status_no_responder", "status_extensions", "status_certificates"):
         with pytest.raises(GpuVerificationError, match="step 18"):
             _ = Revocation.of(GPUS.having(fault).status(NOW))
+    (responder,) = ocsp.load_der_ocsp_response(honest).certificates
+    at = honest.index(responder.public_bytes(Encoding.DER)) - 8  # two tags with lengths of three bytes are before it
+    assert honest[at] == 0xA0
+    with pytest.raises(GpuVerificationError, match=r"malformed certificates \[step 18"):
+        _ = Revocation.of([honest[:at] + b"\xa1" + honest[at + 1 :]])

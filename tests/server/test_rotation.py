@@ -239,6 +239,13 @@ def test_a_name_that_was_rebound_meanwhile(world):
     (claim,) = world.rows(VmRow)
     world.store.transact(Ask(Put(evolve(claim, pin=evolve(claim.pin, value=bytes(16))))))
     assert refusal(attest(world, nonce))[:2] == (403, Code.PLATFORM_MISMATCH)
+    other = world.platform.another(1)
+    (booted,) = {row.pin for row in world.rows(BootRow)}
+    world.store.transact(Ask(Put(evolve(claim, pin=evolve(claim.pin, value=other.platform_instance_id)))))
+    world.platform = other  # the name is bound to it now, and the boot was another machine's
+    status, code, *_ = refusal(attest(world, nonce))
+    assert (status, code) == (403, Code.PLATFORM_MISMATCH)
+    assert f"it booted on {booted}" in world.rows(AuditRow)[-1].reason
 
 
 @pytest.mark.parametrize("busy", ["collateral", "slots", "store"])

@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.effects import Effect, Transact
-from chutes_proto.errors import FateUnknown
+from chutes_proto.effects import Effect, Flow, Transact, Uptime
+from chutes_proto.errors import FateUnknown, StoreBusy
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.server._app import App
 from chutes_proto.server._limits import Admission
-from chutes_proto.server._retry import CLIENT_SECONDS, LAST_START_SECONDS, LATEST_ANSWER_SECONDS
+from chutes_proto.server._retry import CLIENT_SECONDS, LAST_START_SECONDS, LATEST_ANSWER_SECONDS, bound_store
 from chutes_proto.server._tokens import RANDOM_SIZE, TokenMint
 from chutes_proto.store.rows import VmRow
+from chutes_proto.testing._playbook import Playbook
+from chutes_proto.units.contents import CountAll
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.http import HttpResponse
+from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server import test_provision, test_rotation, test_runtime, test_servers
 from tests.server.world import HOTKEY, World, answer, refusal, service
 
@@ -191,6 +193,19 @@ def test_other_operations_are_answered_within_5_s(world: World, operation: Any, 
     response, seconds = timed(world, takes, operation(world))
     assert seconds < 5
     assert takes or refusal(response)[:2] == (503, Code.STORE_UNAVAILABLE)
+
+
+def test_a_store_is_not_asked_for_a_transaction_that_no_time_is_left_for() -> None:
+    request = HttpRequest("GET", "/", arrived=0.0)
+
+    def handling() -> Flow[None]:
+        for _ in range(2):
+            _ = yield from Transact(CountAll())
+
+    times = iter([0.0, LATEST_ANSWER_SECONDS, LATEST_ANSWER_SECONDS])
+    playbook = Playbook((Transact, None), aside={Uptime: lambda _: next(times)})
+    with pytest.raises(StoreBusy, match="no time is left"):
+        playbook.run(bound_store(handling(), request, is_patient=True))
 
 
 def test_a_refusal_is_recorded_late_if_the_store_answers(world: World) -> None:

@@ -17,8 +17,8 @@ from chutes_proto.secret import Secret
 from chutes_proto.tlog import merkle
 from chutes_proto.tlog.notes import Checkpoint, Signature, Signer, Verifier
 from chutes_proto.tlog.proofs import Proof
-from chutes_proto.tlog.receipts import FORM, Receipt
-from chutes_proto.tlog.witness import read_cosignature
+from chutes_proto.tlog.receipts import FORM, LARGEST, Receipt
+from chutes_proto.tlog.witness import read_cosignature, read_size
 from tests.tlog.test_tlog import SIGNER, Tree, entry
 
 OTHER = Signer(SIGNER.name, Secret(bytes(32))).verifier
@@ -171,6 +171,18 @@ def test_the_answer_of_a_witness_is_one_of_today() -> None:
     ):
         with pytest.raises(LogError, match=why):
             _ = read_cosignature(answer, note, WITNESS_KEY, now)
+
+
+def test_a_witness_names_the_size_that_it_knows() -> None:
+    assert (read_size(b"0\n"), read_size(b"70000\n")) == (0, 70_000)
+    for body in (b"", b"7", b"07\n", b"-1\n", b"7\n\n", b"1" + b"0" * 19 + b"\n"):
+        with pytest.raises(LogError, match="names no size"):
+            _ = read_size(body)
+
+
+def test_a_receipt_that_is_too_large_is_not_read() -> None:
+    with pytest.raises(LogError, match=f"more than {LARGEST} bytes"):
+        _ = Receipt.from_bytes(b"[" * (LARGEST + 1))
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"entry": 1}', b"[" * 100_000, b"x" * 1_000_000])

@@ -14,7 +14,7 @@ from chutes_proto.errors import ConfigurationError, LogError
 from chutes_proto.secret import Secret
 from chutes_proto.tlog import merkle, tiles
 from chutes_proto.tlog.merkle import leaf_hash
-from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier, open_checkpoint
+from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier, check_name, open_checkpoint
 from chutes_proto.tlog.proofs import Proof
 
 # Certificate Transparency's own tests of RFC 6962 use these leaves and roots.
@@ -133,6 +133,9 @@ def test_an_entry_is_proven_at_its_own_index_alone_and_a_subtree_is_no_entry() -
         refused(merkle.verify_inclusion, leaves[1], index, 4, path, tree.root(4))
     refused(merkle.verify_inclusion, merkle.node_hash(*leaves[:2]), 1, 4, path[1:], tree.root(4))
     refused(merkle.verify_inclusion, tree.root(4), 0, 4, (), tree.root(4))
+    refused(merkle.verify_inclusion, leaves[0], 0, 4, leaves[1:2], tree.root(2), why="too few hashes")
+    above = merkle.node_hash(*leaves[:2])
+    refused(merkle.verify_inclusion, leaves[2], 0, 2, (leaves[3], above), tree.root(4), why="too many hashes")
 
 
 def test_proofs_are_those_of_go() -> None:
@@ -217,6 +220,12 @@ def test_a_checkpoint_of_the_specification_is_read() -> None:
     checkpoint = Checkpoint.of(note)
     assert (checkpoint.origin, checkpoint.size) == ("example.com/behind-the-sofa", 20852163)
     assert (str(note), checkpoint.text) == (text, note.text)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a+b", "a\n", "x" * 256])
+def test_other_names_are_not_those_of_logs(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="one word"):
+        check_name(name)
 
 
 def test_a_checkpoint_is_of_one_log_and_key() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chutes_proto._converter import MOST
@@ -356,6 +356,7 @@ def test_the_text_of_a_refusal_is_not_endless(detail: object) -> None:
 
 
 @given(st.integers(400, 599), st.binary(max_size=60))
+@example(403, b"[]")
 def test_any_error_page_is_a_refusal_with_its_status(status: int, body: bytes) -> None:
     with pytest.raises(Refusal) as caught:
         codec.decode_answer(vms.BOOT_NONCE, HttpResponse(status, (("retry-after", "soon"),), body))
