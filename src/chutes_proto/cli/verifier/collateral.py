@@ -75,7 +75,12 @@ def _address(text: str) -> tuple[str, int]:
 
 
 @command.command(
-    "fetch", exits=exits("written", "no service has any that verifies, or the quote's PCK chain does not verify")
+    "fetch",
+    exits=exits(
+        "written, or the same as is there",
+        "no service has any that verifies and is not older than the valid one there, or the quote's PCK chain does not"
+        " verify",
+    ),
 )
 @click.option("--quote", metavar="FILE", help=f"a quote of the platform: {QUOTE_FORMS}")
 @click.option("--fmspc", metavar="HEX", callback=parsed(_fmspc), help="the platform's FMSPC, 12 hex digits")

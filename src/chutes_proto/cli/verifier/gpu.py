@@ -348,7 +348,9 @@ def _hint(problems: Iterable[str]) -> str | None:
     return _HINTS[UntrustedRootError.code] if is_untrusted else None
 
 
-@command.command("fetch", exits=exits("all of it was fetched", "something is missing"))
+@command.command(
+    "fetch", exits=exits("all of it was fetched", "something is missing, or older than the valid one that is kept")
+)
 @_shared
 @click.option("--out", metavar="DIR", required=True, help="the directory for the files; made if missing")
 @click.option("--rim-service", metavar="URL", default=RIM_SERVICE, show_default=True, help="the RIM service")
