@@ -20,8 +20,10 @@ from attrs import define, field
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import Unavailable
+from chutes_proto.io.files import create_private
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
+from chutes_proto.io.stores import MAKE_SPACE
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
@@ -30,7 +32,7 @@ from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent, MinerClient
-from tests.cli.conftest import HOTKEY, Server
+from tests.cli.conftest import HOTKEY, Ended, Server
 from tests.postgres import Cluster, schema
 from tests.small_disk import fill, remount, schema_on_small_disk, small_disk
 from tests.waiting import async_wait_until
@@ -236,9 +238,30 @@ async def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
         filler.unlink()
         _ = await async_wait_until(lambda: probe(server) == 200)
         told = refused(server)  # whoever wrote first heard that the disk is full: the server's own work, maybe
-        assert "its disk takes no data (No space left on device); make space, and the server goes on" in told
+        assert "its disk takes no data (No space left on device); make space: a server goes on by itself" in told
         assert '"event":"store_accepted"' in told
         nothing_twice(site)
+
+
+async def test_a_command_whose_disk_is_full_goes_on_once_there_is_space(
+    start: Start, command: Callable[..., Ended], tmp_path: Path
+) -> None:
+    site = make_site(tmp_path, "sqlite:disk/keys.db")
+    with small_disk(site / "disk") as disk:
+        server = serve(start, site)
+        _ = await boot_and_sync(server)
+        _ = server.stop(signal.SIGTERM)
+        _ = (site / "kek").rename(site / "kek.previous")
+        create_private(site / "kek", bytes(range(32)))
+        configuration = site / "server.toml"
+        text = configuration.read_text()
+        _ = configuration.write_text(f'kek_previous_file = "kek.previous"\n{text}')
+        filler = fill(disk)
+        rewrap = ("keys", "rewrap", "--config", configuration)
+        ended = command(*rewrap)
+        assert (ended.code, MAKE_SPACE in ended.err) == (1, True), ended.err
+        filler.unlink()
+        assert command(*rewrap).code == 0
 
 
 def probe(server: Server) -> int:

@@ -243,7 +243,9 @@ def test_a_disk_that_is_full_at_the_start_is_not_taken_for_a_log_that_is_gone(pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
-        with pytest.raises(StoreError, match=r"keys\.db: reading or writing it failed; is its disk full\? \(disk I/O"):
+        with pytest.raises(
+            StoreError, match=r"keys\.db: reading or writing it failed; if its disk is full, make space"
+        ):
             SqliteStore(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

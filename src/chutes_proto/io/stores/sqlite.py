@@ -34,6 +34,7 @@ from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.io.files import is_there, make_file
+from chutes_proto.io.stores import MAKE_SPACE
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.store._custody import Custody, Session
@@ -63,13 +64,13 @@ _SPACE: Final = 256 << 10
 _FAULTS = {
     sqlite3.SQLITE_BUSY: "another transaction takes too long",
     sqlite3.SQLITE_LOCKED: "another transaction takes too long",
-    sqlite3.SQLITE_FULL: "the disk is full; this transaction changed nothing",
+    sqlite3.SQLITE_FULL: f"the disk is full; this transaction changed nothing; {MAKE_SPACE}",
     sqlite3.SQLITE_READONLY: "it is read-only, or its directory is; the server must be able to write both",
     sqlite3.SQLITE_PERM: "this user may not open it",
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened; is its directory there, and may this user write it?",
     sqlite3.SQLITE_CORRUPT: "it is damaged; stop the server, keep the file, and restore a backup",
     sqlite3.SQLITE_NOTADB: "it is not an SQLite database, or it is damaged; it was left as it is",
-    sqlite3.SQLITE_IOERR: "reading or writing it failed; is its disk full?",
+    sqlite3.SQLITE_IOERR: f"reading or writing it failed; if its disk is full, {MAKE_SPACE}",
 }
 
 _SETTINGS: tuple[tuple[str, str | int], ...] = (
@@ -509,7 +510,7 @@ class SqliteStore(MarkedStore):
                 _ = file.write(os.urandom(_SPACE))  # which no file system compresses
                 file.flush()
         except OSError as exc:
-            raise self._fault(f"its disk takes no data ({exc.strerror}); make space, and the server goes on") from exc
+            raise self._fault(f"its disk takes no data ({exc.strerror}); {MAKE_SPACE}") from exc
         self._unwritten = False
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:

@@ -8,6 +8,7 @@ import psycopg
 from psycopg import errors
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
+from chutes_proto.io.stores import MAKE_SPACE
 
 TEMPORARY: Final = {
     "": "the connection to the database failed",
@@ -32,8 +33,7 @@ _WAITED: Final = frozenset({"55P03", "57014"})
 """Those of a statement that was cancelled because it waited for another transaction, which may wait for a standby."""
 
 FAULTS: Final = {
-    "53100": "the database's disk is full; this transaction changed nothing; make space, and servers go on by"
-    " themselves",
+    "53100": f"the database's disk is full; this transaction changed nothing; {MAKE_SPACE}",
     "25006": "the database is read-only, and this transaction changed nothing; is its disk full, or"
     " default_transaction_read_only set?",
     "42501": "the database's user may not do that; it must own the tables, or be granted to read and write them",
