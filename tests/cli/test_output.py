@@ -89,6 +89,12 @@ def test_colour_is_for_the_word_that_says_the_state(terminal: Shown) -> None:
     assert terminal() == "\x1b[31mREFUSED\x1b[0m: the quote does not verify\n  \x1b[32mok\x1b[0m  TCB info\n"
 
 
+def test_a_name_of_a_file_adds_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "none\nchutes-proto: all is well"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == r"chutes-proto: 'none\nchutes-proto: all is well': cannot be read: No such file or directory"
+
+
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_a_text_of_a_row_adds_no_line(terminal: Shown, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)

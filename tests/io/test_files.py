@@ -14,7 +14,7 @@ from attrs import evolve
 from chutes_proto.collateral.library import Item
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.io.collateral.directory import CollateralDirectory
-from chutes_proto.io.files import read_file, read_private, write_file
+from chutes_proto.io.files import read_file, read_private, reason, write_file
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import TrustedRoot
@@ -89,6 +89,29 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         for read in (read_file, read_private):
             with pytest.raises(FileUnavailable, match=why):
                 _ = read(path)
+
+
+def test_a_file_that_this_user_may_not_read_says_which_user(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    write_file(path, b"content", mode=0o000)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        for read in (read_file, read_private):
+            with pytest.raises(FileUnavailable, match=rf"Permission denied to .*uid {os.geteuid()}.*; give that user"):
+                _ = read(path)
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("name", ["a\nb: c", "a\u2028b", "a\x1b[1m", "\udcff"])
+def test_a_name_that_is_not_printable_is_quoted(name: str, tmp_path: Path) -> None:
+    """It would end the line of the error, and begin one of its own."""
+    path = tmp_path / name
+    with pytest.raises(FileUnavailable) as caught:
+        _ = read_file(path)
+    assert str(caught.value) == f"{str(path)!r}: cannot be read: No such file or directory"
+    assert reason(caught.value, path) == "cannot be read: No such file or directory"
 
 
 def test_an_endless_file_is_refused() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, read_gpu_roots
+from chutes_proto.io.files import MAX_SIZE
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._gpus import gpu_files
 
@@ -33,6 +35,9 @@ def test_files_are_read_again_when_they_change(tmp_path: Path) -> None:
     assert len(again.rims.rims) == 1
     assert len(again.revocation.answers) == len(first.revocation.answers) - 1
     assert [problem.split(":")[0].rpartition("/")[2] for problem in source.problems] == ["0.xml", "0.der"]
+    os.truncate(tmp_path / "rims" / "0.xml", MAX_SIZE + 1)
+    _ = source.fetch()
+    assert source.problems[0].startswith(f"{tmp_path}/rims/0.xml: has more than {MAX_SIZE} bytes")
 
 
 def test_a_directory_that_is_gone_is_told(tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
         _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(exc, BrokenPipeError):  # the reader has seen enough
             return console.BROKEN_PIPE
-        console.complain(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+        from chutes_proto.io.files import shown
+
+        console.complain(f"{shown(exc.filename)}: {exc.strerror}" if exc.filename else str(exc))
         return console.USAGE
     except KeyboardInterrupt:
         return console.INTERRUPTED

@@ -98,7 +98,9 @@ class Files:
         """Raise `ConfigurationError` if a file was changed or replaced since it was read: it may be half of two."""
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
-                raise ConfigurationError(f"{path}: was changed while the files were read; wait for that, and ask again")
+                raise ConfigurationError(
+                    f"{shown(path)}: was changed while the files were read; wait for that, and ask again"
+                )
 
 
 def _stamp(path: str) -> object:
@@ -121,7 +123,7 @@ def _check_mode(path: str | Path, found: os.stat_result, group_may: bool) -> Non
     if mode & (0o007 if group_may or is_credential(Path(path)) else 0o077):
         better = "640" if group_may else "600"
         mend = f"chmod {better} {shlex.quote(str(path))}"
-        raise ConfigurationError(f"{path}: permissions are {mode:04o}, which is too open; run: {mend}")
+        raise ConfigurationError(f"{shown(path)}: permissions are {mode:04o}, which is too open; run: {mend}")
 
 
 def write_file(path: str | Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -211,7 +213,9 @@ def is_credential(path: Path) -> bool:
 
 def _bounded(path: str | os.PathLike[str], data: bytes, limit: int) -> bytes:
     if len(data) > limit:
-        raise FileUnavailable(f"{path}: has more than {limit} bytes, the limit for such a file; is it the right one?")
+        raise FileUnavailable(
+            f"{shown(path)}: has more than {limit} bytes, the limit for such a file; is it the right one?"
+        )
     return data
 
 
@@ -237,11 +241,30 @@ def unavailable(path: str | os.PathLike[str], what: str) -> Generator[None]:
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         is_not_given = isinstance(exc, FileNotFoundError) and is_credential(Path(path))
         mend = f"; give the unit a line LoadCredential={Path(path).name}:FILE" if is_not_given else ""
-        raise FileUnavailable(f"{path}: {what}: {reason(exc)}{mend}") from None
+        if isinstance(exc, PermissionError):
+            mend = f" to {_user()}; give that user access, or run this as another"
+        raise FileUnavailable(f"{shown(path)}: {what}: {reason(exc)}{mend}") from None
 
 
-def reason(exc: Exception) -> str:
-    """Return the text of an error without the path, which the caller knows."""
+def reason(exc: Exception, path: str | os.PathLike[str] = "") -> str:
+    """Return the text of an error without the ``path`` before it, which the caller says."""
     if isinstance(exc, OSError) and exc.errno == errno.ELOOP:
         return "not a plain file, but a link or a loop of links"
-    return exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    return exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc).removeprefix(f"{shown(path)}: ")
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return the path for a line of text: quoted if it has a line break, or anything else that is not printable."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+def _user() -> str:
+    """The user as whom files are opened."""
+    import pwd
+
+    number = os.geteuid()
+    try:
+        return f"user {pwd.getpwuid(number).pw_name} (uid {number})"
+    except KeyError:  # a container may have no name for it
+        return f"uid {number}"

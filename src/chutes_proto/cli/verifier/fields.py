@@ -16,7 +16,7 @@ from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError
-from chutes_proto.io.files import MAX_SIZE, read_file, read_head, unavailable
+from chutes_proto.io.files import MAX_SIZE, read_file, read_head, reason, unavailable
 from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._steps import UntrustedRootError
 
@@ -113,7 +113,7 @@ def read_files(path: str, suffix: str = "") -> Iterator[tuple[str, bytes | str]]
         try:
             content: bytes | str = read_file(file)
         except FileUnavailable as exc:
-            content = str(exc).removeprefix(f"{file}: ")
+            content = reason(exc, file)
         yield str(file), content
 
 

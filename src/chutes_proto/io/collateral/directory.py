@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.collateral.library import Item, choose
 from chutes_proto.errors import CollateralUnavailable, FileUnavailable
-from chutes_proto.io.files import read_file
+from chutes_proto.io.files import read_file, reason
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import QuoteError
 from chutes_proto.quote._pck import PckIdentity
@@ -95,7 +95,7 @@ class CollateralDirectory:
         try:
             found = Collateral.all_from_json(read_file(path))
         except (FileUnavailable, QuoteError) as exc:
-            return (Item(str(path), str(exc).removeprefix(f"{path}: ")),)
+            return (Item(str(path), reason(exc, path)),)
         return tuple(Item(str(path), self._verified(one, now)) for one in found)
 
     def _verified(self, collateral: Collateral, now: int) -> VerifiedCollateral | str:

@@ -10,7 +10,7 @@ from typing import Final
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.gpu import GpuCollateral, GpuError, GpuRoots, Revocation, Rims, VerifiedRim, read_root
 from chutes_proto.gpu._rim import authenticate_rim
-from chutes_proto.io.files import make_directory, read_file
+from chutes_proto.io.files import make_directory, read_file, reason
 
 _KINDS: Final = ("rims", "status")
 
@@ -58,14 +58,14 @@ class GpuCollateralDirectory:
             try:
                 found.append(authenticate_rim(read_file(path), roots=self._roots))
             except (GpuError, FileUnavailable) as exc:
-                problems.append(f"{path}: {exc}")
+                problems.append(f"{path}: {reason(exc, path)}")
         for path in status:
             try:
                 data = read_file(path)
                 _ = Revocation.of([data])
                 pieces.append(data)
             except (GpuError, FileUnavailable) as exc:
-                problems.append(f"{path}: {exc}")
+                problems.append(f"{path}: {reason(exc, path)}")
         self.problems = tuple(problems)
         return GpuCollateral(Rims.of(found), Revocation.of(pieces))
 

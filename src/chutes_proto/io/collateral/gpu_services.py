@@ -25,7 +25,7 @@ from chutes_proto.gpu._revocation import OcspAnswer, read_status
 from chutes_proto.gpu._rim import authenticate_rim
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, make_gpu_directory
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS
-from chutes_proto.io.files import is_there, read_file, unavailable, write_file
+from chutes_proto.io.files import is_there, read_file, reason, unavailable, write_file
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.log import Level, Record
 
@@ -61,7 +61,7 @@ class GpuServices:
                 found = is_there(path)
             return read(key, read_file(path)) if found else None
         except (FileUnavailable, GpuError, UpstreamError) as exc:
-            return Record(Level.WARNING, "collateral_not_restored", {"error": f"{path}: {exc}"})
+            return Record(Level.WARNING, "collateral_not_restored", {"error": f"{path}: {reason(exc, path)}"})
 
     def keep(self, key: RimKey | StatusKey, data: bytes) -> Record | None:
         """Write a fetched piece for a later process; return the log record of a fault."""

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeAlias
 from attrs import evolve
 
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
-from chutes_proto.io.files import is_there, read_file, write_file
+from chutes_proto.io.files import is_there, read_file, reason, write_file
 from chutes_proto.store._copies import Copies
 from chutes_proto.store._custody import Custody, seal_of
 from chutes_proto.store._mark import COLUMNS, LARGEST, Entry, Mark, View, find_loss
@@ -319,12 +319,12 @@ class MarkKeeper:
             try:
                 _ = open_checkpoint(read_file(path, limit=LARGEST_NOTE), Signer(state[0][0], seed).verifier)
             except (ConfigurationError, LogError, OSError) as exc:
-                faults.append(str(exc))
+                faults.append(reason(exc, path))
             else:
                 return
         if faults:  # the words of the sequencer, which signs nothing then
             advice = _advice(path, "if the log is right, move the file away")
-            self.add_note(f"audit log: {path}: {faults[0].removeprefix(f'{path}: ')}; {advice}")
+            self.add_note(f"audit log: {path}: {faults[0]}; {advice}")
 
     def _check_decision(self, ask: Ask, view: View) -> None:
         """Refuse a decision that nobody made who holds the store's keys. Raises `StoreError`."""
@@ -385,7 +385,9 @@ class MarkKeeper:
             return Mark.from_bytes(read_file(self._path, limit=LARGEST))
         except (ConfigurationError, OSError) as exc:
             advice = _advice(self._path, "if the store is right, move the file away, and the server begins another")
-            raise StoreError(f"store {self._name}: mark_file {self._path}: {exc}; {advice}") from None
+            raise StoreError(
+                f"store {self._name}: mark_file {self._path}: {reason(exc, self._path)}; {advice}"
+            ) from None
 
     def _refused(self, mark: Mark, why: str, remedy: str) -> StoreError:
         where = f" in {self._path}" if self._path is not None else " in memory"
