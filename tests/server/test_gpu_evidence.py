@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from chutes_proto.effects import FetchGpuCollateral
 from chutes_proto.errors import CollateralUnavailable, StoreBusy
 from chutes_proto.gpu import (
     GpuCollateral,
@@ -173,6 +174,19 @@ def test_a_device_whose_certificate_has_expired_is_not_our_fault() -> None:
     status, code, text = refusal(register(world))
     assert (status, code) == (403, Code.GPU_EVIDENCE_REJECTED)
     assert text.endswith("certificate_expired")
+
+
+def test_an_answer_that_was_made_while_it_was_fetched_counts() -> None:
+    class Slow(WithGpus):
+        def perform(self, effect: Any) -> Any:
+            if isinstance(effect, FetchGpuCollateral):
+                self.now = NOW + 5
+                self.gpus = GpuCollateral(collateral().rims, Revocation.of(GPUS.status(self.now)))
+            return super().perform(effect)
+
+    world = Slow(make("require").app)
+    registered(register(world))
+    assert len(world.rows(GpuDeviceRow)) == 1
 
 
 def test_a_gpu_belongs_to_the_server_that_showed_it() -> None:
