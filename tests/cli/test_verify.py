@@ -19,6 +19,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.quote._measurements import parse_profiles_toml
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.testing._directory import simulation_files
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
@@ -132,6 +133,7 @@ def test_people_are_told_of_a_missing_floor(verify: Command, tmp_path: Path) -> 
         _ = (tmp_path / "policy.toml").write_text(text)
         assert (told in verify("--policy", tmp_path / "policy.toml").out) == is_told
     assert verify("--json").json["collateral"]["pck_crl_issued"] == NOW
+    assert f"collateral.pck_crl_issued  {rfc3339(NOW)}" in verify().out
 
 
 def test_registers_that_a_policy_accepts_with_any_value_are_told(verify: Command, tmp_path: Path) -> None:

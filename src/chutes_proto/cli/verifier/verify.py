@@ -369,6 +369,9 @@ def _say(report: dict[str, Any], told: _Told) -> None:
     _say_open(told, report)
     fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
     fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
+    if "collateral" in fields:
+        issue = fields["collateral"]
+        fields["collateral"] = issue | {name: rfc3339(at) for name, at in issue.items() if name.endswith("_issued")}
     say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
 
 
