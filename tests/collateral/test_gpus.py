@@ -133,7 +133,7 @@ def test_evidence_that_does_not_verify_causes_no_fetch() -> None:
     "fault",
     [
         *("rim_altered", "rim_other_product", "revoked"),
-        *("status_signature", "status_unauthorized", "status_responder_expired"),
+        *("status_signature", "status_unauthorized", "status_responder_expired", "status_unknown"),
     ],
 )
 def test_an_answer_that_does_not_verify_is_not_kept(fault: str) -> None:
