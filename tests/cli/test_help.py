@@ -182,6 +182,8 @@ def test_commands_and_options_are_completed(
     [
         ("verfy", "no such command 'verfy'. Did you mean 'verify'?; see chutes-proto --help"),
         ("zzz", "no such command 'zzz'; see chutes-proto --help"),
+        ("agent", "the following arguments are required: ACTION; see chutes-proto agent --help"),
+        ("agent run", "the following arguments are required: --config; see chutes-proto agent run --help"),
         ("completion", "missing argument 'SHELL'. Choose from: bash, zsh, fish; see chutes-proto completion --help"),
     ],
 )

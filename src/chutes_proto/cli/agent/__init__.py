@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from chutes_proto import __version__
 from chutes_proto.cli import console
@@ -74,9 +74,10 @@ class Parser(argparse.ArgumentParser):
         """The help."""
         return as_help(self.describe(), console.help_width()) + "\n"
 
-    def format_usage(self) -> str:
-        """One line."""
-        return f"Usage: {self.describe().usage}\n"
+    def error(self, message: str) -> NoReturn:
+        """End with the words of every other command."""
+        console.complain(f"{message}; see {self.prog} --help")
+        raise SystemExit(console.USAGE)
 
 
 def make_parser() -> Parser:
