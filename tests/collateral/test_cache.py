@@ -29,7 +29,7 @@ from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.effects import Effect, Get, Log, Now, Sleep, run
 from chutes_proto.errors import ConfigurationError, TransportError
 from chutes_proto.log import Level, Record
-from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._collateral import CollateralIssue, VerifiedCollateral
 from chutes_proto.quote._verify import authenticate_collateral, verify_collateral
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
@@ -359,6 +359,17 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
     assert world.decide() == Use(newer)
     world.now = LATE  # but an expired one does not refuse
     assert world.fetch() is not None
+
+
+def test_nothing_that_is_valid_is_replaced_by_what_has_expired() -> None:
+    world = World()
+    numbers = dict.fromkeys(CollateralIssue.__struct_fields__, 0)  # below those of any answer
+    held = verified(NOW, issue=CollateralIssue(**numbers))
+    world.cache.restore(family(), held)
+    world.age = COLLATERAL_SECONDS + 60
+    assert world.fetch() is None
+    assert "it expired at" in str(world.log[-1].fields["error"])
+    assert world.landed() == Use(held)
 
 
 def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None:
