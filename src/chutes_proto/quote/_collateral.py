@@ -136,8 +136,8 @@ _MEMBERS: Final = tuple(member.name for member in fields(Collateral))
 class CollateralIssue(Struct, frozen=True):
     """Numbers and dates (unix seconds) of the pieces of collateral, none of which Intel ever lowers.
 
-    Keep the highest that were seen to find a rollback. Intel gives all CRLs of one CA the same number, so their dates
-    count.
+    Keep the highest of each that was seen, for each FMSPC and CA, to find a rollback. Intel gives all CRLs of one CA
+    the same number, so their dates count.
     """
 
     tcb_info_number: int
