@@ -77,9 +77,28 @@ def test_permissions_that_are_too_open(command: Command, site: Path) -> None:
     (site / "kek").chmod(0o644)
     ended = command("doctor", "--config", site / "server.toml")
     assert ended.code == 1
-    problem, remedy = ended.out.splitlines()
+    problem, remedy, rest = ended.out.splitlines()
     assert problem.startswith(f"problem  kek_file: {site}/kek: ")
     assert remedy.split() == ["run:", "chmod", "600", f"{site}/kek"]
+    assert rest == "note     configuration: the rest is looked at once these problems are mended"
+
+
+def test_the_store_is_looked_at_beside_a_configuration_that_serves_nobody(command: Command, site: Path) -> None:
+    SqliteStore(site / "keys.db").close()
+    (site / "server.pem").unlink()
+    ended = command("doctor", "--config", site / "server.toml", "--json")
+    assert (ended.code, found(ended)["tls"]["state"]) == (1, "problem")
+    assert found(ended)["store"]["detail"].startswith(f"{site}/keys.db: sealed keys: ")
+    with closing(sqlite3.connect(site / "keys.db", isolation_level=None)) as database:
+        database.execute("UPDATE fact SET value = 1 WHERE name = 'schema_version'")
+    ended = command("doctor", "--config", site / "server.toml", "--json")
+    assert found(ended)["tls"]["state"] == found(ended)[f"store {site}/keys.db"]["state"] == "problem"
+
+
+def test_a_configuration_that_cannot_be_read_is_all_there_is(command: Command, site: Path) -> None:
+    (site / "server.toml").write_text("kek = 1\n")
+    ended = command("doctor", "--config", site / "server.toml", "--json")
+    assert {finding["state"] for finding in ended.json["findings"]} == {"problem"}
 
 
 def test_a_remedy_is_for_a_shell(command: Command, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def command(roles: tuple[str, ...], config: str | None) -> int:
 
     Looks at this machine: Python, extras, the clock; for a VM also cryptsetup, and whether the TDX guest device or the
     kernel's configfs-TSM gives a quote. With --config looks at everything that a key server needs to start, at the
-    permissions of its secrets, and at when its certificate and collateral expire. Changes nothing.
+    permissions of its secrets, and at when its certificate and collateral expire; where a file stops the start, at the
+    store alone besides. Changes nothing.
 
     With --json it prints an object: "ok" says whether nothing is missing or wrong; "findings" has an object for each
     finding, with "state" ("ok", "note" or "problem"), "what", "detail" and "remedy" (a command, or empty).
@@ -63,15 +64,20 @@ def _say(findings: Iterable[Finding]) -> None:
 
 
 def _configuration(path: str) -> Iterator[Finding]:
-    from chutes_proto.io.server.checking import check_ends, check_setup
+    from chutes_proto.io.server.checking import check_ends, check_setup, check_store_alone
     from chutes_proto.io.server.setup import make_setup
 
+    config = None
     try:
-        setup = make_setup(ServerConfig.load(path))
+        config = ServerConfig.load(path)
+        setup = make_setup(config)
     except FileUnavailable:
         raise
     except ConfigurationError as exc:
         yield from map(Finding.of_problem, str(exc).splitlines())
+        if config is not None:
+            yield from check_store_alone(config)
+            yield Finding("note", "configuration", "the rest is looked at once these problems are mended")
         return
     yield from check_setup(setup)
     yield from check_ends(setup)

@@ -16,9 +16,13 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.ends import check_profiles, ends_of, fetch_command
 from chutes_proto.io.server.setup import ServerSetup
-from chutes_proto.io.server.store_setup import check_store, erasures_file
+from chutes_proto.io.server.store_setup import check_store, erasures_file, make_store_setup, store_place
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.erasures import check_file
+from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._policy_words import policy_notes
+from chutes_proto.server._alike import Alike
+from chutes_proto.server._config import ServerConfig
 
 
 def check_setup(setup: ServerSetup) -> Iterator[Finding]:
@@ -44,17 +48,33 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
                 yield Finding("problem", "collateral.directory", f"{path} holds no *.json", fetch)
         except CollateralUnavailable as exc:
             yield Finding.of_problem(str(exc))
-    try:
-        must_be_alike = setup.config.store.different_configuration == "refuse"
-        yield from check_store(setup.store, setup.service.vault, setup.alike, must_be_alike=must_be_alike)
-    except (ConfigurationError, StoreError) as exc:
-        found = Finding.of_problem(str(exc))
-        whole = f"{found.remedy} --config {shlex.quote(str(setup.config.path))}"  # a store knows no configuration
-        yield evolve(found, remedy=whole) if found.remedy.startswith("chutes-proto store ") else found
+    yield from _check_store(setup.config, setup.store, setup.service.vault, setup.alike)
     yield from check_places(setup)
     yield from check_policy(setup)
     for warning in setup.warnings:
         yield Finding("note", "warning", warning)
+
+
+def check_store_alone(config: ServerConfig) -> Iterator[Finding]:
+    """Findings about the store of a configuration that no server can be made of; none if the KEK cannot be used."""
+    try:
+        setup = make_store_setup(config)
+    except ConfigurationError:  # which is among the problems of all
+        return
+    place = evolve(store_place(config, setup.store.base, with_mark=True), vault=setup.vault)
+    yield from _check_store(config, place, setup.vault)
+
+
+def _check_store(
+    config: ServerConfig, place: StorePlace, vault: Vault, alike: Alike | None = None
+) -> Iterator[Finding]:
+    try:
+        must_be_alike = config.store.different_configuration == "refuse"
+        yield from check_store(place, vault, alike, must_be_alike=must_be_alike)
+    except (ConfigurationError, StoreError) as exc:
+        found = Finding.of_problem(str(exc))
+        whole = f"{found.remedy} --config {shlex.quote(str(config.path))}"  # a store knows no configuration
+        yield evolve(found, remedy=whole) if found.remedy.startswith("chutes-proto store ") else found
 
 
 def check_places(setup: ServerSetup) -> Iterator[Finding]:
