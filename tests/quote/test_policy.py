@@ -249,6 +249,10 @@ def test_out_of_date_only_for_so_long(fault: str, name: str, part: str) -> None:
         assert policy.appraise(verdict, stage="boot") if not codes else _refused(policy, verdict) == codes
     strict = TcbPolicy(accepted_statuses=OUT_OF_DATE, platform_grace=0, qe_grace=0)
     assert Policy(tcb=strict, measurements="unchecked").appraise(verdict_of(PLATFORM), stage="boot")
+    cured = verdict_of(PLATFORM, "relaunch_advised")
+    assert cured.platform.status == TcbStatus.OUT_OF_DATE
+    relaunching = attrs.evolve(strict, accepted_statuses=OUT_OF_DATE | {TcbStatus.TD_RELAUNCH_ADVISED})
+    assert Policy(tcb=relaunching, measurements="unchecked").appraise(cured, stage="boot")
 
 
 def test_collateral_past_its_end_only_for_so_long() -> None:

@@ -15,6 +15,7 @@ from chutes_proto.quote._errors import AppraisalError
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._steps import QeIdentityMismatchError
+from chutes_proto.quote._tcb import _relaunch as relaunched
 from chutes_proto.quote._verify import Verdict, forget, verify_genuine
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import QuoteDraft
@@ -238,6 +239,20 @@ def test_whatever_the_status_no_step_is_left_out(fault: str, status: str) -> Non
     verdict = verdict_of(PLATFORM, fault)
     assert (verdict.tcb_status, verdict.steps) == (status, ALL_STEPS)
     assert (verdict.checked[0].subject, verdict.checked[-1].steps) == ("quote", (37,))
+
+
+@pytest.mark.parametrize(
+    ("launch", "current", "status"),
+    [
+        ("OutOfDate", "UpToDate", "TDRelaunchAdvised"),
+        ("OutOfDate", "ConfigurationNeeded", "TDRelaunchAdvisedConfigurationNeeded"),
+        ("OutOfDateConfigurationNeeded", "UpToDate", "TDRelaunchAdvisedConfigurationNeeded"),
+        ("OutOfDateConfigurationNeeded", "OutOfDate", "OutOfDateConfigurationNeeded"),
+        ("ConfigurationNeeded", "UpToDate", "ConfigurationNeeded"),
+    ],
+)
+def test_a_relaunch_is_advised_where_it_cures(launch: str, current: str, status: str) -> None:
+    assert relaunched(TcbStatus(launch), TcbStatus(current)) == status
 
 
 def test_a_root_that_no_chain_brings_is_not_checked() -> None:
