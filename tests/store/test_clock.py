@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from math import inf
 from pathlib import Path
@@ -18,6 +19,7 @@ from chutes_proto.testing.store_suite._parts import NOW, boot, dump
 from chutes_proto.units.operator import StoreRestored
 from tests.postgres import replace_now, schema_with_clock
 from tests.store.memory import MemoryStore
+from tests.waiting import wait_until
 
 
 def test_postgresql_goes_by_the_databases_clock(database: str) -> None:
@@ -52,6 +54,28 @@ def test_a_machine_whose_clock_differs_from_the_databases_is_refused_until_it_is
             replace_now(connection, "clock_timestamp()")
             assert dump(store) == before
             store.transact(boot("first"))
+
+
+def test_the_text_is_the_same_until_the_difference_is_another(database: str) -> None:
+    """A server asks every second, and logs each new text."""
+    with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
+        replace_now(connection, "clock_timestamp()")
+        with closing(PostgresStore(url, migrate=True)) as store:
+
+            def told(apart: int) -> str:
+                replace_now(connection, f"clock_timestamp() + {apart} * interval ''1 s''")
+                with pytest.raises(StoreError, match="the database's clock says") as caught:
+                    store.transact(Ask(ReadTimes()))
+                return str(caught.value)
+
+            began_at, first = time.time(), told(3600)
+            _ = wait_until(lambda: time.time() > began_at + 1.1)  # the times are told in seconds
+            assert told(3600) == told(3603) == first
+            assert len({first, told(-3600), last := told(3610)}) == 3
+            replace_now(connection, "clock_timestamp()")
+            _ = store.transact(Ask(ReadTimes()))
+            _ = wait_until(lambda: time.time() > began_at + 2.2)
+            assert told(3610) != last
 
 
 def test_other_stores_have_none(tmp_path: Path) -> None:

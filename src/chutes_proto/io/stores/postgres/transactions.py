@@ -135,6 +135,7 @@ class Database:
         self._conninfo = conninfo
         self._custody, self._marks = custody, marks
         self._clock_difference_seconds = clock_difference_seconds
+        self._clocks_told: tuple[float, str] | None = None
         self._answer_seconds = busy_seconds + _SILENCE
         self._limits = (
             f"SET LOCAL lock_timeout = {int(1000 * busy_seconds)}",
@@ -263,14 +264,17 @@ class Database:
     def _check_clock(self, before: float, clock: float, after: float) -> None:
         """Raise `StoreError` if ``clock``, the database's time at some moment between the others, is too far off."""
         self.clock_skew = round((before + after) / 2 - clock)
-        difference = max(clock - after, before - clock)
-        if difference > self._clock_difference_seconds:
+        most = self._clock_difference_seconds
+        if max(clock - after, before - clock) <= most:
+            self._clocks_told = None
+            return
+        # A server logs each new text as a new fault: so the times stay until they differ by another number of seconds.
+        told = self._clocks_told
+        if told is None or abs(told[0] - (clock - after)) > most:
             times = f"{rfc3339(int(clock))}, and this machine's says {rfc3339(int(after))}"
-            raise fault_of(
-                self.name,
-                f"the database's clock says {times}; they may differ by {self._clock_difference_seconds:g} seconds;"
-                " set the wrong one right",
-            )
+            text = f"the database's clock says {times}; they may differ by {most:g} seconds; set the wrong one right"
+            told = self._clocks_told = (clock - after, text)
+        raise fault_of(self.name, told[1])
 
     def send(self, connection: Connection, *more: Asked) -> Rows:
         """Carry out what is held, and more; return the rows of the last."""
