@@ -189,7 +189,7 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
         assert premises.vm().boot(of_before, status=503)["code"] == "store_unavailable"
     _ = wait_until(lambda: int(time.time()) != issued)
     premises.turn(f"UPDATE fact SET value = {issued} WHERE name = 'nonce_horizon'")  # a minute passes
-    assert premises.vm().boot(nonce, status=401)["code"] == "nonce_invalid"
+    assert premises.vm().boot(nonce, status=503)["code"] == "store_unavailable"
     assert key(premises) == first
 
 

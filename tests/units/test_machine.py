@@ -174,10 +174,10 @@ class Calls(RuleBasedStateMachine):
         if known.two_phase and not takes_over and exchange == "base" and downgrade == "refuse":
             assert outcome == Code.EXCHANGE_DOWNGRADE
             return
-        if self.now <= self.horizon:
+        if self.now <= self.horizon or unit.nonce.issued_at <= self.horizon:
             assert outcome == Code.STORE_UNAVAILABLE
             return
-        if used or unit.nonce.issued_at <= self.horizon:
+        if used:
             assert outcome == Code.NONCE_INVALID
             return
         assert not isinstance(outcome, str)

@@ -8,8 +8,10 @@ Rules kept here:
 * any server's clock may be wrong. A store with a clock of its own forgets nothing younger than a day by that clock, and
   redeems no nonce issued more than `SKEW` later than it: so the horizon of a restore, `SKEW` after it, covers every
   redemption that may be lost. Where the store has none, all servers are on one machine and have one clock;
-* a nonce with our tag from the future is the fault of one of our clocks: retry later, not a final refusal. By a clock
-  that is ahead, another server's nonce is too old; that cannot be told from one that came late, and is refused.
+* a nonce with our tag from the future, or that a restore voided, is not the fault of the VM: retry, not a final
+  refusal. A server goes on to issue nonces while the horizon lies ahead, and a boot may begin before that and end
+  after. By a clock that is ahead, another server's nonce is too old; that cannot be told from one that came late, and
+  is refused.
 """
 
 from __future__ import annotations
@@ -48,9 +50,8 @@ def redemption(nonce: Nonce, now: int) -> Claim:
 def redeem_nonce(nonce: Nonce, now: int) -> Script[Times]:
     """Redeem ``nonce``; ``now`` is the server's time. Returns the times of the store that allow it.
 
-    Raises `Refused` for one that was redeemed or may have been. Raises `Unavailable` for one from the future, and while
-    the horizon lies ahead, as it does for a minute after a restore: then no nonce can be redeemed, and none is at
-    fault.
+    Raises `Refused` for one that was redeemed. Raises `Unavailable` for one from the future, while the horizon lies
+    ahead, as it does for a minute after a restore, and for one issued at or before it: none of these is at fault.
     """
     times = yield from ReadTimes()
     horizon, clock = times.horizon, times.clock
@@ -59,10 +60,12 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[Times]:
         raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=why)
     if clock is not None and nonce.issued_at > clock + SKEW:
         raise from_future("nonce was issued", nonce.issued_at, clock, "the database's")
-    if nonce.issued_at <= horizon:
-        raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
+    if nonce.issued_at <= horizon:  # of an age that is accepted: so a restore voided it, and a new one counts
+        why = f"nonce issued at {rfc3339(nonce.issued_at)}, and all issued until {rfc3339(horizon)} are void"
+        text = "This nonce is void. Retry with a new one."
+        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=1, reason=why)
     if not (yield from redemption(nonce, now)):
-        raise _invalid("redeemed before")
+        raise Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason="nonce redeemed before")
     return times
 
 
@@ -137,7 +140,3 @@ def why_void(times: Times, now: int) -> str | None:
 def lies_ahead(times: Times, now: int) -> bool:
     """Return whether the horizon is later than a restore sets it: only a clock that was ahead does that."""
     return times.horizon > (now if times.clock is None else times.clock) + SKEW
-
-
-def _invalid(why: str) -> Refused:
-    return Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason=f"nonce {why}")
