@@ -70,7 +70,8 @@ class BootAgent(Connected):
 
         May also raise `DiskError`: for a disk that must not be touched, before anything is sent; for the first that
         does not open, once all others are open. Whatever it raises, what it had opened is closed again by then, and
-        `unlock` can be called again. ``docs/explanation/disks.md`` says what happens to a disk, and why.
+        `unlock` can be called again; what cannot be closed is logged as ``disk_left_open``.
+        ``docs/explanation/disks.md`` says what happens to a disk, and why.
         """
         self._disks.opened.clear()  # what earlier calls have opened stays open
         try:
