@@ -180,7 +180,8 @@ def test_commands_and_options_are_completed(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("verfy", "no such command 'verfy'. Did you mean 'verify'?; see chutes-proto --help"),
+        ("verfy", "no such command 'verfy'. Did you mean 'verify'? See chutes-proto --help"),
+        ("audit list --lst", "no such option '--lst'. Did you mean '--last'? See chutes-proto audit list --help"),
         ("zzz", "no such command 'zzz'; see chutes-proto --help"),
         ("agent", "the following arguments are required: ACTION; see chutes-proto agent --help"),
         ("agent run", "the following arguments are required: --config; see chutes-proto agent run --help"),

@@ -156,7 +156,8 @@ def run(argv: Sequence[str]) -> int:
         return console.USAGE
     except click.ClickException as exc:
         message = exc.format_message().replace("\n\t", " ").strip().rstrip(".")
-        console.complain(f"{message[:1].lower()}{message[1:]}; see {words_of(argv)} --help")
+        see = " See" if message.endswith("?") else "; see"
+        console.complain(f"{message[:1].lower()}{message[1:]}{see} {words_of(argv)} --help")
         return console.USAGE
     return code if isinstance(code, int) else console.GRANTED
 
