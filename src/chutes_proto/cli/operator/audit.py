@@ -94,7 +94,7 @@ def _selection(default: int | None) -> Callable[[F], F]:
             click.option(
                 "--last",
                 metavar="N",
-                callback=parsed(operating.count),
+                callback=parsed(operating.at_least_one),
                 default=default and str(default),
                 help=f"only the N newest (default: {default or 'all'})",
             ),

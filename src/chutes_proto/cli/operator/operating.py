@@ -225,6 +225,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def at_least_one(text: str) -> int:
+    """A number of something, 1 or more."""
+    if not (number := count(text)):
+        raise ValueError("say 1 or more, for example 20")
+    return number
+
+
 def vm_name(text: str) -> str:
     """A VM as `find_vm` takes it."""
     hotkey, slash, name = text.rpartition("/")

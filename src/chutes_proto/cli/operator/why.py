@@ -55,7 +55,7 @@ class _Refusal:
     help="the server's log, or - for standard input: it has the refusals before a quote is verified, too",
 )
 @click.option(
-    "--last", metavar="N", callback=parsed(operating.count), default="1", help="only the N newest (default: 1)"
+    "--last", metavar="N", callback=parsed(operating.at_least_one), default="1", help="only the N newest (default: 1)"
 )
 @click.option("--event-log", metavar="LOG", help=f"the event log of the VM that was refused: {LOG_FORMS}")
 @click.option("--against", metavar="GOOD", help="the event log of a known-good boot")
