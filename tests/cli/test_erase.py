@@ -144,6 +144,11 @@ def lost() -> None:
     raise StoreError("the disk is full")
 
 
+def forge(site: Site, seconds: int) -> None:
+    with closing(sqlite3.connect(site.directory / "keys.db")) as attacker, attacker:
+        attacker.execute("UPDATE generation SET created_at = created_at + ?", (seconds,))
+
+
 def sqlite_settings() -> Any:
     from chutes_proto.io.stores import sqlite
 
@@ -191,6 +196,30 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str, is_k
         assert not any("erased again" in warning for warning in warnings)
     assert len([row for row in site.rows() if row.sealed]) == 4
     assert file.read_bytes() == kept
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_rows_that_are_not_authentic_do_not_hide_an_erasure(site: Site) -> None:
+    """Else the store would be served, and hand out the erased keys once somebody puts the rows right again.
+
+    Those of a VM that has the name since the erasure stop that VM alone.
+    """
+    _ = marked(site)
+    site.boot("1")
+    _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
+    assert site.do("vm", "erase", "vm-1", "--yes").code == 0
+    site.boot("2", at=int(time.time()) + 200)
+    forge(site, 1)
+    with open_store(Running(setup_of(site))):
+        pass
+    for end in ("-wal", "-shm"):
+        (site.directory / f"keys.db{end}").unlink(missing_ok=True)
+    _ = shutil.copy(site.directory / "backup", site.directory / "keys.db")
+    forge(site, 1)
+    ended = site.do("store", "restored", "--reason", "x")
+    assert (ended.code, "of table generation is not authentic" in ended.err) == (1, True)
+    forge(site, -1)
+    assert site.json("store", "restored", "--reason", "x")["vms_erased_again"] == 1
 
 
 @pytest.mark.parametrize("site", ["sqlite"], indirect=True)
