@@ -8,7 +8,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,10 @@ def test_a_link_pipe_or_device_is_refused_at_once(tmp_path: Path, lie: object) -
         _ = read(tmp_path, "hostname")
 
 
-def test_a_file_that_becomes_a_link_after_it_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lie", [a_link, a_pipe, a_device])
+def test_a_file_that_is_replaced_after_it_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: Callable[[Path], None]
+) -> None:
     file = tmp_path / "hostname"
     file.touch()
     look = os.stat
@@ -81,11 +84,11 @@ def test_a_file_that_becomes_a_link_after_it_was_checked(tmp_path: Path, monkeyp
     def change(path: str, **options: Any) -> os.stat_result:
         found = look(path, **options)
         file.unlink()
-        file.symlink_to("/etc/hostname")
+        lie(file)
         return found
 
     monkeypatch.setattr(os, "stat", change)
-    with pytest.raises(FileUnavailable, match="not a plain file, but a link"):
+    with pytest.raises(FileUnavailable, match="config volume: hostname: not a plain file"):
         _ = read(tmp_path, "hostname")
 
 

@@ -15,6 +15,7 @@ from threading import Event, get_ident
 import pytest
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server import workers
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Running
@@ -151,6 +152,30 @@ def test_workers_without_a_place_for_their_counts_are_refused(tmp_path: Path, mo
             ConfigurationError, match=r"make one, and name it in TMPDIR \(No usable temporary directory"
         ):
             _ = supervisor.run([signal.SIGUSR2], lambda: None, None, "")
+
+
+def test_servers_that_start_at_once_keep_their_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One takes a directory that another has just made, and not yet locked, for one that was left."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def start(_: int) -> bool:
+        with workers._counts_directory() as directory:
+            return directory.is_dir()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(start, range(1200)))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can see what another user left")
+def test_the_counts_of_another_users_server_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with workers._counts_directory() as another:
+        pass
+    another.mkdir()
+    os.chown(another, 65534, 65534)
+    with workers._counts_directory():
+        assert another.is_dir()
 
 
 @pytest.mark.parametrize("name", ["manager", "user@1000"])
