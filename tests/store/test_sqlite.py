@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sqlite3
 import stat
@@ -276,6 +277,20 @@ def test_damage_is_said(path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(StoreError, match="damaged"):
         open_and_check(path)
+
+
+def test_a_check_finds_a_single_bit(path: Path) -> None:
+    """In a row or in its index: no statement fails at it, but who looks by that index does not find the row."""
+    with closing(SqliteStore(path)) as store:
+        store.transact(boot("first"))
+        (row,) = store.transact(Ask(Scan(BootRow)))
+    content = path.read_bytes()
+    places = [found.start() for found in re.finditer(re.escape(row.token_digest), content)]
+    assert len(places) == 2
+    for at in places:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(StoreError, match="damaged"):
+            open_and_check(path)
 
 
 def test_a_check_finds_what_points_nowhere(path: Path, store: SqliteStore) -> None:
