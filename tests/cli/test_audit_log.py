@@ -229,6 +229,25 @@ def test_a_changed_entry_is_not_exported(logged: Site, tmp_path: Path) -> None:
     assert logged.run("audit", "verify", str(directory), "--key", key).code == 0
 
 
+def test_a_tile_that_lacks_a_hash_is_not_exported(
+    logged: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file would stay, too. To sign a log of more entries reads only the newest of such tiles."""
+    from chutes_proto.cli.operator import audit
+
+    whole = audit.signed
+
+    def then_damaged(*arguments: Any) -> Any:
+        made = whole(*arguments)
+        change(logged, "UPDATE log_tile SET hashes = substr(hashes, 33) WHERE level = 1")
+        return made
+
+    monkeypatch.setattr(audit, "signed", then_damaged)
+    ended = logged.do("audit", "export", str(tmp_path / "log"))
+    assert (ended.code, "tile/1/000.p/2 lacks a hash; see `chutes-proto audit verify`" in ended.err) == (1, True)
+    assert not (tmp_path / "log" / "checkpoint").exists()
+
+
 def test_a_damaged_file_of_entries_is_named(logged: Site, tmp_path: Path) -> None:
     directory = tmp_path / "log"
     assert logged.do("audit", "export", str(directory)).code == 0
