@@ -161,6 +161,20 @@ def test_a_prefix_may_be_missing_if_an_entry_says_that_it_was_purged() -> None:
     assert any("no entry says" in each.what for each in checked(512).findings)
 
 
+def test_an_entry_that_is_not_in_the_tree_excuses_no_purge() -> None:
+    rows = [*enumerate([*honest()[:-1], b"purged 512"])][512:]
+    found = report(rows, honest_tree()).findings
+    assert Finding(0, 511, "it is missing, and no entry says that it was purged") in found
+
+
+def test_a_purged_log_is_compared_with_a_checkpoint_of_what_is_left() -> None:
+    purged = Report(SIZE, 512, ())
+    kept = [Checkpoint("log", size, bytes(32)) for size in (100, 512)]
+    assert purged.beside(kept) == purged
+    (found,) = purged.beside(kept[:1]).findings
+    assert (found.last, "name one of 512 or more" in found.what) == (99, True)
+
+
 def test_findings_that_go_on_are_one() -> None:
     rows = [(at, text) for at, text in enumerate(honest()) if not 300 <= at < 700]
     assert report(rows, honest_tree()).findings[0] == Finding(300, 699, "it is missing")

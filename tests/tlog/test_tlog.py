@@ -121,6 +121,7 @@ def test_every_proof_of_a_small_tree_is_verified_and_no_altered_one() -> None:
     refused(merkle.verify_consistency, 32, roots[32], 70, roots[64], path, why="too few hashes")
     refused(merkle.verify_consistency, 70, roots[70], 70, roots[69], ())
     refused(merkle.verify_consistency, 0, roots[0], 70, roots[70], (bytes(32),))
+    refused(merkle.verify_consistency, 0, roots[1], 70, roots[70], (), why="two logs of 0 entries")
     refused(merkle.verify_consistency, 70, roots[70], 69, roots[69], ())
     refused(merkle.inclusion_proof, tree.read, 70, 70)
     refused(merkle.consistency_proof, tree.read, 70, 69)
