@@ -12,7 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, HotkeyPair
-from chutes_proto.auth.signing import body_message, check_body_signature, purpose_message, request_message
+from chutes_proto.auth.signing import (
+    WINDOW,
+    body_message,
+    check_body_signature,
+    check_time,
+    purpose_message,
+    request_message,
+)
 from chutes_proto.errors import Refused
 from chutes_proto.secret import Secret
 from chutes_proto.wire.codes import Code
@@ -84,6 +91,15 @@ def test_anything_else_is_refused(arguments: tuple[Any, ...]) -> None:
 @example("g" + SIGNATURE[1:])
 def test_signatures_are_128_ascii_hex_digits(signature: str) -> None:
     assert refusal(HOTKEY, HOTKEY.address, NONCE, BODY, signature).detail == "Invalid signature"
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_signed_time_is_close_to_ours_on_either_side(off: int) -> None:
+    now = 1_767_225_600
+    check_time(str(now + off * (WINDOW - 1)), now)
+    with pytest.raises(Refused) as refused:
+        check_time(str(now + off * WINDOW), now)
+    assert refused.value.code is Code.SIGNATURE_STALE
 
 
 @pytest.fixture(scope="module")
