@@ -168,6 +168,14 @@ def test_only_in_the_time_of_the_certificate_and_only_as_the_policy_says() -> No
         _ = checked(made, Policy())
 
 
+def test_registers_count_as_in_the_named_stage() -> None:
+    made = certificate({GRAMINE: PLATFORM.quote(sha256(SPKI).digest() + bytes(32), stage="runtime")})
+    collateral = collateral_of(PLATFORM)
+    assert verify_certificate(made, collateral, now=NOW, policy=POLICY, root=ROOT, stage="runtime").stage == "runtime"
+    with pytest.raises(AppraisalError, match="boot stage"):
+        _ = checked(made)
+
+
 def test_a_log_in_the_certificate_explains_registers() -> None:
     from tests.quote.test_registers import EVENTS, LOG, ruled
 

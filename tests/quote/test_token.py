@@ -90,6 +90,7 @@ def test_real_verdicts_too() -> None:
         for part in verdict.behind():
             found += 1
             assert part.lacks
+            assert part.next_status != part.status
             assert all(lack.got < lack.needed for lack in part.lacks)
             assert part.since <= case.now
     assert found > 0
@@ -129,6 +130,15 @@ def test_a_refused_one_is_contraindicated(faults: tuple[str, ...], vector: dict[
     assert appraisal["ear.trustworthiness-vector"] == vector
     told = appraisal["ear.veraison.policy-claims"]["refusals"]
     assert [one["code"] for one in told] == [one.code for one in caught.value.refusals]
+
+
+def test_hardware_that_is_refused_is_not_affirmed() -> None:
+    """Its TCB is up to date, and not new enough for this policy."""
+    verdict = verdict_of(PLATFORM)
+    with pytest.raises(AppraisalError, match="tcb_date") as caught:
+        _ = Policy(tcb=TcbPolicy(min_tcb_date=NOW), profiles=(PROFILE,)).appraise(verdict, stage="boot")
+    appraisal = make_ear(verdict, policy_id="p", refused=caught.value)["submods"]["tdx"]
+    assert appraisal["ear.trustworthiness-vector"] == {"hardware": 32, "configuration": 2}
 
 
 def test_nothing_is_affirmed_that_nobody_appraised_or_pinned() -> None:

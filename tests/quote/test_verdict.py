@@ -14,7 +14,7 @@ from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._errors import AppraisalError
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
-from chutes_proto.quote._steps import QeIdentityMismatchError
+from chutes_proto.quote._steps import QeIdentityMismatchError, TdxModuleMismatchError
 from chutes_proto.quote._tcb import _relaunch as relaunched
 from chutes_proto.quote._verify import Verdict, forget, verify_genuine
 from chutes_proto.testing._faults import Fault
@@ -210,6 +210,14 @@ def test_only_what_is_reported_is_masked(field: str, reported: str) -> None:
     assert verdict_of(PLATFORM.having(enclave, expecting("inside"))).tcb_status == "UpToDate"
     with pytest.raises(QeIdentityMismatchError, match=field.replace("_", "").upper()):
         _ = verdict_of(PLATFORM.having(enclave, expecting("outside")))
+
+
+def test_an_identity_of_a_module_with_seam_attributes_fits_none() -> None:
+    def info(statement: Statement) -> None:
+        statement["tdxModuleIdentities"][0]["attributes"] = "0100000000000000"
+
+    with pytest.raises(TdxModuleMismatchError, match="SEAM attributes are not zero"):
+        _ = verdict_of(PLATFORM.having(_stating(info)))
 
 
 # --- steps ---
