@@ -9,9 +9,11 @@ from typing import Any
 
 import attrs
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
+from chutes_proto.auth import der
 from chutes_proto.gpu import (
     NVIDIA,
     AcceptedEvidence,
@@ -33,9 +35,12 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import verify_chain
+from chutes_proto.gpu._report import FWID
 from chutes_proto.gpu._revocation import answer_about, read_status
+from chutes_proto.gpu._xml import XmlError
+from chutes_proto.gpu._xml import read as read_xml
 from chutes_proto.testing import SimulatedGpus
-from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, crl
+from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, StatusDraft, crl, sign
 from chutes_proto.testing._gpu_faults import GpuFault
 from chutes_proto.testing._pki import Keys, flipped, pem
 from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
@@ -212,6 +217,8 @@ def test_revocation_has_grace_hold_and_a_floor() -> None:
     assert refused(GPUS, revocation=late, policy=GpuPolicy(revocation="grace", revocation_grace=3000)).code == (
         "status_expired"
     )
+    last = Revocation.of(GPUS.status(NOW - 86_400))
+    assert verified(GPUS, revocation=last).devices, "the end is inclusive"
     held, lenient = GPUS.having("rim_signer_on_hold"), GpuPolicy(allow_rim_signer_on_hold=True)
     assert verified(held, policy=lenient).devices
     for other in ("rim_ca_on_hold", "device_on_hold"):
@@ -236,6 +243,21 @@ def test_the_latest_answer_counts_but_a_revocation_stands() -> None:
     assert verified(GPUS, revocation=Revocation.of((*was_held, *new))).devices
     was_revoked = GPUS.having("revoked").status(NOW - 1000)
     assert refused(GPUS, revocation=Revocation.of((*was_revoked, *new))).code == "certificate_revoked"
+
+
+def test_a_responder_is_one_until_its_certificate_ends() -> None:
+    def ending(draft: StatusDraft) -> StatusDraft:
+        return attrs.evolve(draft, responder=attrs.evolve(draft.responder, not_after=NOW))
+
+    until = GpuFault("until", "a responder until now", status=ending)
+    answers = Revocation.of(attrs.evolve(GPUS, faults=(until,)).status(NOW - 60))
+    assert verified(GPUS, revocation=answers).devices
+    assert refused(GPUS, revocation=answers, now=NOW + 1).code == "certificate_expired"
+
+
+def test_an_answer_names_the_key_that_signed_it() -> None:
+    named = GpuFault("named", "another key", status=lambda d: attrs.evolve(d, signed=lambda data: flipped(data, 12)))
+    assert refused(attrs.evolve(GPUS, faults=(named,))).code == "status_responder"
 
 
 def test_an_answer_about_another_issuers_certificate_is_none() -> None:
@@ -268,16 +290,48 @@ def test_the_number_of_gpus_is_the_expected_one() -> None:
     assert refused(MACHINE, count=2).code == "gpu_count"
 
 
-def test_firmware_that_was_updated_does_not_make_two_devices_of_one() -> None:
-    """The certificate is another, of the same key in the chip."""
-    again = GPUS.having("leaf_renewed").evidence(NONCE)
-    both = (*GPUS.evidence(NONCE), *again)
-    options: dict[str, Any] = {"now": NOW, "rims": Rims(), "revocation": Revocation(), "roots": GPUS.roots}
-    with pytest.raises(EvidenceRefusedError) as caught:
-        _ = verify(both, nonce=NONCE, policy=UNCHECKED, **options)
-    assert caught.value.code == "duplicate_device"
-    assert len({device.serial_number for device in caught.value.devices}) == 2
-    assert len({device.device_id for device in caught.value.devices}) == 1
+def test_another_certificate_does_not_make_two_devices_of_one() -> None:
+    """Firmware that was updated has another one, of the same key in the chip; and that key may have two itself."""
+    keys, issuer = Keys(GPUS.seed), "Simulated GH100 ICA"
+
+    def certified_again(chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        old = x509.load_der_x509_certificate(chain[1])
+        serial = old.serial_number.to_bytes(20)
+        body = old.tbs_certificate_bytes.replace(serial, flipped(serial), 1)
+        algorithm = der.sequence(der.oid(old.signature_algorithm_oid.dotted_string))
+        again = der.sequence(body, algorithm, der.bits(sign(keys, issuer, body)))
+        return (chain[0], again, *chain[2:])
+
+    certified = GpuFault("certified_again", "another certificate of the key in the chip", chain=certified_again)
+    for other, serials, ids in (
+        (GPUS.having("leaf_renewed"), 2, 1),
+        (attrs.evolve(GPUS, faults=(certified,)), 1, 2),
+    ):
+        both = (*GPUS.evidence(NONCE), *other.evidence(NONCE))
+        options: dict[str, Any] = {"now": NOW, "rims": Rims(), "revocation": Revocation(), "roots": GPUS.roots}
+        with pytest.raises(EvidenceRefusedError) as caught:
+            _ = verify(both, nonce=NONCE, policy=UNCHECKED, **options)
+        assert caught.value.code == "duplicate_device"
+        assert len({device.serial_number for device in caught.value.devices}) == serials
+        assert len({device.device_id for device in caught.value.devices}) == ids
+
+
+def test_a_digest_of_firmware_is_whole() -> None:
+    """Also where the report and the certificate agree on a part of one."""
+    certified = GPUS.having("fwid_short")
+    reported = GpuFault("short", "the same", report=lambda d: attrs.evolve(d, fields={**d.fields, FWID: b"x"}))
+    assert refused(attrs.evolve(certified, faults=(*certified.faults, reported))).code == "fwid_mismatch"
+
+
+def test_a_rim_of_a_switch_is_none_of_a_gpu() -> None:
+    switch = GpuFault("switch", "a RIM of a switch", driver_rim=lambda rim: attrs.evolve(rim, edition="SWITCH"))
+    assert refused(attrs.evolve(GPUS, faults=(switch,))).code == "rim_product"
+
+
+def test_a_rim_has_so_many_elements() -> None:
+    assert len(read_xml(b"<x>" + b"<y/>" * 4095 + b"</x>").elements()) == 4095
+    with pytest.raises(XmlError, match="too many elements"):
+        _ = read_xml(b"<x>" + b"<y/>" * 4096 + b"</x>")
 
 
 def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:
@@ -399,6 +453,20 @@ def test_a_chain_may_leave_the_root_out_and_is_not_too_long() -> None:
     short = attrs.evolve(evidence, chain=pem((leaf.der(Keys(GPUS.seed)),)).encode())
     with pytest.raises(GpuVerificationError, match="key in the chip"):
         _ = authenticate(short, nonce=NONCE, now=NOW, roots=GPUS.roots)
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_ca_has_no_more_cas_below_it_than_it_may(most: int) -> None:
+    """The key in the chip is the one CA below this one."""
+
+    def limited(ca: GpuCertificate) -> GpuCertificate:
+        return attrs.evolve(ca, path_length=most) if ca.key == "Simulated GH100 ICA" else ca
+
+    gpus = attrs.evolve(GPUS, faults=(GpuFault("limited", "a CA with a path length", ca=limited),))
+    if most:
+        assert verified(gpus, policy=UNCHECKED).devices
+    else:
+        assert refused(gpus, policy=UNCHECKED).code == "certificate_role"
 
 
 def test_a_report_that_lacks_versions_has_no_rim() -> None:
