@@ -372,14 +372,21 @@ def test_nothing_that_is_valid_is_replaced_by_what_has_expired() -> None:
     assert world.landed() == Use(held)
 
 
-def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None:
+@pytest.mark.parametrize("issued", ["pck_crl_issued", "root_crl_issued"])
+def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number(issued: str) -> None:
     world = World()
     issue = world.warm().issue
-    world.cache.restore(family(), verified(NOW, issue=replace(issue, pck_crl_issued=issue.pck_crl_issued + 60)))
+    world.cache.restore(family(), verified(NOW, issue=replace(issue, **{issued: getattr(issue, issued) + 60})))
     world.now += 61
     world.age = 30
     assert world.fetch() is None
     assert "it is older than the cached collateral" in str(world.log[-1].fields["error"])
+
+
+def test_what_has_expired_is_replaced_by_what_ends_later() -> None:
+    cache, older, newer, late = World().cache, verified(NOW - 60), verified(NOW), NOW + 2 * COLLATERAL_SECONDS
+    assert cache.replaces(older, newer, late)
+    assert not cache.replaces(newer, older, late)
 
 
 def test_collateral_of_two_tcb_recoveries_is_fetched_again() -> None:

@@ -106,7 +106,7 @@ def test_an_empty_place_is_named() -> None:
 
 def test_past_its_time_only_within_the_grace_and_only_where_nothing_is_valid() -> None:
     stale = verify_collateral(PLATFORM.collateral(NOW), now=NOW, root=ROOT, grace=60)
-    ahead = evolve(stale, proof=PROOF, issue=replace(stale.issue, tcb_info_number=99))
+    ahead = evolve(stale, proof=PROOF, issue=replace(stale.issue, tcb_info_number=99, qe_identity_number=99))
     fresh = verified(at=NOW + 10)
     assert choose([Item("", stale)], identity(), END + 60, "") is stale
     assert "valid" in missing(Item("", stale), now=END + 61)
