@@ -172,7 +172,7 @@ class RimCache(Cache[RimKey, GpuService, HeldRim, bytes]):
 
     def replaces(self, held: HeldRim, fetched: HeldRim, now: int) -> bool:
         """See `Cache.replaces`."""
-        if fetched.window[1] < held.window[1] and now <= held.window[1]:
+        if fetched.window[1] < held.window[1]:
             raise UpstreamError("its signer's certificate ends before that of the cached RIM")
         return fetched.rim.digest != held.rim.digest
 
