@@ -31,6 +31,7 @@ from chutes_proto.io.server.scrub import scrub_heads
 from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, require_keys, seal_store
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
@@ -928,7 +929,7 @@ def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) ->
         assert sealed is not None
         assert sealed[1] == 2  # the third VM had its head from the beginning
         assert seal_store(store, VAULT, "test") is None
-        assert store.transact(SealVms(NOW, None, "test")) == (0, None)
+        assert store.transact(SealVms(NOW, None, "test", 100)) == (0, None)
         assert not list(find_faults(server))
         again = sync(granted("third", A, 200), "three of vm-a", "storage", "cache", rekey=("storage",))
         assert server.transact(again).replayed
@@ -938,6 +939,68 @@ def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) ->
         run(place, "UPDATE volume SET mac = NULL")
         with pytest.raises(RowNotAuthentic, match="it has no MAC"):
             server.transact(sync(granted("last", A, 400), "body", "storage"))
+
+
+@frozen
+class _Disturbed(Unit[Any]):
+    """A unit in whose midst others commit something, each time that it is run."""
+
+    unit: Unit[Any]
+    commit: Callable[[], object]
+
+    def script(self) -> Generator[rows.StoreOp[Any], Any, Any]:
+        script = self.unit.script()
+        try:
+            op = next(script)
+            while True:
+                reply = yield op
+                _ = self.commit()
+                op = script.send(reply)
+        except StopIteration as stop:
+            return stop.value
+
+
+@define
+class _Busy(Store):
+    """A store in which a VM boots during each unit with a page of more than one row."""
+
+    store: Store
+    server: Store
+    refused: list[int] = field(factory=list)
+
+    def transact(self, unit: Unit[Any]) -> Any:
+        limit = getattr(getattr(unit, "op", unit), "limit", 0)
+        if limit <= 1:
+            return self.store.transact(unit)
+        try:
+            return self.store.transact(_Disturbed(unit, self._boot))
+        except StoreBusy:
+            self.refused.append(limit)
+            raise
+
+    def _boot(self) -> None:
+        _ = self.server.transact(granted(os.urandom(8).hex(), A, 300))
+
+
+def test_a_page_whose_vms_boot_all_the_time_is_made_smaller(empty_schema: str, tmp_path: Path) -> None:
+    """PostgreSQL refuses it each time that it is tried: a large fleet has a boot in every moment that it takes."""
+    place = StorePlace(empty_schema, tmp_path, vault=VAULT)
+    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+        fill(store)
+    for vault in (VAULT, BOTH):
+        with (
+            closing(PostgresStore(empty_schema, busy_seconds=0.2, vault=vault)) as store,
+            closing(evolve(place, vault=vault).open()) as server,
+        ):
+            busy = _Busy(store, server)
+            if vault is VAULT:
+                assert seal_store(busy, vault, "test") is not None
+                assert busy.refused == [100, 12]
+            else:
+                assert begin_epoch(busy, vault, "test")
+                assert end_epoch(busy, "test") == ()
+                assert busy.refused[:3] == [1000, 125, 15]
+            assert not list(find_faults(server))
 
 
 def test_a_store_that_takes_macs_away_again_is_not_sealed(place: StorePlace) -> None:

@@ -98,7 +98,7 @@ class SealRows(Unit[tuple[int, store.Row | None]]):
     kind: type[store.Row]
     after: store.Row | None
     reason: str
-    limit: int = 1000
+    limit: int
 
     def script(self) -> Script[tuple[int, store.Row | None]]:
         """One page."""
@@ -115,7 +115,7 @@ class SealWaiting(Unit[tuple[int, int | None]]):
     now: int
     after: int
     reason: str
-    limit: int = 1000
+    limit: int
 
     def script(self) -> Script[tuple[int, int | None]]:
         """One page."""
@@ -132,7 +132,7 @@ class SealVms(Unit[tuple[int, store.Vm | None]]):
     now: int
     after: store.Vm | None
     reason: str
-    limit: int = 100
+    limit: int
 
     def script(self) -> Script[tuple[int, store.Vm | None]]:
         """One page."""

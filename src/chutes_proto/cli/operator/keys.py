@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from operator import attrgetter
 
 import click
-from attrs import evolve
 from cryptography.fernet import Fernet
 
 from chutes_proto.cli import console, output
@@ -19,6 +19,7 @@ from chutes_proto.errors import ConfigurationError, Refused, RowNotAuthentic
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
 from chutes_proto.io.server.store_setup import check_keys, count_sealed
+from chutes_proto.io.stores.pages import in_pages
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.store._run import Ask, Store
@@ -278,20 +279,19 @@ def _rewrapped(
     """Wrap all keys under the current KEK but ``kept`` of the MACs; returns how many, and those that do not open."""
     wrapped = 0
     broken = set[Address]()
+
+    def page(after: GenerationRow | None, limit: int) -> RewrapKeys:
+        return RewrapKeys(operating.now(), os.urandom(NONCE_SIZE * limit), vault, reason, after)
+
     while True:
         left = _left(count_sealed(store), vault) - kept
         if left <= len(broken):
             return wrapped, broken
-        begun, unit = wrapped, RewrapKeys(operating.now(), b"", vault, reason)
-        while True:
-            unit = evolve(unit, now=operating.now(), entropy=os.urandom(NONCE_SIZE * operating.PAGE))
-            step = store.transact(unit)
+        begun = wrapped
+        for step, _ in in_pages(store, page, attrgetter("last"), operating.PAGE, None):
             broken |= {*step.broken}
             wrapped += step.count
             _ = tell(wrapped, begun + left)
-            if step.last is None:
-                break
-            unit = evolve(unit, after=step.last)
 
 
 @command.command("allow-format")

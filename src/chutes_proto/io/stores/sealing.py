@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import itemgetter
 from typing import Protocol, TypeVar
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
+from chutes_proto.io.stores.pages import in_pages
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows
@@ -42,8 +45,13 @@ _FIRST = -(1 << 63)
 """A number before that of any audit row: who writes the database can draw one that is negative."""
 _VMS = 200
 """VMs of which all rows are in memory at a time."""
+_SEALED_VMS = 100
+"""VMs of which all rows are read, and a head is made, in one transaction."""
 _LOGGED = 20
 """VMs of which all entries of the log are visited in one transaction: each may have thousands, and boots wait."""
+
+_LAST = itemgetter(1)
+"""Where a unit of a page returns the row to go on after."""
 
 
 class Opened(Store, Protocol):
@@ -80,9 +88,9 @@ def seal_store(
     now = int(time.time())
     if not store.transact(BeginSealing(now, vault, _drawn(), reason)):
         return None
-    sealed = sum(_pages(store, SEALED, lambda kind, last: SealRows(now, kind, last, reason, _PAGE), tell))
-    sealed += sum(_pages_of_waiting(store, lambda after: SealWaiting(now, after, reason, _PAGE)))
-    vms = sum(_pages_of_vms(store, lambda after: SealVms(now, after, reason)))
+    sealed = sum(_pages(store, SEALED, lambda kind, last, limit: SealRows(now, kind, last, reason, limit), tell))
+    sealed += sum(_pages_of_waiting(store, lambda after, limit: SealWaiting(now, after, reason, limit)))
+    vms = sum(_pages_of_vms(store, _SEALED_VMS, lambda after, limit: SealVms(now, after, reason, limit)))
     store.transact(EndSealing(now, reason))
     return sealed, vms
 
@@ -105,12 +113,12 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
     of_store = (rows.RevocationRow, rows.KeyringRow)
     kinds = (*(kind for kind in SEALED if kind not in of_store), *of_store)
     faults: list[RowNotAuthentic] = []
-    for found in _pages(store, kinds, lambda kind, last: Ask(RenewMacs(kind, last, _PAGE)), tell):
+    for found in _pages(store, kinds, lambda kind, last, limit: Ask(RenewMacs(kind, last, limit)), tell):
         faults += found
-    for found in _pages_of_vms(store, lambda after: Ask(RenewHeads(after, _PAGE))):
+    for found in _pages_of_vms(store, _PAGE, lambda after, limit: Ask(RenewHeads(after, limit))):
         faults += found
     # An audit row that is not authentic gets no place in the log, and need not be mended.
-    _ = sum(_pages_of_waiting(store, lambda after: Ask(AdoptAudit(after, _PAGE))))
+    _ = sum(_pages_of_waiting(store, lambda after, limit: Ask(AdoptAudit(after, limit))))
     if not faults:
         store.transact(EndOldEpochs(int(time.time()), reason))
     return tuple({(fault.table, fault.key): fault for fault in faults}.values())
@@ -119,52 +127,43 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
 def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> Iterator[RowNotAuthentic]:
     """Find the rows of a sealed store that are not authentic, and the VMs whose rows contradict their heads."""
     yield from store.transact(Ask(InspectStore()))
-    for faults in _pages(store, SEALED, lambda kind, last: Ask(InspectRows(kind, last, _PAGE)), tell):
+    for faults in _pages(store, SEALED, lambda kind, last, limit: Ask(InspectRows(kind, last, limit)), tell):
         yield from faults
-    for faults in _pages_of_waiting(store, lambda after: FindWaitingFaults(after, _PAGE)):
+    for faults in _pages_of_waiting(store, FindWaitingFaults):
         yield from faults
-    for faults in _pages_of_vms(store, lambda after: Ask(InspectVms(after, _VMS))):
+    for faults in _pages_of_vms(store, _VMS, lambda after, limit: Ask(InspectVms(after, limit))):
         yield from faults
-    for faults in _pages_of_vms(store, lambda after: FindGone(after, _LOGGED)):
+    for faults in _pages_of_vms(store, _LOGGED, FindGone):
         yield from faults
 
 
 def _pages(
     store: Store,
     kinds: Iterable[type[rows.Row]],
-    page: Callable[[type[rows.Row], rows.Row | None], Unit[tuple[T, rows.Row | None]]],
+    page: Callable[[type[rows.Row], rows.Row | None, int], Unit[tuple[T, rows.Row | None]]],
     tell: Callable[[int, int], object],
 ) -> Iterator[T]:
     """Run a unit for each page of rows of each kind, and yield what it returns."""
     total = sum(store.transact(Ask(CountRows(kind))) for kind in SEALED)
     looked = 0
     for kind in kinds:
-        last: rows.Row | None = None
-        while True:
-            found, last = store.transact(page(kind, last))
+        for (found, after), limit in in_pages(store, partial(page, kind), _LAST, _PAGE, None):
             yield found
-            if last is None:
-                break
-            looked += _PAGE
-            _ = tell(min(looked, total), total)
+            if after is not None:
+                looked += limit
+                _ = tell(min(looked, total), total)
 
 
-def _pages_of_vms(store: Store, page: Callable[[rows.Vm | None], Unit[tuple[T, rows.Vm | None]]]) -> Iterator[T]:
+def _pages_of_vms(
+    store: Store, limit: int, page: Callable[[rows.Vm | None, int], Unit[tuple[T, rows.Vm | None]]]
+) -> Iterator[T]:
     """Run a unit for each page of VMs, and yield what it returns."""
-    after: rows.Vm | None = None
-    while True:
-        found, after = store.transact(page(after))
-        yield found
-        if after is None:
-            break
+    return (found for (found, _), _ in in_pages(store, page, _LAST, limit, None))
 
 
-def _pages_of_waiting(store: Store, page: Callable[[int], Unit[tuple[T, int | None]]]) -> Iterator[T]:
+def _pages_of_waiting(store: Store, page: Callable[[int, int], Unit[tuple[T, int | None]]]) -> Iterator[T]:
     """Run a unit for each page of audit rows that are not in the log yet, and yield what it returns."""
-    after: int | None = _FIRST
-    while after is not None:
-        found, after = store.transact(page(after))
-        yield found
+    return (found for (found, _), _ in in_pages(store, page, _LAST, _PAGE, _FIRST))
 
 
 def _drawn() -> Secret:
