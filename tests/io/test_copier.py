@@ -12,6 +12,7 @@ import sys
 import threading
 import tty
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -230,3 +231,24 @@ def test_a_process_that_lives_keeps_its_position(store: DurableStore, tmp_path: 
     _ = (tmp_path / "mark.copied.file.0").write_bytes(b"[]")  # not a position: it is removed
     with copying(store, [FileSink(path)], required=False, mark_file=mark):
         assert len([*tmp_path.glob("mark.copied.file.*")]) == 1
+
+
+def test_processes_that_start_at_once_each_keep_a_position(tmp_path: Path) -> None:
+    """One takes a file that another has just made, and not yet locked, for one that was left."""
+
+    def start(_: int) -> None:
+        copier.PositionFile(tmp_path, "mark.copied.file", 1).close()
+
+    with ThreadPoolExecutor(8) as threads:
+        _ = [*threads.map(start, range(1200))]
+    last = copier.PositionFile(tmp_path, "mark.copied.file", 1)
+    assert len([*tmp_path.iterdir()]) == 1
+    last.close()
+
+
+def test_a_position_without_a_folder_is_told(store: DurableStore, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    with copying(store, [FileSink(path)], required=False, mark_file=tmp_path / "gone" / "mark"):
+        commit(store, "event")
+    assert events(path) == ["event"]
+    assert [note for note in store.notes if "its position is not kept" in note and "No such file" in note]

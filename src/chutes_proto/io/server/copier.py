@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -61,20 +61,20 @@ class PositionFile:
     def __init__(self, folder: Path, stem: str, store_id: int) -> None:
         self._store_id = store_id
         self.found: int | None = None
-        ended = [each for each in ((path, _locked(path)) for path in folder.glob(f"{stem}.*")) if each[1] is not None]
-        positions = [self._read(descriptor) for _, descriptor in ended if descriptor is not None]
-        self.found = min((each for each in positions if each is not None), default=None)
-        path = folder / f"{stem}.{os.urandom(4).hex()}"
-        own = _locked(path, os.O_CREAT)
-        if own is None:
-            raise OSError(f"{path} is in use")
-        self._own = own
-        if self.found is not None:
-            self.write(self.found)
-        for ended_path, descriptor in ended:
-            ended_path.unlink()
-            if descriptor is not None:
-                os.close(descriptor)
+        self._own = _own(folder, stem)
+        with ExitStack() as opened:
+            ended: list[Path] = []
+            positions: list[int | None] = []
+            for path in folder.glob(f"{stem}.*"):
+                if (descriptor := _locked(path)) is not None:  # not of a process that lives, as this one
+                    _ = opened.callback(os.close, descriptor)
+                    ended.append(path)
+                    positions.append(self._read(descriptor))
+            self.found = min((each for each in positions if each is not None), default=None)
+            if self.found is not None:
+                self.write(self.found)
+            for path in ended:
+                path.unlink()
 
     def write(self, position: int) -> None:
         """Keep a position. In one write over the old one: it is as long."""
@@ -95,11 +95,20 @@ class PositionFile:
         return copied if store == self._store_id else None
 
 
+def _own(folder: Path, stem: str) -> int:
+    """A new file, opened and locked. One that is not locked yet another process takes for one that was left."""
+    while True:
+        if (descriptor := _locked(folder / f"{stem}.{os.urandom(4).hex()}", os.O_CREAT)) is not None:
+            return descriptor
+
+
 def _locked(path: Path, flags: int = 0) -> int | None:
     """A file that no other process has locked, opened and locked; None if one has, or has removed it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
     except FileNotFoundError:
+        if flags & os.O_CREAT:  # the folder is missing
+            raise
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
