@@ -40,7 +40,7 @@ from chutes_proto.gpu._revocation import answer_about, read_status
 from chutes_proto.gpu._xml import XmlError
 from chutes_proto.gpu._xml import read as read_xml
 from chutes_proto.testing import SimulatedGpus
-from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, StatusDraft, crl, sign
+from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, StatusDraft, block, crl, sign
 from chutes_proto.testing._gpu_faults import GpuFault
 from chutes_proto.testing._pki import Keys, flipped, pem
 from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
@@ -489,6 +489,9 @@ def test_a_rim_is_used_in_its_time_only() -> None:
     held = Revocation.of(GPUS.having("rim_signer_on_hold").status(later))
     assert refused(GPUS, rims=old, revocation=held, now=later).code == "certificate_expired"  # its status is no matter
     new = Rims.of(verify_rim(data, now=later, roots=GPUS.roots) for data in GPUS.rims(later))
+    early = Revocation.of(GPUS.having("rim_signer_on_hold").status(NOW))
+    assert refused(GPUS, rims=new).code == "certificate_not_yet_valid"
+    assert refused(GPUS, rims=new, revocation=early).code == "certificate_not_yet_valid"
     both = Rims.of((*old.rims, *new.rims))
     assert verified(GPUS, rims=both, **options).devices[0].rims == new.rims
     assert str(new.rims[0]).startswith("RIM of GH100 600.10.01 (SHA-256 ")
@@ -499,6 +502,12 @@ def test_few_zeros_may_follow_a_report() -> None:
     assert parse_report(report + bytes(64)).signature == parse_report(report).signature
     with pytest.raises(EvidenceFormatError, match="bytes after the signature"):
         _ = parse_report(report + bytes(65))
+
+
+def test_a_measurement_is_not_empty() -> None:
+    empty = GpuFault("empty", "no value", report=lambda d: attrs.evolve(d, blocks=block(1, b""), count=1))
+    with pytest.raises(EvidenceFormatError, match="empty"):
+        _ = parse_report(attrs.evolve(GPUS, faults=(empty,)).evidence(NONCE)[0].report)
 
 
 def test_a_report_tells_the_ports_beside_a_switch() -> None:
