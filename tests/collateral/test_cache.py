@@ -299,6 +299,13 @@ def test_a_clock_that_steps_back_stops_nothing() -> None:
     assert isinstance(world.decide(), Use)
 
 
+def test_collateral_of_later_is_not_used_once_the_clock_stepped_back() -> None:
+    world = World()
+    world.cache.restore(family(), verified(NOW))
+    assert isinstance(world.cache.decide(family(), NOW), Refresh)
+    assert isinstance(world.cache.decide(family(), NOW - 1), Fetch)
+
+
 def test_stale_needs_a_grace_and_an_outage() -> None:
     for grace, after, is_used in ((0, 0, False), (600, 0, True), (600, 599, True), (600, 600, False)):
         world = World(grace=grace, retry=5, retry_most=60)
