@@ -175,6 +175,14 @@ def test_a_purged_log_is_compared_with_a_checkpoint_of_what_is_left() -> None:
     assert (found.last, "name one of 512 or more" in found.what) == (99, True)
 
 
+def test_of_a_checkpoint_and_the_stores_own_state_the_checkpoint_is_named() -> None:
+    hashes = tree(change(SIZE - 1, [*honest()]))
+    signed, stated = checkpoints()[-1], Checkpoint("log", SIZE, bytes(32))
+    fetch = lambda level, number: hashes[level, number]  # noqa: E731
+    findings = check_log(SIZE, (), fetch, [signed], lambda _: 0, stated=stated).findings
+    assert "as the checkpoint of 1000 entries has it" in findings[-1].what
+
+
 def test_findings_that_go_on_are_one() -> None:
     rows = [(at, text) for at, text in enumerate(honest()) if not 300 <= at < 700]
     assert report(rows, honest_tree()).findings[0] == Finding(300, 699, "it is missing")
