@@ -14,7 +14,7 @@ from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._errors import AppraisalError
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
-from chutes_proto.quote._steps import QeIdentityMismatchError, TdxModuleMismatchError
+from chutes_proto.quote._steps import QeIdentityMismatchError, TcbNotSupportedError, TdxModuleMismatchError
 from chutes_proto.quote._tcb import _relaunch as relaunched
 from chutes_proto.quote._verify import Verdict, forget, verify_genuine
 from chutes_proto.testing._faults import Fault
@@ -151,6 +151,32 @@ TDX = (0, 0, 8, *[0] * 13)
 LOWER_TDX = (0, 0, 7, *[0] * 13)
 
 
+def _levels(*levels: TcbLevel) -> Fault:
+    return Fault(
+        name="levels", side="collateral", what="other levels", tcb_info=lambda draft: evolve(draft, levels=levels)
+    )
+
+
+def _higher(components: tuple[int, ...], number: int) -> tuple[int, ...]:
+    return (*components[:number], components[number] + 1, *components[number + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("sgx", "pce_svn", "tdx"),
+    [
+        *((_higher(SGX_COMPONENTS, number), PCE_SVN, TDX) for number in range(16)),
+        (SGX_COMPONENTS, PCE_SVN + 1, TDX),
+        *((SGX_COMPONENTS, PCE_SVN, _higher(TDX, number)) for number in range(2, 16)),
+    ],
+)
+def test_a_level_is_reached_in_all_its_parts(sgx: tuple[int, ...], pce_svn: int, tdx: tuple[int, ...]) -> None:
+    missed = TcbLevel(status="UpToDate", sgx=sgx, pce_svn=pce_svn, tdx=tdx)
+    reached = TcbLevel(status="OutOfDate", sgx=SGX_COMPONENTS, pce_svn=PCE_SVN, tdx=TDX)
+    assert verdict_of(PLATFORM.having(_levels(missed, reached))).tcb_status == "OutOfDate"
+    with pytest.raises(TcbNotSupportedError):
+        _ = verdict_of(PLATFORM.having(_levels(missed)))
+
+
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
@@ -170,13 +196,7 @@ def test_the_best_level_is_the_first_by_sgx_then_pce_then_tdx(
         TcbLevel(status=status, sgx=sgx, pce_svn=pce_svn, tdx=tdx)
         for status, (sgx, pce_svn, tdx) in (("SWHardeningNeeded", better), ("ConfigurationNeeded", worse))
     )
-    fault = Fault(
-        name="levels",
-        side="collateral",
-        what="two levels",
-        tcb_info=lambda draft: evolve(draft, levels=levels if better_first else levels[::-1]),
-    )
-    verdict = verdict_of(PLATFORM.having(fault))
+    verdict = verdict_of(PLATFORM.having(_levels(*levels[:: 1 if better_first else -1])))
     assert verdict.tcb_status == "SWHardeningNeeded"
     assert verdict.advisory_ids == ("SIMULATED-SA-SWHardeningNeeded",)
 
