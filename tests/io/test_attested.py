@@ -7,6 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,15 @@ def test_pyopenssl(accepted: bool, identity: AttestedIdentity, tmp_path: Path) -
             with pytest.raises(VerificationError, match="no_profiles"):
                 stream.do_handshake()
     assert len(got) == accepted
+
+
+def test_registers_count_as_in_the_named_stage(tmp_path: Path) -> None:
+    runtime = make_attested_identity(partial(PLATFORM.quote, stage="runtime"))
+    with serving(runtime, tmp_path) as (port, got):
+        assert by_ssl(port, attested_context(POLICY, fresh, root=ROOT, stage="runtime")).endswith(b"ok")
+        with pytest.raises(AttestationFailedError, match="boot stage"):
+            _ = by_ssl(port, attested_context(POLICY, fresh, root=ROOT))
+    assert len(got) == 1
 
 
 def test_a_resumed_session_is_verified_again(identity: AttestedIdentity, tmp_path: Path) -> None:
