@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from chutes_proto.quote._behind import Lack
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._errors import AppraisalError
 from chutes_proto.quote._policy import Policy, TcbPolicy
@@ -199,6 +200,14 @@ def test_the_best_level_is_the_first_by_sgx_then_pce_then_tdx(
     verdict = verdict_of(PLATFORM.having(_levels(*levels[:: 1 if better_first else -1])))
     assert verdict.tcb_status == "SWHardeningNeeded"
     assert verdict.advisory_ids == ("SIMULATED-SA-SWHardeningNeeded",)
+
+
+def test_a_platform_lacks_nothing_that_its_module_has_levels_for() -> None:
+    """The first two TDX components are the module's own."""
+    better = TcbLevel(status="UpToDate", sgx=SGX_COMPONENTS, pce_svn=PCE_SVN, tdx=(9, 9, 9, *TDX[3:]))
+    reached = TcbLevel(status="OutOfDate", sgx=SGX_COMPONENTS, pce_svn=PCE_SVN, tdx=TDX)
+    (behind,) = verdict_of(PLATFORM.having(_levels(better, reached))).behind()
+    assert behind.lacks == (Lack("TDX TCB component 3", 8, 9),)
 
 
 MASKS = {

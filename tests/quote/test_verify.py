@@ -51,7 +51,9 @@ from chutes_proto.quote._verify import (
     SignedQuote,
     Verdict,
     authenticate_collateral,
+    certificates_end,
     check_signed,
+    foresee,
     open_quote,
     verify_collateral,
     verify_genuine,
@@ -430,6 +432,14 @@ def test_time_is_checked_in_every_stage() -> None:
             _ = open_quote(QUOTE, now=now, root=ROOT)
         with pytest.raises(certificate_step):
             _ = verify_quote(signed, verified, now=now, report_data=None)
+
+
+def test_a_verdict_can_be_foreseen_as_long_as_its_certificates_are_valid() -> None:
+    verdict = verdict_of(PLATFORM)
+    assert verdict.window[1] < certificates_end(verdict) == EXPIRES
+    assert foresee(verdict, at=EXPIRES).verified_at == EXPIRES
+    with pytest.raises(CertificateExpiredError):
+        _ = foresee(verdict, at=EXPIRES + 1)
 
 
 def test_grace_extends_statements_and_never_certificates() -> None:
