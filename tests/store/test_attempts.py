@@ -222,6 +222,31 @@ async def test_a_connection_that_was_lost_is_replaced_in_a_thread(store: Postgre
     assert unit.runs == [0]
 
 
+def look_often(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(marks, "LOOK_SECONDS", 0)
+
+
+def look_never_done(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a new connection, or one that failed as it looked."""
+    for connection in store._pool.idle:
+        connection.is_looked_at = False
+
+
+@pytest.mark.parametrize("due", [look_often, look_never_done])
+async def test_a_database_that_lost_rows_serves_nothing_on_the_loop_either(
+    store: PostgresStore, url: str, monkeypatch: pytest.MonkeyPatch, due: Callable[..., None]
+) -> None:
+    store.transact(boot("first"))
+    _ = ask(url, "DELETE FROM audit WHERE event = 'boot' RETURNING 1")
+    due(store, monkeypatch)
+    unit = Probe()
+    async with opened(store, threads_after=1) as turns:
+        for _ in range(2):  # nor from then on
+            with pytest.raises(StoreError, match="it lacks audit row"):
+                await turns.transact(Transact(unit))
+    assert unit.runs == []
+
+
 @pytest.fixture
 def hang(cluster: Cluster, url: str) -> Iterator[Callable[[], None]]:
     """The database's processes stand still, until a thread waits for them."""
