@@ -182,6 +182,10 @@ def test_commands_and_options_are_completed(
     [
         ("verfy", "no such command 'verfy'. Did you mean 'verify'? See chutes-proto --help"),
         ("audit list --lst", "no such option '--lst'. Did you mean '--last'? See chutes-proto audit list --help"),
+        (
+            "audit list --event-id",
+            "no such option '--event-id'. Did you mean '--event' or '--request-id'? See chutes-proto audit list --help",
+        ),
         ("zzz", "no such command 'zzz'; see chutes-proto --help"),
         ("agent", "the following arguments are required: ACTION; see chutes-proto agent --help"),
         ("agent run", "the following arguments are required: --config; see chutes-proto agent run --help"),

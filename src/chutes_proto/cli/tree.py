@@ -156,6 +156,8 @@ def run(argv: Sequence[str]) -> int:
         return console.USAGE
     except click.ClickException as exc:
         message = exc.format_message().replace("\n\t", " ").strip().rstrip(".")
+        if near := getattr(exc, "possibilities", None):  # click puts several in brackets
+            message = f"{exc.message} Did you mean {' or '.join(map(repr, near))}?"
         see = " See" if message.endswith("?") else "; see"
         console.complain(f"{message[:1].lower()}{message[1:]}{see} {words_of(argv)} --help")
         return console.USAGE
