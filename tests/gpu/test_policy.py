@@ -174,8 +174,10 @@ def test_pinned_measurements_stand_in_for_a_missing_rim() -> None:
     altered = refused(without.having("measurement"), policy=policy)
     assert [(m.index, m.source) for m in altered.devices[0].mismatches] == [(9, "pinned")]
     assert verified(GPUS, policy=policy).devices[0].reference == "rims"
-    other = attrs.evolve(pinned, driver="1.0")
-    assert refused(without, policy=GpuPolicy(revocation="off", pinned=(other,))).code == "rim_missing"
+    changes: list[dict[str, Any]] = [{"chip": "GB100"}, {"driver": "1.0"}, {"vbios": "1.0"}]
+    for change in changes:
+        other = attrs.evolve(pinned, **change)
+        assert refused(without, policy=GpuPolicy(revocation="off", pinned=(other,))).code == "rim_missing"
 
 
 def test_of_two_rims_for_one_version_the_fitting_one_counts() -> None:
