@@ -206,8 +206,10 @@ def test_base64_has_one_text_for_each_value(text: str, value: bytes | None) -> N
 
 def test_a_root_must_be_a_self_signed_ca() -> None:
     assert TrustedRoot.from_der(CHAIN[2]) != INTEL_ROOT
-    no_ca = CertificateDraft(common_name="own", key="own", issuer="own", signer="own").der(Keys(b""))
-    for wrong in (CHAIN[0], CHAIN[1], CHAIN[2][:-1], CHAIN[2][:-1] + bytes([CHAIN[2][-1] ^ 1]), no_ca, b""):
+    own = CertificateDraft(common_name="own", key="own", issuer="own", signer="own")
+    assert TrustedRoot.from_der(evolve(own, ca=True, path_length=1).der(Keys(b"")))
+    others = (own.der(Keys(b"")), evolve(own, ca=True, path_length=0).der(Keys(b"")))  # a PCK CA is below a root
+    for wrong in (CHAIN[0], CHAIN[1], CHAIN[2][:-1], CHAIN[2][:-1] + bytes([CHAIN[2][-1] ^ 1]), *others, b""):
         with pytest.raises(PolicyError, match="root CA"):
             _ = TrustedRoot.from_der(wrong)
 
