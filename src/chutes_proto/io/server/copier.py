@@ -66,7 +66,7 @@ class PositionFile:
             ended: list[Path] = []
             positions: list[int | None] = []
             for path in folder.glob(f"{stem}.*"):
-                if (descriptor := _locked(path)) is not None:  # not of a process that lives, as this one
+                if (descriptor := _locked(path)) is not None:  # its process has ended
                     _ = opened.callback(os.close, descriptor)
                     ended.append(path)
                     positions.append(self._read(descriptor))
@@ -96,7 +96,7 @@ class PositionFile:
 
 
 def _own(folder: Path, stem: str) -> int:
-    """A new file, opened and locked. One that is not locked yet another process takes for one that was left."""
+    """A new file, opened and locked. Another process may take it before it is locked, as if it had been left behind."""
     while True:
         if (descriptor := _locked(folder / f"{stem}.{os.urandom(4).hex()}", os.O_CREAT)) is not None:
             return descriptor

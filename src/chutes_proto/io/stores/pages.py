@@ -28,7 +28,7 @@ def in_pages(
 ) -> Iterator[tuple[T, int]]:
     """Run ``page(after, limit)`` until ``last`` of what it returns is None, each time after the one before.
 
-    Yields what it returns, and how many rows it was allowed to take. Raises `StoreBusy` if one row is too many.
+    Yields what it returns, and its limit. Raises `StoreBusy` if others get in the way of a single row, too.
     """
     after = first
     while True:
