@@ -197,13 +197,11 @@ class _Story:
         """One boot of the VM by the boot agent."""
         identity = _identity()
         self._page.step("TLS key", f"{_fingerprint(identity.spki_sha256)} made for this boot")
-        nonce = b""
+        made: list[tuple[bytes, bytes]] = []
 
         def quoter(report_data: bytes) -> bytes:
-            nonlocal nonce
-            nonce = report_data[:32]
             quote = self._platform.quote(report_data)
-            self._page.step("quote", f"{len(quote):,} bytes; binds the server's nonce and the TLS key")
+            made.append((report_data, quote))  # shown later: the agent would try again where a reader is gone
             return quote
 
         async with BootAgent(
@@ -216,6 +214,8 @@ class _Story:
             log=lambda _: None,
         ) as agent:
             grant = await agent.boot()
+            ((report_data, quote),) = made
+            self._page.step("quote", f"{len(quote):,} bytes; binds the server's nonce and the TLS key")
             granted = next(r for r in reversed(self._log) if r.event == "boot_granted").fields
             self._page.step(
                 "granted", f"TCB {granted['tcb_status']}, measurements match profile {granted['profile']!r}"
@@ -223,7 +223,7 @@ class _Story:
             self.granted += 1
             keys = await agent.sync({volume: volume in formatted for volume in VOLUMES})
         passphrases = {"root": grant.root_passphrase, **{key.volume: key.passphrase for key in keys}}
-        return Received(identity.spki_sha256, nonce, passphrases)
+        return Received(identity.spki_sha256, report_data[:32], passphrases)
 
     async def _register(self) -> Miner | None:
         """A miner registers the machine with its GPUs, and proves both; None where hotkeys cannot sign."""
@@ -234,11 +234,11 @@ class _Story:
             return None
         self._page.section("Its owner registers it, with its GPUs")
         pair = HotkeyPair.from_seed(Secret(os.urandom(32)))
+        made: list[bytes] = []
 
         def gpu_tool(nonce: bytes) -> bytes:
-            evidence = self._gpus.evidence_json(nonce)
-            self._page.step("GPUs", f"{len(evidence):,} bytes; {_GPUS} reports, signed over the server's nonce")
-            return evidence
+            made.append(self._gpus.evidence_json(nonce))
+            return made[-1]
 
         async with MinerClient(
             self._url,
@@ -252,6 +252,7 @@ class _Story:
             await client.register(_SERVER, host=_HOST, gpus=[evolve(_GPU, uuid=f"GPU-{n}") for n in range(_GPUS)])
             self._page.step("registered", f"{_SERVER}, {_GPUS} {_GPU.name}")
             _ = await client.attest(_SERVER)
+        self._page.step("GPUs", f"{len(made[-1]):,} bytes; {_GPUS} reports, signed over the server's nonce")
         attested = next(r for r in reversed(self._log) if r.event == "server_attested").fields
         verified = str(attested["gpus"])
         text = re.sub(r"^GPU evidence |, serial numbers.*| [0-9a-f]{16}\b", "", verified)
