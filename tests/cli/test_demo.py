@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import trio
 
 from chutes_proto.cli.page import Page, make_console
 from chutes_proto.io import demonstration as show
@@ -69,9 +68,10 @@ def test_a_reader_that_has_seen_enough_is_no_check_that_failed(lines: int) -> No
         assert (process.wait(timeout=60), process.stderr and process.stderr.read()) == (141, b"")
 
 
+@pytest.mark.trio
 @pytest.mark.usefixtures("no_cryptsetup")
 @pytest.mark.parametrize("step", ["quote", "GPUs"])
-def test_a_reader_that_goes_while_an_agent_makes_something_ends_it(step: str, tmp_path: Path) -> None:
+async def test_a_reader_that_goes_while_an_agent_makes_something_ends_it(step: str, tmp_path: Path) -> None:
     """An agent tries again where its quoter fails, so nothing is written there."""
 
     class _Gone(Page):
@@ -81,7 +81,7 @@ def test_a_reader_that_goes_while_an_agent_makes_something_ends_it(step: str, tm
             super().step(name, text, passed=passed)
 
     with pytest.raises(BrokenPipeError):
-        _ = trio.run(show.show, tmp_path, _Gone(make_console(plain=True), plain=True))
+        _ = await show.show(tmp_path, _Gone(make_console(plain=True), plain=True))
 
 
 def test_everything_goes_as_it_should_in_time_and_leaves_nothing(
