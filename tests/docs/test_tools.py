@@ -172,6 +172,22 @@ def test_a_page_leaves_nothing_beside_its_folder(tmp_path: Path, monkeypatch: py
     assert list(temporary.iterdir()) == []
 
 
+def test_what_a_command_also_writes_to_a_file_is_there_for_the_next(tmp_path: Path) -> None:
+    """``tee`` prints first."""
+    slow = "tee() { read line; echo $line; sleep 0.3; echo $line >$1; cat; }"
+    page = f"""```console title="Terminal 1"
+$ {slow}; (echo begun; sleep 60) | tee said
+begun
+```
+
+```console
+$ cat said
+begun
+```
+"""
+    assert len(follow(tmp_path, page)) == 2
+
+
 @pytest.mark.parametrize("page", newcomer.PAGES, ids=lambda page: page.stem)
 def test_a_newcomer_gets_through_every_tutorial(
     page: Path, require_program: Callable[[str], str], capfd: pytest.CaptureFixture[str]

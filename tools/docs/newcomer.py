@@ -9,7 +9,7 @@ Rules kept here:
 * ``…`` in an output stands for any text; on a line of its own for any lines, or none;
 * a command may fail only if the page shows ``echo $?`` next;
 * a fence with the title ``Terminal 1`` is another terminal; a command there may go on for ever, once it printed what
-  the page shows;
+  the page shows, also into the file that ``tee`` writes, after it has printed;
 * the one thing that is not to the letter: a port of the page is replaced by a free one, since others use this machine.
 
 With ``--quick`` the environment borrows the packages of the one that runs this; otherwise it installs them, from their
@@ -172,10 +172,20 @@ def _do(
         expected = None if step.output is None else step.output.replace(PORT, port)
         yield command
         printed, status = terminal.run(command, expected, may_stay=bool(fence.title))
+        if status is None and expected is not None and (copied := re.search(r"\| tee (\S+)$", command)):
+            _wait_for(directory / copied[1], expected)
         if expected is not None and not agrees(expected, printed):
             raise NotAsPromised(f"$ {command}\nshould print\n{expected}\nand printed\n{printed}")
         if status and not _shows_status(listed[number + 1 :]):
             raise NotAsPromised(f"$ {command}\nended with {status}; it printed\n{printed}")
+
+
+def _wait_for(file: Path, expected: str) -> None:
+    until = time.monotonic() + LONGEST_STEP
+    while not (file.exists() and agrees(expected, file.read_text("utf-8"))):
+        if time.monotonic() > until:
+            raise NotAsPromised(f"{file.name} does not have what was printed")
+        time.sleep(0.01)
 
 
 def _shows_status(following: Sequence[Step]) -> bool:
