@@ -117,13 +117,12 @@ def test_another_output(expected: str, printed: str) -> None:
 
 
 def follow(folder: Path, page: str) -> list[str]:
-    path = pages.ROOT / "build" / f"{folder.name}.md"
-    path.parent.mkdir(exist_ok=True)
-    _ = path.write_text(page, "utf-8")
-    try:
+    build = pages.ROOT / "build"
+    build.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=build) as name:  # folders of tests have the same names in each worker
+        path = Path(name) / "page.md"
+        _ = path.write_text(page, "utf-8")
         return list(newcomer.follow(path, folder, dict(os.environ)))
-    finally:
-        path.unlink()
 
 
 def test_a_page_is_followed(tmp_path: Path) -> None:
