@@ -13,6 +13,7 @@ from itertools import repeat
 
 import httpx
 import pytest
+from attrs import evolve
 
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
@@ -220,6 +221,22 @@ def test_a_silent_server_ends_at_the_time_limit(send: Sender, credentials: Crede
         done.set()
     assert raised.value.maybe_delivered
     assert str(raised.value) == "the server was silent for 0.3 s"
+
+
+def test_a_request_that_is_not_taken_ends_at_the_time_limit(send: Sender, credentials: Credentials) -> None:
+    """On trio, a generator of its body that nobody ends would warn whoever runs the program with warnings."""
+    done = threading.Event()
+    body = bytes(32 << 20)  # more than the buffers between the two
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        del stream  # nothing is read from it
+        _ = done.wait(60)
+
+    with peer(credentials, behave) as (url, _):
+        with pytest.raises(TransportError, match=r"^the server was silent for 0\.3 s$") as raised:
+            _ = send(url, client_context(ca_pem=credentials.ca_pem), evolve(REQUEST, body=body), SHORT)
+        done.set()
+    assert raised.value.maybe_delivered
 
 
 def test_a_slow_body_ends_with_the_whole_time(send: Sender, credentials: Credentials) -> None:

@@ -13,8 +13,9 @@ Rules kept here:
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Final, cast
 
 import anyio
@@ -113,7 +114,7 @@ def prepare(
     extensions: dict[str, str] | None = None,
 ) -> httpx.Request:
     """Return the request as httpx has it, for an answer without content coding."""
-    return client.build_request(
+    request = client.build_request(
         method,
         url,
         headers=[*headers, ("accept-encoding", "identity")],
@@ -121,6 +122,32 @@ def prepare(
         timeout=httpx.Timeout(limits.read, connect=limits.connect),
         extensions=extensions,
     )
+    request.stream = _body_type()(request.content)
+    return request
+
+
+@cache
+def _body_type() -> Callable[[bytes], httpx.AsyncByteStream]:
+    """Return the type of a body in one piece.
+
+    httpx's own is a generator, which httpcore leaves without an end where a request is cancelled; trio then warns.
+    """
+
+    class Body(httpx.AsyncByteStream):
+        def __init__(self, body: bytes) -> None:
+            self._body = body
+            self._left: list[bytes] = []
+
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            self._left = [self._body]
+            return self
+
+        async def __anext__(self) -> bytes:
+            if not self._left:
+                raise StopAsyncIteration
+            return self._left.pop()
+
+    return Body
 
 
 @contextmanager
