@@ -14,6 +14,7 @@ import pytest
 from chutes_proto.cli import console
 from chutes_proto.io.quoters.simulated import open_platform
 from chutes_proto.io.server.development import write_server
+from chutes_proto.wire.codes import Code
 from tests.cli.conftest import HOTKEY, Ended, Server, start_server
 
 Command = Callable[..., Ended]
@@ -78,10 +79,10 @@ def test_a_refusal_is_1_with_code_and_request_id(boot: Command) -> None:
     said = ended.json
     assert (said["granted"], said["status"], said["code"]) == (False, 400, "volume_unknown")
     assert len(said["request_id"]) == 32
-    lines = boot("--hotkey", "5" * 48)
+    lines = boot("--volumes", "storage,other")
     assert lines.code == 1
-    assert "403 hotkey_rejected" in lines.out
-    assert "hotkey_rejected: not a canonical SS58 address of prefix 42, or not known here\n" in lines.out
+    assert "400 volume_unknown" in lines.out
+    assert f"volume_unknown: {Code.VOLUME_UNKNOWN.meaning}\n" in lines.out
     assert "the server's log has the reason under request" in lines.out
 
 
@@ -116,7 +117,8 @@ def test_a_command_makes_the_quote(boot: Command, tmp_path: Path, platform: Path
         (["--volumes", "a.next,a", "--keys", "keys"], "--keys: a.next is the file of another key, too"),
         (["--volumes", "root.second", "--keys", "keys"], "--keys: root.second is the file of another key, too"),
         (["--vm", "a/b"], "a VM's name is 1 to 128 of the characters"),
-        (["--hotkey", "a b"], "a hotkey is an SS58 address"),
+        (["--hotkey", "a b"], "has a character that is not base58"),
+        (["--hotkey", HOTKEY[:-1] + "Z", "--wait", 30], "the address's checksum does not match"),
         (["--wait", "-1"], "--wait: 0 to 86400 seconds"),
         (["--wait", "nan"], "--wait: 0 to 86400 seconds"),
         (["--ca", "/nowhere"], "/nowhere: cannot be read"),

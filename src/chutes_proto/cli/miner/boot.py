@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 import click
 
+from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.boot._flows import BootGrant, BootSettings, KeyPair, Rotation, VolumeKeys, boot, receive_keys
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, one_of, parsed
@@ -40,8 +41,12 @@ def _volumes(text: str) -> tuple[str, ...]:
     return names
 
 
+def _address(text: str) -> str:
+    return Hotkey.parse(text).address
+
+
 @click.command("boot", cls=_BootCommand)
-@click.option("--hotkey", metavar="SS58", help="the hotkey that owns the VM")
+@click.option("--hotkey", metavar="SS58", callback=parsed(_address), help="the hotkey that owns the VM")
 @click.option("--hotkey-file", metavar="FILE", help="that hotkey as wallets write it, to prove it; permissions 0600")
 @click.option("--vm", metavar="NAME", required=True, help="the VM's name")
 @quoter_options
