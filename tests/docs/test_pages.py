@@ -15,6 +15,7 @@ from chutes_proto.boot._settings import AgentSettings
 from chutes_proto.server import ServerConfig
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoints import ENDPOINTS
+from tests.cli.conftest import HOTKEY
 from tests.conftest import ROOT
 from tests.test_public import PUBLIC
 from tools.docs import commands, generate, pages
@@ -121,6 +122,7 @@ def test_every_public_package_has_a_page() -> None:
 def test_every_command_line_is_one(page: Path, line: str) -> None:
     """As far as its parser can tell; `tests/scenario/test_recipes.py` and the newcomer run them."""
     line = re.sub(r"\$\([^()]*(?:\([^()]*\))?[^()]*\)", "0" * 128, re.sub(r"\s[<>]+\s*(?:\"[^\"]*\"|\S+)", "", line))
+    line = line.replace(" HOTKEY ", f" {HOTKEY} ")
     problem = commands.problem_of(shlex.split(line)[1:])
     assert problem is None, f"{page}: {problem}"
 
