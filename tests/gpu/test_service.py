@@ -79,3 +79,9 @@ def test_a_binding_has_its_sizes() -> None:
     for sizes in ((31, 32), (48, 32), (64, 31)):
         with pytest.raises(GpuPolicyError):
             _ = ServiceBinding(bytes(sizes[0]), bytes(sizes[1]))
+
+
+def test_a_binding_of_a_tls_key_has_one() -> None:
+    for digest in (b"", KEY[:31]):
+        with pytest.raises(GpuPolicyError, match="spki_sha256"):
+            _ = ServiceBinding.of_tls_key(NONCE, digest)

@@ -54,6 +54,8 @@ class ServiceBinding:
     @classmethod
     def of_tls_key(cls, nonce: bytes, spki_sha256: bytes) -> ServiceBinding:
         """A service that binds its TLS key: nonce (32 bytes) ‖ SHA-256 of the key's SubjectPublicKeyInfo (32 bytes)."""
+        if len(spki_sha256) != _SIZE:  # without it only the nonce would be compared, which any key can stand beside
+            raise GpuPolicyError("binding: spki_sha256 must be the 32 bytes of SHA-256 of the TLS key")
         return cls(nonce + spki_sha256, nonce)
 
     @classmethod
