@@ -480,6 +480,14 @@ def test_a_time_is_an_integer(wrong: Any) -> None:
             _ = stage()
 
 
+def test_a_time_in_milliseconds_is_shown_as_it_is() -> None:
+    """Cut to the last date it would look like the end that it is after."""
+    with pytest.raises(CertificateExpiredError, match=f"got {NOW * 1000} s after 1970"):
+        _ = verify_genuine(QUOTE, COLLATERAL, now=NOW * 1000, root=ROOT, report_data=None)
+    with pytest.raises(CertificateNotYetValidError, match="got -1 s after 1970"):
+        _ = verify_genuine(QUOTE, COLLATERAL, now=-1, root=ROOT, report_data=None)
+
+
 # --- what is remembered ---
 
 

@@ -60,8 +60,10 @@ def check_seconds(name: str, value: object) -> None:
 
 
 def rfc3339(time: int) -> str:
-    """Format a time for people (RFC 3339, section 5.6)."""
-    return datetime.fromtimestamp(max(0, min(time, _LAST)), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """Format a time for people (RFC 3339, section 5.6); one that no date has, such as one in milliseconds, as it is."""
+    if not 0 <= time <= _LAST:
+        return f"{time} s after 1970"
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def window(terms: Iterable[Term], grace: int = 0) -> Window:
