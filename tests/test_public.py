@@ -51,6 +51,14 @@ def test_each_public_callable_says_its_types(package: str, name: str) -> None:
         _ = get_type_hints(each)
 
 
+@pytest.mark.parametrize(("package", "name"), EXPORTED)
+def test_the_signature_of_each_public_callable_can_be_read(package: str, name: str) -> None:
+    """As `help` shows it: the bytes of a root certificate for a default would hide the parameters."""
+    for each in callables(getattr(import_module(package), name)):
+        if inspect.isfunction(each):
+            assert "\\x" not in str(inspect.signature(each))
+
+
 def test_other_modules_of_public_packages_begin_with_an_underscore() -> None:
     found: set[str] = set()
     for package in {*PUBLIC} - {"chutes_proto"}:

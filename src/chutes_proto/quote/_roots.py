@@ -9,7 +9,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote._certificates import Certificate, check_kind, read_certificate
@@ -22,15 +22,16 @@ class TrustedRoot:
     """A trusted root CA.
 
     ``name`` is its subject in DER, ``point`` its key (x ‖ y), ``serial`` the content of its serial number's INTEGER,
-    ``digest`` the SHA-256 of its certificate; the times are unix seconds, both inclusive.
+    ``digest`` the SHA-256 of its certificate; the times are unix seconds, both inclusive. The digest alone is shown: it
+    names the root, which is a default in the signatures that `help` shows.
     """
 
-    name: bytes
-    point: bytes
-    serial: bytes
-    not_before: int
-    not_after: int
-    digest: bytes
+    name: bytes = field(repr=False)
+    point: bytes = field(repr=False)
+    serial: bytes = field(repr=False)
+    not_before: int = field(repr=False)
+    not_after: int = field(repr=False)
+    digest: bytes = field(repr=bytes.hex)
 
     @classmethod
     def from_der(cls, data: bytes) -> TrustedRoot:
