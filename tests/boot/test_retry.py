@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +41,10 @@ def test_waits_double_up_to_the_cap_and_jitter_spreads_their_upper_half() -> Non
     assert [policy.delay(n, b"\x80") for n in (1, 2, 3, 4, 5)] == [0.75, 1.5, 3.0, 3.75, 3.75]
 
 
-@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"base": 0.0}, {"base": 9.0, "cap": 8.0}, {"deadline": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"attempts": 0}, {"base": 0.0}, {"base": 9.0, "cap": 8.0}, {"deadline": 0.0}, {"deadline": math.nan}],
+)
 def test_a_policy_that_could_not_end_or_begin_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(LocalProtocolError):
         RetryPolicy(**wrong)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class RetryPolicy:
     started: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.attempts < 1 or not 0 < self.base <= self.cap or self.deadline <= 0:
+        if self.attempts < 1 or not 0 < self.base <= self.cap or not self.deadline > 0:
             raise LocalProtocolError("a retry policy needs attempts >= 1, 0 < base <= cap, and a deadline above 0")
 
     def delay(self, failures: int, jitter: bytes, retry_after: float = 0.0) -> float:
