@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from contextlib import suppress
+from typing import cast
 
 import pytest
 from hypothesis import example, given
@@ -44,6 +45,12 @@ def test_every_key_has_an_address_that_parses_to_it(public_key: bytes) -> None:
 def test_keys_have_32_bytes(public_key: bytes) -> None:
     with pytest.raises(HotkeyError, match="32 bytes"):
         Hotkey(public_key)
+
+
+def test_an_address_is_a_text() -> None:
+    """What an unset variable of the environment gives."""
+    with pytest.raises(HotkeyError, match="NoneType"):
+        _ = Hotkey.parse(cast("str", None))
 
 
 def test_the_neutral_element_is_no_hotkey() -> None:

@@ -19,8 +19,9 @@ from chutes_proto.auth.signing import (
     check_time,
     purpose_message,
     request_message,
+    sign,
 )
-from chutes_proto.errors import Refused
+from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.secret import Secret
 from chutes_proto.wire.codes import Code
 
@@ -140,3 +141,17 @@ def test_bad_addresses(wallet: dict[str, Any]) -> None:
     for address in wallet["bad_addresses"]:
         with pytest.raises(HotkeyError):
             Hotkey.parse(address)
+
+
+async def awaited(message: bytes) -> bytes:
+    return message
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize(
+    ("signer", "told"), [(bytes.hex, "str, not the bytes"), (print, "NoneType"), (awaited, "coroutine.*never awaited")]
+)
+def test_a_signer_that_returns_something_else_is_told(signer: Any, told: str) -> None:
+    with pytest.raises(LocalProtocolError, match=f"signer: it returned {told}"):
+        _ = sign(signer, b"message")
+    assert sign(PAIR.sign, b"message")

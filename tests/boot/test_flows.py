@@ -455,9 +455,11 @@ def test_the_console_of_a_boot() -> None:
     "wrong",
     [
         {"miner_hotkey": ""},
+        {"miner_hotkey": None},
         {"miner_hotkey": "5F\r\nx-boot-token: 1"},
         {"miner_hotkey": "gr\u00fcn"},
         {"vm_name": ""},
+        {"vm_name": None},
         {"vm_name": "a/b"},
         {"vm_name": ".."},
         {"vm_name": "x" * 129},

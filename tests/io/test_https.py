@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -459,6 +459,7 @@ def test_origins(url: str, origin: Origin, authority: str) -> None:
         "https://a.",
         "https://a b",
         "https://ключ.example",
+        cast("str", None),
     ],
 )
 def test_no_origins(url: str) -> None:

@@ -58,6 +58,8 @@ class Hotkey:
     @lru_cache(maxsize=1024)
     def parse(cls, address: str) -> Hotkey:
         """Parse an SS58 address. Raises `HotkeyError` for every text but the canonical `address`."""
+        if not isinstance(cast("object", address), str):
+            raise HotkeyError(f"an address is a text, not {type(address).__name__}")
         data = _unbase58(address)
         # The SS58 format: first bytes 0-63 are a prefix, 64-127 begin one of two bytes, the rest is reserved.
         if not data:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 from chutes_proto.auth.hotkey import SIGNATURE_SIZE, Hotkey, HotkeyError
 from chutes_proto.errors import LocalProtocolError, Refused
@@ -84,12 +84,22 @@ def messages_to_sign(
     return (*least[coverage], whole)
 
 
+def sign(signer: Signer, message: bytes) -> bytes:
+    """Call a signer, which is the caller's own. Raises `LocalProtocolError` if it returns anything but bytes."""
+    signature = cast("object", signer(message))
+    if not isinstance(signature, bytes | bytearray):
+        raise LocalProtocolError(
+            f"signer: it returned {type(signature).__name__}, not the bytes of a signature; it is called, never awaited"
+        )
+    return bytes(signature)
+
+
 def signature_headers(hotkey: Hotkey, nonce: str, message: bytes, signer: Signer) -> tuple[tuple[str, str], ...]:
     """Make the three headers of a signed request, names in lower case."""
     return (
         ("x-chutes-hotkey", hotkey.address),
         ("x-chutes-nonce", nonce),
-        ("x-chutes-signature", signer(message).hex()),
+        ("x-chutes-signature", sign(signer, message).hex()),
     )
 
 

@@ -27,7 +27,7 @@ from attrs import Factory, define, field, frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import Signer, body_message
+from chutes_proto.auth.signing import Signer, body_message, sign
 from chutes_proto.boot._exchange import Exchange, Input, State, failure
 from chutes_proto.boot._retry import begin, conceal
 from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
@@ -67,10 +67,11 @@ class BootSettings:
     first_boot: bool = False
 
     def __attrs_post_init__(self) -> None:
-        if not _PRINTABLE.fullmatch(self.miner_hotkey):
-            raise LocalProtocolError(f"a hotkey is an SS58 address, not {self.miner_hotkey[:128]!r}")
-        if not re.fullmatch(NAME_PATTERN, self.vm_name):
-            raise LocalProtocolError(f"a VM's name is {NAME_RULE}, not {self.vm_name[:128]!r}")
+        hotkey, name = cast("object", self.miner_hotkey), cast("object", self.vm_name)  # an unset variable gives None
+        if not isinstance(hotkey, str) or not _PRINTABLE.fullmatch(hotkey):
+            raise LocalProtocolError(f"a hotkey is an SS58 address, not {hotkey!r:.130}")
+        if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+            raise LocalProtocolError(f"a VM's name is {NAME_RULE}, not {name!r:.130}")
         if self.signer is not None:
             try:
                 _ = Hotkey.parse(self.miner_hotkey)
@@ -440,7 +441,7 @@ def _proven(endpoint: Endpoint, message: P, nonce: Secret, signer: Signer | None
     if signer is None:
         raise LocalProtocolError("this boot was granted the provisioned exchange, which needs a signer at each step")
     body = codec.encode_request(endpoint, message).body  # without the headers
-    signature = signer(body_message(Hotkey.parse(message.hotkey or ""), _text(nonce), body))
+    signature = sign(signer, body_message(Hotkey.parse(message.hotkey or ""), _text(nonce), body))
     return attrs.evolve(message, nonce=_text(nonce), signature=signature.hex())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, cast
 
 from attrs import frozen
 
@@ -25,7 +25,7 @@ class Origin:
     @classmethod
     def parse(cls, url: str) -> Origin:
         """Parse ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
-        match = _ORIGIN.fullmatch(url)
+        match = _ORIGIN.fullmatch(url) if isinstance(cast("object", url), str) else None
         port = int(match[3] or _PORT) if match else 0
         if match is None or not 0 < port < 1 << 16:
             raise LocalProtocolError("a server's URL has the form https://host:port")
