@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from chutes_proto.store._heads import RECENT_BOOTS
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
+from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations
 from chutes_proto.wire.codes import Code
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.small_disk import fill, remount, schema_on_small_disk
@@ -178,6 +180,19 @@ def test_a_table_that_a_crash_empties_is_refused(
         told(call, "the table generation is UNLOGGED.*ALTER TABLE generation SET LOGGED")
     ask(url, "ALTER TABLE generation SET LOGGED")
     store.transact(boot("second"))
+
+
+def test_a_table_that_is_gone_is_noticed_by_one_who_does_not_read_it(
+    store: PostgresStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the look of a server does not, which else stays ready while no boot is granted."""
+    monkeypatch.setattr(marks, "LOOK_SECONDS", 0)
+    for table in ("nonce", "generation", "head"):
+        ask(url, f"ALTER TABLE {table} RENAME TO gone")
+        for call in (partial(store.transact, ReadRevocations(NO_REVOCATIONS)), partial(PostgresStore, url)):
+            told(call, f'a table is missing; .* \\(relation "{table}" does not exist\\)')
+        ask(url, f"ALTER TABLE gone RENAME TO {table}")
+        _ = store.transact(ReadRevocations(NO_REVOCATIONS))
 
 
 def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,7 +522,10 @@ def test_a_forged_key_is_no_strangers_business(url: str) -> None:
             store.transact(sync(granted, "body", "storage"))
 
 
-def test_a_table_that_is_missing_is_no_strangers_business_nor_a_newer_releases_fault(url: str) -> None:
+def test_a_table_that_is_missing_is_no_strangers_business_nor_a_newer_releases_fault(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "LOOK_SECONDS", math.inf)
     with closing(PostgresStore(url, vault=VAULT)) as store:
         granted = boot("first")
         store.transact(granted)
@@ -518,7 +536,9 @@ def test_a_table_that_is_missing_is_no_strangers_business_nor_a_newer_releases_f
         told(lambda: store.transact(sync(granted, "body", "storage")), "a table is missing")
         newer = sql.SCHEMA_VERSION + 1
         ask(url, f"UPDATE fact SET value = {newer} WHERE name IN ('schema_version', 'compatible_since')")
-        told(lambda: store.transact(sync(granted, "body", "storage")), f"version {newer}, .*run the release")
+        for seconds in (math.inf, 0):
+            monkeypatch.setattr(marks, "LOOK_SECONDS", seconds)
+            told(lambda: store.transact(sync(granted, "body", "storage")), f"version {newer}, .*run the release")
 
 
 def test_a_session_without_its_prepared_statements_is_noticed(store: PostgresStore) -> None:
