@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -25,6 +27,7 @@ from chutes_proto.errors import (
     StoreBusy,
     StoreError,
 )
+from chutes_proto.io.files import write_file
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.postgres import PostgresStore, has_secret, transactions
 from chutes_proto.io.stores.postgres.url import name_of
@@ -35,6 +38,7 @@ from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, 
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
 from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations
 from chutes_proto.wire.codes import Code
+from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.small_disk import fill, remount, schema_on_small_disk
 from tests.store.harness import Gate, together
@@ -283,6 +287,57 @@ def test_a_wrong_password_is_said_and_not_shown(cluster: Cluster) -> None:
     told(lambda: PostgresStore(wrong), "password authentication failed", StoreAway)
     told(lambda: PostgresStore(cluster.url("nowhere")), 'database "nowhere" does not exist', StoreAway)
     told(lambda: PostgresStore(cluster.url(host="/nowhere")), "no connection to the database", StoreAway)
+
+
+def test_a_certificate_that_is_not_trusted_is_said_with_what_to_do_and_taken_once_it_is(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """libpq's own advice, which is to verify nothing, gives the password away."""
+    advice = "the certificate must be valid now, name this host, and lead to a CA in the file that sslrootcert"
+    # The loopback addresses are many: each process of tests has one, with PostgreSQL's own port.
+    owner, address = cluster.folder.stat(), f"127.{os.getpid() >> 16}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+    pem, key_file, trusted = cluster.folder / "server.pem", cluster.folder / "server.key", tmp_path / "ca.pem"
+    settings = {"listen_addresses": address, "ssl": "on", "ssl_cert_file": str(pem), "ssl_key_file": str(key_file)}
+
+    def new_certificate(name: str) -> bytes:
+        key = NEW_KEY["p256"]()
+        content = certificate_pem(self_signed(key, name))
+        _ = pem.write_bytes(content)
+        write_file(key_file, key_pem(key), mode=0o600)
+        os.chown(key_file, owner.st_uid, owner.st_gid)
+        cluster.stop()
+        cluster.start(**settings)
+        return content
+
+    def refused(text: str) -> None:
+        told(
+            lambda: behind.transact(Ask(ReadTimes())), f"{text}.*; {advice}[^;]*; a new file is read [^;]*$", StoreAway
+        )
+
+    with schema(cluster.url()) as url:
+        PostgresStore(url, migrate=True).close()
+        _ = trusted.write_bytes(new_certificate("database.test"))
+        over_tls = f"{url}&sslmode=verify-full&sslrootcert={trusted}".replace(
+            quote(str(cluster.folder), safe=""), f"database.test&hostaddr={address}"
+        )
+        try:
+            with closing(PostgresStore(over_tls, busy_seconds=0.1)) as behind:
+                content = new_certificate("database.test")
+                refused("certificate verify failed")
+                trusted.unlink()
+                refused("root certificate file .* does not exist")
+                _ = trusted.write_bytes(content)
+                _ = behind.transact(Ask(ReadTimes()))
+                _ = trusted.write_bytes(new_certificate("other.test"))
+                refused("does not match host name")
+        finally:
+            cluster.stop()
+            cluster.start()
+
+
+def test_a_session_that_only_reads_is_said_with_what_to_do(url: str) -> None:
+    read_only = url + "%20-cdefault_transaction_read_only%3Don"
+    told(lambda: PostgresStore(read_only), "session is read-only; is it a standby, .* or default_trans", StoreAway)
 
 
 def test_a_name_says_where_and_as_whom_and_no_more(cluster: Cluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import psycopg
@@ -42,6 +43,23 @@ FAULTS: Final = {
     "XX002": "the database is damaged; stop the server and restore a backup",
 }
 """SQLSTATEs of faults that an operator must repair."""
+
+_OF_CERTIFICATE: Final = (
+    "the certificate must be valid now, name this host, and lead to a CA in the file that sslrootcert of the URL names;"
+    " a new file is read without a restart"
+)
+
+_ADVICE: Final = {
+    "no password supplied": "give a password file of mode 0600, with a line for this host, port and database",
+    "certificate verify failed": _OF_CERTIFICATE,
+    "does not match host name": _OF_CERTIFICATE,
+    "root certificate file": _OF_CERTIFICATE,
+    "session is read-only": "is it a standby, its disk full, or default_transaction_read_only set?",
+}
+"""Advice on a connection that is refused, by a part of libpq's text, which no program of ours translates."""
+
+_ADVICE_OF_LIBPQ: Final = re.compile(r" Either provide the file\b.*?\bdisable server certificate verification\.")
+"""libpq's own advice. Without verification any party in the network gets the password, and is the database."""
 
 AGAIN: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.UniqueViolation)
 """Errors that only concurrent transactions cause. A row that exists already may be one of another transaction of the
@@ -86,6 +104,13 @@ def translated(name: str, exc: psycopg.Error, hint: str = "") -> StoreError:
     if isinstance(exc, errors.DiskFull):
         return fault_of(name, FAULTS[state])
     return fault_of(name, f"{FAULTS.get(state, 'PostgreSQL refused')} ({text})")
+
+
+def not_connected(name: str, exc: psycopg.Error) -> StoreAway:
+    """Return the error of a connection that was refused, or not answered, with what to do."""
+    text = _ADVICE_OF_LIBPQ.sub("", " ".join(str(exc).split()))
+    advice = dict.fromkeys(advice for part, advice in _ADVICE.items() if part in text)
+    return StoreAway(f"store {name}: {'; '.join([f'no connection to the database: {text}', *advice])}")
 
 
 def standby(name: str) -> StoreAway:

@@ -19,11 +19,20 @@ import psycopg
 from attrs import evolve, frozen
 from psycopg import errors
 
-from chutes_proto.errors import FateUnknown, StoreAway, StoreError
+from chutes_proto.errors import FateUnknown, StoreError
 from chutes_proto.io.stores.attempts import UNKNOWN
 from chutes_proto.io.stores.postgres.connection import Asked, Connection, query_of, rows_of
 from chutes_proto.io.stores.postgres.exchange import Prepared, StatementError, exchange
-from chutes_proto.io.stores.postgres.faults import AGAIN, NOT_PREPARED, TEMPORARY, Again, fault_of, standby, translated
+from chutes_proto.io.stores.postgres.faults import (
+    AGAIN,
+    NOT_PREPARED,
+    TEMPORARY,
+    Again,
+    fault_of,
+    not_connected,
+    standby,
+    translated,
+)
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.sql import READ_VERSION
@@ -154,10 +163,7 @@ class Database:
             # Statements have PostgreSQL's own marks: psycopg takes long to find others in one of a thousand rows.
             connection = Connection.connect(self._conninfo, autocommit=True, cursor_factory=psycopg.RawCursor)
         except psycopg.Error as exc:
-            text = " ".join(str(exc).split())
-            if "no password supplied" in text:
-                text += "; give a password file of mode 0600, with a line for this host, port and database"
-            raise StoreAway(f"store {self.name}: no connection to the database: {text}") from None
+            raise not_connected(self.name, exc) from None
         connection.answer_seconds = self._answer_seconds
         if connection.info.server_version < _OLDEST_SERVER:
             connection.close()
