@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.quote import _eventlog as eventlog
+from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._eventlog import (
     RUNTIME_EVENT,
     EventLogFormatError,
@@ -115,6 +116,12 @@ def test_registers_are_extended_from_zero() -> None:
     parsed = parse_event_log(log(event(1, SEPARATOR, b"a"), event(1, SEPARATOR, b"b")))
     first = sha384(bytes(48) + sha384(b"a").digest()).digest()
     assert parsed.rtmrs == (sha384(first + sha384(b"b").digest()).digest(), *[bytes(48)] * 3)
+
+
+def test_a_register_that_is_none_has_no_events() -> None:
+    """In the spelling of a profile's file a loop over the events would see none, and refuse nothing."""
+    with pytest.raises(PolicyError, match="not 'rtmr3'"):
+        _ = parse_event_log(log()).of("rtmr3")
 
 
 def test_an_event_of_no_action_extends_nothing() -> None:

@@ -33,7 +33,7 @@ from attrs import frozen
 
 from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
-from chutes_proto.quote._errors import QuoteError
+from chutes_proto.quote._errors import PolicyError, QuoteError
 from chutes_proto.quote._measurements import REGISTERS, Rtmrs
 
 MAX_SIZE: Final = 4 * 1024 * 1024
@@ -205,7 +205,9 @@ class EventLog:
     events: tuple[Event, ...]
 
     def of(self, register: str) -> tuple[Event, ...]:
-        """The events that extend an RTMR, in their order; none of MRTD."""
+        """The events that extend an RTMR, in their order; none of MRTD. Raises `PolicyError` for another name."""
+        if register not in REGISTERS:  # "rtmr3", as a profile spells it, would be a register without events
+            raise PolicyError(f"register: must be one of {', '.join(REGISTERS)}, not {register!r}")
         return tuple(event for event in self.events if event.register == register and event.extends_rtmr)
 
     @property
