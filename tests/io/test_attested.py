@@ -17,6 +17,7 @@ import httpx
 import pytest
 from OpenSSL import SSL
 
+from chutes_proto.errors import LocalProtocolError
 from chutes_proto.quote import AcceptedVerdict, Policy, VerificationError
 from chutes_proto.sync import (
     AttestationFailedError,
@@ -158,6 +159,12 @@ def test_pyopenssl(accepted: bool, identity: AttestedIdentity, tmp_path: Path) -
             with pytest.raises(VerificationError, match="no_profiles"):
                 stream.do_handshake()
     assert len(got) == accepted
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 10**12])
+def test_an_identity_that_no_client_could_accept_is_not_made(seconds: int) -> None:
+    with pytest.raises(LocalProtocolError, match="seconds: must be"):
+        _ = make_attested_identity(PLATFORM.quote, seconds=seconds)
 
 
 def test_registers_count_as_in_the_named_stage(tmp_path: Path) -> None:

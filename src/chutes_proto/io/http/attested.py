@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.errors import CollateralUnavailable, LocalProtocolError
 from chutes_proto.io.quoters.choose import Quoter, take_quote
 from chutes_proto.quote._attested import DICE_TAGGED_EVIDENCE, evidence_for, verify_certificate
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
@@ -187,15 +187,17 @@ def make_attested_identity(quoter: Quoter, *, name: str = "attested", seconds: i
     """Make a P-256 key and a certificate for it, valid for ``seconds``, with a quote from ``quoter``.
 
     The evidence has the interoperable form. The quote does not age: make a new identity at every start. Raises
-    `QuoteUnavailable`.
+    `QuoteUnavailable`, and `LocalProtocolError` for a validity that a certificate cannot have.
     """
+    now = datetime.now(UTC).replace(microsecond=0)
+    if not 0 < seconds < (datetime.max.replace(tzinfo=UTC) - now).total_seconds():
+        raise LocalProtocolError(f"seconds: must be above 0, and end before the year 10000, not {seconds}")
     key = ec.generate_private_key(ec.SECP256R1())
     report_data, extension = evidence_for(
         key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     )
     value = extension(take_quote(quoter, report_data))
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC).replace(microsecond=0)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
