@@ -118,7 +118,7 @@ def test_registers_are_extended_from_zero() -> None:
     assert parsed.rtmrs == (sha384(first + sha384(b"b").digest()).digest(), *[bytes(48)] * 3)
 
 
-def test_a_register_that_is_none_has_no_events() -> None:
+def test_the_events_of_an_unknown_register_are_not_given() -> None:
     """In the spelling of a profile's file a loop over the events would see none, and refuse nothing."""
     with pytest.raises(PolicyError, match="not 'rtmr3'"):
         _ = parse_event_log(log()).of("rtmr3")
