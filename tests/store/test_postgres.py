@@ -36,7 +36,6 @@ from chutes_proto.store._heads import RECENT_BOOTS
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
-from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations
 from chutes_proto.wire.codes import Code
 from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
 from tests.postgres import PASSWORD, Cluster, schema
@@ -184,19 +183,6 @@ def test_a_table_that_a_crash_empties_is_refused(
         told(call, "the table generation is UNLOGGED.*ALTER TABLE generation SET LOGGED")
     ask(url, "ALTER TABLE generation SET LOGGED")
     store.transact(boot("second"))
-
-
-def test_a_table_that_is_gone_is_noticed_by_one_who_does_not_read_it(
-    store: PostgresStore, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the look of a server does not, which else stays ready while no boot is granted."""
-    monkeypatch.setattr(marks, "LOOK_SECONDS", 0)
-    for table in ("nonce", "generation", "head"):
-        ask(url, f"ALTER TABLE {table} RENAME TO gone")
-        for call in (partial(store.transact, ReadRevocations(NO_REVOCATIONS)), partial(PostgresStore, url)):
-            told(call, f'a table is missing; .* \\(relation "{table}" does not exist\\)')
-        ask(url, f"ALTER TABLE gone RENAME TO {table}")
-        _ = store.transact(ReadRevocations(NO_REVOCATIONS))
 
 
 def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -837,11 +823,6 @@ def test_a_database_that_turns_read_only_is_said(store: PostgresStore) -> None:
     store._pool.idle[0].execute("SET default_transaction_read_only = on")
     told(store.check_writing, "the database is read-only, and this transaction changed nothing; is its disk full")
     told(lambda: store.transact(boot("first")), "the database is read-only, and this transaction changed nothing")
-
-
-def test_tables_that_vanish_are_said(store: PostgresStore, url: str) -> None:
-    ask(url, "DROP TABLE volume")
-    told(store.check, "a table is missing")
 
 
 def test_what_sql_cannot_hold_is_the_stores_error(store: PostgresStore) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -13,9 +14,9 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import StoreError
+from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import migration
-from chutes_proto.io.stores.postgres import store as store_in_postgres
 from chutes_proto.store import _schema
 from chutes_proto.store._run import Ask
 from chutes_proto.store._schema import Step
@@ -30,11 +31,11 @@ from chutes_proto.store.rows import (
     SetHorizon,
 )
 from chutes_proto.testing.store_suite._parts import boot, dump, sync
+from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations
 from tests.store.harness import Gate
 from tests.waiting import wait_until
 
 CURRENT = _schema.STEPS
-MISSING = store_in_postgres._MISSING
 EXPANSION = Step(
     "CREATE TABLE owner (name TEXT); ALTER TABLE vm ADD COLUMN note TEXT; ALTER TABLE boot ADD COLUMN note TEXT",
     compatible_since=len(CURRENT),
@@ -53,10 +54,6 @@ def set_release(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> None:
     """From here on this is a release with these steps."""
     monkeypatch.setattr(_schema, "STEPS", steps)
     monkeypatch.setattr(_schema, "SCHEMA_VERSION", len(steps))
-    if len(steps) < len(CURRENT):  # which knows fewer tables than `ROWS` says
-        monkeypatch.setattr(store_in_postgres, "_MISSING", "NULL")
-    else:
-        monkeypatch.setattr(store_in_postgres, "_MISSING", MISSING)
 
 
 @pytest.mark.parametrize("version", range(1, len(CURRENT)))
@@ -128,6 +125,37 @@ def test_a_newer_release_keeps_the_rows_and_the_older_one_refuses_them(
     for migrate in (False, True):
         with pytest.raises(StoreError, match="run the release that made it"):
             place.open(migrate=migrate)
+
+
+def test_a_table_that_is_gone_is_noticed_by_one_who_does_not_read_it(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the look of a server does not, which else stays ready while no boot is granted."""
+    monkeypatch.setattr(marks, "LOOK_SECONDS", 0)
+    with closing(place.open(migrate=True)) as store:
+        for table in ("nonce", "generation", "head", "fact"):
+            _ = store.transact(ReadRevocations(NO_REVOCATIONS))
+            execute(place, f"ALTER TABLE {table} RENAME TO gone")
+            for call in (partial(store.transact, ReadRevocations(NO_REVOCATIONS)), store.check):
+                with pytest.raises(StoreError, match=f"(the table {table} is missing|a table is missing.*{table})"):
+                    _ = call()
+            with pytest.raises(StoreError):
+                place.open()
+            execute(place, f"ALTER TABLE gone RENAME TO {table}")
+
+
+def test_a_table_that_a_newer_release_has_dropped_is_not_missing(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opens the store, and who has it open, hear of its version."""
+    with closing(place.open(migrate=True)) as older:
+        set_release(monkeypatch, *CURRENT, Step("DROP TABLE what_if"))
+        with closing(place.open(migrate=True)) as newer:
+            newer.transact(boot("first"))
+        set_release(monkeypatch, *CURRENT)
+        for call in (partial(older.transact, ReadRevocations(NO_REVOCATIONS)), place.open):
+            with pytest.raises(StoreError, match="run the release that made it"):
+                _ = call()
 
 
 def test_a_step_that_fails_leaves_no_trace(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ them. Types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final, Literal, TypeAlias
 
@@ -457,6 +458,21 @@ def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
     text = ";".join((alone, *steps, _WRITE_VERSION))
     text = text.format(version=len(STEPS), compatible_since=compatible_since(), **_TYPES[dialect])
     return (statement for part in text.split(";") if (statement := part.strip()))
+
+
+def tables() -> tuple[str, ...]:
+    """The tables of our schema version, of which servers of a newer one that we can use keep all."""
+    found: dict[str, None] = {}
+    for statement in schema("postgresql"):
+        if match := re.match(r"(CREATE|DROP) TABLE (\w+)", statement):
+            _ = found.setdefault(match[2]) if match[1] == "CREATE" else found.pop(match[2])
+    return tuple(found)
+
+
+def missing_table(dialect: Dialect) -> str:
+    """The statement that tells one of our tables that a database lacks, or NULL."""
+    names = ", ".join(f"('{table}')" for table in tables())
+    return f"SELECT min(column1) FROM (VALUES {names}) AS needed WHERE column1 NOT IN ({TABLES[dialect]})"  # noqa: S608
 
 
 def indexes() -> Iterator[tuple[str, str]]:

@@ -5,7 +5,8 @@ Rules kept here:
 * a database of an older version is refused, and so is one of a newer version that says that servers of ours cannot use
   it; the error says what to run; a server never migrates, an operator does;
 * a database with other tables than ours is another program's, and is left alone; one with our tables and without a
-  version is damaged;
+  version is damaged, and so is one that lacks a table: a server reads few of them beside the requests, and boots need
+  all;
 * all steps of a migration are one transaction, which the caller begins and commits, except for indexes that
   PostgreSQL builds meanwhile.
 """
@@ -48,10 +49,11 @@ class Versions:
         return version
 
     def require(self) -> int:
-        """Return the schema version. Raises `StoreError`, with what to do, unless we can use it and all facts exist."""
+        """Return the schema version. Raises `StoreError`, with what to do, unless we can use it and it is whole."""
         if self.found() is None:
             raise self._unusable("it is empty, as only a new one may be", is_older=True)
         version = self.check(self.execute(_schema.READ_VERSION))
+        self.require_tables()
         if not self.execute(_schema.READ_HORIZON):
             raise self._lost()
         return version
@@ -68,6 +70,18 @@ class Versions:
             raise self._unusable(state, is_older=0 < found < _schema.SCHEMA_VERSION)
         version: int = found
         return version
+
+    def require_tables(self) -> None:
+        """Raise `StoreError` for a database that lacks one of our tables."""
+        ((missing,),) = self.execute(_schema.missing_table(self.dialect))
+        if missing is not None:
+            raise self.lacks(missing)
+
+    def lacks(self, table: str) -> StoreError:
+        """Return the error of a database without ``table``, or raise the one of its version if we cannot use that."""
+        if table != "fact":  # which has the version
+            _ = self.check(self.execute(_schema.READ_VERSION))
+        return StoreError(f"store {self.name}: the table {table} is missing; stop the server and restore a backup")
 
     def require_indexes(self) -> None:
         """Raise `StoreError` if an index that PostgreSQL builds apart is not complete; a newer release needs others."""

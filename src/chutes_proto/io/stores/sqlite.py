@@ -168,6 +168,7 @@ class SqliteStore(MarkedStore):
         self._waiting: list[_Job] = []
         self._connection: sqlite3.Connection | None = None
         self._checked_at: tuple[int] | None = None  # the changes that others had made to the file
+        self._tables_at: tuple[int] | None = None  # the changes of the schema when all tables were there
         self._keys: Session | None = None  # as they were then
         self._heads: Remembered = {}  # of VMs, as stored: nobody else has changed them since then
         self._closed = False
@@ -416,6 +417,10 @@ class SqliteStore(MarkedStore):
     def _session(self, connection: sqlite3.Connection) -> Session:
         """Check the schema, as a newer release may have migrated the file meanwhile; return the keys of the rows."""
         versions = self._versions(connection)
+        changes: tuple[int] = connection.execute("PRAGMA schema_version").fetchone()
+        if changes != self._tables_at:
+            versions.require_tables()
+            self._tables_at = changes
         found = versions.execute(READ_VERSION)
         _ = versions.check(found)
         session = self.custody.session(found[0][2], versions.execute)

@@ -32,8 +32,9 @@ from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._guard import Guard, statements_ahead
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
+from chutes_proto.store._schema import missing_table, tables
 from chutes_proto.store.rows import ROWS
-from chutes_proto.store.sql import READ_VERSION, LostFactError, is_read, returns_rows
+from chutes_proto.store.sql import LostFactError, is_read, returns_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,13 +69,6 @@ _UNLOGGED: Final = (
     f" AND relpersistence = 'u' AND relname IN {('fact', 'head', 'store_head', *(kind.TABLE for kind in ROWS))}"
 )
 """The statement that tells which of our tables PostgreSQL empties after a crash, and on a standby."""
-
-_TABLES: Final = ("fact", "key_server", "what_if", "head", "store_head", *(kind.TABLE for kind in ROWS))
-
-_MISSING: Final = (
-    f"SELECT min(name) FROM unnest('{{{', '.join(_TABLES)}}}'::text[]) AS name WHERE to_regclass(name) IS NULL"  # noqa: S608
-)
-"""The statement that tells which of our tables is gone."""
 
 _COMPANY: Final = (
     f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{DEFAULTS['application_name']}'"  # noqa: S608
@@ -415,7 +409,7 @@ class PostgresStore(MarkedStore):
 
     def _check_writing(self, connection: Connection) -> None:
         rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
-        needed = [(table, right) for table in _TABLES for right in rights]
+        needed = [(table, right) for table in tables() for right in rights]
         texts = (f"has_table_privilege('{table}', '{right}')" for table, right in needed)
         is_read_only, *found = rows_of(
             connection, f"SELECT current_setting('transaction_read_only') = 'on', {', '.join(texts)}"
@@ -477,16 +471,14 @@ class PostgresStore(MarkedStore):
     def _look(self, connection: Connection) -> None:
         """Compare the database with the mark. Raises `StoreError` for one that is behind or not replicated as it must.
 
-        So it does for one that lacks a table: a server reads few of them beside the requests, and boots need all.
+        So it does for one that lacks a table.
         Not in a serializable transaction: to read the newest audit rows in one conflicts with everyone who adds some.
         """
-        look = f"{_REPLICATION}, ({_UNLOGGED}), ({_MISSING})"
+        look = f"{_REPLICATION}, ({_UNLOGGED}), ({missing_table('postgresql')})"
         with self._database.transaction(connection, self._database.beginning("READ COMMITTED", then=look)) as rows:
             ((streaming, has_synchronous, unlogged, missing),) = rows[0]
             if missing is not None:
-                # A newer release may have dropped it: then its version is what the operator must hear of.
-                _ = self._database.versions(connection).check(rows_of(connection, READ_VERSION))
-                raise fault_of(self.name, f'{FAULTS["42P01"]} (relation "{missing}" does not exist)')
+                raise self._database.versions(connection).lacks(missing)
             if unlogged is not None:
                 raise fault_of(
                     self.name,
