@@ -403,6 +403,11 @@ TABLES: Final[dict[Dialect, str]] = {
 }
 """The statement that lists all tables of a database, ours or not."""
 
+_IS_MISSING: Final[dict[Dialect, str]] = {
+    "sqlite": "column1 NOT IN (SELECT name FROM sqlite_master)",
+    "postgresql": "to_regclass(column1) IS NULL",
+}
+
 _TYPES: Final[dict[Dialect, dict[str, str]]] = {
     "sqlite": {
         "bytes": "BLOB",
@@ -472,7 +477,7 @@ def tables() -> tuple[str, ...]:
 def missing_table(dialect: Dialect) -> str:
     """The statement that tells one of our tables that a database lacks, or NULL."""
     names = ", ".join(f"('{table}')" for table in tables())
-    return f"SELECT min(column1) FROM (VALUES {names}) AS needed WHERE column1 NOT IN ({TABLES[dialect]})"  # noqa: S608
+    return f"SELECT min(column1) FROM (VALUES {names}) AS needed WHERE {_IS_MISSING[dialect]}"  # noqa: S608
 
 
 def indexes() -> Iterator[tuple[str, str]]:
