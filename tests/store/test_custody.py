@@ -53,7 +53,7 @@ from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal
 from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, FindGone, SealVms
 from chutes_proto.units.erasure import EraseVm
-from chutes_proto.units.log import SALT_SIZE, ReadCheckpoint, SequenceLog
+from chutes_proto.units.log import ROWS_FORGED, SALT_SIZE, ReadCheckpoint, SequenceLog
 from chutes_proto.units.operator import AllowFormat, BindVm, PurgeBoots, RewrapKeys, StoreRestored
 from chutes_proto.units.revocations import Allow, ReadRevocations, Revoke
 from tests.conftest import SOAK
@@ -426,6 +426,25 @@ def test_a_value_of_another_type_ends_no_server(table: str, tmp_path: Path) -> N
                     check_stored(store, state.size, [state], lambda *_: None)
                 _ = [*find_faults(store)]
             _ = Mark.from_bytes((tmp_path / "mark").read_bytes())
+
+
+def test_a_text_that_is_not_utf_8_stops_its_own_vm_alone(tmp_path: Path) -> None:
+    """SQLite takes such a text, too. Each look at the store reads the newest audit rows, so one stopped all VMs."""
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT, mark_file=tmp_path / "mark")
+    (tmp_path / "keys.db").write_bytes(images()[1])
+    with closing(place.open()) as store:
+        run(place, "UPDATE vm SET attested = CAST(X'FF' AS TEXT) WHERE vm = 'vm-b'")
+        run(place, "UPDATE boot SET profile_name = CAST(X'FF' AS TEXT) WHERE vm = 'vm-b'")
+        values = "1, 'vm', CAST(X'FF' AS TEXT), 'done', '', '', ''"
+        run(place, f"INSERT INTO audit (at, actor, event, decision, reason, keys, peer_address) VALUES ({values})")
+        store.keep_mark()
+        store.transact(granted("last", A, 400))
+        with pytest.raises(RowNotAuthentic):
+            store.transact(granted("last", B, 400))
+        assert {fault.table for fault in find_faults(store)} == {"audit", "boot", "vm"}
+        sequence(store)
+        assert store.transact(Ask(rows.ReadAudit(1 << 62, 1, backwards=True)))[0][1].event == ROWS_FORGED
+    place.open().close()
 
 
 PART = 1 if SOAK else 25

@@ -537,6 +537,7 @@ class SqliteStore(MarkedStore):
             connection = sqlite3.connect(
                 self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
             )
+            connection.text_factory = _text
             try:
                 self._prepare_with_retries(connection)
             except BaseException:
@@ -673,6 +674,14 @@ def _inode_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _text(data: bytes) -> str | bytes:
+    """A stored text; bytes if it is not UTF-8, which is a value of another type, and so a fault of its row alone."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 @lru_cache(128)
