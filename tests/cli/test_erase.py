@@ -7,7 +7,7 @@ import re
 import shutil
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from chutes_proto.io.server import watching
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.setup import ServerSetup, make_setup
+from chutes_proto.io.stores import erasures
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
@@ -287,7 +288,7 @@ def test_a_server_says_once_that_it_cannot_note_erasures(site: Site, monkeypatch
 
     async def watch() -> None:
         async with anyio.create_task_group() as group:
-            _ = group.start_soon(watching.watch_erasures, setup, store, told.append)
+            _ = group.start_soon(watching.watch_erasures, Running(setup), store, told.append)
             while not tried:  # it may begin after the first change
                 setup.service.revoked.now = Revocations(setup.service.revoked.now.version + 1)
                 await anyio.lowlevel.checkpoint()
@@ -323,6 +324,53 @@ def test_a_server_says_once_that_it_cannot_note_erasures(site: Site, monkeypatch
 def test_a_file_that_cannot_be_read_stops_the_server(site: Site, line: str) -> None:
     site.boot("1")
     file = marked(site)
+    with suppress(ValueError, RecursionError):
+        told = json.loads(line)
+        kek, mac = next(iter(erasures._macs(setup_of(site).service.vault).items()))
+        line = json.dumps(told | {"kek": kek, "mac": mac(told)}) if isinstance(told, dict) else line
     _ = file.write_text(line + "\n")
     ended = site.do("store", "restored", "--reason", "x")
     assert (ended.code, f"{file}, line 1: neither an erasure nor a revocation" in ended.err) == (1, True)
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_a_line_that_no_server_wrote_is_not_done(site: Site) -> None:
+    """Else one who can write the file alone destroys keys, and lets a revoked VM boot."""
+    file = marked(site)
+    site.boot("1")
+    assert site.do("vm", "revoke", "vm-1").code == 0
+    written = file.read_text()
+    (revoked,) = map(json.loads, written.splitlines())
+    erased = {"erasure_id": "1", "hotkey": HOTKEY, "vm": "vm-1", "erased_at": NOW + 99, "through": '{"storage":9}'}
+    erased |= {name: revoked[name] for name in ("store", "kek", "mac")}
+    for line in (revoked | {"allowed_at": int(time.time()) + 99}, erased):
+        _ = file.write_text(f"{written}{json.dumps(line)}\n")
+        with pytest.raises(StoreError, match="line 2: its MAC is not that of a server"), open_store(started(site)):
+            pass
+        assert site.do("store", "restored").code == 1
+        assert "line 2: its MAC" in site.do("serve", "--check").err
+    assert len(site.json("revocations")["revocations"]) == 1
+    assert len([row for row in site.rows() if row.sealed]) == 2
+
+
+def started(site: Site) -> Running:
+    return Running(setup_of(site))
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_a_new_kek_takes_the_lines_over(site: Site) -> None:
+    file = marked(site)
+    site.boot("1")
+    assert site.do("vm", "revoke", "vm-1").code == 0
+    before = file.read_text()
+    configured = test_operating.new_key(site)
+    with open_store(started(site)):
+        assert json.loads(file.read_text())["kek"] != json.loads(before)["kek"]
+    assert site.do("keys", "rewrap").code == 0
+    _ = site.configuration.write_text(configured)
+    with open_store(started(site)):
+        pass
+    _ = file.write_text(before)
+    told = "line 1: it was written under .* name that KEK in kek_previous_file"
+    with pytest.raises(StoreError, match=told), open_store(started(site)):
+        pass

@@ -66,7 +66,7 @@ def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, rea
         running = store.transact(who)
         file = erasures_file(setup.config)
         with told_with(f"{kind} {subject} is revoked, but {_UNNOTED}", _LATER):
-            _ = keep_erasures(store, file)
+            _ = keep_erasures(store, file, setup.vault)
 
     def people() -> None:
         row = RevocationRow(kind, subject, reason, now, until)
@@ -85,11 +85,12 @@ def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
     with operating.opened(config) as (setup, store):
         file = erasures_file(setup.config)
         with told_with("nothing was changed", "run the command again"):
-            _ = keep_erasures(store, file)  # in a store that was restored it may be what the file alone knows
+            # In a store that was restored it may be what the file alone knows.
+            _ = keep_erasures(store, file, setup.vault)
         _ = store.transact(Allow(operating.now(), new_version(), kind, subject, reason))
         operating.require_kept(store, ReadTimes(), ReadRevocation(kind, subject))
         with told_with(f"{kind} {subject} may boot again, but {_UNNOTED}", _LATER):
-            _ = keep_erasures(store, file)
+            _ = keep_erasures(store, file, setup.vault)
     return operating.done(f"{kind} {subject} may boot again; start its VMs that were refused")
 
 

@@ -324,7 +324,7 @@ def accept_loss(reason: str, config: str | None, store: str | None) -> int:
 def _decided(
     event: Literal["store restored", "loss accepted"], reason: str, config: str | None, store: str | None
 ) -> int:
-    place, _ = _place(config, store)
+    place, vault = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
     given = None if config is None else ServerConfig.load(config)
@@ -332,7 +332,7 @@ def _decided(
     with closing(place.open()) as opened:
         if given is not None and is_of_sealed(make_store_setup(given).mark_file):
             opened.custody.require_seal(1)
-        repeated = keep_erasures(opened, path)
+        repeated = keep_erasures(opened, path, vault)
         done = opened.transact(StoreRestored(operating.now(), reason, event))
         operating.require_kept(opened, ReadTimes())
     again = f"boots are granted again after {rfc3339(done.horizon)}"

@@ -332,7 +332,7 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
             rows = (Read(VmRow, named), ReadAll(GenerationRow, named), ReadAll(VolumeRow, named), FindLastBoot(named))
             operating.require_kept(store, ReadTimes(), *rows)
             with revoking.told_with("its keys are destroyed in the store, and copies are not", "run the command again"):
-                _ = keep_erasures(store, path)
+                _ = keep_erasures(store, path, setup.vault)
     values = [value for row in done.keys for value in (row.sealed, row.wrapped_key) if value]
     values += [half for row in done.evidence for half in _halves(row.quote)]
     left = scrub(setup.store, values) if yes else []

@@ -97,7 +97,7 @@ def check_places(setup: ServerSetup) -> Iterator[Finding]:
         yield Finding("note", "store.mark_file", detail)
     if (erasures := erasures_file(setup.config)) is not None:
         try:
-            check_file(erasures)
+            check_file(erasures, setup.service.vault)
         except StoreError as exc:
             yield Finding.of_problem(str(exc))
     audit = setup.config.audit

@@ -115,7 +115,7 @@ def open_store(running: Running, worker: Given | None = None) -> Generator[tuple
             raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}{WARN_MEANWHILE}")
         sinks, required = read_sinks(setup.config, setup.base), setup.config.audit.required
         with copying(store, sinks, required=required, mark_file=setup.store.mark_file) as copies:
-            repeated = keep_erasures(store, erasures_file(setup.config))
+            repeated = keep_erasures(store, erasures_file(setup.config), setup.service.vault)
             store.keep_mark()
             file = setup.checkpoint_file
             witnesses = read_witnesses(setup.config, setup.base, store, file)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from chutes_proto.io.drivers.aio import Performer
     from chutes_proto.io.finding import Finding
     from chutes_proto.io.server.reload import Running
-    from chutes_proto.io.server.setup import ServerSetup
     from chutes_proto.io.stores.address import DurableStore
+    from chutes_proto.keys.vault import Vault
 
 
 @asynccontextmanager
@@ -49,7 +49,7 @@ async def watching(
             lambda: run(sweep_nonces(service.readiness)),
             lambda: run(learn_vms(service.known)),
             partial(log_notes, store, log),
-            partial(watch_erasures, setup, store, log),
+            partial(watch_erasures, running, store, log),
         ]
         if worker in (None, 0):  # one of all workers
             works.append(partial(log_ends, running, log))
@@ -59,17 +59,25 @@ async def watching(
         background.cancel_scope.cancel()
 
 
-async def watch_erasures(setup: ServerSetup, store: DurableStore, log: Callable[[Record], None]) -> None:
-    """Note erasures and revocations in the file of this server, and repeat those that the store has lost."""
-    path, seen, failed = erasures_file(setup.config), setup.service.revoked.now.version, ""
+async def watch_erasures(running: Running, store: DurableStore, log: Callable[[Record], None]) -> None:
+    """Note erasures and revocations in the file of this server, and repeat those that the store has lost.
+
+    After a reload with another KEK, the file is written under that one, too.
+    """
+
+    def found() -> tuple[int, Vault]:
+        service = running.setup.service
+        return service.revoked.now.version, service.vault
+
+    path, seen, failed = erasures_file(running.setup.config), found(), ""
     while path is not None:
         await anyio.sleep(WATCH_SECONDS)
-        version = setup.service.revoked.now.version
-        if version == seen:
+        now = found()
+        if now == seen:
             continue
         try:
-            repeated = await anyio.to_thread.run_sync(keep_erasures, store, path, abandon_on_cancel=True)
-            seen, failed = version, ""
+            repeated = await anyio.to_thread.run_sync(keep_erasures, store, path, now[1], abandon_on_cancel=True)
+            seen, failed = now, ""
         except StoreError as exc:
             if str(exc) != failed:  # it is tried again every second
                 failed = str(exc)

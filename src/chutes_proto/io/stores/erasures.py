@@ -9,19 +9,23 @@ Rules kept here:
   back, or a VM;
 * of two changes of a party's revocation the later one holds, whether it is in the file or in the store;
 * a line has the number of its store. Those of another store stay in the file and erase nothing: the other may have a
-  VM of the same name, whose keys were never erased.
+  VM of the same name, whose keys were never erased;
+* a line has a MAC under a key that is derived from the KEK: a line destroys keys, or lets a revoked party boot. After a
+  new KEK all lines get new ones. One that no server wrote stops the start, and is never done.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
+import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 from attrs import asdict, define, frozen
 
@@ -34,6 +38,10 @@ from chutes_proto.store.rows import ErasureRow, Revocable, RevocationRow, Scan, 
 from chutes_proto.units.erasure import RepeatErasure, through_of
 from chutes_proto.units.revocations import RepeatRevocation
 
+if TYPE_CHECKING:
+    from chutes_proto.keys.vault import Vault
+    from chutes_proto.secret import Secret
+
 LONGEST: Final = 64 * 1024
 """The most bytes of a line."""
 SHORTEST: Final = 32
@@ -42,6 +50,8 @@ _BLOCK: Final = 1 << 20
 _WORD: Final = 8
 _ERASURE: Final = {"store", "erasure_id", "hotkey", "vm", "erased_at", "through"}
 _REVOCATION: Final = {"store", "kind", "subject", "reason", "created_at", "ends_at", "allowed_at"}
+_SEAL: Final = {"kek": re.compile("[0-9a-f]{16}"), "mac": re.compile("[0-9a-f]{64}")}
+"""The members that each line has besides: the id of the KEK of its MAC, and the MAC."""
 _Party: TypeAlias = tuple[Revocable, str]
 
 
@@ -70,6 +80,8 @@ class _Noted:
     erasures: dict[str, ErasureRow]
     revocations: dict[_Party, RevocationRow]
     others: list[bytes]
+    is_of_current: bool = True
+    """Whether all lines of the store have MACs under the current KEK."""
 
 
 def file_beside(mark_file: Path) -> Path:
@@ -77,20 +89,21 @@ def file_beside(mark_file: Path) -> Path:
     return mark_file.with_name(f"{mark_file.name}.erasures")
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, vault: Vault) -> None:
     """Read a file of erasures as the start of a server does, if it is there. Raises `StoreError`."""
-    _ = _read(path, 0)
+    _ = _read(path, 0, vault)
 
 
-def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
+def keep_erasures(store: DurableStore, path: Path | None, vault: Vault | None) -> Repeated:
     """Repeat in ``store`` the erasures and revocations of the file, and add those of the store to it.
 
     An erasure that the store knows is looked at, too: somebody may have put its record into a store from before.
-    Raises `StoreError` also for a file that cannot be read or written.
+    ``vault`` has the KEKs of the server; nothing is done without a file, nor without them. Raises `StoreError` also for
+    a file that cannot be read or written, or that has a line of which the MAC is wrong.
     """
-    if path is None:
+    if path is None or vault is None:
         return Repeated()
-    noted = _read(path, store.store_id)
+    noted = _read(path, store.store_id, vault)
     vms = keys = revocations = 0
     erased = {row.erasure_id: row for row in store.transact(Ask(Scan(ErasureRow)))}
     for record in noted.erasures.values():
@@ -109,16 +122,19 @@ def keep_erasures(store: DurableStore, path: Path | None) -> Repeated:
             unit = RepeatRevocation(int(time.time()), 1 + secrets.randbits(62), row)
             revocations += store.transact(unit)
             changed[party] = row
-    if erased.keys() - noted.erasures.keys() or changed != noted.revocations:
+    if erased.keys() - noted.erasures.keys() or changed != noted.revocations or not noted.is_of_current:
         noted.erasures |= erased
         noted.revocations = changed
-        _write(path, noted, store.store_id)
+        _write(path, noted, store.store_id, vault)
     return Repeated(vms, keys, revocations)
 
 
-def _write(path: Path, noted: _Noted, store_id: int) -> None:
-    lines = [json.dumps(_plain(row, store_id)).encode() for row in noted.erasures.values()]
-    lines += [json.dumps({"store": store_id, **asdict(row)}).encode() for row in noted.revocations.values()]
+def _write(path: Path, noted: _Noted, store_id: int, vault: Vault) -> None:
+    told = [_plain(row, store_id) for row in noted.erasures.values()]
+    told += [{"store": store_id, **asdict(row)} for row in noted.revocations.values()]
+    kek = vault.current.kek_id
+    macs = _macs(vault)
+    lines = [json.dumps({**each, "kek": kek, "mac": macs[kek](each)}).encode() for each in told]
     try:
         write_file(path, b"".join(line + b"\n" for line in (*noted.others, *lines)), mode=0o600)
         give_to_owner_of(path.parent, path)
@@ -126,32 +142,54 @@ def _write(path: Path, noted: _Noted, store_id: int) -> None:
         raise StoreError(f"erasures: {exc}") from None
 
 
+def _macs(vault: Vault) -> dict[str, Callable[[Mapping[str, object]], str]]:
+    """Functions that make the MAC of a line's other members, by the KEK from which its key is derived."""
+
+    def under(key: Secret) -> Callable[[Mapping[str, object]], str]:
+        return lambda told: hmac.digest(key.reveal(), json.dumps(told, sort_keys=True).encode(), "sha256").hex()
+
+    return {kek_id: under(key) for kek_id, key in vault.derive("erasures")}
+
+
 def _plain(row: ErasureRow, store_id: int) -> dict[str, object]:
     members = {"store": store_id, "erasure_id": row.erasure_id, "hotkey": row.vm.hotkey, "vm": row.vm.name}
     return {**members, "erased_at": row.erased_at, "through": row.through}
 
 
-def _read(path: Path, store_id: int) -> _Noted:
+def _read(path: Path, store_id: int, vault: Vault) -> _Noted:
     """Read the lines of a store, and keep those of other stores as they are."""
     try:
         lines = [*read_lines(path, limit=LONGEST)] if is_there(path) else []
     except (ConfigurationError, OSError) as exc:
         raise StoreError(f"erasures: {exc}") from None
-    noted = _Noted({}, {}, [])
+    noted, macs = _Noted({}, {}, []), _macs(vault)
     for number, line in enumerate(lines, 1):
+        place = f"erasures: {path}, line {number}"
         try:
             told: Any = json.loads(line)
+            kek, mac = (told.pop(name) for name, form in _SEAL.items() if form.fullmatch(told[name]))
             row = _erasure(told) if "erasure_id" in told else _revocation(told)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            text = f"erasures: {path}, line {number}: neither an erasure nor a revocation; restore the file, or remove"
-            raise StoreError(f"{text} the line if you know what it was") from None
+            raise StoreError(f"{place}: neither an erasure nor a revocation; {_REMEDY}") from None
+        if kek in macs and not hmac.compare_digest(mac, macs[kek](told)):
+            raise StoreError(f"{place}: its MAC is not that of a server, so somebody else wrote it; {_REMEDY}")
         if told["store"] != store_id:
             noted.others.append(line.strip())
-        elif isinstance(row, ErasureRow):
+            continue
+        if kek not in macs:
+            raise StoreError(
+                f"{place}: it was written under the key-encryption key (KEK) {kek}; name that KEK in kek_previous_file,"
+                " and start the server once: it writes the file under the new one"
+            )
+        noted.is_of_current &= kek == vault.current.kek_id
+        if isinstance(row, ErasureRow):
             noted.erasures[row.erasure_id] = row
         else:
             noted.revocations[row.kind, row.subject] = row
     return noted
+
+
+_REMEDY: Final = "restore the file, or remove the line if you know what it was"
 
 
 def _erasure(told: Any) -> ErasureRow:
