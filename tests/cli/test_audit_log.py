@@ -204,6 +204,16 @@ def test_an_exported_log_that_lacks_a_file_is_refused(logged: Site, tmp_path: Pa
     assert why in " ".join((ended.out + ended.err).split())
 
 
+def test_a_changed_entry_is_not_purged(logged: Site) -> None:
+    """The entry that tells of the purge would be all that is left to be verified."""
+    _ = logged.do("audit", "checkpoint")
+    change(logged, "UPDATE audit SET reason = 'forged' WHERE idx = 300")
+    ended = logged.do("audit", "purge", "--yes", "--reason", "old")
+    told = "one of the entries 256 to 511 was changed or removed, or their tile was; nothing from there on is deleted"
+    assert (ended.code, told in ended.err) == (1, True)
+    assert logged.json("audit", "list")["rows"][300]["reason"] == "forged"
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "tile/entries/001", "tile/0/001"])
 def test_a_pipe_in_an_exported_log_is_not_waited_for(logged: Site, tmp_path: Path, name: str) -> None:
     directory = tmp_path / "log"

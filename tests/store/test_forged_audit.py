@@ -321,6 +321,32 @@ def test_a_purge_ends_at_the_edge_of_a_tile(store: DurableStore) -> None:
     verify_inclusion(leaf_of(entry), 512, 514, path, checkpoint.root)
 
 
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (f"UPDATE audit SET at = {NOW - 100} WHERE idx >= 256",),
+        ("DELETE FROM audit WHERE idx BETWEEN 256 AND 800",),
+        ("DELETE FROM audit WHERE idx BETWEEN 256 AND 800", "DELETE FROM log_tile WHERE level = 0 AND tile IN (1, 2)"),
+    ],
+)
+def test_a_purge_hides_no_recent_entry_that_was_dated_back_or_removed(
+    place: StorePlace, edits: tuple[str, ...]
+) -> None:
+    """It is an authentic excuse for all that is missing before its end."""
+    entries = [evolve(row(number), at=NOW - 100 if number < 256 else NOW) for number in range(900)]
+    with closing(place.open(migrate=True)) as store:
+        store.transact(Ask(InsertAll(tuple(entries))))
+        assert len(sequenced(store)) == 900
+    for edit in edits:
+        run(place, edit)
+    with closing(place.open()) as store:
+        purge = PurgeAudits(NOW, NOW - 60, "old", carry_out=True)
+        with pytest.raises(LogError, match=r"entries 256 to 511 was changed or removed"):
+            store.transact(purge)
+        assert check_stored(store, 900, [], lambda *_: None).findings
+        assert store.transact(evolve(purge, span=256)).count == 256, "those that were old are as they were"
+
+
 @in_a_file
 def test_a_server_tells_once_that_the_state_of_its_log_was_forged(place: StorePlace, store: DurableStore) -> None:
     store.transact(Ask(Insert(row(0))))

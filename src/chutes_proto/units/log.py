@@ -356,6 +356,20 @@ def from_tiles(compute: Callable[[Read], T]) -> Script[T]:
     return compute(tiles.reader(lambda level, number: held[level, number]))
 
 
+def require_entries(state: store.LogStateRow, tile: int) -> Script[None]:
+    """Require that the entries of a full tile are there as they were written. Raises `LogError`."""
+    first = tile * tiles.WIDTH
+    rows = yield from store.ReadLog(first, tiles.WIDTH)
+    leaves = [leaf_of(row) for at, row in enumerate(rows, first) if row.idx == at]
+    if len(leaves) != tiles.WIDTH or b"".join(leaves) != (yield from _tile(0, tile)):
+        raise LogError(
+            f"one of the entries {first} to {first + tiles.WIDTH - 1} was changed or removed, or their tile was"
+        )
+    # The proof of one leaf of a tile has all of its hashes.
+    path = yield from from_tiles(lambda read: merkle.inclusion_proof(read, first, state.size))
+    merkle.verify_inclusion(leaves[0], first, state.size, path, state.root)
+
+
 @frozen
 class WrittenPage:
     """Audit rows as units wrote them, each with its number; the numbers of ``others``, and the last of all numbers.

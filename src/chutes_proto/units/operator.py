@@ -27,7 +27,7 @@ from chutes_proto.store._custody import ROWS_KEY
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.tlog.tiles import WIDTH
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
-from chutes_proto.units.log import LOG, purged_text
+from chutes_proto.units.log import LOG, purged_text, require_entries
 from chutes_proto.units.nonces import SKEW
 from chutes_proto.units.records import legible
 from chutes_proto.wire import json
@@ -106,13 +106,16 @@ class PurgeAudits(Unit[Purged]):
     They are those from the index ``beyond`` on, in whole tiles of 256; the higher tiles stay, so what is left is proven
     as before. Repeat it from `Purged.beyond` until that is None: each is a transaction of its own, with an audit row of
     its own. Rows that are not sequenced stay. Without ``carry_out`` rows are counted and not deleted.
+
+    Entries are deleted as they were written, or not at all (`LogError`): who dates recent ones back, or removes them,
+    would have the purge excuse that.
     """
 
     now: int
     before: int
     reason: str
     beyond: int = 0
-    span: int = 200 * WIDTH
+    span: int = 32 * WIDTH
     carry_out: bool = False
 
     def script(self) -> Script[Purged]:
@@ -126,6 +129,8 @@ class PurgeAudits(Unit[Purged]):
         if end <= begin:
             return Purged(0, None)
         if self.carry_out:
+            for tile in range(begin // WIDTH, end // WIDTH):
+                yield from require_entries(state, tile)
             yield from _audit(self.now, "audit purged", self.reason, keys=purged_text(end, end - begin))
             yield from store.PurgeAudit(end, self.before)
             yield from store.PurgeTiles(end // WIDTH)

@@ -191,7 +191,8 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
 
     Deletes the first entries of the audit log, as long as each is older than audit_days of the configuration, by its
     own time and this machine's clock: 256 at a time, as the tree has them. So the rest of the log can be verified as
-    before. An entry with a wrong, later time holds up what comes after it until it is old. Export the log before.
+    before. An entry with a wrong, later time holds up what comes after it until it is old, and so does one that was
+    changed or removed in the database: no purge hides that. Export the log before.
     Servers may run meanwhile, and the purge may be stopped and begun again. An audit row says who deleted how many.
     Without --yes nothing is deleted, only counted.
 
@@ -212,7 +213,11 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
         state = store.transact(Ask(Read(LogStateRow, LOG)))
         size = 0 if state is None else state.size
         while True:
-            step = store.transact(unit)
+            try:
+                step = store.transact(unit)
+            except LogError as exc:
+                what = "nothing from there on is deleted; `chutes-proto audit verify` says more"
+                raise StoreError(f"audit log: {exc}; {what}") from None
             found += step.count
             if step.beyond is None:
                 break
