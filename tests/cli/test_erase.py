@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -374,3 +375,23 @@ def test_a_new_kek_takes_the_lines_over(site: Site) -> None:
     told = "line 1: it was written under .* name that KEK in kek_previous_file"
     with pytest.raises(StoreError, match=told), open_store(started(site)):
         pass
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_a_pipe_in_the_place_of_a_file_beside_the_mark_is_not_waited_for(site: Site) -> None:
+    file = marked(site)
+    site.boot("1")
+    with open_store(started(site)):
+        assert site.do("vm", "revoke", "vm-1").code == 0
+    assert site.do("audit", "checkpoint").code == 0
+    for name, code in (("store.mark", 1), ("store.mark.checkpoint", 0), ("store.mark.erasures", 1)):
+        path = site.directory / name
+        kept = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        ended = site.do("serve", "--check")
+        assert (ended.code, f"{path}: " in ended.out + ended.err) == (code, True)
+        assert "not a plain file" in ended.out + ended.err
+        path.unlink()
+        _ = path.write_bytes(kept)
+    assert file.exists()

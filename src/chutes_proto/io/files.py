@@ -24,9 +24,13 @@ MAX_SIZE: Final = 4 * 1024 * 1024
 """The size limit, in bytes, of files that are read here."""
 
 
-def read_file(path: str | os.PathLike[str], *, limit: int = MAX_SIZE) -> bytes:
-    """Return the whole file. Raises `FileUnavailable`, also for more than ``limit`` bytes."""
-    return _bounded(path, read_head(path, limit + 1), limit)
+def read_file(path: str | os.PathLike[str], *, limit: int = MAX_SIZE, plain: bool = False) -> bytes:
+    """Return the whole file. Raises `FileUnavailable`, also for more than ``limit`` bytes.
+
+    ``plain`` is for a file that an operator does not name, in a folder that others may write: what is not a plain file
+    is refused, as a pipe without a writer would never be opened.
+    """
+    return _bounded(path, read_head(path, limit + 1, plain=plain), limit)
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
@@ -46,17 +50,28 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return str(Path(path).absolute())
 
 
-def read_head(path: str | os.PathLike[str], size: int) -> bytes:
-    """Return the first ``size`` bytes of the file, or all that it has. Raises `FileUnavailable`."""
-    with unavailable(path, "cannot be read"), Path(path).open("rb") as file:
+def read_head(path: str | os.PathLike[str], size: int, *, plain: bool = False) -> bytes:
+    """Return the first ``size`` bytes of the file, or all that it has; see `read_file`. Raises `FileUnavailable`."""
+    with unavailable(path, "cannot be read"), open(path, "rb", opener=_open_plain if plain else None) as file:
         return file.read(size)
 
 
-def read_lines(path: str | Path, *, limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file of any size. Raises `FileUnavailable`, also for a line of more than ``limit`` bytes."""
-    with unavailable(path, "cannot be read"), Path(path).open("rb") as file:
+def read_lines(path: str | Path, *, limit: int, plain: bool = False) -> Iterator[bytes]:
+    """Yield the lines of a file of any size; see `read_file`.
+
+    Raises `FileUnavailable`, also for a line of more than ``limit`` bytes.
+    """
+    with unavailable(path, "cannot be read"), open(path, "rb", opener=_open_plain if plain else None) as file:
         while line := file.readline(limit + 1):
             yield _bounded(f"{path}: a line", line, limit)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a plain file")
+    return descriptor
 
 
 def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = False) -> bytes:

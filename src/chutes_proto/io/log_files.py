@@ -10,7 +10,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import FileUnavailable, LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
+from chutes_proto.errors import LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
 from chutes_proto.io.files import is_there, make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
@@ -31,13 +31,13 @@ _MOST_ABSENT: Final = 1000
 _LARGEST_BUNDLE: Final = WIDTH * (2 + LARGEST_ENTRY)
 
 
-def read_checkpoint(path: Path, verifiers: Sequence[Verifier]) -> Checkpoint:
-    """Read the checkpoint in a file, which one of the keys has signed.
+def read_checkpoint(path: Path, verifiers: Sequence[Verifier], *, plain: bool = False) -> Checkpoint:
+    """Read the checkpoint in a file, which one of the keys has signed; ``plain`` as of `read_file`.
 
     Raises `LogError` for another log's, and `FileUnavailable`.
     """
     try:
-        note = Note.parse(read_file(path, limit=LARGEST_NOTE))
+        note = Note.parse(read_file(path, limit=LARGEST_NOTE, plain=plain))
         checkpoint = Checkpoint.of(note)
         of_log = [each for each in verifiers if each.name == checkpoint.origin]
         if not of_log:
@@ -51,13 +51,6 @@ def read_checkpoint(path: Path, verifiers: Sequence[Verifier]) -> Checkpoint:
     except LogError as exc:
         raise LogError(f"{path}: {exc}") from None
     return checkpoint
-
-
-def plain(path: Path) -> Path:
-    """Return the path of a file in a directory that others wrote: a pipe would never end. Raises `FileUnavailable`."""
-    if is_there(path) and not path.is_file():
-        raise FileUnavailable(f"{path}: not a plain file; get this file again")
-    return path
 
 
 # --- in the store ---
@@ -238,4 +231,4 @@ class LogDirectory:
 
     def _read(self, place: Place, limit: int) -> bytes:
         path = self.path / str(place)
-        return read_file(plain(path), limit=limit) if is_there(path) else b""
+        return read_file(path, limit=limit, plain=True) if is_there(path) else b""

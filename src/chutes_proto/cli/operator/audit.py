@@ -24,7 +24,6 @@ from chutes_proto.io.log_files import (
     LogDirectory,
     check_stored,
     export_log,
-    plain,
     read_checkpoint,
 )
 from chutes_proto.io.server.sequencer import Sequencer
@@ -304,7 +303,7 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
             if config is not None or not keys:
                 raise ConfigurationError("DIR: it goes with --key, and without --config")
             kept = [read_checkpoint(path, keys) for path in paths]
-            known = [*kept, read_checkpoint(plain(Path(directory) / CHECKPOINT), keys)]
+            known = [*kept, read_checkpoint(Path(directory) / CHECKPOINT, keys, plain=True)]
             report = LogDirectory(Path(directory), known[-1].size).check(known)
     except LogError as exc:
         raise StoreError(str(exc)) from None
@@ -318,7 +317,7 @@ def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) ->
         file = checkpoint_path(setup.mark_file)  # read before the log: it grows meanwhile
         mine = () if file is None else (file, witnessed_path(file))
         try:
-            known += [read_checkpoint(path, keys) for path in mine if is_there(path)]
+            known += [read_checkpoint(path, keys, plain=True) for path in mine if is_there(path)]
         except LogError as exc:
             raise LogError(f"{exc}; if the log is right, move the file away") from None
         with store.snapshot() as rows, output.waiting("entries checked") as tell:

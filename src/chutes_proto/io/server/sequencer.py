@@ -272,7 +272,7 @@ class Sequencer:
         """The checkpoint in the file, and the key that signed it: ``signer``, or another one of the log."""
         if self._file is None or not is_there(self._file):
             return None, None, signer
-        data = read_file(self._file, limit=LARGEST_NOTE)
+        data = read_file(self._file, limit=LARGEST_NOTE, plain=True)
         try:
             return (*open_checkpoint(data, signer.verifier), signer)
         except LogError as exc:

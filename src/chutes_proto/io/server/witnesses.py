@@ -69,7 +69,7 @@ def read_witnessed(path: Path | None) -> Note | None:
     if path is None or not is_there(path):
         return None
     try:
-        return Note.parse(read_file(path, limit=LARGEST_NOTE))
+        return Note.parse(read_file(path, limit=LARGEST_NOTE, plain=True))
     except LogError as exc:
         raise LogError(f"{path}: {exc}") from None
 

@@ -159,7 +159,7 @@ def _plain(row: ErasureRow, store_id: int) -> dict[str, object]:
 def _read(path: Path, store_id: int, vault: Vault) -> _Noted:
     """Read the lines of a store, and keep those of other stores as they are."""
     try:
-        lines = [*read_lines(path, limit=LONGEST)] if is_there(path) else []
+        lines = [*read_lines(path, limit=LONGEST, plain=True)] if is_there(path) else []
     except (ConfigurationError, OSError) as exc:
         raise StoreError(f"erasures: {exc}") from None
     noted, macs = _Noted({}, {}, []), _macs(vault)

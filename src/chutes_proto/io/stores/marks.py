@@ -317,7 +317,7 @@ class MarkKeeper:
         faults: list[str] = []
         for seed in self._custody.opened("audit", ask) if state else ():
             try:
-                _ = open_checkpoint(read_file(path, limit=LARGEST_NOTE), Signer(state[0][0], seed).verifier)
+                _ = open_checkpoint(read_file(path, limit=LARGEST_NOTE, plain=True), Signer(state[0][0], seed).verifier)
             except (ConfigurationError, LogError, OSError) as exc:
                 faults.append(reason(exc, path))
             else:
@@ -382,7 +382,7 @@ class MarkKeeper:
         try:
             if not is_there(self._path):
                 return None
-            return Mark.from_bytes(read_file(self._path, limit=LARGEST))
+            return Mark.from_bytes(read_file(self._path, limit=LARGEST, plain=True))
         except (ConfigurationError, OSError) as exc:
             advice = _advice(self._path, "if the store is right, move the file away, and the server begins another")
             raise StoreError(
@@ -398,7 +398,9 @@ class MarkKeeper:
 def is_of_sealed(path: Path | None) -> bool:
     """Whether the file is the mark of a sealed store. One that cannot be read says nothing: servers refuse it."""
     try:
-        return path is not None and is_there(path) and Mark.from_bytes(read_file(path, limit=LARGEST)).is_sealed
+        if path is None or not is_there(path):
+            return False
+        return Mark.from_bytes(read_file(path, limit=LARGEST, plain=True)).is_sealed
     except (ConfigurationError, OSError):
         return False
 
@@ -472,7 +474,7 @@ def _read_checkpoint(mark_file: Path | None) -> tuple[Checkpoint, int] | None:
     try:
         if path is None or not is_there(path):
             return None
-        return Checkpoint.of(Note.parse(read_file(path, limit=LARGEST_NOTE))), int(path.stat().st_mtime)
+        return Checkpoint.of(Note.parse(read_file(path, limit=LARGEST_NOTE, plain=True))), int(path.stat().st_mtime)
     except (ConfigurationError, LogError, OSError):
         return None  # the sequencer, which needs it, tells the operator
 
