@@ -381,6 +381,17 @@ def test_a_rotation_promotes_and_pins(world):
     assert not any(row.provisional for row in world.rows(GenerationRow))
 
 
+def test_a_confirmation_that_promoted_nothing_is_answered_alike_again(world):
+    """A client that is told otherwise removes a key from its disk."""
+    answer(confirm(world, boot(world)["confirm_nonce"], storage=False))
+    nonce = boot(world)["confirm_nonce"]
+    done = confirm(world, nonce, storage=False, tdx_cache=False)
+    assert answer(done)["volumes"] == {"storage": {"result": "discarded"}, "tdx-cache": {"result": "no_pending"}}
+    before = world.rows(GenerationRow)
+    assert confirm(world, nonce, storage=False, tdx_cache=False).body == done.body
+    assert world.rows(GenerationRow) == before
+
+
 def test_a_boot_that_does_not_confirm_gets_the_other_key_next_time_by_turns(world):
     answer(confirm(world, boot(world)["confirm_nonce"], storage=False))
     members = boot(world)
