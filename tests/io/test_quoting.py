@@ -187,7 +187,7 @@ def python(code: str, *arguments: str, timeout: float = 60.0) -> CommandQuoter:
 
 
 def test_report_data_comes_as_a_line_and_as_an_argument() -> None:
-    quoter = python("print(sys.stdin.readline(), sys.argv[1:], sep='', end='')", "{report_data}", "--hex={report_data}")
+    quoter = python("print(sys.stdin.read(), sys.argv[1:], sep='', end='')", "{report_data}", "--hex={report_data}")
     text = DATA.hex()
     assert quoter(DATA).decode() == f"{text}\n['{text}', '--hex={text}']"
 
