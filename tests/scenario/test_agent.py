@@ -284,6 +284,7 @@ def test_the_root_disk_first_and_the_volumes_later(site: Premises, machine: Mach
         two_phase(site)
     site.start_here()
     make_root(machine)
+    machine.servers = [NOWHERE, site.url]
     machine.changes["volumes_at"] = "resume"
     state = machine.memory / "boot.json"
     if file_system(machine.memory) not in IN_MEMORY:
@@ -297,6 +298,7 @@ def test_the_root_disk_first_and_the_volumes_later(site: Premises, machine: Mach
     later = machine.do("resume")
     assert later.code == 0, later.err
     assert "going on with the boot of VM vm-1" in later.err
+    assert NOWHERE not in later.err  # the server that granted is asked first
     assert "storage: open" in later.err
     assert not state.exists()
     assert machine.prints() != before
@@ -320,13 +322,15 @@ def test_state_that_is_not_ours_is_not_used(site: Premises, machine: Machine) ->
     assert "The key hand-off of `agent run` to the booted system is too old, of another boot" in told
 
 
-def test_state_is_not_left_on_a_disk(site: Premises, machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file", "k3s_key_file"])
+def test_state_is_not_left_on_a_disk(site: Premises, machine: Machine, tmp_path: Path, name: str) -> None:
     if file_system(tmp_path) in IN_MEMORY:
         pytest.skip(f"{tmp_path} is in memory")
     site.start_here()
-    machine.changes |= {"volumes_at": "resume", "state.file": str(tmp_path / "boot.json")}
-    assert "not in memory: a boot token is not written there" in machine.stops(2)
-    assert not (tmp_path / "boot.json").exists()
+    place = tmp_path / "left"
+    machine.changes |= {"volumes_at": "resume", f"state.{name}": str(place)}
+    assert f"{place}: on " in machine.stops(2)
+    assert not place.exists()
 
 
 # --- what must stop ---
