@@ -62,10 +62,9 @@ def test_operation_3_reads_and_does_not_spend(world):
             "?hotkey=b",
             (400, Code.HOTKEY_CONFLICT, "Hotkey differs between header and query"),
         ),
-        (
-            {"x-boot-token": "t"},
-            f"?hotkey={HOTKEY}",
-            (401, Code.BOOT_TOKEN_INVALID, "Boot token not found or expired"),
+        *(
+            (headers, f"?hotkey={HOTKEY}", (401, Code.BOOT_TOKEN_INVALID, "Boot token not found or expired"))
+            for headers in ({"x-boot-token": "t"}, {"x-boot-token": "t", "x-chutes-hotkey": HOTKEY})
         ),
     ],
 )
