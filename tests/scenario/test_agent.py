@@ -30,6 +30,7 @@ from attrs import define, field
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.cli.main import main
 from chutes_proto.io.agent import IN_MEMORY, file_system
+from chutes_proto.io.disks import cryptsetup
 from chutes_proto.secret import Secret
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, end, start_server
 from tests.io.peers import Credentials, make_credentials, peer
@@ -474,6 +475,22 @@ def test_the_deadline_ends_a_quote(site: Premises, machine: Machine) -> None:
     told = machine.stops(2)
     assert time.monotonic() - begun < 60  # the quote command would take 100
     assert "the quote command /bin/sleep: the deadline, retry.deadline_seconds, ended it" in told
+
+
+def test_the_deadline_is_that_of_cryptsetup(site: Premises, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.start_here()
+    stuck = machine.folder / "bin" / "cryptsetup"
+    stuck.parent.mkdir()
+    _ = stuck.write_text("#!/bin/sh\nexec sleep 100\n")
+    stuck.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stuck.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(cryptsetup, "_LATE_SECONDS", 0.1)
+    machine.changes["retry.deadline_seconds"] = 2
+    begun = time.monotonic()
+    ended = machine.here()
+    assert time.monotonic() - begun < 60  # cryptsetup would take 100
+    assert ended.code == 1
+    assert "cryptsetup luksFormat did not end in" in " ".join(ended.err.split())
 
 
 # --- servers that are hostile ---
