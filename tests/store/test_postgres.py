@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -408,6 +409,28 @@ def test_a_row_that_another_transaction_holds_is_busy(url: str) -> None:
         told(lambda: store.transact(Ask(SetHorizon(5))), "another transaction takes too long", StoreBusy)
         other.rollback()
         store.transact(Ask(SetHorizon(5)))
+
+
+def test_a_program_that_locks_a_table_is_named_and_so_is_one_that_waits_to_do_so(url: str) -> None:
+    """As a change of a table does behind a long backup, and all boots behind it; not the backup, which only reads."""
+    with (
+        closing(PostgresStore(url, busy_seconds=0.2)) as store,
+        psycopg.connect(url, application_name="backup") as reading,
+        psycopg.connect(url, application_name="upgrade") as waiting,
+        ThreadPoolExecutor() as threads,
+    ):
+        reading.execute("SELECT count(*) FROM boot")
+        changing = threads.submit(waiting.execute, "ALTER TABLE boot ADD COLUMN note TEXT")
+        _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        pid = waiting.info.backend_pid
+        for held in ("active", "idle in transaction"):
+            since = r"in a transaction since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+            who = rf"; session {pid} of owner \(upgrade, {held}, {since}\) locks boot; wait for it, or end it with"
+            told(lambda: store.transact(boot("first")), rf"another transaction takes too long \(.*\){who}", StoreBusy)
+            reading.rollback()
+            _ = changing.result(60)
+        waiting.rollback()
+        store.transact(boot("first"))
 
 
 def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -> None:

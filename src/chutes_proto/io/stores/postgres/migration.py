@@ -19,6 +19,7 @@ from psycopg import errors
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.io.stores.postgres.connection import Connection, rows_of
 from chutes_proto.io.stores.postgres.faults import AGAIN, Again, translated
+from chutes_proto.io.stores.postgres.locks import HOLDERS, described
 from chutes_proto.io.stores.postgres.transactions import Beginning, Database
 from chutes_proto.store._schema import INDEX_STATE, compatible_since, indexes
 
@@ -29,16 +30,6 @@ _EXPANSION_SECONDS: Final = 1.0
 
 _MIGRATION_SECONDS: Final = 60.0
 """After how many seconds a migration makes no further attempt to get its locks."""
-
-_HOLDERS: Final = (
-    # A role that is not a monitor sees NULL for what the sessions of others do.
-    "SELECT pid, usename, application_name, state, extract(epoch FROM now() - min(xact_start)),"
-    " string_agg(DISTINCT relname, ', ') FROM pg_locks JOIN pg_stat_activity USING (pid)"
-    " JOIN pg_class ON pg_class.oid = relation WHERE granted AND pid <> pg_backend_pid() AND relkind = 'r'"
-    " AND relnamespace = current_schema()::regnamespace AND datname = current_database()"
-    " GROUP BY 1, 2, 3, 4 ORDER BY min(xact_start) LIMIT 3"
-)
-"""The statement that lists the sessions with locks on our tables, the oldest transaction first."""
 
 
 def migrate_schema(database: Database) -> int | None:
@@ -94,19 +85,14 @@ def _held_up(database: Database, connection: Connection, begin: Beginning, cause
     It has the sessions that have them.
     """
     with database.transaction(connection, begin):
-        holders = rows_of(connection, _HOLDERS)
-    sessions = "; ".join(
-        f"session {pid} of {user} ({program or 'no name'}, {state or 'its state is hidden from this role'},"
-        f" in a transaction for {seconds or 0:.0f} s) has {tables}"
-        for pid, user, program, state, seconds, tables in holders
-    )
-    if not holders and isinstance(cause, errors.QueryCanceled):
+        sessions = described(rows_of(connection, HOLDERS))
+    if not sessions and isinstance(cause, errors.QueryCanceled):
         return StoreBusy(
             f"store {database.name}: the migration was given up: its own statements take longer than a second, for"
             " which servers would wait; run the command again when the database has less to do; nothing was changed"
         )
     advice = "wait for it, or end it with SELECT pg_terminate_backend(...), and run the command again"
-    found = f"{sessions}; {advice}" if holders else "no session has them now; run the command again"
+    found = f"{sessions}; {advice}" if sessions else "no session has them now; run the command again"
     return StoreBusy(f"store {database.name}: the migration does not get the locks of its tables: {found}")
 
 

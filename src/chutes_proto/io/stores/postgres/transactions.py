@@ -33,6 +33,7 @@ from chutes_proto.io.stores.postgres.faults import (
     standby,
     translated,
 )
+from chutes_proto.io.stores.postgres.locks import STRANGERS, described
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.sql import READ_VERSION
@@ -193,10 +194,10 @@ class Database:
             yield connection.wait(self._begun(connection, begin, ahead))
             connection.wait(self._commit(connection))
         except psycopg.Error as exc:
-            self._roll_back(connection)
-            raise self._meaning(connection, exc, has_ahead=bool(ahead)) from exc
+            who = self._roll_back(connection, exc)
+            raise self._meaning(connection, exc, who, has_ahead=bool(ahead)) from exc
         except BaseException:
-            self._roll_back(connection)
+            _ = self._roll_back(connection)
             raise
 
     def steps(self, connection: Connection, ahead: Sequence[tuple[str, Values]], work: Callable[[], T]) -> PQGen[T]:
@@ -207,10 +208,10 @@ class Database:
             result = work()
             yield from self._commit(connection)
         except psycopg.Error as exc:
-            yield from self._rolled_back(connection)
-            raise self._meaning(connection, exc, has_ahead=True) from exc
+            who = yield from self._rolled_back(connection, exc)
+            raise self._meaning(connection, exc, who, has_ahead=True) from exc
         except BaseException:
-            yield from self._rolled_back(connection)
+            _ = yield from self._rolled_back(connection)
             raise
         return result
 
@@ -345,19 +346,26 @@ class Database:
             what = f"store {self.name}: the database warned at the commit ({notices[0]})"
             raise FateUnknown(f"{what}; {UNKNOWN}, and a fail-over may lose it")
 
-    def _roll_back(self, connection: Connection) -> None:
+    def _roll_back(self, connection: Connection, exc: BaseException | None = None) -> str:
         with contextlib.suppress(psycopg.Error):  # of the wait itself: the connection was lost
-            connection.wait(self._rolled_back(connection))
+            return connection.wait(self._rolled_back(connection, exc))
+        return ""
 
-    def _rolled_back(self, connection: Connection) -> PQGen[None]:
+    def _rolled_back(self, connection: Connection, exc: BaseException | None = None) -> PQGen[str]:
+        """Roll back; return who locks our tables, if that is the fault."""
+        statements: list[tuple[bytes, Values]] = [(b"ROLLBACK", ())]
+        if isinstance(exc, errors.LockNotAvailable):
+            statements.append((STRANGERS.encode(), ()))
         connection.asked_at = time.monotonic()
         try:  # not prepared: the session may be another one, which is why it is rolled back
-            _ = yield from exchange(connection, Prepared(), [(b"ROLLBACK", ())])
+            found = yield from exchange(connection, Prepared(), statements)
         except (psycopg.Error, StatementError):
             connection.close()
+            return ""
+        return described(found[-1])
 
-    def _meaning(self, connection: Connection, exc: psycopg.Error, *, has_ahead: bool) -> StoreError | Again:
-        """Return what a fault of the present transaction means, which was rolled back."""
+    def _meaning(self, connection: Connection, exc: psycopg.Error, who: str, *, has_ahead: bool) -> StoreError | Again:
+        """Return what a fault of the present transaction means, which was rolled back. ``who`` locks our tables."""
         begun = connection.has_begun
         self.is_full |= isinstance(exc, errors.DiskFull)
         if connection.closed and connection.is_committing:
@@ -369,7 +377,8 @@ class Database:
         is_standby = not begun and is_unknown
         if is_unknown and connection.prepared.names:
             connection.close()
-        fault = standby(self.name) if is_standby else translated(self.name, exc, self.hint)
+        hint = self.hint + (f"; {who}; wait for it, or end it with SELECT pg_terminate_backend(...)" if who else "")
+        fault = standby(self.name) if is_standby else translated(self.name, exc, hint)
         is_again = connection.closed or isinstance(exc, (*AGAIN, *NOT_PREPARED))
         # A fault of what is read ahead is met where the unit asks for it, after the version was looked at.
         is_ahead = has_ahead and not (begun or is_again or is_standby or exc.sqlstate in TEMPORARY)
