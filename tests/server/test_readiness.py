@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chutes_proto.effects import Log, Now, Sleep, Transact, Uptime
-from chutes_proto.errors import StoreBusy, StoreError, Unavailable
+from chutes_proto.errors import StoreAway, StoreBusy, StoreError, Unavailable
 from chutes_proto.server._readiness import Readiness, Revoked, watch_store
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import KeyServer, NoteKeyServer
@@ -13,10 +13,12 @@ from chutes_proto.units.revocations import ReadRevocations, Revocations
 
 
 def test_only_a_fault_that_an_operator_must_mend_makes_a_server_unready() -> None:
+    """But that the store is away is logged, too: no boot may come meanwhile that says so."""
     readiness = Readiness()
     revoked, read = Revoked(), Revocations(7)
     flow = watch_store(readiness, revoked)
-    faults: list[StoreError | None] = [None, StoreBusy("away"), StoreError("newer"), StoreBusy("away"), None]
+    faults: list[StoreError | None] = [None, StoreBusy("busy"), StoreAway("away"), StoreBusy("busy"), StoreAway("it")]
+    faults += [StoreError("newer"), StoreBusy("busy"), None]
     seen, told = [], []
     effect = next(flow)
     for fault in faults:
@@ -26,13 +28,14 @@ def test_only_a_fault_that_an_operator_must_mend_makes_a_server_unready() -> Non
         effect = flow.send(read) if fault is None else flow.throw(fault)
         seen.append(readiness.fault)
         assert revoked.now is read
-        if isinstance(effect, Log):
+        while isinstance(effect, Log):
             told.append((effect.record.event, dict(effect.record.fields)))
             effect = flow.send(None)
         assert effect == Sleep(1.0)
         effect = flow.send(None)
-    assert seen == [None, None, "newer", "newer", None]
-    assert told == [("store_refused", {"error": "newer"}), ("store_accepted", {})]
+    assert seen == [None, None, None, None, None, "newer", "newer", None]
+    away, refused = ("store_away", {"error": "away"}), ("store_refused", {"error": "newer"})
+    assert told == [away, refused, ("store_back", {}), ("store_accepted", {})]
     flow.close()
     readiness.fault = "newer"
     with pytest.raises(Unavailable, match="cannot be used"):

@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 from attrs import define, field
 
 from chutes_proto.effects import Flow, Log, Now, Sleep, Transact, Uptime
-from chutes_proto.errors import FateUnknown, Refusal, StoreBusy, StoreError, Unavailable
+from chutes_proto.errors import FateUnknown, Refusal, StoreAway, StoreBusy, StoreError, Unavailable
 from chutes_proto.log import Level, Record
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import StoreOp
@@ -88,21 +88,31 @@ class Readiness:
 
 def watch_store(readiness: Readiness, revoked: Revoked) -> Flow[NoReturn]:
     """Look at the store for ever, and read its revocations; log each change of what is found."""
+    away: str | None = None
     while True:
+        was_away = away
         now, uptime = (yield from Now()), (yield from Uptime())
         try:
             revoked.now = yield from Transact(ReadRevocations(revoked.now))
-            fault = readiness.unwritten
+            fault, away = readiness.unwritten, None
             readiness.note_clock(now, uptime)
+        except StoreAway as exc:
+            fault, away = readiness.fault, str(exc)
         except (StoreBusy, FateUnknown):
             fault = readiness.fault
         except StoreError as exc:
-            fault = str(exc)
+            fault, away = str(exc), None
         if fault != readiness.fault:
             readiness.fault = fault
             yield from Log(
                 Record(Level.INFO, "store_accepted", {})
                 if fault is None
                 else Record(Level.ERROR, "store_refused", {"error": fault})
+            )
+        if (away is None) != (was_away is None):
+            yield from Log(
+                Record(Level.INFO, "store_back", {})
+                if away is None
+                else Record(Level.ERROR, "store_away", {"error": away})
             )
         yield from Sleep(WATCH_SECONDS)
