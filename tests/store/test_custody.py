@@ -705,6 +705,25 @@ def test_every_column_of_every_table_is_authenticated_in_both_databases(place: S
         assert not list(find_faults(store))
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "UPDATE vm SET last_boot_at = last_boot_at - 1 WHERE vm = 'vm-b'",
+        "UPDATE boot SET profile_version = '9.9.9' WHERE vm = 'vm-b'",
+        "UPDATE attestation SET tcb_status = 'UpToDate', advisories = '[]' WHERE vm = 'vm-b'",
+    ],
+)
+def test_no_forged_row_says_what_a_vm_runs_on(place: StorePlace, forged: str) -> None:
+    """An operator reads in the list of VMs which of them need another image, or other firmware."""
+    with closing(place.open(migrate=True)) as store:
+        fill(store)
+        assert [each.profile_version for each in store.transact(Ask(rows.ReadFleet(None, 9)))] == ["1.0", "1.0"]
+        run(place, forged)
+        assert len(store.transact(Ask(rows.ReadFleet(None, 1)))) == 1
+        with pytest.raises(RowNotAuthentic):
+            store.transact(Ask(rows.ReadFleet(None, 9)))
+
+
 def test_a_forged_boot_opens_nothing(place: StorePlace) -> None:
     """One row, made by hand, and a sync without a certificate."""
     with closing(place.open(migrate=True)) as store:

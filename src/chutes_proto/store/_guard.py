@@ -38,7 +38,7 @@ from chutes_proto.store._macs import TAG_SIZE
 from chutes_proto.store._store_group import Run, StoreGroup
 from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups, boot_name, pair_of
 from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import READS_ROWS, decode, kind_read, not_sealed, statement
+from chutes_proto.store.sql import READS_ROWS, decode, kind_read, not_sealed, parts_read, statement
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -81,8 +81,8 @@ class Guard:
             if of_store.is_locked and (type(op) in _KEYED or type(op) in _CHANGES):
                 raise of_store.locked()
             rows = self.run(op, *statement(op, self.seal if of_store.is_locked else not_sealed))
-            if (kind := kind_read(op)) is not None:
-                check_types(kind, rows)
+            for kind, some in parts_read(op, rows):
+                check_types(kind, some)
             return decode(op, rows)
         if len(self.of_vms.heads) > _HEADS_HELD:
             self.finish()
@@ -152,6 +152,12 @@ class Guard:
             belongs = _GROUPS.get((type(op), kind))
             if belongs is not None:
                 rows = belongs(self, op, kind, rows, tags)
+        return decode(op, rows)
+
+    def read_fleet(self, op: store.ReadFleet) -> Any:
+        rows = self.run(op, *statement(op))
+        for kind, some in parts_read(op, rows):
+            _ = self.of_store.check(kind, some)
         return decode(op, rows)
 
     def read_otherwise_sealed(self, op: store.ReadOtherwiseSealed) -> Any:
@@ -390,6 +396,7 @@ _WAYS: Final[dict[type[StoreOp[Any]], _Way]] = {
     **dict.fromkeys(READS_ROWS, Guard.read_rows),
     **dict.fromkeys(_CHANGES, Guard.change),
     **dict.fromkeys(_FACT_READS, Guard.read_facts),
+    store.ReadFleet: Guard.read_fleet,
     store.ReadOtherwiseSealed: Guard.read_otherwise_sealed,
     store.ReadAudit: Guard.read_audit,
     store.ReadUnsequenced: Guard.read_unsequenced,

@@ -318,12 +318,34 @@ def _next_vms(where: str) -> _Query:
     )
 
 
+_FLEET: Final[dict[str, type[store.Row]]] = {
+    "page": store.VmRow,
+    "boot": store.BootRow,
+    "attestation": store.AttestationRow,
+}
+"""The rows that are joined for a VM of the fleet, whole, as each has its MAC."""
+_FLEET_COLUMNS: Final = tuple(f"{table}.{name}" for table, kind in _FLEET.items() for name in stored_columns(kind))
+_SHOWN: Final = ("page.hotkey", "page.vm", "page.last_boot_at", "boot.profile_name", "boot.profile_version")
+_of_fleet: Final = itemgetter(*map(_FLEET_COLUMNS.index, (*_SHOWN, "attestation.tcb_status", "attestation.advisories")))
+
+
+def _fleet_parts(rows: Rows) -> list[tuple[type[store.Row], Rows]]:
+    first, split = 0, list[tuple[type[store.Row], Rows]]()
+    for kind in _FLEET.values():
+        last = first + len(stored_columns(kind))
+        parts = [tuple(row[first:last]) for row in rows]
+        # Boots of one second have the same VM, and come after each other.
+        found = [part for part, before in zip(parts, [None, *parts], strict=False) if part != before]
+        split.append((kind, [part for part in found if part.count(None) < len(part)]))
+        first = last
+    return split
+
+
 def _read_fleet(op: store.ReadFleet) -> tuple[str, Values]:
     after = () if op.after is None else _values(op.after)
     page = _page(store.VmRow, store.VmRow.KEY, "TRUE", is_first=op.after is None)
     return (
-        "SELECT page.hotkey, page.vm, page.last_boot_at, boot.profile_name, boot.profile_version,"  # noqa: S608
-        f" attestation.tcb_status, attestation.advisories FROM ({page}) AS page"
+        f"SELECT {', '.join(_FLEET_COLUMNS)} FROM ({page}) AS page"  # noqa: S608
         " LEFT JOIN boot ON boot.hotkey = page.hotkey AND boot.vm = page.vm AND boot.created_at = page.last_boot_at"
         " LEFT JOIN attestation ON attestation_id = boot_id ORDER BY page.hotkey, page.vm"
     ), (*after, op.limit)
@@ -331,7 +353,7 @@ def _read_fleet(op: store.ReadFleet) -> tuple[str, Values]:
 
 def _fleet(rows: Rows) -> tuple[store.FleetVm, ...]:
     """One for each VM; boots of one second may be several."""
-    found = {(hotkey, vm): store.FleetVm(store.Vm(hotkey, vm), *rest) for hotkey, vm, *rest in rows}
+    found = {(hotkey, vm): store.FleetVm(store.Vm(hotkey, vm), *rest) for hotkey, vm, *rest in map(_of_fleet, rows)}
     return tuple(found.values())
 
 
@@ -675,6 +697,14 @@ def kind_read(op: store.StoreOp[Any]) -> type[store.Row] | None:
         return None
     kind: type[store.Row] = cast("Any", op).kind if found == "its kind" else found
     return kind if kind in _CHECKED else None
+
+
+def parts_read(op: store.StoreOp[Any], rows: Rows) -> Iterable[tuple[type[store.Row], Rows]]:
+    """The rows with MACs in what an operation has read, by their kinds."""
+    if isinstance(op, store.ReadFleet):
+        return _fleet_parts(rows)
+    kind = kind_read(op)
+    return () if kind is None else ((kind, rows),)
 
 
 READS_ROWS: Final = frozenset(_READ)
