@@ -625,6 +625,7 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     assert "cannot be run: No such file" in str(bench.refused(bench.format, "no_cryptsetup"))
     monkeypatch.setattr(module, "find_cryptsetup", lambda: None)
     bench.disks = Disks(images=True)
+    assert "apt-get install cryptsetup-bin" in str(bench.refused(bench.inspect, "no_cryptsetup"))
     assert "apt-get install cryptsetup-bin" in str(bench.refused(bench.format, "no_cryptsetup"))
     monkeypatch.setattr(module, "_SECONDS", 0.1)
     program("exec sleep 1000")
@@ -824,9 +825,10 @@ def test_a_missing_device_mapper_is_reported(bench: Bench, loop: str) -> None:
 # --- whether a disk has a header, for agents that open disks themselves ---
 
 
-def test_whether_a_disk_has_a_header(tmp_path: Path) -> None:
+def test_whether_a_disk_has_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """True and False are for disks that may be opened and formatted; anything else is an error."""
     header = headers.both(headers.told())
+    monkeypatch.setattr(module, "find_cryptsetup", lambda: None)  # it opens nothing
     assert module.has_luks_header(headers.image(tmp_path / "luks", header), images=True) is True
     assert module.has_luks_header(headers.image(tmp_path / "blank", b""), images=True) is False
     assert module.has_luks_header(headers.image(tmp_path / "cut", UNFINISHED), images=True) is False

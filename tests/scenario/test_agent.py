@@ -387,6 +387,17 @@ def test_a_disk_that_is_too_small_stops_before_a_server_is_asked(machine: Machin
     assert (said.code, said.json["disks"][1]["error"]["reason"]) == (1, "too_small")
 
 
+def test_a_machine_without_cryptsetup_stops_before_a_server_is_asked(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An initramfs may lack it. A dry run says so."""
+    machine.servers = [NOWHERE]
+    monkeypatch.setattr(cryptsetup, "find_cryptsetup", lambda: None)
+    assert "cryptsetup is not installed; get it with: apt-get install cryptsetup-bin" in machine.stops(1)
+    said = machine.here("run", "--dry-run", "--json")
+    assert (said.code, said.json["disks"][0]["error"]["reason"]) == (1, "no_cryptsetup")
+
+
 def test_a_header_with_the_null_cipher_stops_before_a_server_is_asked(site: Premises, machine: Machine) -> None:
     site.start_here()
     _ = machine.boots()

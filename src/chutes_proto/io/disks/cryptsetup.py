@@ -67,7 +67,7 @@ def has_luks_header(device: str, *, images: bool = False) -> bool:
     ``images`` allows a regular file in place of a block device. Raises `DiskError` for a disk with any other content,
     which must not be formatted, for a header that is not allowed, and for a device that cannot be read.
     """
-    match Disks(images=images).inspect(device):
+    match Disks(images=images).look_at(device):
         case Foreign() as disk:
             raise DiskError("foreign", f"{disk}: it is not touched; wipe it if nothing on it is needed", device)
         case disk:
@@ -94,7 +94,14 @@ class Disks:
         self.opened: list[str] = []
 
     def inspect(self, device: str) -> Disk:
-        """Return the content of the disk. Raises `DiskError`."""
+        """Return the content of the disk. Raises `DiskError`, also without the program: no key could open the disk."""
+        found = self.look_at(device)
+        if self._find_program() is None:
+            raise _no_program(device)
+        return found
+
+    def look_at(self, device: str) -> Disk:
+        """Return the content of the disk, on which nothing is to be done. Raises `DiskError`."""
         with self._device(device) as disk:
             return disk.judge()
 
@@ -122,9 +129,7 @@ class Disks:
         while self.opened:
             mapping = self.opened.pop()
             try:
-                status = run_cryptsetup(
-                    [self._program or find_cryptsetup() or "cryptsetup", "close", mapping], 60
-                ).returncode
+                status = run_cryptsetup([self._find_program() or "cryptsetup", "close", mapping], 60).returncode
             except (OSError, subprocess.TimeoutExpired) as exc:
                 problem = str(exc)
             else:
@@ -284,9 +289,16 @@ class Disks:
         descriptor = os.memfd_create("luks2-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.truncate(descriptor, size)
-            yield _Copy(descriptor, self._program or find_cryptsetup(), disk, self._end)
+            yield _Copy(descriptor, self._find_program(), disk, self._end)
         finally:
             os.close(descriptor)
+
+    def _find_program(self) -> str | None:
+        return self._program or find_cryptsetup()
+
+
+def _no_program(device: str) -> DiskError:
+    return DiskError("no_cryptsetup", f"cryptsetup is not installed; get it with: {HOW_TO_INSTALL}", device)
 
 
 def find_cryptsetup() -> str | None:
@@ -460,7 +472,7 @@ class _Copy:
         Returns False only if ``refusable`` and the key does not fit. Raises `DiskError` for every other failure.
         """
         if self.program is None:
-            raise self.disk.error("no_cryptsetup", f"cryptsetup is not installed; get it with: {HOW_TO_INSTALL}")
+            raise _no_program(self.disk.name)
         import subprocess
 
         seconds = min(_SECONDS, max(self.end - time.monotonic(), _LATE_SECONDS))
