@@ -179,7 +179,8 @@ def _read(path: Path, store_id: int, vault: Vault) -> _Noted:
         if kek not in macs:
             raise StoreError(
                 f"{place}: it was written under the key-encryption key (KEK) {kek}; name that KEK in kek_previous_file,"
-                " and start the server once: it writes the file under the new one"
+                " and start the server once: it writes the file under the new one; if it is destroyed, move the file"
+                " away: the store knows what was erased and revoked, unless it was restored since"
             )
         noted.is_of_current &= kek == vault.current.kek_id
         if isinstance(row, ErasureRow):
