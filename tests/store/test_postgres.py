@@ -415,9 +415,9 @@ def test_a_program_that_locks_a_table_is_named_and_so_is_one_that_waits_to_do_so
     """As a change of a table does behind a long backup, and all boots behind it; not the backup, which only reads."""
     with (
         closing(PostgresStore(url, busy_seconds=0.2)) as store,
-        psycopg.connect(url, application_name="backup") as reading,
-        psycopg.connect(url, application_name="upgrade") as waiting,
         ThreadPoolExecutor() as threads,
+        psycopg.connect(url, application_name="upgrade") as waiting,
+        psycopg.connect(url, application_name="backup") as reading,
     ):
         reading.execute("SELECT count(*) FROM boot")
         changing = threads.submit(waiting.execute, "ALTER TABLE boot ADD COLUMN note TEXT")
