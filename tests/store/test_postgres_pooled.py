@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import FateUnknown, Refused, StoreError
+from chutes_proto.errors import FateUnknown, Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes, Vm
@@ -61,6 +61,21 @@ def test_two_machines_never_get_one_vms_passphrase(
             (refused,) = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
             assert isinstance(refused, Refused)
             assert refused.code == Code.PLATFORM_MISMATCH
+
+
+def test_a_program_that_locks_a_table_is_named_and_another_server_is_not(pooled: Callable[[str], str]) -> None:
+    """Whatever name the URL gives to servers: to end the session of one may lose what it commits."""
+    url = f"{pooled('transaction')}&application_name=servers"
+    with (
+        closing(PostgresStore(url, busy_seconds=0.2, migrate=True)) as store,
+        psycopg.connect(url) as server,
+        psycopg.connect(url.replace("=servers", "=console")) as console,
+    ):
+        for other, named in ((server, ""), (console, r"; session \d+ of \w+ \(console, idle in .*\) locks boot; .*")):
+            other.execute("LOCK TABLE boot")
+            text = rf"another transaction takes too long \([\w ]+\){named}$"
+            told(partial(store.transact, boot("first")), text, StoreBusy)
+            other.rollback()
 
 
 @pytest.mark.parametrize("mode", ["session", "transaction"])

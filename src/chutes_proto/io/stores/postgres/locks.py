@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from chutes_proto.io.stores.postgres.url import DEFAULTS
 from chutes_proto.quote._terms import rfc3339
 
 if TYPE_CHECKING:
@@ -23,11 +22,12 @@ HOLDERS: Final = _SESSIONS.format(which="granted")
 """The statement that lists the sessions with locks on our tables, the oldest transaction first."""
 
 STRANGERS: Final = _SESSIONS.format(
-    which=f"mode <> 'AccessShareLock' AND application_name <> '{DEFAULTS['application_name']}'"
+    which="mode <> 'AccessShareLock' AND application_name <> current_setting('application_name')"
 )
 """The statement that lists the sessions of other programs that keep units waiting, the oldest transaction first.
 
-One that itself waits for its lock does so, too: PostgreSQL lets nobody pass it. One that only reads does not.
+Servers call themselves alike: to end the session of one that commits may lose that. One that itself waits for its
+lock keeps units waiting, too: PostgreSQL lets nobody pass it. One that only reads does not.
 """
 
 
