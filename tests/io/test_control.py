@@ -161,6 +161,15 @@ def test_no_server_is_told(tmp_path: Path) -> None:
         _ = ask_to_reload(tmp_path / "control")
 
 
+def test_a_server_that_takes_long_is_not_called_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.control.RELOAD_SECONDS", 0.01)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "control"))
+        listening.listen()
+        with pytest.raises(ConfigurationError, match="has not answered for 0 s and may still reload: its log"):
+            _ = ask_to_reload(tmp_path / "control")
+
+
 def test_a_user_who_may_not_ask_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")

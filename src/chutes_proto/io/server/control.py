@@ -89,6 +89,11 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
             raise ConfigurationError(
                 f"control: {path}: only root and the server's user may ask; run it as one of them"
             ) from None
+        except TimeoutError:
+            raise ConfigurationError(
+                f"control: {path}: the server has not answered for {RELOAD_SECONDS:.0f} s and may still reload: its log"
+                " says reloaded or reload_refused"
+            ) from None
         except OSError as exc:
             raise ConfigurationError(f"control: {path}: no server answers: {exc.strerror or exc}") from None
         except ValueError:
