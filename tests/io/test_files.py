@@ -217,10 +217,12 @@ def test_other_files_and_unreadable_ones(directory: CollateralDirectory) -> None
     (directory.path / "b.json").mkdir()
     (directory.path / "c.json").symlink_to("nowhere")
     os.link(directory.path / "a.json", directory.path / "d.json")
+    os.mkfifo(directory.path / "e.json")
     found = {Path(item.name).name: item.content for item in directory.items(NOW)}
-    assert list(found) == ["a.json", "b.json", "c.json", "d.json"]
-    assert "Is a directory" in str(found["b.json"])
+    assert list(found) == ["a.json", "b.json", "c.json", "d.json", "e.json"]
     assert "No such file" in str(found["c.json"])
+    for name in ("b.json", "e.json"):
+        assert "not a plain file" in str(found[name])
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:

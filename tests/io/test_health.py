@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def test_a_sink_that_does_not_take_audit_rows_is_noted(setup: ServerSetup, store
 
 def test_a_certificate_that_cannot_be_read_again_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
     path = Path(setup.base, setup.config.tls.certificate)
-    for spoil in (lambda: path.write_text("no certificate"), path.unlink):
+    for spoil in (lambda: path.write_text("no certificate"), path.unlink, lambda: os.mkfifo(path)):
         spoil()
         health = read_health(setup, store)
         assert (states(health)["certificate"], has_problem(health)) == ("note", False)

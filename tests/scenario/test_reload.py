@@ -203,7 +203,14 @@ def test_what_cannot_be_used_changes_nothing_and_says_why(site: Premises) -> Non
     several = refused(two)
     assert "policy: " in several
     assert "nowhere.toml" in several
+
+    def pipe(name: str) -> None:  # it has no writer, so a reload would wait for ever, and each later one for it
+        (site.directory / name).unlink()
+        os.mkfifo(site.directory / name)
+
     key = (site.directory / "kek").read_bytes()
+    for name in ("policy.toml", "kek"):
+        assert f"{name}: cannot be read: not a plain file" in refused(partial(pipe, name))
     assert "sealed under" in refused(lambda: write_file(site.directory / "kek", os.urandom(32), mode=0o600))
     write_file(site.directory / "kek", key, mode=0o600)
     assert reload(site)["changes"] == []

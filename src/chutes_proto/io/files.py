@@ -27,8 +27,8 @@ MAX_SIZE: Final = 4 * 1024 * 1024
 def read_file(path: str | os.PathLike[str], *, limit: int = MAX_SIZE, plain: bool = False) -> bytes:
     """Return the whole file. Raises `FileUnavailable`, also for more than ``limit`` bytes.
 
-    ``plain`` is for a file that an operator does not name, in a folder that others may write: what is not a plain file
-    is refused, as a pipe without a writer would never be opened.
+    ``plain`` refuses what is not a plain file, as a pipe without a writer would never be opened. It is for a server
+    that runs, and for a file that an operator does not name, in a folder that others may write.
     """
     return _bounded(path, read_head(path, limit + 1, plain=plain), limit)
 
@@ -74,12 +74,12 @@ def _open_plain(path: str, flags: int) -> int:
     return descriptor
 
 
-def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = False) -> bytes:
-    """Return the whole of a file that only its owner, or with ``group_may`` its group too, can read.
+def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = False, plain: bool = False) -> bytes:
+    """Return the whole of a file that only its owner, or with ``group_may`` its group too, can read; see `read_file`.
 
     Raises `ConfigurationError` for permissions that are too open, and `FileUnavailable`.
     """
-    with unavailable(path, "cannot be read"), Path(path).open("rb") as file:
+    with unavailable(path, "cannot be read"), open(path, "rb", opener=_open_plain if plain else None) as file:
         _check_mode(path, os.fstat(file.fileno()), group_may)
         return _bounded(path, file.read(limit + 1), limit)
 
@@ -87,20 +87,22 @@ def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = F
 class Files:
     """Files of one set-up, each read once: a second look at it, here or in another process, has the same bytes.
 
-    ``content`` are the bytes of files that were read before, by path; their permissions were checked then.
+    ``content`` are the bytes of files that were read before, by path; their permissions were checked then. ``plain`` as
+    of `read_file`.
     """
 
-    def __init__(self, content: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, content: Mapping[str, bytes] | None = None, *, plain: bool = False) -> None:
         self.content: dict[str, bytes] = dict(content or {})
+        self._plain = plain
         self._stamps: dict[str, object] = {}
 
     def read(self, path: str | os.PathLike[str]) -> bytes:
         """See `read_file`."""
-        return self._once(path, lambda: read_file(path))
+        return self._once(path, lambda: read_file(path, plain=self._plain))
 
     def read_private(self, path: str | Path, *, group_may: bool = False) -> bytes:
         """See `read_private`."""
-        return self._once(path, lambda: read_private(path, group_may=group_may))
+        return self._once(path, lambda: read_private(path, group_may=group_may, plain=self._plain))
 
     def _once(self, path: str | os.PathLike[str], read: Callable[[], bytes]) -> bytes:
         key = absolute(path)

@@ -93,7 +93,7 @@ class CollateralDirectory:
 
     def _items(self, path: Path, now: int) -> tuple[Item, ...]:
         try:
-            found = Collateral.all_from_json(read_file(path))
+            found = Collateral.all_from_json(read_file(path, plain=True))
         except (FileUnavailable, QuoteError) as exc:
             return (Item(str(path), reason(exc, path)),)
         return tuple(Item(str(path), self._verified(one, now)) for one in found)

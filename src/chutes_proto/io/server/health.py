@@ -118,7 +118,7 @@ def _kinds(setup: ServerSetup) -> tuple[Kind, ...]:
 def _certificate(setup: ServerSetup, finding: Finding) -> Finding:
     path = setup.base / setup.config.tls.certificate
     try:
-        is_loaded = read_file(path) == setup.files.read(path)
+        is_loaded = read_file(path, plain=True) == setup.files.read(path)
     except FileUnavailable as exc:
         waits = f"{exc}; the loaded one is used"
     else:

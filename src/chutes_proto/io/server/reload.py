@@ -268,7 +268,7 @@ class Reloader:
             return reported(caller, self._log, lambda: self._reload(caller))
 
     def _reload(self, caller: str) -> Prepared:
-        prepared = prepare(self._running, self._store, Files())
+        prepared = prepare(self._running, self._store, Files(plain=True))
         if prepared.changes:
             record(self._store, caller, prepared)
         self._running.replace(prepared.setup)

@@ -265,7 +265,7 @@ class Supervisor:
             return reported(caller, self.log, lambda: self._reload(caller))
 
     def _reload(self, caller: str) -> Prepared:
-        files = Files()
+        files = Files(plain=True)
         with closing(self.running.setup.store.open()) as store:
             prepared = prepare(self.running, store, files)
             workers = tuple(self._workers)
