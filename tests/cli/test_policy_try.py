@@ -129,6 +129,21 @@ def test_another_collateral_and_none(site: Site) -> None:
     assert site.do("policy", "try", "--at", "2050-06-01", "--json").json["refused"] == 2  # certificates have expired
 
 
+def test_what_a_server_has_fetched_is_its_collateral_too(site: Site) -> None:
+    """No service is asked: the files that the server keeps are those of a directory."""
+    fleet(site)
+    text = site.configuration.read_text()
+    (given,) = (line for line in text.splitlines() if line.startswith("collateral"))
+    directory = ServerConfig.load(site.configuration).collateral.directory
+    assert directory is not None
+    for kept, code in ((f'cache = "{directory}", ', 1), ("", 2)):
+        fetched = f'collateral = {{ {kept}upstreams = ["https://127.0.0.1:1"] }}'
+        _ = site.configuration.write_text(text.replace(given, fetched))
+        ended = site.do("policy", "try", "--json")
+        assert (ended.code, "name one with --collateral" in ended.err) == (code, code == 2), ended.err
+        assert code == 2 or (ended.json["refused"], ended.json["not_judged"]) == (1, 0)
+
+
 def test_each_fault_of_the_configuration_is_a_line(site: Site) -> None:
     _ = (site.directory / "new.toml").write_text("tcb = 1")
     ended = site.do("policy", "try", site.directory / "new.toml", "--measurements", site.directory / "nowhere.toml")

@@ -158,7 +158,7 @@ class _Tried:
 @click.option(
     "--measurements", metavar="FILE", multiple=True, help="other reference values (several times: all of them)"
 )
-@click.option("--collateral", metavar="DIR", help="another directory of collateral")
+@click.option("--collateral", metavar="DIR", help="another directory than the server's (or its cache)")
 @click.option(
     "--update",
     type=click.Choice(("standard", "early")),
@@ -271,11 +271,10 @@ _PAGE = 200
 
 def _files(setup: ServerSetup, collateral: str | None, update: str) -> CollateralDirectory:
     """The directory of collateral, whose files count as renewed in time."""
-    path = None if collateral is None else Path(collateral)
-    if path is None:
-        if not isinstance(setup.collateral, CollateralDirectory):
-            raise ConfigurationError("--collateral: the configuration has no directory of collateral; name one")
-        path = setup.collateral.path
+    named = collateral or setup.config.collateral.directory or setup.config.collateral.cache
+    if named is None:
+        raise ConfigurationError("collateral: it has neither a directory nor a cache; name one with --collateral DIR")
+    path = Path(named) if collateral else setup.base / named
     return CollateralDirectory(path / "early" if update == "early" else path, setup.service.root, grace=_RENEWED)
 
 
