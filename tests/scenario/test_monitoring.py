@@ -30,6 +30,8 @@ tests:
         values: '0 0 2x10'
       - series: 'chutes_proto_requests_total{operation="verify_boot_attestation", status="503", code="draining"}'
         values: '0+60x20'
+      - series: 'chutes_proto_requests_total{operation="verify_boot_attestation", status="403", code="tcb_rejected"}'
+        values: '0 30x20'
       - series: 'chutes_proto_check{instance="a", check="collateral"}'
         values: '0 1x20'
       - series: 'chutes_proto_check{instance="b", check="store"}'
@@ -55,6 +57,11 @@ tests:
         exp_alerts:
           - exp_labels: {severity: page, code: draining}
             exp_annotations: {summary: " answers boots with draining", runbook: "monitor.md#bootsfail"}
+      - eval_time: 2m
+        alertname: BootsDenied
+        exp_alerts:
+          - exp_labels: {severity: ticket, code: tcb_rejected}
+            exp_annotations: {summary: "many boots are denied with tcb_rejected", runbook: "monitor.md#bootsdenied"}
       - eval_time: 12m
         alertname: EndsSoon
         exp_alerts:
@@ -109,7 +116,6 @@ def test_a_prometheus_answers_every_query(
     (target,) = re.findall(r'"admin":\["http://([0-9.:]+)"\]', log)
     vm = premises.vm()
     _ = vm.sync(vm.boot()["boot_token"])
-    _ = vm.boot(status=401, nonce="0" * 64)
     text = (MONITORING / "prometheus.yml").read_text().replace("127.0.0.1:9464", target)
     _ = (tmp_path / "prometheus.yml").write_text(text.replace("15s", "1s"))
     _ = (tmp_path / "alerts.yml").write_bytes(ALERTS.read_bytes())
@@ -129,6 +135,11 @@ def test_a_prometheus_answers_every_query(
 
                 _ = wait_until(lambda: client.get("/-/ready").is_success)
                 _ = wait_until(lambda: ask("rate(chutes_proto_requests_total[1m])"))
+                # The first denials with a code may be all: a rack boots at once, and none of its VMs comes back.
+                _ = vm.boot(status=401, nonce="0" * 64)
+                denied = [query.partition(" > ")[0] for query in queries() if 'status=~"4.."' in query]
+                assert len(denied) == 1
+                _ = wait_until(lambda: [one for one in ask(denied[0]) if float(one["value"][1]) > 0])
                 rules = wait_until(lambda: client.get("/api/v1/rules").json()["data"]["groups"])
                 assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
                 for query in queries():

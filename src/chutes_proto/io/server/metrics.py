@@ -43,6 +43,8 @@ from chutes_proto.server._observing import Answered
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Unit, unit_name
 from chutes_proto.store._sealing import SEALED
+from chutes_proto.wire.endpoints import COMMON_CODES
+from chutes_proto.wire.vms import BOOT_ATTESTATION
 
 T = TypeVar("T")
 
@@ -90,6 +92,8 @@ class Metrics:
             _ = self._not_copied.labels(sink)
         for table in TABLES:
             _ = self._forged.labels(table)
+        for code in (*BOOT_ATTESTATION.codes, *COMMON_CODES):
+            _ = self._requests.labels(BOOT_ATTESTATION.operation, str(code.status), code)
         self._store_waits = self._gauge("store_waits", "Requests of boots that wait for the store, or use it, now.")
         self._connections = self._gauge("connections", "Open connections.")
         self._verifications = self._gauge("verifications", "Quotes that wait for collateral now.")
