@@ -31,7 +31,7 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._gpus import SimulatedGpus
-from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, PROFILE, SimulatedPlatform
 from tests.cli import conftest
 from tests.cli.conftest import Ended
 from tests.conftest import ROOT
@@ -206,6 +206,28 @@ def test_the_end_of_a_profile_is_seen_coming(tmp_path: Path) -> None:
     assert [one.detail for one in health.findings if one.state == "problem"] == [
         "none counts now, so no VM is granted; change their schedule"
     ]
+
+
+def test_a_minimum_version_that_no_profile_has_is_a_problem(tmp_path: Path) -> None:
+    """Two profiles are older than it; of one that is not, its schedule has not begun."""
+    set_up(tmp_path)
+    texts = [PROFILE.to_toml(), evolve(PROFILE, name="older", mrtd=bytes(48), version="0.9").to_toml()]
+    newest = f"{evolve(PROFILE, mrtd=b'2' * 48, version='2').to_toml()}not_before = 2199-01-01\n"
+    _ = (tmp_path / "measurements.toml").write_text("".join([*texts, newest]))
+    text = (tmp_path / "server.toml").read_text()
+    for version, told in (
+        ("1", []),
+        (
+            "1.0.1",
+            ["none that counts now has minimum_version 1.0.1, so no VM is granted; lower it, or load newer ones"],
+        ),
+    ):
+        _ = (tmp_path / "server.toml").write_text(f'minimum_version = "{version}"\n{text}')
+        setup = set_up(tmp_path)
+        assert [one.detail for one in check_ends(setup) if one.state == "problem"] == told
+        with closing(SqliteStore(tmp_path / "keys.db")) as store:
+            problems = [one.detail for one in read_health(setup, store).findings if one.state == "problem"]
+        assert problems == told
 
 
 @pytest.mark.trio

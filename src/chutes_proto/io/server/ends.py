@@ -22,7 +22,7 @@ from typing import Final, Literal, TypeAlias, get_args
 from attrs import frozen
 from cryptography import x509
 
-from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.errors import CollateralUnavailable, Refused
 from chutes_proto.gpu import GpuCollateral, GpuPolicy, Revocation, VerifiedRim
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
@@ -30,6 +30,7 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding, State
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._terms import rfc3339
 
 Kind: TypeAlias = Literal["certificate", "admin_certificate", "collateral", "profile", "kek", "gpu_rim", "gpu_status"]
@@ -126,11 +127,24 @@ def command_for(setup: ServerSetup, words: str) -> str:
 
 
 def check_profiles(setup: ServerSetup, now: int) -> Finding | None:
-    """The problem that no profile counts now, if there are profiles and so it is."""
+    """The problem that no VM of any profile is granted now, if there are profiles and so it is."""
     profiles = [one.measurements for one in setup.service.profiles.values()]
-    if not profiles or any(profile.schedule.accepts(now) for profile in profiles):
+    counting = [profile for profile in profiles if profile.schedule.accepts(now)]
+    if not profiles or any(_is_new_enough(setup, profile, now) for profile in counting):
         return None
-    return Finding("problem", "profiles", "none counts now, so no VM is granted; change their schedule")
+    told = "none counts now, so no VM is granted; change their schedule"
+    if counting:
+        least = setup.config.minimum_version
+        told = f"none that counts now has minimum_version {least}, so no VM is granted; lower it, or load newer ones"
+    return Finding("problem", "profiles", told)
+
+
+def _is_new_enough(setup: ServerSetup, profile: Profile, now: int) -> bool:
+    try:
+        setup.service.check_version(profile, now)
+    except Refused:
+        return False
+    return True
 
 
 def _certificates(setup: ServerSetup) -> Iterator[End]:
