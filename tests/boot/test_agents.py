@@ -151,8 +151,9 @@ def test_all_disks_are_opened_at_once_or_the_root_disk_first(
 
 
 @every_kind
-def test_disks_that_cannot_be_opened(kind: str, tmp_path: Path) -> None:
+def test_disks_that_cannot_be_opened(kind: str, tmp_path: Path, require_program: Callable[[str], str]) -> None:
     """Nobody is asked for their keys."""
+    _ = require_program("cryptsetup")
     who: dict[str, Any] = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "quoter": lambda _: b"quote"}
     foreign = image(tmp_path / "foreign", b"a file system")
     refused: list[tuple[bool, Any, type[Exception], str]] = [

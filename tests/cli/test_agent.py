@@ -118,6 +118,13 @@ def write_settings(folder: Path, server: DevServer, said: Mapping[str, object]) 
     return settings
 
 
+@pytest.fixture
+def cryptsetup(require_program: Callable[[str], str]) -> str:
+    """Without the program a boot ends before anything is asked."""
+    return require_program("cryptsetup")
+
+
+@pytest.mark.usefixtures("cryptsetup")
 @pytest.mark.parametrize("key", ["quoter", "signer"])
 def test_the_deadline_is_that_of_quotes_and_signatures(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
@@ -134,6 +141,7 @@ def test_the_deadline_is_that_of_quotes_and_signatures(
     assert "sleep: the deadline, retry.deadline_seconds, ended it means " in told
 
 
+@pytest.mark.usefixtures("cryptsetup")
 def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Path], tmp_path: Path) -> None:
     disk, platform = tmp_path / "disk", tmp_path / "platform"
     _ = disk.write_bytes(bytes(20 << 20))
@@ -170,6 +178,7 @@ def heard(agent: subprocess.Popen[str], text: str) -> None:
         assert line, f"it ended with {agent.wait(60)} before {text}: {said}"
 
 
+@pytest.mark.usefixtures("cryptsetup")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=lambda it: it.name)
 @pytest.mark.parametrize("ends_boot", [True, False], ids=["boot", "wait"])
 def test_a_signal_is_a_failure_or_ends_the_wait(tmp_path: Path, sent: signal.Signals, ends_boot: bool) -> None:
@@ -200,11 +209,9 @@ def test_a_signal_is_a_failure_or_ends_the_wait(tmp_path: Path, sent: signal.Sig
     assert gone.exists()
 
 
-def test_a_signal_after_the_boot_does_not_change_how_it_ended(
-    tmp_path: Path, require_program: Callable[[str], str]
-) -> None:
+@pytest.mark.usefixtures("cryptsetup")
+def test_a_signal_after_the_boot_does_not_change_how_it_ended(tmp_path: Path) -> None:
     """The initramfs would take a machine whose disks are open for one whose boot failed."""
-    _ = require_program("cryptsetup")
 
     def has_ended() -> bool:
         agent.terminate()
@@ -239,6 +246,7 @@ def test_a_signal_before_the_boot_begins_is_a_failure(
     assert (ended.code, "ended by SIGTERM" in ended.err, gone.exists()) == (143, True, True)
 
 
+@pytest.mark.usefixtures("cryptsetup")
 def test_a_signal_before_a_disk_is_touched_leaves_it_alone(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
