@@ -179,10 +179,11 @@ def test_a_table_that_a_crash_empties_is_refused(
 ) -> None:
     monkeypatch.setattr(marks, "LOOK_SECONDS", 0)
     store.transact(boot("first"))
-    ask(url, "ALTER TABLE generation SET UNLOGGED")
-    for call in (lambda: store.transact(boot("second")), store.check, lambda: PostgresStore(url)):
-        told(call, "the table generation is UNLOGGED.*ALTER TABLE generation SET LOGGED")
-    ask(url, "ALTER TABLE generation SET LOGGED")
+    for table in ("generation", "what_if"):
+        ask(url, f"ALTER TABLE {table} SET UNLOGGED")
+        for call in (lambda: store.transact(boot("second")), store.check, lambda: PostgresStore(url)):
+            told(call, f"the table {table} is UNLOGGED.*ALTER TABLE {table} SET LOGGED")
+        ask(url, f"ALTER TABLE {table} SET LOGGED")
     store.transact(boot("second"))
 
 

@@ -66,7 +66,7 @@ _NONE_STREAMS: Final = (
 
 _UNLOGGED: Final = (
     "SELECT min(relname::text) FROM pg_class WHERE relnamespace = current_schema()::regnamespace"  # noqa: S608 - names
-    f" AND relpersistence = 'u' AND relname IN {('fact', 'head', 'store_head', *(kind.TABLE for kind in ROWS))}"
+    f" AND relpersistence = 'u' AND relname IN {tables()}"
 )
 """The statement that tells which of our tables PostgreSQL empties after a crash, and on a standby."""
 
@@ -482,7 +482,7 @@ class PostgresStore(MarkedStore):
             if unlogged is not None:
                 raise fault_of(
                     self.name,
-                    f"the table {unlogged} is UNLOGGED, so a crash or a fail-over would empty it, and keys would be"
+                    f"the table {unlogged} is UNLOGGED, so a crash or a fail-over would empty it, and keys could be"
                     f" lost; say ALTER TABLE {unlogged} SET LOGGED",
                 )
             self.replication = Replication(streaming, is_synchronous=has_synchronous)
