@@ -307,10 +307,12 @@ def test_a_file_that_a_server_has_open_is_not_copied(command: Command, site: Pat
     assert [path.name for path in site.glob("new.db*")] == ["new.db"]
 
 
+@pytest.mark.parametrize("name", ["", "&application_name=keys"], ids=["default", "named"])
 def test_a_copy_from_postgresql_names_sessions_that_may_be_a_servers(
-    command: Command, site: Path, empty_schema: str
+    command: Command, site: Path, empty_schema: str, name: str
 ) -> None:
     """A pooler keeps the sessions of a server that was stopped, so they are no reason to refuse."""
+    empty_schema += name
     passfile = site / "pgpass"
     passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
     passfile.chmod(0o600)

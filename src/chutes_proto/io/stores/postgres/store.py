@@ -71,10 +71,13 @@ _UNLOGGED: Final = (
 """The statement that tells which of our tables PostgreSQL empties after a crash, and on a standby."""
 
 _COMPANY: Final = (
-    f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{DEFAULTS['application_name']}'"  # noqa: S608
-    " AND datname = current_database() AND pid <> pg_backend_pid()"
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"  # noqa: S608
+    f" AND application_name IN ('{DEFAULTS['application_name']}', current_setting('application_name'))"
 )
-"""The statement that counts the sessions of others that use our database by our name, which everybody may see."""
+"""The statement that counts the other sessions of our database that have our name, the default or the URL's.
+
+Everybody may see names; a server whose URL says a third one is not found.
+"""
 
 _HELD: Final = 200
 """How many writes may wait."""
