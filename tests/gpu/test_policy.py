@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -28,6 +29,7 @@ from chutes_proto.gpu import (
     authenticate,
     compare,
     parse_evidence,
+    parse_gpu_policy,
     parse_report,
     read_root,
     verify,
@@ -370,6 +372,33 @@ def test_evidence_of_another_type_is_refused(made: Callable[[bytes], Any]) -> No
         _ = Rims.of(unread)
     with pytest.raises(TypeError, match=r"^evidence: must be DeviceEvidence"):
         _ = authenticate(data, nonce=NONCE, now=NOW, roots=GPUS.roots)
+
+
+def test_what_is_read_must_be_bytes() -> None:
+    for wrong in cast("tuple[Any, ...]", (None, 5, {}, Path("rim.xml"), "text")):
+        for read, must in (
+            (parse_evidence, "data: must be the bytes of evidence"),
+            (parse_report, "data: must be the bytes of a report"),
+            (lambda data: verify_rim(data, now=NOW), "data: must be the bytes of a RIM"),
+            (lambda data: Revocation.of([data]), "pieces: must be the bytes of OCSP answers and CRLs"),
+            (read_root, "der: must be the bytes of a certificate in DER"),
+            (parse_gpu_policy, "data: must be the bytes or text of a TOML file"),
+        ):
+            if isinstance(wrong, str) and "text" in must:
+                continue
+            with pytest.raises(TypeError, match=f"^{must}, not {type(wrong).__name__}$"):
+                read(wrong)
+    rim = next(iter(GPUS.rims(NOW)))
+    assert verify_rim(memoryview(rim), now=NOW, roots=GPUS.roots) == verify_rim(rim, now=NOW, roots=GPUS.roots)
+
+
+def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
+    device: Any = GPUS.evidence(NONCE)[0]
+    with pytest.raises(TypeError, match=r"^device: must be a GenuineDevice, as of authenticate, not DeviceEvidence$"):
+        _ = compare(device, Rims(), now=NOW)
+    rims: Any = ()
+    with pytest.raises(TypeError, match=r"^rims: must be Rims, not tuple$"):
+        _ = compare(authenticate(device, nonce=NONCE, now=NOW, roots=GPUS.roots), rims, now=NOW)
 
 
 def test_results_are_made_by_verification_only() -> None:

@@ -75,6 +75,24 @@ def test_as_many_gpus_as_expected() -> None:
         _ = verified(ServiceBinding.of_tls_key(NONCE, KEY), NONCE + KEY, NONCE, count=8)
 
 
+def test_a_binding_is_made_of_what_it_says() -> None:
+    wrong: Any = NONCE.hex()
+    with pytest.raises(TypeError, match=r"^nonce: must be bytes, not str$"):
+        _ = ServiceBinding.of_tls_key(wrong, KEY)
+    with pytest.raises(TypeError, match=r"^spki_sha256: must be bytes, not str$"):
+        _ = ServiceBinding.of_tls_key(NONCE, wrong)
+    for arguments in ((NONCE, "a key"), ("ab" * 32, KEY)):
+        with pytest.raises(TypeError, match=r"must be a str, as the instance sends it, not bytes$"):
+            _ = ServiceBinding.of_e2e_key(*arguments)
+    for name in ("binding", "gpu_collateral"):
+        with pytest.raises(TypeError, match=f"^{name}: must be "):
+            _ = verified(
+                **{"binding": ServiceBinding.of_tls_key(NONCE, KEY), name: wrong},
+                report_data=NONCE + KEY,
+                gpu_nonce=NONCE,
+            )
+
+
 def test_a_binding_has_its_sizes() -> None:
     for sizes in ((31, 32), (48, 32), (64, 31)):
         with pytest.raises(GpuPolicyError):

@@ -47,6 +47,17 @@ def told(error: BaseException | None) -> str:
     return "; ".join(texts)
 
 
+@pytest.mark.parametrize("make", [attested_context, attested_callback])
+def test_what_it_is_made_of_is_checked_before_a_peer_is_there(make: Callable[..., object]) -> None:
+    for policy, collateral, named in (
+        (None, print, "policy"),
+        ("policy.toml", print, "policy"),
+        (POLICY, "c.json", "collateral"),
+    ):
+        with pytest.raises(TypeError, match=f"^{named}: must be a "):
+            _ = make(policy, collateral)
+
+
 @contextmanager
 def serving(identity: AttestedIdentity, folder: Path) -> Iterator[tuple[int, list[bytes]]]:
     """A TLS server on loopback that answers each request; its port, and all that it got of the application."""

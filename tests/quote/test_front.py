@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import attrs
 import pytest
 
 from chutes_proto import quote
@@ -32,6 +33,8 @@ from chutes_proto.quote import (
     verify_genuine,
 )
 from tests.conftest import ROOT as PROJECT
+from tests.quote.logs import event as event_of
+from tests.quote.logs import log
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of
 
 POLICY = Policy(profiles=(PROFILE,))
@@ -154,6 +157,69 @@ def test_a_verdict_without_a_policy_is_neither_true_nor_false() -> None:
     data, collateral = PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM)
     genuine = verify_genuine(data, collateral, now=NOW, report_data=REPORT_DATA, root=ROOT)
     assert not isinstance(genuine, AcceptedVerdict)
+
+
+# --- arguments of another type ---
+
+READERS: dict[str, tuple[Any, str]] = {
+    "parse_quote": (quote.parse_quote, "the bytes of a quote"),
+    "Collateral.from_json": (Collateral.from_json, "the bytes or text of a collateral file"),
+    "Collateral.all_from_json": (Collateral.all_from_json, "the bytes or text of a collateral file"),
+    "parse_policy_toml": (quote.parse_policy_toml, "the bytes or text of a TOML file"),
+    "parse_profiles_toml": (quote.parse_profiles_toml, "the bytes or text of a TOML file"),
+    "parse_profiles_json": (quote.parse_profiles_json, "the bytes or text of a JSON file"),
+    "parse_event_log": (quote.parse_event_log, "the bytes of an event log"),
+    "parse_event_log_json": (quote.parse_event_log_json, "the bytes or text of an event log"),
+    "TrustedRoot.from_der": (quote.TrustedRoot.from_der, "the bytes of a certificate in DER"),
+    "read_evidence": (quote.read_evidence, "the bytes of a certificate in DER"),
+    "evidence_for": (quote.evidence_for, "the bytes of a public key in DER"),
+}
+"""What reads bytes, and what it says that they must be."""
+
+
+@pytest.mark.parametrize(("read", "must"), READERS.values(), ids=READERS)
+def test_what_is_read_must_be_bytes(read: Any, must: str) -> None:
+    for wrong in cast("tuple[Any, ...]", (None, 5, [1, 2], {}, Path("quote.bin"), "text")):
+        if isinstance(wrong, str) and "text" in must:
+            continue
+        with pytest.raises(TypeError, match=rf"^\w+: must be {must}, not {type(wrong).__name__}$"):
+            read(wrong)
+
+
+def test_whatever_holds_the_bytes_is_read_as_they_are_then() -> None:
+    """What was verified does not change with the buffer that it came from."""
+    root = quote.TrustedRoot.from_der(PLATFORM.root_der)
+    assert [quote.TrustedRoot.from_der(kind(PLATFORM.root_der)) for kind in (bytearray, memoryview)] == [root, root]
+    assert Collateral.from_json(memoryview(PLATFORM.collateral_json(NOW))) == collateral_of(PLATFORM)
+    event = quote.parse_event_log(bytearray(log(event_of(1, 4, b"x")))).events[0]
+    assert (type(event.digest), type(event.data)) == (bytes, bytes)
+
+
+def test_each_piece_of_collateral_is_bytes() -> None:
+    collateral: Any = collateral_of(PLATFORM)
+    for name in [piece.name for piece in attrs.fields(Collateral)]:
+        piece = getattr(collateral, name) or b""
+        for wrong in cast("tuple[Any, ...]", (piece.hex(), bytearray(piece), memoryview(piece), {})):
+            with pytest.raises(TypeError, match=rf"^{name}: must be bytes, not {type(wrong).__name__}$"):
+                _ = attrs.evolve(collateral, **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [5, "log", b"log", verify_genuine])
+def test_calls_take_the_values_that_they_say(wrong: Any) -> None:
+    empty, verdict = quote.EventLog(()), verdict_of(PLATFORM)
+    for call, must in (
+        (lambda: quote.make_ear(wrong, policy_id="p"), "verdict: must be a Verdict, as of verify"),
+        (lambda: quote.make_ear(verdict, policy_id="p", refused=wrong), "refused: must be an AppraisalError"),
+        (lambda: quote.make_ear(verdict, policy_id=5), "policy_id: must be a str, not int"),  # type: ignore[arg-type]
+        (lambda: quote.replay(wrong, empty.rtmrs), "log: must be an EventLog, as of parse_event_log"),
+        (lambda: quote.replay(empty, empty.rtmrs, good=wrong), "good: must be an EventLog"),
+        (lambda: quote.replay(empty, wrong), "rtmrs: must be the four RTMRs of a verdict, each 48 bytes"),
+        (lambda: quote.replay(empty, (wrong,) * 4), "rtmrs: must be the four RTMRs"),
+        (lambda: quote.first_difference(wrong, empty), "log: must be an EventLog"),
+        (lambda: quote.first_difference(empty, wrong), "good: must be an EventLog"),
+    ):
+        with pytest.raises(TypeError, match=f"^{must}"):
+            _ = call()
 
 
 # --- files ---

@@ -28,8 +28,9 @@ from chutes_proto.quote._verify import check_signed, open_quote
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
+    from chutes_proto.quote._arguments import BytesLike
     from chutes_proto.quote._collateral import Collateral
-    from chutes_proto.quote._layout import BytesLike, Quote
+    from chutes_proto.quote._layout import Quote
 
 
 def upstreams_of(services: Sequence[str]) -> list[Upstream]:

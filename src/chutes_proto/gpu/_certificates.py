@@ -25,6 +25,7 @@ from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._errors import GpuPolicyError
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 from chutes_proto.quote._certificates import P384_SHA384, Certificate
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384, EllipticCurvePublicKey
@@ -76,8 +77,9 @@ def _reloaded(certificates: tuple[Certificate, ...], root: TrustedRoot, terms: t
     return VerifiedChain(certificates, root, ecdsa.load_point(certificates[0].point, P384), terms)
 
 
-def read_root(der: bytes) -> TrustedRoot:
+def read_root(der: BytesLike) -> TrustedRoot:
     """Read a root from a self-signed CA certificate in DER. Raises `GpuPolicyError` for anything else."""
+    der = as_bytes(der, "the bytes of a certificate in DER", "der")
     try:
         root = certificates.read_certificate(der, P384_SHA384)
         _check_role(root, 1)

@@ -16,6 +16,7 @@ from attrs import field, frozen
 
 from chutes_proto.gpu._errors import EvidenceFormatError
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 
 MAX_SIZE: Final = 1024 * 1024
 MAX_DEVICES: Final = 64
@@ -30,8 +31,9 @@ class DeviceEvidence:
     arch: str | None = None
 
 
-def parse_evidence(data: bytes) -> tuple[DeviceEvidence, ...]:
+def parse_evidence(data: BytesLike) -> tuple[DeviceEvidence, ...]:
     """Read the evidence of a machine; there may be none in it. Raises `EvidenceFormatError`."""
+    data = as_bytes(data, "the bytes of evidence")
     try:
         value = cast("Any", strict_json.decode(data, limit=MAX_SIZE, fractions=True))
     except strict_json.JsonError as exc:

@@ -28,7 +28,8 @@ from chutes_proto.gpu._measurements import differences, told_beside
 from chutes_proto.gpu._report import NONCE_SIZE
 from chutes_proto.gpu._revocation import Revocation, check_chain_status, check_floor
 from chutes_proto.gpu._rim import VerifiedRim
-from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, check_kind, compare
+from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, compare
+from chutes_proto.quote._arguments import check_kind
 from chutes_proto.quote._terms import check_seconds
 
 Mode: TypeAlias = Literal["SPT", "MPT", "PPCIE"]
@@ -252,9 +253,9 @@ def verify(
     Raises `EvidenceRefusedError` with a report on every device; `EvidenceFormatError` for bytes that are no evidence;
     `TypeError` for arguments of another type.
     """
-    check_kind("rims", rims, Rims)
-    check_kind("revocation", revocation, Revocation)
-    check_kind("policy", policy, GpuPolicy)
+    check_kind("rims", rims, Rims, "Rims")
+    check_kind("revocation", revocation, Revocation, "Revocation")
+    check_kind("policy", policy, GpuPolicy, "GpuPolicy")
     if count is not None and type(count) is not int:
         raise TypeError(f"count: must be an int, or None, not {count!r}")
     opened = open_evidence(data, nonce=nonce, now=now, roots=roots)
@@ -277,7 +278,7 @@ def open_evidence(
     check_seconds("now", now)
     if nonce is not None and (type(nonce) is not bytes or len(nonce) != NONCE_SIZE):
         raise TypeError(f"nonce: must be {NONCE_SIZE} bytes, or None")
-    check_kind("roots", roots, GpuRoots)
+    check_kind("roots", roots, GpuRoots, "GpuRoots")
     evidence = parse_evidence(data) if isinstance(data, bytes) else data
     if not _are_devices(evidence):
         raise TypeError("data: must be bytes, or a sequence of DeviceEvidence")

@@ -19,6 +19,7 @@ from chutes_proto._converter import (
 )
 from chutes_proto.gpu._errors import GpuPolicyError
 from chutes_proto.gpu._policy import GpuPolicy, PinnedMeasurements, RevocationDemand
+from chutes_proto.quote._arguments import BytesLike, as_utf8
 from chutes_proto.quote._strict_json import digits
 
 MAX_SIZE: Final = 1024 * 1024
@@ -66,8 +67,9 @@ class GpuPolicyForm:
         return GpuPolicy(**members)
 
 
-def parse_gpu_policy(data: bytes) -> GpuPolicy:
+def parse_gpu_policy(data: BytesLike | str) -> GpuPolicy:
     """Read the policy in a TOML file. Raises `GpuPolicyError`, which names the key."""
+    data = as_utf8(data, "the bytes or text of a TOML file")
     if len(data) > MAX_SIZE:
         raise GpuPolicyError(f"more than {MAX_SIZE} bytes of TOML")
     try:

@@ -17,6 +17,7 @@ from typing import Final
 from msgspec import Struct
 
 from chutes_proto.gpu._errors import EvidenceFormatError
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 
 MAX_SIZE: Final = 32 * 1024
 """More bytes than any report has: those of a GPU have about 4200."""
@@ -82,8 +83,9 @@ class Report(Struct, frozen=True, eq=False):
         return tuple(value[start : start + _PDI_SIZE] for start in range(0, len(value), _PDI_SIZE))
 
 
-def parse_report(data: bytes) -> Report:
+def parse_report(data: BytesLike) -> Report:
     """Read a report. Raises `EvidenceFormatError`."""
+    data = as_bytes(data, "the bytes of a report")
     if len(data) > MAX_SIZE:
         raise _refused(f"more than {MAX_SIZE} bytes")
     if len(data) < _REQUEST.size + _RESPONSE.size:

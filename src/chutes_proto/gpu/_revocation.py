@@ -26,6 +26,7 @@ from chutes_proto.gpu._certificates import VerifiedChain, check_times, load_key,
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._arguments import as_bytes
 from chutes_proto.quote._certificates import P384_SHA384, Certificate, Crl
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384
@@ -113,7 +114,7 @@ class Revocation:
         answers: list[OcspAnswer] = []
         crls: list[Crl] = []
         for piece in pieces:
-            read = read_status(piece)
+            read = read_status(as_bytes(piece, "the bytes of OCSP answers and CRLs", "pieces"))
             if isinstance(read, Crl):
                 crls.append(read)
             else:

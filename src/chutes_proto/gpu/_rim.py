@@ -35,6 +35,7 @@ from chutes_proto.gpu._certificates import (
 )
 from chutes_proto.gpu._xml import Element, XmlError, canonical, read
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 from chutes_proto.quote._ecdsa import P384
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._strict_json import digits
@@ -82,10 +83,10 @@ class VerifiedRim:
         return f"RIM of {self.product} {self.version} (SHA-256 {self.digest.hex()})"
 
 
-def verify_rim(data: bytes, *, now: int, roots: GpuRoots = NVIDIA) -> VerifiedRim:
+def verify_rim(data: BytesLike, *, now: int, roots: GpuRoots = NVIDIA) -> VerifiedRim:
     """Verify a RIM at ``now``, in unix seconds (steps 1 to 8 and 13 to 17). Raises `GpuVerificationError`."""
     check_seconds("now", now)
-    rim = authenticate_rim(data, roots=roots)
+    rim = authenticate_rim(as_bytes(data, "the bytes of a RIM"), roots=roots)
     check_times(rim.chain.terms, now)
     return rim
 

@@ -27,8 +27,8 @@ from chutes_proto.gpu._evidence import DeviceEvidence
 from chutes_proto.gpu._policy import AcceptedEvidence, GpuPolicy
 from chutes_proto.gpu._policy import verify as verify_gpus
 from chutes_proto.quote import _policy as quotes
+from chutes_proto.quote._arguments import BytesLike, check_kind
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote._layout import BytesLike
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
@@ -48,12 +48,16 @@ class ServiceBinding:
     gpu_nonce: bytes
 
     def __attrs_post_init__(self) -> None:
+        check_kind("report_data", self.report_data, bytes, "bytes")
+        check_kind("gpu_nonce", self.gpu_nonce, bytes, "bytes")
         if len(self.report_data) not in (_SIZE, 2 * _SIZE) or len(self.gpu_nonce) != _SIZE:
             raise GpuPolicyError("binding: must be 32 or 64 bytes of report data, and 32 of nonce")
 
     @classmethod
     def of_tls_key(cls, nonce: bytes, spki_sha256: bytes) -> ServiceBinding:
         """A service that binds its TLS key: nonce (32 bytes) ‖ SHA-256 of the key's SubjectPublicKeyInfo (32 bytes)."""
+        check_kind("nonce", nonce, bytes, "bytes")
+        check_kind("spki_sha256", spki_sha256, bytes, "bytes")
         if len(spki_sha256) != _SIZE:  # without it only the nonce would be compared, which any key can stand beside
             raise GpuPolicyError("binding: spki_sha256 must be the 32 bytes of SHA-256 of the TLS key")
         return cls(nonce + spki_sha256, nonce)
@@ -65,6 +69,8 @@ class ServiceBinding:
         The second half of its report data is not compared. This says less than `of_tls_key`: the digest stands where
         others have a nonce, so anyone for whom the VM attests over a nonce of theirs can bind a key of their own.
         """
+        check_kind("nonce", nonce, str, "a str, as the instance sends it")
+        check_kind("e2e_pubkey", e2e_pubkey, str, "a str, as the instance sends it")
         digest = hashlib.sha256((nonce + e2e_pubkey).encode()).digest()
         return cls(digest, digest)
 
@@ -100,6 +106,8 @@ def verify_service(
     machine's software chooses what it hands over, so pass the number that you rely on. Raises
     `chutes_proto.quote.VerificationError` for the quote and its report data, and `GpuError` for the GPUs.
     """
+    check_kind("binding", binding, ServiceBinding, "a ServiceBinding")
+    check_kind("gpu_collateral", gpu_collateral, GpuCollateral, "GpuCollateral")
     verdict = quotes.verify(quote, collateral, now=now, report_data=None, policy=policy, root=root, stage=stage)
     quoted = verdict.quote.body.report_data[: len(binding.report_data)]
     if not compare_digest(quoted, binding.report_data):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hmac import compare_digest
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from attrs import frozen
 
@@ -44,6 +44,7 @@ from chutes_proto.gpu._report import Report, parse_report
 from chutes_proto.gpu._rim import VerifiedRim
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._arguments import check_kind
 from chutes_proto.quote._certificates import Certificate, common_name
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384
@@ -99,8 +100,8 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
     ``now`` is in whole unix seconds. Raises `GpuVerificationError`; `TypeError` for arguments of another type.
     """
     check_seconds("now", now)
-    check_kind("evidence", evidence, DeviceEvidence)
-    check_kind("roots", roots, GpuRoots)
+    check_kind("evidence", evidence, DeviceEvidence, "DeviceEvidence, as of parse_evidence")
+    check_kind("roots", roots, GpuRoots, "GpuRoots")
     report = parse_report(evidence.report)  # 0
     chain = verify_chain(read_chain(evidence.chain, DEVICE), roots.device, DEVICE)  # 1-6
     if len(chain.certificates) < 2:  # 1
@@ -133,12 +134,6 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
         steps=(0, *taken),
         proof=PROOF,
     )
-
-
-def check_kind(name: str, value: object, kind: type[Any]) -> None:
-    """Check the type of an argument. Raises `TypeError`."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: must be {kind.__name__}, not {type(value).__name__}")
 
 
 @frozen
@@ -264,6 +259,8 @@ def compare(device: GenuineDevice, rims: Rims, *, now: int) -> Comparison:
     Raises `GpuVerificationError` for everything but differences, which the comparison has.
     """
     check_seconds("now", now)
+    check_kind("device", device, GenuineDevice, "a GenuineDevice, as of authenticate")
+    check_kind("rims", rims, Rims, "Rims")
     report = device.report
     wanted: list[tuple[Source, str | None, str, str | None]] = []
     if device.arch != "LS10":

@@ -31,11 +31,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from chutes_proto.quote import _cbor as cbor
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _eventlog as eventlog
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 from chutes_proto.quote._certificates import MAX_PEM
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._measurements import Stage
-from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, verify
+from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_policy, verify
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._terms import Term, check_terms
 
@@ -79,8 +80,9 @@ class CertificateEvidence:
     not_after: int
 
 
-def read_evidence(certificate: bytes) -> CertificateEvidence:
+def read_evidence(certificate: BytesLike) -> CertificateEvidence:
     """Read the evidence of a certificate in DER. Raises `CertificateEvidenceError`."""
+    certificate = as_bytes(certificate, "the bytes of a certificate in DER", "certificate")
     if len(certificate) > MAX_PEM:
         raise _refused(f"more than {MAX_PEM} bytes of certificate")
     try:
@@ -104,7 +106,7 @@ def read_evidence(certificate: bytes) -> CertificateEvidence:
 
 
 def verify_certificate(
-    certificate: bytes,
+    certificate: BytesLike,
     collateral: Collateral | VerifiedCollateral | Callable[[bytes], Collateral | VerifiedCollateral],
     *,
     now: int,
@@ -122,6 +124,8 @@ def verify_certificate(
 
     Raises `VerificationError` for every refusal; `CertificateEvidenceError` where the certificate itself is at fault.
     """
+    check_policy(policy)
+    check_source(collateral)
     evidence = read_evidence(certificate)
     check_terms([Term("attested certificate", evidence.not_before, evidence.not_after, is_certificate=True)], now)
     log = None
@@ -144,12 +148,20 @@ def verify_certificate(
     )
 
 
-def evidence_for(key: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+def check_source(collateral: object) -> None:
+    """Check what collateral is to come from. Raises `TypeError`."""
+    if not isinstance(collateral, Collateral | VerifiedCollateral) and not callable(collateral):
+        must = "a Collateral, as of Collateral.load, or a function of the quote that returns one"
+        raise TypeError(f"collateral: must be {must}, not {type(collateral).__name__}")
+
+
+def evidence_for(key: BytesLike) -> tuple[bytes, Callable[[bytes], bytes]]:
     """Prepare the evidence for a key (SubjectPublicKeyInfo in DER), in the interoperable form.
 
     Returns the 64 bytes of report data to get a quote for, and the function that makes the value of the extension
     `DICE_TAGGED_EVIDENCE` of that quote.
     """
+    key = as_bytes(key, "the bytes of a public key in DER", "key")
     claims = cbor.encode({PUBKEY_HASH: cbor.encode([_SHA256, sha256(key).digest()])})
     return _bound(claims), lambda quote: cbor.encode(cbor.Tagged(TEE_QUOTE_TAG, [quote, claims]))
 

@@ -23,8 +23,9 @@ from msgspec import Struct
 
 from chutes_proto._proof import Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._arguments import BytesLike, as_utf8
 from chutes_proto.quote._errors import CollateralFormatError
-from chutes_proto.quote._layout import BytesLike, Tee, parse_quote
+from chutes_proto.quote._layout import Tee, parse_quote
 from chutes_proto.quote._pck import Ca
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import QeIdentity, TcbInfo
@@ -60,6 +61,11 @@ class Collateral:
     qe_identity_signature: bytes
     pck_certificate_chain: bytes | None = None
 
+    def __attrs_post_init__(self) -> None:
+        for name in _MEMBERS:
+            if type(piece := getattr(self, name)) is not bytes and (name != _OPTIONAL or piece is not None):
+                raise TypeError(f"{name}: must be bytes, not {type(piece).__name__}")
+
     @classmethod
     def load(cls, path: str | PathLike, *, quote: BytesLike | None = None) -> Collateral:
         """Read the pieces from a file of a form that `from_json` reads.
@@ -75,7 +81,7 @@ class Collateral:
             raise CollateralFormatError(f"{path}: {exc}") from None
 
     @classmethod
-    def from_json(cls, data: bytes | str, *, quote: BytesLike | None = None) -> Collateral:
+    def from_json(cls, data: BytesLike | str, *, quote: BytesLike | None = None) -> Collateral:
         """Read the pieces from a file's bytes or text.
 
         That is the file of ``to_json``, which is also dcap-qvl's, or one of Intel's PcsClientTool with the collateral
@@ -93,7 +99,7 @@ class Collateral:
         return cls._of(members)
 
     @classmethod
-    def all_from_json(cls, data: bytes | str) -> tuple[Collateral, ...]:
+    def all_from_json(cls, data: BytesLike | str) -> tuple[Collateral, ...]:
         """Read all that is in a file of a form that `from_json` reads, for every platform. Raises the same error."""
         members = _members(data)
         if _MANY not in members:
@@ -218,9 +224,8 @@ _MANY: Final = "collaterals"
 """The member that a file of PcsClientTool has, and no other."""
 
 
-def _members(data: bytes | str) -> Mapping[str, object]:
-    if isinstance(data, str):
-        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+def _members(data: BytesLike | str) -> Mapping[str, object]:
+    data = as_utf8(data, "the bytes or text of a collateral file")
     try:
         table = strict_json.decode(data, limit=MAX_SIZE, fractions=True)
     except strict_json.JsonError as exc:

@@ -33,9 +33,11 @@ from attrs import frozen
 
 from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._arguments import BytesLike, as_bytes, as_utf8, check_kind
 from chutes_proto.quote._errors import PolicyError, QuoteError
 from chutes_proto.quote._measurements import REGISTERS, Rtmrs
 
+LOG: Final = "an EventLog, as of parse_event_log or parse_event_log_json"
 MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384
 MAX_ALGORITHMS: Final = 8
@@ -310,6 +312,9 @@ def replay(log: EventLog, rtmrs: Rtmrs, *, good: EventLog | None = None) -> Repl
 
     ``good`` is the log of a known-good boot, to name the event where they part. Raises `EventLogMismatchError`.
     """
+    _check_logs(log=log, good=log if good is None else good)
+    if not _are_rtmrs(rtmrs):
+        raise TypeError("rtmrs: must be the four RTMRs of a verdict, each 48 bytes")
     found = zip(REGISTERS[1:], rtmrs, log.rtmrs, strict=True)
     if different := [(name, got, expected) for name, got, expected in found if got != expected]:
         _, got, expected = different[0]
@@ -320,8 +325,21 @@ def replay(log: EventLog, rtmrs: Rtmrs, *, good: EventLog | None = None) -> Repl
 
 def first_difference(log: EventLog, good: EventLog) -> Difference | None:
     """The first event of the first register in which the digests of two logs differ; None if they measure the same."""
+    _check_logs(log=log, good=good)
     found = (difference_in(register, log, good) for register in REGISTERS[1:])
     return next((each for each in found if each is not None), None)
+
+
+def _check_logs(**logs: object) -> None:
+    for name, log in logs.items():
+        check_kind(name, log, EventLog, LOG)
+
+
+def _are_rtmrs(values: object) -> bool:
+    return (
+        isinstance(values, tuple)
+        and [len(value) for value in cast("tuple[object, ...]", values) if isinstance(value, bytes)] == [48] * 4
+    )
 
 
 def difference_in(register: str, log: EventLog, good: EventLog) -> Difference | None:
@@ -332,8 +350,9 @@ def difference_in(register: str, log: EventLog, good: EventLog) -> Difference | 
     return None
 
 
-def parse_event_log(data: bytes) -> EventLog:
+def parse_event_log(data: BytesLike) -> EventLog:
     """The events of a log, up to the padding. Raises `EventLogFormatError`, and nothing else, whatever the bytes."""
+    data = as_bytes(data, "the bytes of an event log")
     if len(data) > MAX_SIZE:
         raise EventLogFormatError(f"more than {MAX_SIZE} bytes")
     reader = _Reader(data)
@@ -349,14 +368,13 @@ def parse_event_log(data: bytes) -> EventLog:
     return EventLog(tuple(events))
 
 
-def parse_event_log_json(data: bytes | str) -> EventLog:
+def parse_event_log_json(data: BytesLike | str) -> EventLog:
     """The events of a log as dstack writes it: a list of objects with imr, event_type, digest, event, event_payload.
 
     Digest and payload are hexadecimal digits; ``imr`` 0 to 3 is RTMR0 to RTMR3. Raises `EventLogFormatError`, and
     nothing else, whatever the bytes.
     """
-    if isinstance(data, str):
-        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+    data = as_utf8(data, "the bytes or text of an event log")
     try:
         entries = strict_json.decode(data, limit=MAX_SIZE)
     except strict_json.JsonError as exc:

@@ -23,6 +23,7 @@ from chutes_proto._converter import (
     string,
 )
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._arguments import BytesLike, as_utf8
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._statements import TcbStatus
 
@@ -32,10 +33,9 @@ P = ParamSpec("P")
 MAX_SIZE: Final = 4 * 1024 * 1024
 
 
-def read_toml(data: bytes | str) -> dict[str, object]:
+def read_toml(data: BytesLike | str) -> dict[str, object]:
     """The content of a TOML file, or of its text. Raises `PolicyError`."""
-    if isinstance(data, str):
-        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+    data = as_utf8(data, "the bytes or text of a TOML file")
     if len(data) > MAX_SIZE:
         raise PolicyError(f"more than {MAX_SIZE} bytes of TOML")
     return within("", load_toml, data)

@@ -23,10 +23,10 @@ from typing import Any, Final, Literal, TypeAlias
 
 from msgspec import Struct
 
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 from chutes_proto.quote._errors import QuoteFormatError
 
 Tee: TypeAlias = Literal["TDX", "SGX"]
-BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 TEE_SGX: Final = 0
 TEE_TDX: Final = 0x81
@@ -268,11 +268,7 @@ def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
     of checks: enough bytes for the smallest quote, the version, the TEE type, the attestation key's type, the
     structure.
     """
-    if type(data) is not bytes:
-        try:
-            data = bytes(memoryview(data))
-        except TypeError:
-            raise TypeError(f"data: must be the bytes of a quote, not {type(data).__name__}") from None
+    data = as_bytes(data, "the bytes of a quote")
     size = len(data)
     least = MIN_SGX if sgx else MIN_TDX
     if size < least:

@@ -32,6 +32,7 @@ from chutes_proto._converter import (
     string,
 )
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._arguments import BytesLike, as_utf8
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._errors import PolicyError, Refusal, mismatch
 from chutes_proto.quote._files import CONVERTER, MAX_SIZE, UnixTime, file_converter, read_toml, within
@@ -309,7 +310,7 @@ class ProfileTables:
 
 
 def parse_profiles_toml(
-    data: bytes | str, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
+    data: BytesLike | str, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
     """Read the profiles of a TOML file, each with its keys that are in ``extra_keys``.
 
@@ -320,12 +321,13 @@ def parse_profiles_toml(
 
 
 def parse_profiles_json(
-    data: bytes, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
+    data: BytesLike | str, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
     """Read the profiles of a JSON list, each with its keys that are in ``extra_keys``.
 
     ``defaults`` stand in for keys that a profile lacks. Raises `PolicyError`.
     """
+    data = as_utf8(data, "the bytes or text of a JSON file")
     try:
         content = strict_json.decode(data, limit=MAX_SIZE)
     except strict_json.JsonError as exc:

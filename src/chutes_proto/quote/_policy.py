@@ -21,12 +21,13 @@ from attrs import field, fields, frozen
 
 from chutes_proto._lazy import LazyModule
 from chutes_proto._proof import PROOF
+from chutes_proto.quote._arguments import BytesLike, check_kind
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._collateral import Collateral, PathLike, VerifiedCollateral
 from chutes_proto.quote._errors import AppraisalError, Part, PolicyError, Refusal, mismatch
 from chutes_proto.quote._files import CONVERTER, UnixTime, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
-from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport, TdReport10
+from chutes_proto.quote._layout import SgxAttributes, SgxReport, TdReport10
 from chutes_proto.quote._measurements import (
     REGISTERS,
     Profile,
@@ -436,13 +437,16 @@ _STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
 def _check_appraised(verdict: object, stage: Stage, log: object) -> None:
-    if not isinstance(verdict, Verdict):
-        raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
+    check_kind("verdict", verdict, Verdict, "a Verdict, as of verify_genuine")
     if stage not in _STAGES:
         raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
-    if log is not None and not isinstance(log, eventlog.EventLog):
-        makers = "parse_event_log or parse_event_log_json"
-        raise TypeError(f"event_log: must be an EventLog, as of {makers}, not {type(log).__name__}")
+    if log is not None:
+        check_kind("event_log", log, eventlog.EventLog, eventlog.LOG)
+
+
+def check_policy(policy: object) -> None:
+    """Check that it is a policy. Raises `TypeError`."""
+    check_kind("policy", policy, get_args(AnyPolicy), "a Policy, AllOf or AnyOf, as of Policy.load")
 
 
 def verify(
@@ -472,8 +476,7 @@ def verify(
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, and `PolicyError` for
     another stage.
     """
-    if not isinstance(cast("object", policy), AnyPolicy):
-        raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
+    check_policy(policy)
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
     return policy.appraise(verdict, stage=stage, event_log=event_log)
 

@@ -12,6 +12,7 @@ from typing import Final
 from attrs import field, frozen
 
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._arguments import BytesLike, as_bytes
 from chutes_proto.quote._certificates import Certificate, check_kind, read_certificate
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._errors import PolicyError
@@ -34,8 +35,9 @@ class TrustedRoot:
     digest: bytes = field(repr=bytes.hex)
 
     @classmethod
-    def from_der(cls, data: bytes) -> TrustedRoot:
+    def from_der(cls, data: BytesLike) -> TrustedRoot:
         """Read the root from a self-signed CA certificate in DER. Raises `PolicyError` for anything else."""
+        data = as_bytes(data, "the bytes of a certificate in DER")
         try:
             root = read_certificate(data)
             check_kind(root, "CA", path_length=1)

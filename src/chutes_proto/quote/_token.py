@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chutes_proto._extras import missing
+from chutes_proto.quote._arguments import check_kind
 from chutes_proto.quote._errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.quote._layout import SgxAttributes, SgxReport, TdAttributes
 from chutes_proto.quote._policy import AcceptedVerdict
@@ -46,6 +47,10 @@ def make_ear(
     ``policy_id`` is a URI or name by which readers know the policy, ``nonce`` (8 to 88 characters) that of who asked.
     Issued at the time of verification. Raises `PolicyError` for a nonce of another length.
     """
+    check_kind("verdict", verdict, Verdict, "a Verdict, as of verify or verify_genuine")
+    check_kind("policy_id", policy_id, str, "a str")
+    if refused is not None:
+        check_kind("refused", refused, AppraisalError, "an AppraisalError")
     if nonce is not None and not 8 <= len(nonce) <= 88:
         raise PolicyError("nonce: an EAT nonce has 8 to 88 characters")
     vector = _vector(verdict, None if refused is None else refused.refusals)

@@ -39,11 +39,12 @@ from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote import _layout as layout
 from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _steps as steps
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
 from chutes_proto.quote._certificates import Certificate, Kind
 from chutes_proto.quote._collateral import Collateral, CollateralDigests, CollateralIssue, VerifiedCollateral
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
-from chutes_proto.quote._layout import BytesLike, Quote, SgxReport, Tee
+from chutes_proto.quote._layout import Quote, SgxReport, Tee
 from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
@@ -218,7 +219,7 @@ def open_quote(
     (types 2, 3 and 4). A quote that has a chain is verified by its own. Raises `VerificationError`; `TypeError` for
     arguments of another type, a parsed quote among them.
     """
-    _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
+    check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
     quote = layout.parse_quote(data, sgx=sgx)
     if quote.header.qe_vendor_id != layout.INTEL_VENDOR_ID:  # 1
         raise steps.QeVendorError(
@@ -227,7 +228,7 @@ def open_quote(
     if quote.certification_type == layout.CERTIFICATION_PCK_CHAIN:  # 2
         certification, beside = quote.certification, False
     elif quote.certification_type in _NEEDS_CHAIN and pck_certificate_chain is not None:
-        certification, beside = pck_certificate_chain, True
+        certification, beside = as_bytes(pck_certificate_chain, "a PEM chain in bytes", "pck_certificate_chain"), True
     else:
         problem = "unsupported type of certification data"
         if quote.certification_type in _NEEDS_CHAIN:
@@ -271,7 +272,7 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
     Call it before collateral is fetched: otherwise anyone who knows the platform's certificates, which are not secret,
     could cause the fetch. Raises `VerificationError`; `TypeError` for anything but an `OpenedQuote`.
     """
-    _check_kind("opened", opened, OpenedQuote, "open_quote")
+    check_kind("opened", opened, OpenedQuote, "an OpenedQuote, as of open_quote")
     quote = opened.quote
     qe_report, attestation_key, notes = _quoting_enclave(
         opened.chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
@@ -308,8 +309,8 @@ def authenticate_collateral(
 
 
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
-    _check_kind("collateral", collateral, Collateral, "Collateral.load")
-    _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
+    check_kind("collateral", collateral, Collateral, "a Collateral, as of Collateral.load")
+    check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
     check_seconds("grace", grace)
     of_pck_crl = _read_signers(collateral.pck_crl_issuer_chain, _PCK_CA)  # 3
     issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, of_pck_crl, _PCK_CA)  # 4-8
@@ -384,8 +385,8 @@ def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int,
     ``now`` is in whole unix seconds. ``report_data`` is as for `verify_genuine`: None only if something else binds the
     quote to the peer. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
-    _check_kind("signed", signed, SignedQuote, "check_signed")
-    _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
+    check_kind("signed", signed, SignedQuote, "a SignedQuote, as of check_signed")
+    check_kind("verified", verified, VerifiedCollateral, "a VerifiedCollateral, as of verify_collateral")
     _check_expected(report_data)
     _check_belongs(signed.opened, verified, now)
     return _judge(signed, verified, now, report_data)
@@ -531,7 +532,7 @@ def verify_genuine(
         opened = open_quote(data, now=now, root=root, sgx=sgx)
         verified = collateral
     else:
-        _check_kind("collateral", collateral, Collateral, "Collateral.load")
+        check_kind("collateral", collateral, Collateral, "a Collateral, as of Collateral.load")
         beside = collateral.pck_certificate_chain
         opened = open_quote(data, now=now, root=root, sgx=sgx, pck_certificate_chain=beside)
         verified = verify_collateral(collateral, now=now, root=root, grace=grace)
@@ -638,12 +639,6 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
             subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}"
         )
     return ders
-
-
-def _check_kind(name: str, value: object, kind: type, maker: str) -> None:
-    """Refuse what only looks like the value that ``maker`` returns."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: must be a {kind.__name__}, as of {maker}, not {type(value).__name__}")
 
 
 def _check_expected(report_data: object) -> None:

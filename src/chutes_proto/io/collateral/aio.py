@@ -35,8 +35,8 @@ from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.log import Level, Record
+from chutes_proto.quote._arguments import BytesLike
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote._layout import BytesLike
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 

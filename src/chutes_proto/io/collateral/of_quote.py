@@ -14,8 +14,8 @@ from chutes_proto.io.collateral.upstream import FETCH_LIMITS
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.http.https import HttpGetter
 from chutes_proto.io.http.tls import context_trusting
+from chutes_proto.quote._arguments import BytesLike
 from chutes_proto.quote._collateral import Collateral
-from chutes_proto.quote._layout import BytesLike
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 
 

@@ -29,11 +29,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from chutes_proto.errors import CollateralUnavailable, LocalProtocolError
 from chutes_proto.io.quoters.choose import Quoter, take_quote
-from chutes_proto.quote._attested import DICE_TAGGED_EVIDENCE, evidence_for, verify_certificate
+from chutes_proto.quote._attested import DICE_TAGGED_EVIDENCE, check_source, evidence_for, verify_certificate
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._measurements import Stage
-from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy
+from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_policy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
 
@@ -77,6 +77,8 @@ def attested_context(
     with any other peer raises `AttestationFailedError`, which httpx turns into a ``ConnectError``; so does a use of the
     connection without a handshake. A connection that stays open is not verified again.
     """
+    check_policy(policy)
+    check_source(collateral)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -161,6 +163,8 @@ def attested_callback(
     pyOpenSSL raises the `VerificationError` from ``do_handshake``. OpenSSL does not call it for a resumed session: call
     no ``set_session``, else the peer is not verified again.
     """
+    check_policy(policy)
+    check_source(collateral)
 
     def callback(_: object, certificate: Any, __: int, depth: int, ___: int) -> bool:
         if depth == 0:
