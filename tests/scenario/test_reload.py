@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
@@ -231,6 +231,25 @@ def test_what_cannot_be_used_changes_nothing_and_says_why(site: Premises) -> Non
     assert (ended.code, "no server answers" in ended.err) == (2, True)
 
 
+@contextmanager
+def unrecorded(site: Premises) -> Iterator[None]:
+    """The store takes everything but the audit row of a reload."""
+    refuse = "WHEN NEW.event = 'reloaded' BEGIN SELECT RAISE(ABORT, 'no place'); END"
+    site.sql(f"CREATE TRIGGER full BEFORE INSERT ON audit {refuse}")
+    yield
+    site.sql("DROP TRIGGER full")
+
+
+def test_a_reload_that_the_store_does_not_record_changes_nothing(site: Premises) -> None:
+    site.start()
+    say_policy(site, OUTDATED)
+    with unrecorded(site):
+        assert "no place" in reload(site, refused=True)["error"]
+    assert site.vm().boot(status=403)["code"] == "tcb_rejected"
+    assert reload(site)["changes"] == ["policy"]
+    assert site.vm().boot()["boot_token"]
+
+
 @pytest.mark.skipif(not SOAK, reason="three workers take long to start: see `make soak`; the next is its short form")
 def test_all_workers_reload_and_a_new_one_runs_by_the_same_files(site: Premises) -> None:
     site.start("--workers", "2")
@@ -276,6 +295,8 @@ def test_one_worker_that_cannot_keeps_all_from_it(site: Premises) -> None:
         say_policy(site, OUTDATED)
         assert supervisor.reload("uid 7") == {"ok": False, "error": "worker 1: no memory"}
         assert "worker 1: a defect, ZeroDivisionError; " in str(supervisor.reload("uid 7")["error"])
+        with unrecorded(site):
+            assert "no place" in str(supervisor.reload("uid 7")["error"])
         assert all(running.setup is setup for running in runnings)
         done = supervisor.reload("uid 7")
         assert done["changes"] == ["policy"]
