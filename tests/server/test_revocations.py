@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from chutes_proto.server._app import App
-from chutes_proto.store.rows import NonceRow, Pin, Revocable, RevocationRow, VmRow
+from chutes_proto.store.rows import GenerationRow, NonceRow, Pin, Revocable, RevocationRow, Vm, VmRow
+from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.revocations import Allow, ReadRevocations, RepeatRevocation, Revoke
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
@@ -107,6 +108,35 @@ def test_no_step_of_a_provisioned_boot(learn: Callable[[World], None], name: str
     handed = only_allowed(lambda: provisioned.provision(world, granted["luks_quote_nonce"]))
     body = {"volumes": {"storage": {"rotated": True}}}
     only_allowed(lambda: provisioned.confirm(world, handed["confirm_nonce"], body))
+
+
+def test_an_erased_vm_gets_no_key_by_what_its_boot_was_granted(world: World) -> None:
+    """Also if it was erased in the middle of its boot: else it would have keys, and no claim to its name."""
+
+    def erase(world: World, hotkey: str = HOTKEY) -> None:
+        unit = EraseVm(world.now, f"e{next(VERSIONS)}", next(VERSIONS), Vm(hotkey, "vm-1"), "sold", carry_out=True)
+        assert world.store.transact(unit).record
+
+    assert answer(world.sync(world.token(), SYNC))
+    token = world.token()
+    erase(world)
+    for response in (world.sync(token, SYNC), world.ask("GET", STORAGE, headers={"x-boot-token": token})):
+        assert refusal(response)[:2] == (401, Code.BOOT_TOKEN_INVALID)
+    assert not any(row.sealed for row in world.rows(GenerationRow))
+
+    world = World(App(provisioned.provisioned()))
+    granted = answer(provisioned.boot(world))
+    handed = answer(provisioned.provision(world, granted["luks_quote_nonce"]))
+    again = answer(provisioned.boot(world))
+    erase(world, provisioned.HOTKEY)
+    body = {"volumes": {"storage": {"rotated": True}}}
+    for response in (
+        provisioned.confirm(world, again["root_confirm_nonce"], provisioned.ROOT),
+        provisioned.provision(world, again["luks_quote_nonce"]),
+        provisioned.confirm(world, handed["confirm_nonce"], body),
+    ):
+        assert response.status == 401, response.body
+    assert not any(row.sealed for row in world.rows(GenerationRow))
 
 
 @pytest.mark.parametrize("name", ["vm", "hotkey", "instance", "ppid"])
