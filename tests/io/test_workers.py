@@ -113,6 +113,17 @@ def test_a_start_that_is_stopped_is_not_one_that_failed(tmp_path: Path, all_are_
     assert '"stopping"' in log.read_text()
 
 
+def test_a_worker_that_ends_during_a_reload_is_replaced_later_and_nobody_waits(tmp_path: Path) -> None:
+    """The thread that replaces it is the one that hears signals to stop."""
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    running = Running(make_setup(ServerConfig.load(tmp_path / "server.toml")))
+    with closing(LogWriter(os.open("/dev/null", os.O_WRONLY))) as writer, ThreadPoolExecutor() as one:
+        supervisor = Supervisor(running, 1, ["false"], [], False, writer, keeps_metrics=False, stop_seconds=60)
+        with supervisor._reloading:
+            one.submit(supervisor._replace, 0, -1, {}).result(30)
+        assert [(event, worker) for _, event, worker in supervisor._due] == [("start", 0)]
+
+
 def test_a_signal_that_does_not_end_the_wait_is_carried_out(tmp_path: Path) -> None:
     """The kernel may hand it to another thread, or just before the wait: it then ends no system call."""
     write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
