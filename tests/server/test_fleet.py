@@ -102,6 +102,17 @@ def test_a_fleet_moves_to_a_new_image(world):
     assert granted == [f"server n{n}: window w1, from 1.0 to 2.0" for n in range(2)]
 
 
+def test_a_window_is_shown_when_it_is_closed_too(world):
+    for now, is_open in ((NOW - 1, False), (NOW, True), (NOW + 86_399, True), (NOW + 86_400, False)):
+        world.now = now
+        policy = answer(tee(world, "GET", "/servers/maintenance/policy"))
+        assert (policy["active_window"]["id"], policy["window_open"]) == ("w1", is_open)
+        assert answer(tee(world, "GET", "/servers/n1/maintenance/preflight"))["eligible"] == is_open
+    world.app = at("1.0", None)
+    policy = answer(tee(world, "GET", "/servers/maintenance/policy"))
+    assert (policy["active_window"], policy["window_open"]) == (None, False)
+
+
 def test_a_server_that_is_registered_again_is_in_no_maintenance(world):
     """The limit counts what is registered, and keeps nobody from booting."""
     assert answer(tee(world, "PUT", "/servers/n0/maintenance"))
