@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -32,13 +33,20 @@ DAY = 86_400
 KINDS = ("", "tcb_sw_hardening_needed", "tcb_configuration_needed", "tcb_out_of_date")
 ANY = frozenset({"UpToDate", "SWHardeningNeeded", "ConfigurationNeeded", "OutOfDate"})
 EVERY = TcbPolicy(accepted_statuses=ANY)
+CERTIFICATES_END = int(datetime(2049, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp())
+"""The last second of those of the simulated platform."""
 
 
 def served(
-    tcb: TcbPolicy = EVERY, schedule: Schedule | None = None, *, for_hotkey: Policy | None = None, **changes: Any
+    tcb: TcbPolicy = EVERY,
+    schedule: Schedule | None = None,
+    *,
+    for_hotkey: Policy | None = None,
+    signed: bool = False,
+    **changes: Any,
 ) -> Service:
     profile = PROFILE if schedule is None else evolve(PROFILE, schedule=schedule)
-    profiles = {PROFILE.identity: ServedProfile(profile, None, False, False)}
+    profiles = {PROFILE.identity: ServedProfile(profile, None, signed, False)}
     policies = PolicySet(default=Policy(tcb=tcb))
     if for_hotkey is not None:
         policies = evolve(policies, exceptions={((), HOTKEY): for_hotkey})
@@ -107,6 +115,7 @@ NEW = [
     pytest.param(served(hotkeys=frozenset()), id="no hotkey"),
     pytest.param(served(blacklist={HOTKEY: "left"}), id="a blacklist"),
     pytest.param(served(minimum_version="99"), id="a version"),
+    pytest.param(served(signed=True), id="proven hotkeys alone"),
 ]
 
 
@@ -127,9 +136,15 @@ def test_it_says_what_booting_after_a_recovery_would_say(fleet: World, new: Serv
     compare(fleet, new, [NOW, NOW + 31 * DAY], (RECOVERY,))
 
 
+def test_it_says_when_a_certificate_ends(fleet: World) -> None:
+    found = judged(fleet, served(), CERTIFICATES_END - DAY, CERTIFICATES_END + DAY)
+    assert {one.refused_from for one in found.values()} == {CERTIFICATES_END + 1}
+    compare(fleet, served(), [CERTIFICATES_END - DAY, CERTIFICATES_END])
+
+
 def compare(fleet: World, new: Service, dates: list[int], update: tuple[Fault, ...] = ()) -> None:
     """Compare the answer for each VM at each date, and for a later refusal the second before it and its first."""
-    horizon = NOW + 400 * DAY
+    horizon = max(dates) + 200 * DAY
     for at in dates:
         expected = {name(kind): boots(new, at, kind, update) for kind in KINDS}
         found = judged(fleet, new, at, horizon, update)
