@@ -89,6 +89,21 @@ def test_no_policy_grants_what_the_store_refused(site: Site) -> None:
     assert [(vm["vm"], vm["was_refused"]) for vm in told["vms"]] == [("vm-tcb_rejected", True)]
 
 
+def test_a_vm_that_was_granted_since_counts_as_granted_alone(site: Site) -> None:
+    setup = make_setup(ServerConfig.load(site.configuration))
+    kept = Kept(PLATFORM.quote(bytes(64)), "{}")
+    with closing(setup.store.open()) as store:
+        for number, (name, is_granted) in enumerate([("a", False), ("a", True), ("b", True), ("b", False)]):
+            if is_granted:
+                unit = evolve(boot(name, now=NOW + number, vm=Vm(HOTKEY, f"vm-{name}")), kept=kept)
+                _ = store.transact(evolve(unit, vault=setup.service.vault))
+            else:
+                denial = evolve(refusal(f"r{number}", f"vm-{name}", "tcb_rejected"), now=NOW + number)
+                assert store.transact(denial)
+    told = site.do("policy", "try", "--json").json
+    assert (told["granted"], [(vm["vm"], vm["was_refused"]) for vm in told["vms"]]) == (2, [("vm-b", True)])
+
+
 def test_a_store_that_nobody_made_is_not_tried(site: Site) -> None:
     """A wrong address must not say that every VM is granted, nor leave a store behind."""
     wrong = site.directory / "wrong.toml"

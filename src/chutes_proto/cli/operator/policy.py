@@ -180,8 +180,8 @@ def try_command(
     Judges the newest boot evidence of every VM again, offline: under another policy, with other reference values, at
     another date, or with Intel's early TCB info (`collateral fetch --update early`). Lists the VMs that would be
     refused and why, those that would be granted with a warning, those that will be refused within --days and from which
-    date on, and those that were refused and would be granted. No VM is touched, and no server is asked. A summary is
-    noted in the store, where the admin page shows it.
+    date on, and those that were refused since their last grant and would be granted. No VM is touched, and no server
+    is asked. A summary is noted in the store, where the admin page shows it.
 
     Ends with 1 if a VM would be refused at the date, or cannot be judged. Collateral is taken as renewed in time.
 
@@ -232,6 +232,8 @@ def try_command(
                     if row.received_at >= refused.get(row.vm, (0, None))[0]:
                         refused[row.vm] = row.received_at, granted
                 elif found is not None:
+                    if refused.get(row.vm, (row.received_at, None))[0] < row.received_at:
+                        del refused[row.vm]  # refusals are read first, by the order of the key
                     counts[found.state] += 1
                     judged_vms += 1
                     later += granted is not None and granted.refused_from is not None
