@@ -469,7 +469,8 @@ def verify(
     binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
     place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted, if the
     policy's ``collateral_grace`` accepts them, too. ``stage`` says which registers of the policy's profiles count,
-    ``event_log`` explains those that a profile does not pin. ``collateral`` may be what `verify_collateral`
+    ``event_log`` explains those that a profile leaves to it; a log that no profile asks for is compared with nothing
+    (`replay` does that), and ``verdict.replayed`` is empty. ``collateral`` may be what `verify_collateral`
     returned, which is kept for many quotes; then its times are verified again, and its own grace counts.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
