@@ -139,6 +139,7 @@ def test_claims_that_the_quote_does_not_bind_are_refused() -> None:
     ("extensions", "problem"),
     [
         ({}, "it has none of the extensions"),
+        ({"1.3.6.1.4.1.62397.1.8": b""}, "it is in dstack's later form .1.3.6.1.4.1.62397.1.8., which is not read"),
         ({DICE: b""}, "cut off"),
         ({DICE: cbor.encode(cbor.Tagged(60001, [b"", b""]))}, "not a quote and claims under the tag 60000"),
         ({DICE: cbor.encode([b"", b""])}, "not a quote and claims"),

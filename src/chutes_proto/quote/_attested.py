@@ -5,7 +5,7 @@
 Rules kept here:
 
 * the evidence is in an extension of one of three forms, looked for in this order: TCG DICE tagged evidence as the
-  interoperable RA-TLS has it, Gramine's own, dstack's;
+  interoperable RA-TLS has it, Gramine's own, dstack's first;
 * the report data is what its form makes of the certificate's public key and of nothing else: a quote for another key,
   or for another purpose, does not verify;
 * nothing is believed of the certificate but its key, its times and the evidence: not its names, not who signed it. That
@@ -50,6 +50,8 @@ _GRAMINE: Final = ("1.2.840.113741.1337.6", "0.6.9.42.840.113741.1337.6")
 """As it is meant, and as Gramine writes it: with the OID's own tag and length inside of it."""
 _DSTACK_QUOTE: Final = "1.3.6.1.4.1.62397.1.1"
 _DSTACK_EVENT_LOG: Final = "1.3.6.1.4.1.62397.1.2"
+_DSTACK_LATER: Final = "1.3.6.1.4.1.62397.1.8"
+"""Quote, log and more in one value, whose form has changed with dstack's releases; the newest write it alone."""
 _DSTACK_PREFIX: Final = b"ratls-cert:"
 _HASHES: Final[dict[object, Callable[..., Any]]] = {1: sha256, 7: sha384, 8: sha512}
 """By their identifiers in IANA's registry "Named Information Hash Algorithm"."""
@@ -102,6 +104,8 @@ def read_evidence(certificate: BytesLike) -> CertificateEvidence:
         quote = _octet_string(values[_DSTACK_QUOTE])
         log = _octet_string(values[_DSTACK_EVENT_LOG]) if _DSTACK_EVENT_LOG in values else None
         return CertificateEvidence("dstack", quote, sha512(_DSTACK_PREFIX + key).digest(), log, *times)
+    if _DSTACK_LATER in values:
+        raise _refused(f"its evidence: it is in dstack's later form ({_DSTACK_LATER}), which is not read")
     raise _refused(f"it has none of the extensions {DICE_TAGGED_EVIDENCE}, {_GRAMINE[0]} and {_DSTACK_QUOTE}")
 
 
