@@ -211,6 +211,7 @@ def test_calls_take_the_values_that_they_say(wrong: Any) -> None:
         (lambda: quote.make_ear(wrong, policy_id="p"), "verdict: must be a Verdict, as of verify"),
         (lambda: quote.make_ear(verdict, policy_id="p", refused=wrong), "refused: must be an AppraisalError"),
         (lambda: quote.make_ear(verdict, policy_id=5), "policy_id: must be a str, not int"),  # type: ignore[arg-type]
+        (lambda: quote.make_ear(verdict, policy_id="p", nonce=b"12345678"), "nonce: must be a str, not bytes"),  # type: ignore[arg-type]
         (lambda: quote.replay(wrong, empty.rtmrs), "log: must be an EventLog, as of parse_event_log"),
         (lambda: quote.replay(empty, empty.rtmrs, good=wrong), "good: must be an EventLog"),
         (lambda: quote.replay(empty, wrong), "rtmrs: must be the four RTMRs of a verdict, each 48 bytes"),

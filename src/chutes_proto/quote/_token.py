@@ -51,6 +51,8 @@ def make_ear(
     check_kind("policy_id", policy_id, str, "a str")
     if refused is not None:
         check_kind("refused", refused, AppraisalError, "an AppraisalError")
+    if nonce is not None:
+        check_kind("nonce", nonce, str, "a str")
     if nonce is not None and not 8 <= len(nonce) <= 88:
         raise PolicyError("nonce: an EAT nonce has 8 to 88 characters")
     vector = _vector(verdict, None if refused is None else refused.refusals)
