@@ -19,6 +19,7 @@ from attrs import frozen
 from chutes_proto.auth import client_identity
 from chutes_proto.cli.agent.progress import Progress
 from chutes_proto.cli.main import main
+from chutes_proto.io.agent import IN_MEMORY, file_system
 from chutes_proto.log import Record
 from tests.block_devices import Mappings, attached
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
@@ -160,6 +161,20 @@ def test_a_dry_run_finds_that_seed_and_hotkey_do_not_belong_together(
     settings = write(f'signer = "config-volume"\nconfig_volume.directory = "{tmp_path}"\n')
     ended = command("agent", "run", "--config", settings, "--dry-run")
     assert (ended.code, "config volume: the seed is not that of the hotkey" in ended.err) == (2, True)
+
+
+def test_a_dry_run_finds_that_state_would_be_left_on_a_disk(
+    command: Command, write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if file_system(tmp_path) in IN_MEMORY:
+        pytest.skip(f"{tmp_path} is in memory")
+    left = tmp_path / "state"
+    for place in (left / "boot.json", left / "deeper" / "boot.json"):
+        ended = command(
+            *("agent", "run", "--dry-run", "--config"), write(f'volumes_at = "resume"\nstate.file = "{place}"\n')
+        )
+        assert (ended.code, f"{place}: on " in ended.err, "not in memory" in ended.err) == (2, True, True), ended.err
+    assert not left.exists()
 
 
 def test_a_ca_file_that_is_none_is_named(command: Command, write: Callable[[str], Path]) -> None:

@@ -96,14 +96,16 @@ def boot_id() -> str:
     return read_file("/proc/sys/kernel/random/boot_id", limit=64).decode("ascii", "replace").strip()
 
 
-def check_place(path: str, *, on_disk: bool = False) -> None:
-    """Make the directory of a state file if it is missing.
+def check_place(path: str, *, on_disk: bool = False, make: bool = True) -> None:
+    """Make the directory of a state file if it is missing; without ``make``, look only at where it would be made.
 
     Raises `NotInMemory` if its file system is not in memory, unless ``on_disk`` allows that, and `FileUnavailable`.
     """
     parent = Path(path).parent
     with unavailable(parent, "cannot be made"):
-        kind = file_system(make_directory(parent, mode=0o700))
+        if make:
+            _ = make_directory(parent, mode=0o700)
+        kind = file_system(next(place for place in (parent, *parent.parents) if place.exists()))
     if not on_disk and kind not in IN_MEMORY:
         raise NotInMemory(
             f"{path}: on {kind}, not in memory: a boot token is not written there; name a file on tmpfs, or say"

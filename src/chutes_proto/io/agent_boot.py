@@ -113,18 +113,15 @@ class Stops:
 def boot(settings: AgentSettings, report: Report, stops: Stops, *, images: bool) -> Booted:
     """The whole boot, or all of it that is not left to `resume`."""
     from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
-    from chutes_proto.io.agent import boot_id, check_place, make_signer, write_state
+    from chutes_proto.io.agent import boot_id, make_signer, write_state
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     who = identity_of(settings)
     report.tell(f"VM {who.vm_name} of hotkey {who.hotkey.address}")
     _tell_clock(report)
+    check_places(settings)
     leaves = settings.volumes_at == "resume"
     state = settings.state
-    if leaves:
-        check_place(state.file, on_disk=state.on_disk)
-    if state.k3s_key_file is not None:
-        check_place(state.k3s_key_file, on_disk=state.on_disk)
     signer = make_signer(settings.signer, who, deadline)
     client = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
     servers = _servers(settings, client, deadline)
@@ -149,6 +146,16 @@ def boot(settings: AgentSettings, report: Report, stops: Stops, *, images: bool)
         write_state(state.file, handover.encode(), on_disk=state.on_disk)
     _keep_k3s_key(settings, booted)
     return booted
+
+
+def check_places(settings: AgentSettings, *, make: bool = True) -> None:
+    """Raise as `check_place` for each file that `boot` would leave."""
+    from chutes_proto.io.agent import check_place
+
+    state = settings.state
+    files = (state.file if settings.volumes_at == "resume" else None, state.k3s_key_file)
+    for file in filter(None, files):
+        check_place(file, on_disk=state.on_disk, make=make)
 
 
 def resume(settings: AgentSettings, report: Report, stops: Stops, *, images: bool) -> Booted:

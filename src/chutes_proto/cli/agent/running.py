@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING
 
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
-from chutes_proto.io.agent_boot import IMAGES, StoppedError, Stops, boot, disks, identity_of, is_simulated, resume
+from chutes_proto.io.agent_boot import (
+    IMAGES,
+    StoppedError,
+    Stops,
+    boot,
+    check_places,
+    disks,
+    identity_of,
+    is_simulated,
+    resume,
+)
 from chutes_proto.io.stop_signals import STOPS, ignore
 
 if TYPE_CHECKING:
@@ -176,6 +186,7 @@ def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
     from chutes_proto.io.quoters.choose import make_quoter
 
     who = identity_of(settings)
+    check_places(settings, make=False)
     _ = make_signer(settings.signer, who)
     if not is_simulated(settings):  # to make one would make its platform
         _ = make_quoter(settings.quoter)
