@@ -157,7 +157,9 @@ def test_another_program_is_not_taken_for_a_server(tmp_path: Path, said: bytes) 
 
 
 def test_no_server_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no server answers: No such file"):
+    with pytest.raises(
+        ConfigurationError, match="no server answers: No such file or directory; start one, or send it SIGHUP"
+    ):
         _ = ask_to_reload(tmp_path / "control")
 
 

@@ -95,7 +95,10 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
                 " says reloaded or reload_refused"
             ) from None
         except OSError as exc:
-            raise ConfigurationError(f"control: {path}: no server answers: {exc.strerror or exc}") from None
+            raise ConfigurationError(
+                f"control: {path}: no server answers: {exc.strerror or exc}; start one, or send it SIGHUP if it was"
+                " started with another control"
+            ) from None
         except ValueError:
             raise ConfigurationError(f"control: {path}: no key server answers there; name another path") from None
         return answer
