@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -14,7 +15,7 @@ from attrs import evolve
 from chutes_proto.collateral.library import Item
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.io.collateral.directory import CollateralDirectory
-from chutes_proto.io.files import read_file, read_private, reason, write_file
+from chutes_proto.io.files import read_file, read_lines, read_private, reason, write_file
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import TrustedRoot
@@ -89,6 +90,16 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         for read in (read_file, read_private):
             with pytest.raises(FileUnavailable, match=why):
                 _ = read(path)
+
+
+def test_a_number_is_no_path() -> None:
+    """`open` takes it for a file descriptor, and closes that: an event loop's, or standard output."""
+    descriptor = os.open("/dev/null", os.O_RDONLY)
+    number: Any = descriptor
+    for read in (read_file, read_private, lambda path: list(read_lines(path, limit=9))):
+        with pytest.raises(TypeError, match="not int"):
+            _ = read(number)
+    os.close(descriptor)
 
 
 def test_a_file_that_this_user_may_not_read_says_which_user(tmp_path: Path) -> None:

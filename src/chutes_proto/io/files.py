@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from chutes_proto.errors import ConfigurationError, FileUnavailable
 
@@ -52,7 +52,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 def read_head(path: str | os.PathLike[str], size: int, *, plain: bool = False) -> bytes:
     """Return the first ``size`` bytes of the file, or all that it has; see `read_file`. Raises `FileUnavailable`."""
-    with unavailable(path, "cannot be read"), open(path, "rb", opener=_open_plain if plain else None) as file:
+    with _opened(path, plain) as file:
         return file.read(size)
 
 
@@ -61,9 +61,19 @@ def read_lines(path: str | Path, *, limit: int, plain: bool = False) -> Iterator
 
     Raises `FileUnavailable`, also for a line of more than ``limit`` bytes.
     """
-    with unavailable(path, "cannot be read"), open(path, "rb", opener=_open_plain if plain else None) as file:
+    with _opened(path, plain) as file:
         while line := file.readline(limit + 1):
             yield _bounded(f"{path}: a line", line, limit)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], plain: bool) -> Generator[BinaryIO]:
+    """Open a file to read. Not by a number: that is a file descriptor, which is somebody else's and would be closed."""
+    with (
+        unavailable(path, "cannot be read"),
+        open(os.fspath(path), "rb", opener=_open_plain if plain else None) as file,
+    ):
+        yield file
 
 
 def _open_plain(path: str, flags: int) -> int:
@@ -79,7 +89,7 @@ def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = F
 
     Raises `ConfigurationError` for permissions that are too open, and `FileUnavailable`.
     """
-    with unavailable(path, "cannot be read"), open(path, "rb", opener=_open_plain if plain else None) as file:
+    with _opened(path, plain) as file:
         _check_mode(path, os.fstat(file.fileno()), group_may)
         return _bounded(path, file.read(limit + 1), limit)
 
