@@ -130,6 +130,9 @@ def test_only_a_genuine_quote_causes_requests_but_for_a_missing_chain(door: str,
         _ = DOORS[door](QUOTE, ["http://pccs.example"], root=ROOT)
     with pytest.raises(ConfigurationError, match=r"a list of URLs, as in \['https://pccs\.example'\]"):
         _ = DOORS[door](QUOTE, "https://pccs.example", root=ROOT)
+    for services in (None, 5, [5], [b"https://pccs.example"]):
+        with pytest.raises(TypeError, match=r"^services: must be a list of URLs, each a str$"):
+            _ = DOORS[door](QUOTE, services, root=ROOT)
 
 
 def test_a_chain_that_is_not_text_is_refused() -> None:

@@ -12,7 +12,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from attrs import evolve
 
@@ -34,10 +34,16 @@ if TYPE_CHECKING:
 
 
 def upstreams_of(services: Sequence[str]) -> list[Upstream]:
-    """Read the URLs of services. Raises `ConfigurationError`."""
+    """Read the URLs of services. Raises `ConfigurationError`, and `TypeError` for what are none."""
     if isinstance(services, str):  # to a type checker it is a sequence of texts, too
         raise ConfigurationError(f"services: must be a list of URLs, as in [{services!r}]")
+    if not _are_texts(services):
+        raise TypeError("services: must be a list of URLs, each a str")
     return [Upstream.parse(service) for service in services]
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(one, str) for one in cast("Sequence[object]", value))
 
 
 def collateral_for(
