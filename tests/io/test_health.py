@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from chutes_proto.io.server.admin import Admin
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.health import Health, read_counts, read_health
+from chutes_proto.io.server.metrics import Metrics
+from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server import ServerConfig
+from chutes_proto.server._app import App
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import SetHorizon
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -108,6 +112,21 @@ def test_a_store_that_redeems_no_nonce_is_told(setup: ServerSetup, store: Sqlite
     assert (told.what, told.state) == ("store", state)
     assert told.detail.startswith("no boot is granted: all nonces issued until ")
     assert states(read_health(setup, store, now + ahead + 1))["store"] == "ok"
+
+
+def test_a_look_that_does_not_end_is_a_problem(
+    setup: ServerSetup, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that hangs answers nothing, and so the last state that is known would be shown for ever."""
+    admin = Admin(Running(setup), store, App(setup.service), Metrics(), lambda _: None)
+    assert [one.what for one in admin._findings()] == ["checks"]  # before the first look
+    admin._health = read_health(setup, store)
+    assert "checks" not in [one.what for one in admin._findings()]
+    later = time.monotonic() + 31
+    monkeypatch.setattr("time.monotonic", lambda: later)
+    last = admin._findings()[-1]
+    assert (last.what, last.state) == ("checks", "problem")
+    assert last.detail.startswith("the last look began 31 s ago")
 
 
 def test_rows_are_counted(store: SqliteStore) -> None:
