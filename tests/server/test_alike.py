@@ -182,10 +182,12 @@ def test_servers_that_reload_one_after_the_other_are_no_fault() -> None:
 def test_a_server_that_has_ended_or_is_of_another_release_is_not_compared() -> None:
     store, one = MemoryStore(), Alike("one", {"volumes": "a"})
     old = Alike("other", {"volumes": "b"}).row(NOW)
+    store.transact(Ask(NoteKeyServer(old)))
+    assert run(one, store, 2) == [{"server": "other", "settings": ["volumes"]}]
     store.transact(Ask(NoteKeyServer(evolve(old, version="0.0.1"))))
-    assert run(one, store, 1) == []
+    assert run(one, store, 2) == []
     store.transact(Ask(NoteKeyServer(evolve(old, seen_at=NOW - LIVE_SECONDS))))
-    assert run(one, store, 1) == []
+    assert run(one, store, 2) == []
     assert one.others == ()
 
 
