@@ -487,6 +487,16 @@ def test_the_audit_row_has_the_digest_of_a_changed_key_too(site: Premises) -> No
     assert found.before != found.after
 
 
+def test_the_other_servers_are_told_the_settings_of_the_last_reload(site: Premises) -> None:
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    told = running.setup.alike
+    before = told.settings
+    say_policy(site, OUTDATED)
+    running.replace(prepare(running, None, Files()).setup)
+    assert running.setup.alike is told
+    assert before != told.settings == make_setup(ServerConfig.load(site.configuration)).alike.settings
+
+
 def test_a_file_is_read_once(tmp_path: Path) -> None:
     file = tmp_path / "file"
     _ = file.write_bytes(b"old")
@@ -563,13 +573,15 @@ def _outcome(response: Any) -> int | tuple[int, bytes]:
     return response.status, b"tcb_rejected" if b"tcb_rejected" in response.body else response.body
 
 
-def test_counters_outlive_a_reload() -> None:
-    world = World(App(service()))
-    assert world.token()
-    new = service(hotkeys=frozenset({OTHER})).in_place_of(world.app.service)
-    assert new.boots is world.app.service.boots
-    assert len(new.boots) == 1
-    assert new.hotkeys == frozenset({OTHER})
+def test_counters_outlive_a_reload(site: Premises) -> None:
+    """Without the boots that are open a server that stops would end too early, and lose them."""
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    old = running.setup.service
+    app = running.follow(App(old))
+    site.edit('hotkeys = "*"', f'hotkeys = ["{OTHER}"]')
+    running.replace(prepare(running, None, Files()).setup)
+    assert app.service.hotkeys == frozenset({OTHER})
+    assert [name for name in _CARRIED if getattr(app.service, name) is not getattr(old, name)] == []
 
 
 CONFIGURED = frozenset(
