@@ -183,7 +183,7 @@ def test_pem() -> None:
         pem.replace(b"\n", b"\r\n").replace(b"\r\n-----END", b"\r\n\r\n-----END", 1),
         pem.replace(b"MII", b"M\xc3\xa9I", 1),
         pem.replace(b"\n-----END", b"=\n-----END", 1),
-        b"\n" * (certificates.MAX_PEM + 1),
+        pem + b"\n" * certificates.MAX_PEM,
     ):
         with pytest.raises(DerError):
             _ = read_pem(wrong)
