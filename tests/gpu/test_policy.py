@@ -18,10 +18,13 @@ from chutes_proto.auth import der
 from chutes_proto.gpu import (
     NVIDIA,
     AcceptedEvidence,
+    DeviceEvidence,
     EvidenceFormatError,
     EvidenceRefusedError,
+    GpuCollateral,
     GpuPolicy,
     GpuPolicyError,
+    GpuRoots,
     GpuVerificationError,
     PinnedMeasurements,
     Revocation,
@@ -53,6 +56,8 @@ UNCHECKED = GpuPolicy(measurements="unchecked", revocation="off")
 CONTRADICTIONS: list[dict[str, Any]] = [
     {"min_driver": "new"},
     {"min_vbios": {"GH100": "96"}},
+    {"min_vbios": "96.00.9F.00.01"},
+    {"boards": ("1010_0200_882",)},
     {"min_vbios": {"": "96.00.9F.00.01"}},
     {"min_vbios": {"gh100": "96.00.9F.00.01"}},
     {"min_vbios": {"LS_10": "96.00.9F.00.01"}},
@@ -390,6 +395,22 @@ def test_what_is_read_must_be_bytes() -> None:
                 read(wrong)
     rim = next(iter(GPUS.rims(NOW)))
     assert verify_rim(memoryview(rim), now=NOW, roots=GPUS.roots) == verify_rim(rim, now=NOW, roots=GPUS.roots)
+
+
+def test_values_are_made_of_what_they_say() -> None:
+    report, chain = GPUS.evidence(NONCE)[0].report, GPUS.evidence(NONCE)[0].chain
+    text: Any = chain.decode()
+    for make, must in (
+        (lambda: DeviceEvidence(report, text), "chain: must be bytes, not str"),
+        (lambda: DeviceEvidence(text, chain), "report: must be bytes, not str"),
+        (lambda: DeviceEvidence(report, chain, text.encode()), "arch: must be a str, or None, not bytes"),
+        (lambda: GpuCollateral(text, Revocation()), "rims: must be Rims, not str"),
+        (lambda: GpuCollateral(Rims(), text), "revocation: must be Revocation, not str"),
+        (lambda: GpuRoots(text, NVIDIA.rim), "device: must be a TrustedRoot, as of read_root, not str"),
+        (lambda: GpuRoots(NVIDIA.device, text), "rim: must be a TrustedRoot, as of read_root, not str"),
+    ):
+        with pytest.raises(TypeError, match=f"^{must}$"):
+            _ = make()
 
 
 def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:

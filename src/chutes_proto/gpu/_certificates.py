@@ -25,7 +25,7 @@ from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._errors import GpuPolicyError
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
-from chutes_proto.quote._arguments import BytesLike, as_bytes
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
 from chutes_proto.quote._certificates import P384_SHA384, Certificate
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384, EllipticCurvePublicKey
@@ -48,6 +48,10 @@ class GpuRoots:
 
     device: TrustedRoot
     rim: TrustedRoot
+
+    def __attrs_post_init__(self) -> None:
+        check_kind("device", self.device, TrustedRoot, "a TrustedRoot, as of read_root")
+        check_kind("rim", self.rim, TrustedRoot, "a TrustedRoot, as of read_root")
 
 
 class VerifiedChain(Struct, frozen=True, eq=False):

@@ -16,7 +16,7 @@ from attrs import field, frozen
 
 from chutes_proto.gpu._errors import EvidenceFormatError
 from chutes_proto.quote import _strict_json as strict_json
-from chutes_proto.quote._arguments import BytesLike, as_bytes
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
 
 MAX_SIZE: Final = 1024 * 1024
 MAX_DEVICES: Final = 64
@@ -29,6 +29,11 @@ class DeviceEvidence:
     report: bytes = field(repr=False)
     chain: bytes = field(repr=False)
     arch: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        check_kind("report", self.report, bytes, "bytes")
+        check_kind("chain", self.chain, bytes, "bytes")
+        check_kind("arch", self.arch, (str, type(None)), "a str, or None")
 
 
 def parse_evidence(data: BytesLike) -> tuple[DeviceEvidence, ...]:

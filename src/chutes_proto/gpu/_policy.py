@@ -96,6 +96,9 @@ class GpuPolicy:
     def _problems(self) -> Iterator[str]:
         if self.min_driver is not None and not _matches(_DRIVER, self.min_driver):
             yield 'min_driver: must be a version like "570.124.06"'
+        for name in ("min_vbios", "boards"):
+            if not isinstance(getattr(self, name), Mapping):
+                yield f"{name}: must be a table, in code a dict"
         for chip, vbios in self.min_vbios.items():
             if not is_chip(chip):  # it would be the minimum of no device
                 yield f"min_vbios: {str(chip)[:64]!r} names no chip; write it like GH100, GB100 or LS10"
