@@ -319,6 +319,18 @@ def test_the_root_of_trust_stays_until_a_restart_though_its_file_is_another(site
         assert (one.root, one.gpu_appraisal) == (before.root, before.gpu_appraisal)
 
 
+def test_services_of_collateral_stay_until_a_restart(site: Premises) -> None:
+    """The one that runs has what was fetched: the checks and the metrics would know of nothing by another one."""
+    site.edit('collateral = { directory = "collateral" }', 'collateral = { upstreams = ["https://pccs.example:1"] }')
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    assert prepare(running, None, Files()).needs_restart == ()
+    site.edit("pccs.example:1", "pccs.example:2")
+    say_policy(site, "tcb.collateral_grace = 60")
+    found = prepare(running, None, Files())
+    assert (found.changes, found.needs_restart) == (("policy",), ("collateral", "collateral_grace"))
+    assert found.setup.collateral is running.setup.collateral
+
+
 def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(
     site: Premises, monkeypatch: pytest.MonkeyPatch
 ) -> None:
