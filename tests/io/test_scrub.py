@@ -114,6 +114,22 @@ def test_a_server_scrubs_again_and_again(tmp_path: Path, monkeypatch: pytest.Mon
         assert (scrubber.last.rows, scrubber.last.findings, told) == (3, 0, [])
 
 
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_of_a_flood_of_findings_the_first_are_told_and_all_counted(
+    custody: StorePlace, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("chutes_proto.io.server.scrub._TOLD", most)
+    told: list[str] = []
+    with closing(custody.open(migrate=True)) as store:
+        fill(store)
+        sequence(store)
+        run(custody, "DELETE FROM head")
+        scrubber = Scrubber(store, told.append)
+        scrubber.scrub()
+    assert scrubber.last.findings == 2
+    assert [" of table head " in text for text in told] == [*[True] * most, *[False] * (most < 2)]
+
+
 def test_a_vm_that_went_back_as_a_whole_is_found_with_and_without_its_entries(custody: StorePlace) -> None:
     with closing(custody.open(migrate=True)) as store:
         fill(store)

@@ -106,6 +106,13 @@ _VMS: Final = 20
 _ROWS_OF_GROUP: Final = 5
 """How many rows the look at a VM counts for: a claim, volumes, generations, boots and the head."""
 
+_TOLD: Final = 50
+"""The most findings of a pass that are told: a log that is flooded hides what else is in it, and may fill a disk."""
+_MORE: Final = (
+    f"the scrub of the store found more than {_TOLD} faults and goes on to count them; all are listed by `chutes-proto"
+    " store check` and `chutes-proto audit verify`"
+)
+
 SCRUBS: Final[tuple[Scrub, ...]] = (scrub_log, scrub_heads)
 """All scrubs, of which each pass has every one."""
 
@@ -120,7 +127,7 @@ class Scrubbed:
 
 
 class Scrubber:
-    """Scrubs a store in a thread; ``tell`` gets each finding."""
+    """Scrubs a store in a thread; ``tell`` gets the first findings of each pass, and then that there are more."""
 
     def __init__(self, store: Store, tell: Callable[[str], object]) -> None:
         self._store = store
@@ -148,7 +155,8 @@ class Scrubber:
                 passed.rows += rows
                 if finding:
                     passed.findings += 1
-                    _ = self._tell(finding)
+                    if passed.findings <= _TOLD + 1:
+                        _ = self._tell(finding if passed.findings <= _TOLD else _MORE)
                 if self._ending.wait(rows / ROWS_PER_SECOND):
                     return
         passed.at = int(time.time())
