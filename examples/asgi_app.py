@@ -1,4 +1,4 @@
-"""A key server as an ASGI application, behind a proxy that terminates TLS. Its configuration has a [proxy] table.
+"""A key server as an ASGI application, behind a proxy that terminates TLS. Its configuration has a [[proxy]] entry.
 
     CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds proxied/keys.sock asgi_app:app
     CHUTES_CONFIG=server.toml hypercorn --umask 007 --bind unix:proxied/keys.sock asgi_app:app

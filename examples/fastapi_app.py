@@ -3,7 +3,7 @@
 CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds proxied/keys.sock fastapi_app:app
 
 Everybody who may open the socket is trusted, and uvicorn lets every user open it: `proxied` is a folder of mode 0750.
-Its configuration has a [proxy] table. The application's lifespan must open the key server's: it opens the store.
+Its configuration has a [[proxy]] entry. The application's lifespan must open the key server's: it opens the store.
 """
 
 import os

@@ -115,7 +115,8 @@ def test_a_check_names_what_the_server_cannot_write(command: Command, site: Path
     edit(site, 'store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "none/store.mark" }')
     text = (site / "server.toml").read_text()
     sockets = 'takeover = "none/takeover"\ncontrol = "none/control"\n'
-    tables = '[proxy]\nunix = "none/proxy"\n[admin]\nunix = "none/admin"\n[audit]\nfile = "none/audit.jsonl"\n'
+    tables = '[[proxy]]\nname = "front"\nunix = "none/proxy"\n'
+    tables += '[admin]\nunix = "none/admin"\n[audit]\nfile = "none/audit.jsonl"\n'
     _ = (site / "server.toml").write_text(f"{sockets}{text}\n{tables}")
     keys = ("takeover", "control", "proxy.unix", "admin.unix", "store.mark_file", "audit.file")
     ended = check(command, site)
@@ -397,7 +398,7 @@ FILES = ["server.toml", "measurements.toml", "server.pem", "server.key", "simula
 @pytest.mark.parametrize("path", ["s" * 108, "a\\u0000b"])
 def test_a_path_that_no_socket_has(command: Command, site: Path, path: str) -> None:
     text = (site / "server.toml").read_text()
-    _ = (site / "server.toml").write_text(f'{text}\n[proxy]\nunix = "{path}"\n')
+    _ = (site / "server.toml").write_text(f'{text}\n[[proxy]]\nname = "front"\nunix = "{path}"\n')
     ended = check(command, site)
     assert ended.code == 1
     assert "proxy.unix: the path of a unix socket has 1 to 107 bytes" in " ".join(ended.err.split())

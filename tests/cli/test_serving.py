@@ -227,7 +227,8 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
 ) -> None:
     path = site / "server.toml"
     with schema(cluster.url()) as url:
-        _ = path.write_text(path.read_text().replace("sqlite:keys.db", url) + '[proxy]\nunix = "keys.sock"\n')
+        proxy = '[[proxy]]\nname = "front"\nunix = "keys.sock"\n'
+        _ = path.write_text(path.read_text().replace("sqlite:keys.db", url) + proxy)
         make_setup(ServerConfig.load(path)).store.open(migrate=True).close()
         server = serve(1 if len(numbers) == 1 else 600)
         with ExitStack() as stack:
@@ -469,10 +470,12 @@ def test_a_proxys_socket_comes_and_goes_with_the_server(
     start: Callable[..., Server], site: Path, transport: str
 ) -> None:
     with (site / "server.toml").open("a") as file:
-        _ = file.write('[proxy]\nunix = "keys.sock"\nnetworks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
+        _ = file.write('[[proxy]]\nname = "front"\nunix = "keys.sock"\n')
+        _ = file.write('networks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
     (site / "secret").touch(0o600)
     _ = (site / "secret").write_text("new\nold\n")
-    assert len(make_setup(ServerConfig.load(site / "server.toml")).service.proxies.secrets) == 2
+    (trusted,) = make_setup(ServerConfig.load(site / "server.toml")).service.proxies.proxies
+    assert len(trusted.secrets) == 2
     server = start("--config", site / "server.toml", "--transport", transport, ca=site / "ca.pem")
     transport_ = httpx.HTTPTransport(uds=str(site / "keys.sock"))
     with httpx.Client(transport=transport_, base_url="http://keys", timeout=60) as proxy:
@@ -493,10 +496,10 @@ def test_a_bad_secret_is_told_and_not_shown(
     command: Callable[..., Ended], site: Path, transport: str, secret: str
 ) -> None:
     with (site / "server.toml").open("a") as file:
-        _ = file.write('[proxy]\nnetworks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
+        _ = file.write('[[proxy]]\nname = "front"\nnetworks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
     (site / "secret").touch(0o600)
     _ = (site / "secret").write_text(secret)
     ended = command("serve", "--config", site / "server.toml", "--transport", transport, "--check")
     assert ended.code == 1
-    assert "proxy.secret_file: " in ended.err
+    assert "proxy.front.secret_file: " in ended.err
     assert "words" not in ended.err.replace("passwords", "")

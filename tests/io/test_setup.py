@@ -44,7 +44,7 @@ def test_each_listener_has_its_certificate(tmp_path: Path) -> None:
         ('policy = "policy.toml"', "policy: .*policy.toml: cannot be read"),
         (f'takeover = "{"x" * 200}"', "takeover: "),
         (f'admin.unix = "{"x" * 200}"', "admin.unix: "),
-        (f'proxy.unix = "{"x" * 200}"', "proxy.unix: "),
+        (f'proxy = [{{ name = "front", unix = "{"x" * 200}" }}]', "proxy.unix: "),
     ],
 )
 def test_a_setting_that_is_wrong_is_named(tmp_path: Path, line: str, text: str) -> None:

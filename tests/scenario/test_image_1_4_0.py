@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +21,9 @@ from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from tests.cli.conftest import PROGRAM, Server, end, start_server
 from tests.conftest import SOAK
 from tests.scenario.image_helper import PAIR, PLATFORM, helper_program
-from tests.scenario.test_nginx import CONFIGURATION, GUIDE, until_served
+from tests.scenario.test_nginx import CONFIGURATION, GUIDE, nginx
 from tests.waiting import wait_until
+from tools.ports import free_port
 
 SCRIPT = Path(__file__).with_name("image_1_4_0.sh")
 BUILD = "the passphrase of build 1.4.0"
@@ -152,16 +153,52 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, require_program: Callab
         end(server.process)
         return
     _ = require_program("nginx")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    text = CONFIGURATION.read_text().replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl")
-    _ = (folder / "nginx.conf").write_text(text)
-    command = ["sh", "-c", 'exec nginx -p "$PWD" -c nginx.conf -g "user $(id -un); daemon off;" -e stderr']
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as nginx:
-        until_served(port, nginx)
-        yield Site(folder, server, f"https://localhost:{port}")
-        nginx.terminate()
+    with nginx(folder, CONFIGURATION.read_text()) as url:
+        yield Site(folder, server, url)
     end(server.process)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[dict[str, Site]]:
+    """A server behind the two proxies of the guide: the ways to it by their names."""
+    for program in (*NEEDED, "nginx"):
+        _ = require_program(program)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    write_site(folder, GUIDE[4].text)
+    block = re.search(r"^    server \{\n.*?^    \}\n", CONFIGURATION.read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    headers = {"attestation": "X-Attestation-Proxy-Auth", "cvm": "X-Cvm-Proxy-Auth"}
+    ports = {name: free_port() for name in headers}
+    blocks = ""
+    for name, header in headers.items():
+        secret = f"the-secret-of-{name}"
+        create_private(folder / f"{name}-secret", secret.encode())
+        create_private(folder / f"{name}.conf", f'proxy_set_header {header} "{secret}";\n'.encode())
+        text = block[0].replace("listen 8443 ssl", f"listen 127.0.0.1:{ports[name]} ssl")
+        blocks += re.sub(f"proxy_set_header {header} .*", f"include {name}.conf;", text)
+    server = _start(folder)
+    with nginx(folder, CONFIGURATION.read_text().replace(block[0], blocks), ports["cvm"]):
+        yield {
+            "direct": Site(folder, server, server.url),
+            **{name: Site(folder, server, f"https://localhost:{port}") for name, port in ports.items()},
+        }
+    end(server.process)
+
+
+def test_it_boots_through_the_proxy_for_its_images_alone(fleet: dict[str, Site], helper: Path, tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    vm = Vm(fleet["cvm"], tmp_path / "vm", helper)
+    vm.boot_up()
+    vm.boot_up()
+    for way, step in (("attestation", "provision: 403"), ("direct", "boot refused")):
+        vm.site = fleet[way]
+        ended, said = vm.boot()
+        assert (ended, step in said) == (POWERED_OFF, True), said
+        assert "This operation is not served on this way." in said
+    log = vm.site.log.read_text()
+    assert '"vm":"vm-1"' in next(line for line in log.splitlines() if "it came through attestation" in line)
+    assert "the-secret" not in log
 
 
 @define

@@ -65,9 +65,9 @@ def site(
 
 
 @contextmanager
-def nginx(folder: Path, text: str) -> Iterator[str]:
-    """Runs as the guide starts it, with ``text`` as its configuration; its URL."""
-    port = free_port()
+def nginx(folder: Path, text: str, port: int | None = None) -> Iterator[str]:
+    """Runs as the guide starts it, with ``text`` as its configuration; its URL, at ``port`` if the text has one."""
+    port = port or free_port()
     _ = (folder / "nginx.conf").write_text(text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
     (line,) = [line for line in GUIDE[1].text.splitlines() if line.startswith("nginx ")]
     with subprocess.Popen(

@@ -72,7 +72,7 @@ def problem(admin: str) -> str:
         ('listen = "keys.example:9464"', "'keys.example' is not an IP address"),
         ('listen = "127.0.0.1"', 'admin.listen: say "address:port"'),
         ('listen = "127.0.0.1:8443"', "the admin listener is never the public one"),
-        ('unix = "s"\n[proxy]\nunix = "s"', "the admin listener is never a public one"),
+        ('unix = "s"\n[[proxy]]\nname = "front"\nunix = "s"', "the admin listener is never a public one"),
         ('hosts = ["a"]', "name listen or a unix socket"),
         ('unix = ""', "admin.unix: name a path"),
         ('unix = "s"\ncertificate = "a"\nkey = "b"\nclient_ca = "c"', "goes with admin.listen"),
@@ -82,10 +82,10 @@ def test_it_never_listens_where_everybody_may_ask(admin: str, text: str) -> None
     assert text in problem(admin)
 
 
-@pytest.mark.parametrize("other", ["admin", "proxy"])
+@pytest.mark.parametrize("other", ["[admin]", '[[proxy]]\nname = "front"'])
 def test_no_listener_has_the_path_of_the_takeover(other: str) -> None:
     with pytest.raises(ConfigurationError, match=r"takeover: is admin\.unix or proxy\.unix, too"):
-        _ = ServerConfig.from_toml(f'takeover = "s"\n{EXAMPLE}\n[{other}]\nunix = "s"\n'.encode())
+        _ = ServerConfig.from_toml(f'takeover = "s"\n{EXAMPLE}\n{other}\nunix = "s"\n'.encode())
 
 
 # --- what is told of requests ---

@@ -28,7 +28,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._callbacks import SECONDS
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.server._service import Callback
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AttestationRow, AuditRow, GenerationRow, ServerRow, UpdateGeneration
@@ -262,7 +262,8 @@ def test_a_quote_that_is_not_this_hosts_for_this_question(world, lie, status, co
 
 
 def test_another_hosts_key_is_no_fault_of_the_proxy_that_the_caller_may_be(world):
-    world.app = App(evolve(world.app.service, proxies=TrustedProxies(networks=(ip_network("192.0.2.0/24"),))))
+    proxies = TrustedProxies((TrustedProxy("front", (ip_network("192.0.2.0/24"),)),))
+    world.app = App(evolve(world.app.service, proxies=proxies))
     world.lie = {"certificate": OTHERS.public_bytes(Encoding.DER)}
     assert refusal(register(world))[:2] == (403, Code.CERTIFICATE_MISMATCH)
 

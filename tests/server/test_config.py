@@ -37,6 +37,14 @@ def test_defaults_are_the_documented_ones():
     assert config.store.url == "sqlite:/var/lib/chutes/keys.db"
 
 
+def a_proxy(keys):
+    return f'proxy = [{{ name = "p", {keys} }}]'
+
+
+def two_proxies(second):
+    return f'proxy = [{{ name = "p", unix = "s", secret_file = "f" }}, {{ {second} }}]'
+
+
 @pytest.mark.parametrize(
     ("listen", "address"),
     [("0.0.0.0:8443", ("0.0.0.0", 8443)), ("[::]:0", ("::", 0)), ("host.example:65535", ("host.example", 65535))],
@@ -111,16 +119,31 @@ def test_collateral_from_services():
         ("nonce = { expected_key_ids = [64] }", "nonce.expected_key_ids"),
         ("nonce = { bind_address = 1 }", "nonce.bind_address"),
         ("limits = { drain_seconds = -1 }", "limits.drain_seconds: at least 0"),
-        ('proxy = { networks = ["10.0.0.0/8"] }', "proxy.secret_file"),
-        ('proxy = { networks = ["10.0.0.1/8"], secret_file = "s" }', "proxy.networks: 10.0.0.1/8"),
-        ('proxy = { networks = ["0.0.0.0/0"], secret_file = "s" }', "proxy.networks: 0.0.0.0/0 contains every address"),
-        ('proxy = { networks = ["host"], secret_file = "s" }', "proxy.networks"),
-        ('proxy = { secret_file = "s" }', "proxy: name networks or a unix socket"),
-        ('proxy = { unix = "" }', "proxy.unix"),
-        ('proxy = { unix = "p", certificate_header = "X-Cert" }', "proxy.certificate_header"),
-        ('proxy = { unix = "p", address_header = "Client-Cert" }', "proxy.address_header"),
-        ('proxy = { unix = "p", address_header = "a b" }', "proxy.address_header"),
-        ('proxy = { unix = "p", secret = "s" }', "proxy.secret: Unknown key"),
+        (a_proxy('networks = ["10.0.0.0/8"]'), "proxy.p.secret_file"),
+        (a_proxy('networks = ["10.0.0.1/8"], secret_file = "s"'), "proxy.p.networks: 10.0.0.1/8"),
+        (
+            a_proxy('networks = ["0.0.0.0/0"], secret_file = "s"'),
+            "proxy.p.networks: 0.0.0.0/0 contains every address",
+        ),
+        (a_proxy('networks = ["host"], secret_file = "s"'), "proxy.p.networks"),
+        (a_proxy('secret_file = "s"'), "proxy.p: name networks or a unix socket"),
+        (a_proxy('unix = ""'), "proxy.p.unix"),
+        (a_proxy('unix = "p", certificate_header = "X-Cert"'), "proxy.p.certificate_header"),
+        (a_proxy('unix = "p", address_header = "Client-Cert"'), "proxy.p.address_header"),
+        (a_proxy('unix = "p", address_header = "X-Cvm-Proxy-Auth"'), "proxy.p.address_header"),
+        (a_proxy('unix = "p", address_header = "a b"'), "proxy.p.address_header"),
+        (a_proxy('unix = "p", header = "X-Forwarded-For"'), "proxy.p.header"),
+        (a_proxy('unix = "p", serves = []'), 'proxy.p.serves: say ["1.3"]'),
+        (a_proxy('unix = "p", serves = ["1.4", "1.4"]'), "proxy.p.serves"),
+        (a_proxy('unix = "p", serves = ["1.5"]'), "proxy.0.serves"),
+        (a_proxy('unix = "p", secret = "s"'), "proxy.0.secret: Unknown key"),
+        ('proxy = { unix = "p" }', "proxy: Input should be a list with an entry for each proxy; write [[proxy]]"),
+        ('proxy = [{ unix = "p" }]', "proxy.0.name"),
+        ('proxy = [{ name = "P P", unix = "p" }]', "proxy: name 'P P' is not"),
+        (two_proxies('name = "p", unix = "s", secret_file = "f"'), "the same name"),
+        (two_proxies('name = "q", unix = "s", secret_file = "f"'), "the same secret header"),
+        (two_proxies('name = "q", unix = "s", header = "X-Q"'), "each needs a secret_file"),
+        (two_proxies('name = "q", unix = "t", secret_file = "f", header = "X-Q"'), "different unix sockets"),
         ('registration = { evidence = "callback" }', "registration.hotkey_file"),
         ('registration = { evidence = "ask" }', "registration.evidence"),
         ('registration = { hotkey_file = "h" }', "registration.hotkey_file: goes with"),

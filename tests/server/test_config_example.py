@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -21,7 +21,7 @@ EXAMPLE = (ROOT / "examples" / "server.toml").read_text("utf-8")
 NO_DEFAULTS = {
     *"policy control minimum_version signing_keys_file kek_previous_file takeover networks unix secret_file".split()
 }
-NO_DEFAULTS |= {"mark_file", "origin", "listen", "certificate", "key", "client_ca"}
+NO_DEFAULTS |= {"proxy", "mark_file", "origin", "listen", "certificate", "key", "client_ca"}
 _ALTERNATIVE = "directory hotkey_file root_passphrase_file root_passphrases_file"
 ALTERNATIVES = ("store = ", "collateral = {", *(f"{key} = " for key in _ALTERNATIVE.split()))
 """The beginnings of lines that exclude others."""
@@ -29,7 +29,7 @@ ALTERNATIVES = ("store = ", "collateral = {", *(f"{key} = " for key in _ALTERNAT
 
 def uncommented(*left_out: str) -> str:
     """The example with every key and table that is commented out, but for lines that begin with ``left_out``."""
-    whole = re.sub(r"^# (\w+ = .*|\[[\w.]+\])$", r"\1", EXAMPLE, flags=re.MULTILINE)
+    whole = re.sub(r"^# (\w+ = .*|\[+[\w.]+\]+)$", r"\1", EXAMPLE, flags=re.MULTILINE)
     return "".join(line for line in whole.splitlines(True) if not line.startswith(left_out))
 
 
@@ -39,14 +39,15 @@ COMPLETE = uncommented(*ALTERNATIVES)
 def leaves(table: Any) -> Iterator[tuple[str, attrs.Attribute[Any]]]:
     """The keys of a table of the configuration and of the tables in it."""
     for key in attrs.fields(attrs.resolve_types(table)):
-        if isinstance(key.type, type) and attrs.has(key.type):
-            yield from leaves(key.type)
+        for kind in (key.type, *get_args(key.type)):
+            if isinstance(kind, type) and attrs.has(kind):
+                yield from leaves(kind)
         yield key.name, key
 
 
 def test_the_complete_configuration_loads():
     config = ServerConfig.from_toml(COMPLETE.encode())
-    assert config.proxy.parsed_networks
+    assert config.proxy[0].parsed_networks
     assert set(config.profile_defaults) | {"root_passphrase_file", "root_passphrases_file"} == EXTRA_KEYS
 
 
@@ -83,7 +84,8 @@ def test_no_key_is_left_out(name: str) -> None:
 
 def test_what_is_shown_as_a_default_is_one():
     shown = ServerConfig.from_toml(COMPLETE.encode())
-    for table in (shown, shown.store, shown.nonce, shown.registration, shown.runtime, shown.proxy, shown.limits):
+    tables: list[attrs.AttrsInstance] = [shown, shown.store, shown.nonce, shown.registration, shown.runtime]
+    for table in (*tables, *shown.proxy, shown.limits):
         for key in attrs.fields(type(table)):
             default = key.default
             if default is attrs.NOTHING or isinstance(default, attrs.Factory) or key.name in NO_DEFAULTS:  # type: ignore[arg-type]

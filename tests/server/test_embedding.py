@@ -39,7 +39,7 @@ def site(tmp_path: Path) -> Path:
     directory.mkdir()
     write_server(directory, PLATFORM, int(time.time()))
     with (directory / "server.toml").open("a") as file:
-        _ = file.write('[proxy]\nunix = "keys.sock"\n')
+        _ = file.write('[[proxy]]\nname = "front"\nunix = "keys.sock"\n')
     return directory
 
 
@@ -222,8 +222,8 @@ async def test_the_store_is_open_while_the_application_lives(site: Path, caplog:
 
 
 def test_an_application_that_no_proxy_tells_certificates_is_not_made(site: Path) -> None:
-    edit(site, '[proxy]\nunix = "keys.sock"\n', "")
-    with pytest.raises(ConfigurationError, match=r"^proxy: missing, .*proxy\.unix or proxy\.networks"):
+    edit(site, '[[proxy]]\nname = "front"\nunix = "keys.sock"\n', "")
+    with pytest.raises(ConfigurationError, match=r"^proxy: missing, .*add \[\[proxy\]\]"):
         _ = asgi_app(ServerConfig.load(site / "server.toml"))
 
 

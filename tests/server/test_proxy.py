@@ -5,6 +5,7 @@ from ipaddress import ip_network
 from urllib.parse import quote
 
 import pytest
+from attrs import evolve
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
@@ -14,7 +15,7 @@ from chutes_proto.errors import BadRequest
 from chutes_proto.log import Level
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.wire.http import HttpRequest
 from tests.certificates import NEW_KEY, certificate_pem, self_signed
 from tests.server.world import PLATFORM, World, refusal, service
@@ -24,10 +25,12 @@ OWN = self_signed(NEW_KEY["p256"]())
 PEM = quote(certificate_pem(CERTIFICATE), safe="")
 DER = f":{base64.b64encode(CERTIFICATE.public_bytes(Encoding.DER)).decode()}:"
 NETWORKS = tuple(map(ip_network, ("10.1.0.0/16", "2001:db8::/32")))
-BY_NETWORK = TrustedProxies(networks=NETWORKS, secrets=(Secret(b"new-secret"), Secret(b"old-secret")))
-BY_SOCKET = TrustedProxies(unix=True)
+FRONT = TrustedProxy("front", networks=NETWORKS, secrets=(Secret(b"new-secret"), Secret(b"old-secret")))
+BY_NETWORK = TrustedProxies((FRONT,))
+BY_SOCKET = TrustedProxies((TrustedProxy("front", unix=True),))
 ADDRESS = ("x-forwarded-for", "192.0.2.7")
 SECRET = ("x-attestation-proxy-auth", "old-secret")
+CVM_SECRET = ("x-cvm-proxy-auth", "cvm-secret")
 CERT = ("x-client-cert", PEM)
 
 
@@ -67,19 +70,20 @@ def test_a_unix_socket_needs_no_secret_but_a_wrong_one_is_wrong():
 
 
 def test_rfc_9440():
-    proxies = TrustedProxies(unix=True, certificate_header="client-cert", address_header="x-real-ip")
+    proxy = TrustedProxy("front", unix=True, certificate_header="client-cert", address_header="x-real-ip")
+    proxies = TrustedProxies((proxy,))
     got = proxies.client_request(request(("client-cert", DER), ("x-real-ip", "2001:DB8::1"), peer=""))
     assert (got.peer_certificate, got.peer_address) == (CERTIFICATE, "2001:db8::1")
     assert "x-client-cert" in refused(proxies, CERT, ("x-real-ip", "192.0.2.7"), peer="")
     assert "x-forwarded-for" in refused(proxies, ADDRESS, ("x-real-ip", "192.0.2.7"), peer="")
 
 
-@pytest.mark.parametrize("header", [ADDRESS, SECRET, CERT, ("client-cert", DER), ("x-client-cert", "")])
+@pytest.mark.parametrize("header", [ADDRESS, SECRET, CVM_SECRET, CERT, ("client-cert", DER), ("x-client-cert", "")])
 @pytest.mark.parametrize("proxies", [TrustedProxies(), BY_NETWORK, BY_SOCKET])
 def test_nobody_else_may_set_any_of_them(proxies, header):
-    assert "from another peer; see proxy.networks" in refused(proxies, header, peer="192.0.2.66")
-    if not proxies.unix:
-        assert "from another peer; see proxy.unix" in refused(proxies, header, peer="")
+    assert "from another peer; see networks in [[proxy]]" in refused(proxies, header, peer="192.0.2.66")
+    if proxies is not BY_SOCKET:
+        assert "from another peer; see unix in [[proxy]]" in refused(proxies, header, peer="")
 
 
 def test_a_direct_client_is_itself():
@@ -92,9 +96,9 @@ def test_a_direct_client_is_itself():
     ("headers", "told"),
     [
         ([ADDRESS, CERT], "no secret"),
-        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "guess")], "a wrong secret"),
-        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "")], "a wrong secret"),
-        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "é\xff")], "a wrong secret"),
+        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "guess")], "no secret that is live"),
+        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "")], "no secret that is live"),
+        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "é\xff")], "no secret that is live"),
         ([ADDRESS, CERT, SECRET, SECRET], "more than once"),
         ([ADDRESS, CERT, CERT, SECRET], "more than once"),
         ([ADDRESS, ADDRESS, CERT, SECRET], "more than once"),
@@ -117,9 +121,8 @@ def test_a_proxys_mistakes(headers, told):
 
 @pytest.mark.parametrize("value", [DER[1:], DER[:-1], ":", "::", ":!:", PEM, DER + DER, DER.replace(":", '"')])
 def test_what_is_no_byte_sequence(value):
-    assert "does not hold a certificate" in refused(
-        TrustedProxies(unix=True, certificate_header="client-cert"), ADDRESS, ("client-cert", value), peer=""
-    )
+    proxies = TrustedProxies((TrustedProxy("front", unix=True, certificate_header="client-cert"),))
+    assert "does not hold a certificate" in refused(proxies, ADDRESS, ("client-cert", value), peer="")
 
 
 @pytest.mark.parametrize(
@@ -138,13 +141,103 @@ def test_the_last_address_that_is_no_proxys(said, address):
     assert got.peer_address == address
 
 
-NAMES = st.sampled_from(["x-client-cert", "client-cert", "x-forwarded-for", "x-attestation-proxy-auth", "host"])
-VALUES = st.sampled_from([PEM, DER, "old-secret", "192.0.2.7", ""]) | st.text(st.characters(max_codepoint=255))
+# Today's fleet: one proxy for each generation of images, each with its own header and secret, in one network.
+FLEET = TrustedProxies(
+    (
+        TrustedProxy("attestation", NETWORKS, secrets=FRONT.secrets, serves=frozenset({"1.3"})),
+        TrustedProxy(
+            "cvm", NETWORKS, secrets=(Secret(b"cvm-secret"),), header="x-cvm-proxy-auth", serves=frozenset({"1.4"})
+        ),
+    )
+)
+CVM_ALONE = TrustedProxies(FLEET.proxies[1:])
+ATTESTATION_ALONE = TrustedProxies(FLEET.proxies[:1])
+
+
+@pytest.mark.parametrize("secret", [SECRET, CVM_SECRET])
+def test_each_of_two_proxies_speaks_for_its_client_by_its_own_secret(secret):
+    got = FLEET.client_request(request(ADDRESS, CERT, secret))
+    assert (got.peer_certificate, got.peer_address, got.headers) == (CERTIFICATE, "192.0.2.7", (("host", "h"),))
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ([SECRET, CVM_SECRET], "x-attestation-proxy-auth and x-cvm-proxy-auth"),
+        ([CVM_SECRET, CVM_SECRET], "more than once"),
+        ([("x-cvm-proxy-auth", "old-secret")], "no secret that is live"),
+        ([("x-attestation-proxy-auth", "cvm-secret")], "no secret that is live"),
+        ([], "no secret"),
+    ],
+)
+def test_of_two_proxies_none_may_speak_as_the_other(headers, told):
+    assert told in refused(FLEET, ADDRESS, CERT, *headers)
+
+
+def test_proxies_that_share_a_socket_show_their_secrets():
+    proxies = TrustedProxies(tuple(evolve(proxy, networks=(), unix=True) for proxy in FLEET.proxies))
+    assert proxies.client_request(request(ADDRESS, CERT, CVM_SECRET, peer="")).peer_certificate == CERTIFICATE
+    assert "no secret" in refused(proxies, ADDRESS, CERT, peer="")
+
+
+# By FLEET: which operations each of the two proxies may reach, and what anything else is refused with.
+BOOT, VOLUMES = "/servers/boot/attestation", "/servers/vm-1/luks/attest"
+PROVISION, PROVISIONED = "/servers/vm-1/provision", "/servers/vm-1/provision/confirm"
+GATED = {BOOT: {"attestation", "cvm"}, VOLUMES: {"attestation", "cvm"}, PROVISION: {"cvm"}, PROVISIONED: {"cvm"}}
+WAYS = {
+    "attestation": {"x-attestation-proxy-auth": "old-secret"},
+    "cvm": {"x-cvm-proxy-auth": "cvm-secret"},
+    "direct": {},
+    "wrong secret": {"x-cvm-proxy-auth": "guess"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("path", [*GATED, "/servers/nonce", "/servers/vm-1/luks/confirm"])
+@pytest.mark.parametrize("proxies", [FLEET, CVM_ALONE, ATTESTATION_ALONE])
+def test_each_proxy_reaches_the_operations_of_its_images(proxies, path, way):
+    world = World(app=App(service(proxies=proxies)))
+    configured = {proxy.name for proxy in proxies.proxies}
+    headers = {"x-forwarded-for": "192.0.2.7", **WAYS[way]} if WAYS[way] else {}
+    method = "GET" if path == "/servers/nonce" else "POST"
+    response = world.ask(method, path, headers=headers, peer_address="10.1.2.3")
+    got = (response.status, "" if response.status == 200 else refusal(response)[1])
+    serving = GATED.get(path)
+    if serving is None:
+        is_refused = way == "wrong secret" or (way != "direct" and way not in configured)
+        assert (got == (400, "bad_request")) is is_refused
+    elif not serving & configured:
+        assert got == (503, "proxy_unavailable")
+        assert "add one, or remove serves" in str(world.log[-1].fields["reason"])
+    elif way in serving & configured:
+        assert got[1] not in ("proxy_required", "proxy_unavailable", "bad_request")
+    else:
+        assert got == (403, "proxy_required")
+        assert "is served through " in str(world.log[-1].fields["reason"])
+    assert "guess" not in str(world.log)
+
+
+def test_one_proxy_for_all_images_leaves_every_way_open():
+    """A VM may connect to the server itself, too: its handshake proves its key."""
+    proxies = TrustedProxies((FRONT, evolve(FLEET.proxies[1], serves=FRONT.serves)))
+    for way in ({}, {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "new-secret"}):
+        world = World(app=App(service(proxies=proxies)))
+        for path in GATED:
+            code = refusal(world.ask("POST", path, headers=way, peer_address="10.1.2.3"))[1]
+            assert code not in ("proxy_required", "proxy_unavailable", "bad_request")
+
+
+NAMES = st.sampled_from(
+    ["x-client-cert", "client-cert", "x-forwarded-for", "x-attestation-proxy-auth", "x-cvm-proxy-auth", "host"]
+)
+VALUES = st.sampled_from([PEM, DER, "old-secret", "cvm-secret", "192.0.2.7", ""]) | st.text(
+    st.characters(max_codepoint=255)
+)
 
 
 @given(st.lists(st.tuples(NAMES, VALUES), max_size=5), st.sampled_from(["", "10.1.2.3", "192.0.2.66"]))
 def test_whatever_comes_is_a_request_or_a_400(headers, peer):
-    proxies = TrustedProxies(networks=NETWORKS, unix=True, secrets=BY_NETWORK.secrets)
+    proxies = TrustedProxies((evolve(FLEET.proxies[0], unix=True), FLEET.proxies[1]))
     try:
         got = proxies.client_request(request(*headers, peer=peer))
     except BadRequest as exc:
@@ -152,7 +245,8 @@ def test_whatever_comes_is_a_request_or_a_400(headers, peer):
         return
     assert {name for name, _ in got.headers} <= {"host"}
     if got.peer_certificate is not OWN:
-        assert peer == "" or ("x-attestation-proxy-auth", "old-secret") in headers
+        shown = {("x-attestation-proxy-auth", "old-secret"), ("x-cvm-proxy-auth", "cvm-secret")}
+        assert peer == "" or shown & {*headers}
         assert isinstance(got.peer_certificate, x509.Certificate | None)
 
 
@@ -161,7 +255,7 @@ def test_the_app_answers_and_tells_the_operator_without_the_secret():
     headers = {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "guess"}
     response = world.ask("GET", "/servers/nonce", headers=headers, peer_address="10.1.2.3")
     assert refusal(response)[:2] == (400, "bad_request")
-    assert "a wrong secret" in str(world.log[-1].fields["reason"])
+    assert "no secret that is live" in str(world.log[-1].fields["reason"])
     assert "guess" not in str(world.log)
     headers["x-attestation-proxy-auth"] = "new-secret"
     response = world.ask("GET", "/nowhere", headers=headers, peer_address="10.1.2.3")
@@ -192,7 +286,7 @@ def test_a_proxy_that_sends_none_of_its_headers_powers_no_vm_off(peer, shown):
     assert refusal(response) == (503, "server_fault", "A fault of the server's. Retry shortly.")
     assert (response.header("retry-after"), response.header("connection")) == ("30", "close")
     assert record.level == Level.ERROR
-    for told in ("proxy.networks", "x-client-cert, x-forwarded-for, x-attestation-proxy-auth"):
+    for told in ("networks of proxy front", "x-client-cert, x-forwarded-for, x-attestation-proxy-auth"):
         assert told in str(record.fields["reason"])
 
 

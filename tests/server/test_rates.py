@@ -12,7 +12,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._limits import TokenBuckets
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.wire.codes import Code
 from tests.server.world import HOTKEY, World, answer, refusal, service
 
@@ -52,7 +52,7 @@ def test_what_is_asked_once_is_answered() -> None:
 
 
 def test_behind_a_proxy_the_client_is_counted() -> None:
-    one = world(1, proxies=TrustedProxies(unix=True, secrets=(Secret(b"x"),)))
+    one = world(1, proxies=TrustedProxies((TrustedProxy("front", unix=True, secrets=(Secret(b"x"),)),)))
     for address in ("198.51.100.1", "198.51.100.2"):
         asked = [one.ask("GET", "/servers/nonce", headers={"x-forwarded-for": address}, peer_address="") for _ in "12"]
         assert [response.status for response in asked] == [200, 429]

@@ -20,7 +20,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._limits import Admission
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
@@ -131,7 +131,7 @@ def test_the_whole_exchange(world):
 def test_a_proxy_that_sends_none_of_its_headers_is_told_at_once_and_spends_nothing(world, shows_none):
     nonce = quote_nonce(world)
     good = world.certificate
-    proxies = TrustedProxies(networks=(ip_network("192.0.2.0/24"),), secrets=(Secret(b"secret"),))
+    proxies = TrustedProxies((TrustedProxy("front", (ip_network("192.0.2.0/24"),), secrets=(Secret(b"secret"),)),))
     world.app = App(two_phase(proxies=proxies))
     world.certificate = CERTIFICATES[1]
     body, world.certificate = request_of(world, nonce), None if shows_none else good

@@ -18,7 +18,7 @@ from chutes_proto.effects import Transact
 from chutes_proto.errors import StoreBusy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.records import Quote
@@ -216,12 +216,12 @@ def test_of_a_proxy_that_sends_none_of_its_headers_nothing_is_recorded(world, sh
     certificate = None if shown is None else CERTIFICATES[shown]
     answer(attest(world))
     kept = {kind: world.rows(kind) for kind in (AttestationRow, AuditRow, NonceRow, ServerRow)}
-    proxies = TrustedProxies(networks=(ip_network("192.0.2.0/24"),), secrets=(Secret(b"secret"),))
+    proxies = TrustedProxies((TrustedProxy("front", (ip_network("192.0.2.0/24"),), secrets=(Secret(b"secret"),)),))
     world.app = App(service(proxies=proxies))
     silent = attest(world, peer_certificate=certificate)
     assert refusal(silent)[:2] == (503, Code.SERVER_FAULT)
     assert silent.header("connection") == "close"
-    assert "proxy.networks" in str(world.log[-1].fields["reason"])
+    assert "networks of proxy front" in str(world.log[-1].fields["reason"])
     assert {kind: world.rows(kind) for kind in kept} == kept
     assert status(world)["attestation_status"] == "verified"
     world.app = App(service())

@@ -224,7 +224,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
     write_server(directory, PLATFORM, int(time.time()))
     with (directory / "server.toml").open("a") as file:
-        _ = file.write('[proxy]\nunix = "unused.sock"\n')
+        _ = file.write('[[proxy]]\nname = "front"\nunix = "unused.sock"\n')
     path = directory / "server.toml"
     _ = path.write_text(path.read_text().replace("drain_seconds = 0", "drain_seconds = 0\nlimits.body_bytes = 20000"))
     return directory

@@ -195,11 +195,10 @@ def server_settings() -> str:
     """A table for each table of the key server's configuration."""
     meanings = comments(ROOT / "examples" / "server.toml")
     parts = [_settings("", ServerConfig, meanings)]
-    parts += [
-        _settings(field.name, field.type, meanings)
-        for field in attrs.fields(attrs.resolve_types(ServerConfig))
-        if isinstance(field.type, type) and attrs.has(field.type) and field.type.__name__.endswith("Options")
-    ]
+    for field in attrs.fields(attrs.resolve_types(ServerConfig)):
+        options = _inner(field.type)
+        if options is not None and options.__name__.endswith("Options"):
+            parts.append(_settings(field.name, options, meanings, is_list=options is not field.type))
     parts.append(_settings("gpus.NAME", Gpu, meanings, file_name="gpus.example"))
     parts.append(_settings("schedule.NAME", Schedule, meanings, file_name="schedule.8xh200"))
     parts.append(_settings("profile_defaults", ServedOptions, meanings))
@@ -218,8 +217,11 @@ def agent_settings() -> str:
     return "\n\n".join(parts)
 
 
-def _settings(table: str, options: type[Any], meanings: Mapping[str, str], *, file_name: str = "") -> str:
-    heading = f"### `[{table}]`" if table else "### Top level"
+def _settings(
+    table: str, options: type[Any], meanings: Mapping[str, str], *, file_name: str = "", is_list: bool = False
+) -> str:
+    brackets = "[[{}]]" if is_list else "[{}]"
+    heading = f"### `{brackets.format(table)}`" if table else "### Top level"
     lines = [
         heading,
         "",
@@ -229,7 +231,7 @@ def _settings(table: str, options: type[Any], meanings: Mapping[str, str], *, fi
         "|---|---|---|---|",
     ]
     for field in attrs.fields(attrs.resolve_types(options)):
-        is_table = isinstance(field.type, type) and attrs.has(field.type) and field.default is not attrs.NOTHING
+        is_table = _inner(field.type) is not None and field.default is not attrs.NOTHING
         if field.name == "path" or (is_table and not table) or "Mapping" in str(field.type):
             continue  # each table has a section of its own
         name = f"{file_name or table}.{field.name}".lstrip(".")
@@ -249,7 +251,7 @@ def comments(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     table, waiting = "", list[str]()
     for line in path.read_text("utf-8").splitlines():
-        if heading := re.fullmatch(r"(?:# )?\[([\w.-]+)\]", line):
+        if heading := re.fullmatch(r"(?:# )?\[{1,2}([\w.-]+)\]{1,2}", line):
             table = heading[1]
             found[f"[{table}]"], waiting = " ".join(waiting), []
         elif key := re.match(r"(?:# )?([a-z0-9_]+) = ", line):

@@ -72,6 +72,11 @@ BY_CODE: Final[Mapping[str, Advice]] = {
         "The server's operator gives the image's measurement profile the exchange of this image.",
     ),
     Code.VERSION_REJECTED: Advice("This image is too old for the server.", "Boot a newer image."),
+    Code.PROXY_REQUIRED: Advice(
+        "The server serves this step through another proxy only.",
+        "Check servers in the settings: they name the proxy for images of this version.",
+    ),
+    Code.PROXY_UNAVAILABLE: Advice("The server has no proxy for images of this version.", _OPERATOR),
     Code.NONCE_INVALID: Advice(
         "The nonce was expired, consumed, or of another server.",
         "Check that all servers of the settings share one store; then boot again.",

@@ -216,8 +216,10 @@ class App:
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
-            request = seen.service.proxies.client_request(request)
-            return (yield from self._answer(request, request_id, seen))
+            found = endpoints.route(request.method, request.target.partition("?")[0])
+            endpoint = found.endpoint if isinstance(found, endpoints.Match) else None
+            request = seen.service.proxies.client_request(request, endpoint)  # before anything believes its address
+            return (yield from self._answer(request, found, request_id, seen))
         except Refusal as exc:
             refusal = exc if exc.status != 401 else (yield from seen.service.readiness.doubt(exc))
         except StoreError as exc:
@@ -234,9 +236,9 @@ class App:
         yield from self._log_refusal(request, request_id, refusal, seen)
         return error_response(refusal, request_id)
 
-    def _answer(self, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
-        path, mark, query = request.target.partition("?")
-        found = endpoints.route(request.method, path)
+    def _answer(
+        self, request: HttpRequest, found: endpoints.Routed, request_id: str, seen: _Seen
+    ) -> Flow[HttpResponse]:
         endpoint = found.endpoint if isinstance(found, endpoints.Match) else None
         if endpoint is not None:
             seen.operation = endpoint.operation
@@ -250,6 +252,7 @@ class App:
                 headers = [("allow", ", ".join(allow))]
                 raise BadRequest(Code.METHOD_NOT_ALLOWED, "Method Not Allowed", headers=headers)
             case endpoints.Redirect(other):
+                _, mark, query = request.target.partition("?")
                 return HttpResponse(307, (("location", other + mark + query),))
             case None:
                 raise Refused(Code.NOT_FOUND, "Not Found")
@@ -278,6 +281,7 @@ class App:
         """Decode and handle a request; the caller of a signed one is checked before anything else in it."""
         now = yield from Now()
         seen.parameters = match.parameters
+        seen.service.proxies.check_way(request, match.endpoint)
         call: Call[Message]
         if match.endpoint.signed is None:
             call = Call(request, message := decode_request(match, request), request_id, now)

@@ -28,12 +28,13 @@ from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._measurements import Schedule, read_schedule
 from chutes_proto.server._gpus import Gpu
-from chutes_proto.server._proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
+from chutes_proto.server._proxy import CERTIFICATE_HEADERS, GENERATIONS, SECRET_HEADERS, Generation, Network
 from chutes_proto.tlog.notes import Verifier, check_name
 from chutes_proto.units.fleet import Window, parse_version
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
+_PROXY_NAME = re.compile(r"[a-z0-9_-]{1,32}")
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ANSWER_MEMBERS = frozenset(
     (
@@ -194,23 +195,27 @@ class RuntimeOptions:
 
 @frozen
 class ProxyOptions:
-    """The trusted proxies, which name their client; none if neither ``networks`` nor ``unix`` is set.
+    """A trusted proxy, which names its client.
 
-    Proxies in ``networks`` use TLS and show a secret of ``secret_file``, which holds one secret a line: one, or two
-    during a change. ``unix`` is the path of a socket where proxies speak plain HTTP. Each proxy sets exactly the two
-    headers named here.
+    It comes from ``networks`` over TLS, or over ``unix``, the path of a socket where proxies speak plain HTTP. It shows
+    a secret of ``secret_file``, which holds one secret a line: one, or two during a change; without one it must be the
+    only proxy on the socket. It sets exactly the three headers that are named here. ``serves`` has the images that it
+    is for: those before 1.4.0, those from 1.4.0 on, or both.
     """
 
+    name: str
     networks: tuple[str, ...] = ()
     unix: str | None = None
     secret_file: str | None = None
+    header: str = "X-Attestation-Proxy-Auth"
+    serves: tuple[Generation, ...] = GENERATIONS
     certificate_header: str = "X-Client-Cert"
     address_header: str = "X-Forwarded-For"
 
     @property
     def parsed_networks(self) -> tuple[Network, ...]:
         """The ``networks`` as values. Raises `ConfigurationError`."""
-        return _networks("proxy.networks", self.networks)
+        return _networks(f"proxy.{self.name}.networks", self.networks)
 
 
 @frozen
@@ -349,7 +354,8 @@ class ServerConfig:
     maintenance: MaintenanceOptions = field(factory=MaintenanceOptions)
     gpu_evidence: GpuEvidenceOptions = field(factory=GpuEvidenceOptions)
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
-    proxy: ProxyOptions = field(factory=ProxyOptions)
+    proxy: tuple[ProxyOptions, ...] = ()
+    """The trusted proxies; those with a ``unix`` socket have the same."""
     admin: AdminOptions = field(factory=AdminOptions)
     audit: AuditOptions = field(factory=AuditOptions)
     limits: LimitOptions = field(factory=LimitOptions)
@@ -365,6 +371,11 @@ class ServerConfig:
     def listen_address(self) -> tuple[str, int]:
         """Host and port of ``listen``; port 0 means any free one. Raises `ConfigurationError`."""
         return _address("listen", self.listen)
+
+    @property
+    def proxy_unix(self) -> str | None:
+        """The path of the socket that proxies come over; None without one."""
+        return next((proxy.unix for proxy in self.proxy if proxy.unix is not None), None)
 
     @classmethod
     def from_toml(cls, data: bytes) -> ServerConfig:
@@ -480,7 +491,7 @@ def _problems(config: ServerConfig) -> Iterator[str]:
     if (origin := config.audit.origin) is not None:
         yield from _raised(lambda: check_name(origin), "audit.origin: ")
     yield from _audit_problems(config)
-    yield from _proxy_problems(config.proxy)
+    yield from _proxies_problems(config.proxy)
     yield from _admin_problems(config)
 
 
@@ -507,9 +518,9 @@ def _address(key: str, text: str) -> tuple[str, int]:
 
 def _admin_problems(config: ServerConfig) -> Iterator[str]:
     admin = config.admin
-    if config.control is not None and config.control in (config.takeover, admin.unix, config.proxy.unix):
+    if config.control is not None and config.control in (config.takeover, admin.unix, config.proxy_unix):
         yield "control: is takeover, admin.unix or proxy.unix, too; name another path"
-    if config.takeover is not None and config.takeover in (admin.unix, config.proxy.unix):
+    if config.takeover is not None and config.takeover in (admin.unix, config.proxy_unix):
         yield "takeover: is admin.unix or proxy.unix, too; who asks there gets the listening sockets"
     try:
         address = admin.address
@@ -525,7 +536,7 @@ def _admin_problems(config: ServerConfig) -> Iterator[str]:
         yield "admin.certificate: goes with admin.listen"
     if admin.unix == "":
         yield "admin.unix: name a path"
-    if admin.unix is not None and admin.unix == config.proxy.unix:
+    if admin.unix is not None and admin.unix == config.proxy_unix:
         yield "admin.unix: is proxy.unix, too; the admin listener is never a public one"
     if address is None:
         return
@@ -608,19 +619,41 @@ def _collateral_problems(options: CollateralOptions) -> Iterator[str]:
         yield "collateral.upstreams: a service is given twice"
 
 
+def _proxies_problems(proxies: tuple[ProxyOptions, ...]) -> Iterator[str]:
+    for name, what in (("name", "name"), ("header", "secret header")):
+        given = [getattr(proxy, name).lower() for proxy in proxies]
+        if len(set(given)) != len(given):
+            yield f"proxy: two proxies have the same {what}; give each its own {name}"
+    over_unix = [proxy for proxy in proxies if proxy.unix is not None]
+    if len({proxy.unix for proxy in over_unix}) > 1:
+        yield "proxy: proxies name different unix sockets; name the same, and tell them apart by header and secret_file"
+    if len(over_unix) > 1 and any(proxy.secret_file is None for proxy in over_unix):
+        yield "proxy: several proxies share the unix socket, so each needs a secret_file"
+    for proxy in proxies:
+        if not _PROXY_NAME.fullmatch(proxy.name):
+            yield f"proxy: name {proxy.name!r} is not [a-z0-9_-]{{1,32}}"
+        else:
+            yield from _proxy_problems(proxy)
+
+
 def _proxy_problems(proxy: ProxyOptions) -> Iterator[str]:
+    key = f"proxy.{proxy.name}"
     yield from _raised(lambda: proxy.parsed_networks)
     if proxy.networks and proxy.secret_file is None:
-        yield "proxy.secret_file: a proxy that comes over the network shows a secret; name its file"
-    if proxy != ProxyOptions() and not proxy.networks and proxy.unix is None:
-        yield "proxy: name networks or a unix socket that proxies come from"
+        yield f"{key}.secret_file: a proxy that comes over the network shows a secret; name its file"
+    if not proxy.networks and proxy.unix is None:
+        yield f"{key}: name networks or a unix socket that the proxy comes from"
     if proxy.unix == "":
-        yield "proxy.unix: name a path"
+        yield f"{key}.unix: name a path"
+    if not proxy.serves or len(set(proxy.serves)) != len(proxy.serves):
+        yield f'{key}.serves: say ["1.3"] for images before 1.4.0, ["1.4"] for those from 1.4.0 on, or leave it out'
     if proxy.certificate_header.lower() not in CERTIFICATE_HEADERS:
-        yield 'proxy.certificate_header: say "X-Client-Cert" or "Client-Cert"'
-    address_header = proxy.address_header.lower()
-    if not _TOKEN.fullmatch(address_header) or address_header in (*CERTIFICATE_HEADERS, SECRET_HEADER):
-        yield 'proxy.address_header: name the header of the client\'s address, for example "X-Forwarded-For"'
+        yield f'{key}.certificate_header: say "X-Client-Cert" or "Client-Cert"'
+    header, address_header = proxy.header.lower(), proxy.address_header.lower()
+    if not _TOKEN.fullmatch(header) or header in (*CERTIFICATE_HEADERS, address_header):
+        yield f'{key}.header: name the header of the proxy\'s secret, for example "X-Cvm-Proxy-Auth"'
+    if not _TOKEN.fullmatch(address_header) or address_header in (*CERTIFICATE_HEADERS, *SECRET_HEADERS):
+        yield f'{key}.address_header: name the header of the client\'s address, for example "X-Forwarded-For"'
 
 
 def _networks(key: str, texts: Iterable[str]) -> tuple[Network, ...]:
@@ -667,6 +700,12 @@ def _store(value: object, _: object) -> StoreOptions:
 _TABLES: Final = StrictConverter(own_file=True)
 
 
+def _proxy_entries(value: object, _: object) -> tuple[ProxyOptions, ...]:
+    if isinstance(value, dict):
+        raise MismatchError("list_type", "Input should be a list with an entry for each proxy; write [[proxy]]")
+    return list_of(lambda each: _TABLES.structure(each, ProxyOptions), file_array)(value)
+
+
 def _schedule(value: object, _: object) -> Schedule:
     try:
         return read_schedule(cast("Mapping[str, object]", value))
@@ -680,6 +719,7 @@ _CONVERTER: Final = StrictConverter(
         tuple[str, ...] | Literal["*"]: _hotkeys,
         CollateralService: _service,
         StoreOptions: _store,
+        tuple[ProxyOptions, ...]: _proxy_entries,
         Schedule: _schedule,
     },
     own_file=True,

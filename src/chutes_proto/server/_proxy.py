@@ -2,11 +2,15 @@
 
 Rules kept here:
 
-* only a trusted proxy names its client: a peer on the unix socket, or in a configured network with a live secret in
-  ``X-Attestation-Proxy-Auth``. The secret is compared in constant time; no error and no log repeats it;
-* a proxy has one certificate header and one address header, which it sets itself on every request; the certificate may
-  be absent, the address not. A second value, another such header, or any of them from anyone else is a 400: a client
-  that gets a 401 or 403 would give up for good over a proxy's mistake;
+* only a trusted proxy names its client: a peer on the unix socket, or in a configured network, that shows a live secret
+  in its own secret header. The secret is compared in constant time; no error and no log repeats it. A unix socket that
+  one proxy alone uses is proof enough;
+* a proxy has one secret header, one certificate header and one address header, which it sets itself on every request;
+  the certificate may be absent, the address not. A second value, another such header, or any of them from anyone else
+  is a 400: a client that gets a 401 or 403 would give up for good over a proxy's mistake;
+* the fleet has two generations of images, each with a proxy of its own. Once a proxy is configured for one of them
+  alone, the operations in `OPERATIONS` are served only through a proxy for their generation: else they get 403, also
+  for a wrong secret, and 503 if there is no such proxy. All other operations are served on every way;
 * a peer of the networks that sends none of these headers is a client, or a proxy that is not configured to send them.
   If it would be refused for its certificate, it gets a 503 instead: nothing is recorded of it, and the log says what to
   configure;
@@ -23,26 +27,40 @@ import base64
 import binascii
 import hmac
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from typing import Final
+from typing import Final, Literal, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from attrs import Factory, field, frozen
 from cryptography import x509
 
-from chutes_proto.errors import BadRequest, Refusal, Unavailable
+from chutes_proto.errors import BadRequest, Refusal, Refused, Unavailable
 from chutes_proto.secret import Secret
+from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import Endpoint
 from chutes_proto.wire.http import HttpRequest, plain_address
 
 PEM_HEADER: Final = "x-client-cert"
 RFC9440_HEADER: Final = "client-cert"
 CERTIFICATE_HEADERS: Final = (PEM_HEADER, RFC9440_HEADER)
 ADDRESS_HEADER: Final = "x-forwarded-for"
-SECRET_HEADER: Final = "x-attestation-proxy-auth"
+SECRET_HEADERS: Final = ("x-attestation-proxy-auth", "x-cvm-proxy-auth")
+"""The secret headers of the fleet's two proxies: nobody else may send one, whether or not it is configured."""
+
+Generation: TypeAlias = Literal["1.3", "1.4"]
+"""Images before 1.4.0, and those from 1.4.0 on."""
+GENERATIONS: Final[tuple[Generation, ...]] = ("1.3", "1.4")
+OPERATIONS: Final[Mapping[Endpoint, frozenset[Generation]]] = {
+    vms.BOOT_ATTESTATION: frozenset(GENERATIONS),
+    vms.VOLUME_ATTESTATION: frozenset(GENERATIONS),
+    vms.PROVISION: frozenset({"1.4"}),
+    vms.PROVISION_CONFIRMATION: frozenset({"1.4"}),
+}
+"""The operations that the fleet's VMs send through a proxy, and whose proxies pass them on."""
 
 Network = IPv4Network | IPv6Network
 
@@ -50,53 +68,92 @@ _OF_CERTIFICATES: Final = (Code.CLIENT_CERTIFICATE_REQUIRED, Code.CERTIFICATE_MI
 _ESCAPED: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
 
 
+@frozen
+class TrustedProxy:
+    """A trusted proxy and its headers (lower case); several that are configured alike are one.
+
+    With ``unix``, a peer without an address may be it. ``secrets`` are live, one or two.
+    """
+
+    name: str
+    networks: tuple[Network, ...] = ()
+    unix: bool = False
+    secrets: tuple[Secret, ...] = ()
+    header: str = SECRET_HEADERS[0]
+    serves: frozenset[Generation] = frozenset(GENERATIONS)
+    certificate_header: str = PEM_HEADER
+    address_header: str = ADDRESS_HEADER
+
+    @property
+    def headers(self) -> tuple[str, str, str]:
+        """The headers that it sets on every request."""
+        return self.certificate_header, self.address_header, self.header
+
+    def is_near(self, address: str) -> bool:
+        """Whether it may be the peer with this address, which is empty over a unix socket."""
+        return any(ip_address(address) in network for network in self.networks) if address else self.unix
+
+
 def _guarded(proxies: TrustedProxies) -> frozenset[str]:
-    return frozenset({*CERTIFICATE_HEADERS, ADDRESS_HEADER, SECRET_HEADER, proxies.address_header})
+    of_proxies = (header for proxy in proxies.proxies for header in proxy.headers)
+    return frozenset({*CERTIFICATE_HEADERS, ADDRESS_HEADER, *SECRET_HEADERS, *of_proxies})
 
 
 @frozen
 class ProxiedRequest(HttpRequest):
     """A request of a client that a trusted proxy named."""
 
+    proxy: TrustedProxy = field(kw_only=True)
+
 
 @frozen
 class TrustedProxies:
-    """The trusted proxies and their headers (lower case); by default none.
+    """The trusted proxies, by default none. Their secret headers differ."""
 
-    With ``unix``, peers without an address come over the unix socket. ``secrets`` are live for peers in the
-    ``networks``.
-    """
-
-    networks: tuple[Network, ...] = ()
-    unix: bool = False
-    secrets: tuple[Secret, ...] = ()
-    certificate_header: str = PEM_HEADER
-    address_header: str = ADDRESS_HEADER
+    proxies: tuple[TrustedProxy, ...] = ()
     _guarded: frozenset[str] = field(init=False, default=Factory(_guarded, takes_self=True))
 
-    def client_request(self, request: HttpRequest) -> HttpRequest:
-        """The request as its client made it. Raises `BadRequest`."""
+    def client_request(self, request: HttpRequest, endpoint: Endpoint | None = None) -> HttpRequest:
+        """The request for ``endpoint`` as its client made it.
+
+        Raises `BadRequest`; for a wrong secret `check_way`'s refusal, where that would refuse a request without one.
+        """
         given: dict[str, list[str]] = {}
         for name, value in request.headers:
             if name in self._guarded:
                 given.setdefault(name, []).append(value)
-        if not given and not self._over_unix(request):
+        near = [proxy for proxy in self.proxies if proxy.is_near(request.peer_address)]
+        if not given and (request.peer_address or not near):
             return request
-        self._admit(request, given.get(SECRET_HEADER, []))
-        if others := given.keys() - {SECRET_HEADER, self.certificate_header, self.address_header}:
-            raise _refused(f"the proxy passes on {', '.join(sorted(others))}, which is not its to say")
+        proxy = _identified(near, request.peer_address, given)
+        if proxy is None:
+            fault = f"a peer at the place of proxy {_names(near)} shows no secret that is live"
+            raise _refused(fault) if (serving := self._serving(endpoint)) is None else _not_served(fault, serving)
+        if others := given.keys() - {*proxy.headers}:
+            raise _refused(f"proxy {proxy.name} passes on {', '.join(sorted(others))}, which is not its to say")
         if twice := {name for name, values in given.items() if len(values) > 1}:
-            raise _refused(f"the proxy gives {', '.join(sorted(twice))} more than once")
-        certificate = "".join(given.get(self.certificate_header, []))
+            raise _refused(f"proxy {proxy.name} gives {', '.join(sorted(twice))} more than once")
+        certificate = "".join(given.get(proxy.certificate_header, []))
         return ProxiedRequest(
             request.method,
             request.target,
             headers=tuple((name, value) for name, value in request.headers if name not in self._guarded),
             body=request.body,
-            peer_certificate=_certificate(self.certificate_header, certificate) if certificate else None,
-            peer_address=self._address("".join(given.get(self.address_header, []))),
+            peer_certificate=_certificate(proxy.certificate_header, certificate) if certificate else None,
+            peer_address=self._address(proxy.address_header, "".join(given.get(proxy.address_header, []))),
             arrived=request.arrived,
+            proxy=proxy,
         )
+
+    def check_way(self, request: HttpRequest, endpoint: Endpoint) -> None:
+        """Check that ``endpoint`` is served on the way that ``request``, a result of `client_request`, came by.
+
+        Raises `Refused`; `Unavailable` if it is served through proxies only, of which none is configured.
+        """
+        serving = self._serving(endpoint)
+        proxy = request.proxy if isinstance(request, ProxiedRequest) else None
+        if serving is not None and proxy not in serving:
+            raise _not_served("it came past every proxy" if proxy is None else f"it came through {proxy.name}", serving)
 
     @contextmanager
     def excusing(self, request: HttpRequest) -> Generator[None]:
@@ -107,47 +164,74 @@ class TrustedProxies:
         try:
             yield
         except Refusal as exc:
-            may_be_proxy = self._ours(request.peer_address) and not isinstance(request, ProxiedRequest)
-            if not may_be_proxy or exc.code not in _OF_CERTIFICATES:
+            is_direct = bool(request.peer_address) and not isinstance(request, ProxiedRequest)
+            near = [proxy for proxy in self.proxies if is_direct and proxy.is_near(request.peer_address)]
+            if not near or exc.code not in _OF_CERTIFICATES:
                 raise
-            needed = f"{self.certificate_header}, {self.address_header}, {SECRET_HEADER}"
+            needed = " or ".join(", ".join(proxy.headers) for proxy in near)
             raise Unavailable(
                 Code.SERVER_FAULT,
                 "A fault of the server's. Retry shortly.",
-                reason=f"{exc.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
-                f" let it set {needed}; if it is a client, take its address out of proxy.networks",
+                reason=f"{exc.reason}; and a peer in the networks of proxy {_names(near)} sent none of a proxy's"
+                f" headers: if it is a proxy, let it set {needed}; if it is a client, take its address out of networks",
                 retry_after=30,
             ) from None
 
-    def _over_unix(self, request: HttpRequest) -> bool:
-        return self.unix and not request.peer_address
+    def _serving(self, endpoint: Endpoint | None) -> list[TrustedProxy] | None:
+        """The proxies through which alone ``endpoint`` is served; None if it is served on every way."""
+        generations = None if endpoint is None else OPERATIONS.get(endpoint)
+        if generations is None or all(proxy.serves == frozenset(GENERATIONS) for proxy in self.proxies):
+            return None
+        return [proxy for proxy in self.proxies if proxy.serves & generations]
 
-    def _admit(self, request: HttpRequest, shown: list[str]) -> None:
-        """Raises `BadRequest` unless the peer is one of the proxies."""
-        if not self._over_unix(request) and not self._ours(request.peer_address):
-            of_peer = "proxy.networks" if request.peer_address else "proxy.unix"
-            raise _refused(f"a header that only a trusted proxy may set, from another peer; see {of_peer}")
-        matches = [
-            hmac.compare_digest(value.encode("latin-1"), secret.reveal()) for value in shown for secret in self.secrets
-        ]
-        if any(matches) or (self._over_unix(request) and not shown):
-            return
-        raise _refused(f"the proxy shows {'a wrong' if shown else 'no'} secret in {SECRET_HEADER}")
-
-    def _ours(self, address: str) -> bool:
-        return bool(address) and any(ip_address(address) in network for network in self.networks)
-
-    def _address(self, text: str) -> str:
+    def _address(self, header: str, text: str) -> str:
         """The client's address in the header that the proxies wrote."""
         address = ""
         for element in reversed(text.split(",")):
             try:
                 address = plain_address(element.strip(" \t"))
             except ValueError:
-                raise _refused(f"{self.address_header} names no IP address where the client's should be") from None
-            if not self._ours(address):
+                raise _refused(f"{header} names no IP address where the client's should be") from None
+            if not any(proxy.is_near(address) for proxy in self.proxies):
                 break
         return address
+
+
+def _identified(near: Sequence[TrustedProxy], peer: str, given: Mapping[str, list[str]]) -> TrustedProxy | None:
+    """The one of the proxies at the peer's address that shows its secret; None if it shows none that is live.
+
+    Raises `BadRequest` for a peer elsewhere, and for the secret headers of two proxies.
+    """
+    if not near:
+        key = "networks" if peer else "unix"
+        raise _refused(f"a header that only a trusted proxy may set, from another peer; see {key} in [[proxy]]")
+    shown = sorted(given.keys() & {*SECRET_HEADERS, *(proxy.header for proxy in near)})
+    if len(shown) > 1:
+        raise _refused(f"it has {' and '.join(shown)}: a proxy sets its own and removes any other")
+    if not shown and not peer and len(near) == 1:
+        return near[0]
+    for proxy in near:
+        matches = [
+            hmac.compare_digest(value.encode("latin-1"), secret.reveal())
+            for value in given.get(proxy.header, [])
+            for secret in proxy.secrets
+        ]
+        if any(matches):
+            return proxy
+    return None
+
+
+def _names(proxies: Sequence[TrustedProxy]) -> str:
+    return " or ".join(proxy.name for proxy in proxies)
+
+
+def _not_served(fault: str, serving: Sequence[TrustedProxy]) -> Refusal:
+    if not serving:
+        reason = f"{fault}; no [[proxy]] serves this operation: add one, or remove serves from the others"
+        text = "No proxy for this operation is configured."
+        return Unavailable(Code.PROXY_UNAVAILABLE, text, reason=reason, retry_after=30)
+    reason = f"{fault}; this operation is served through {_names(serving)} only (serves in [[proxy]])"
+    return Refused(Code.PROXY_REQUIRED, "This operation is not served on this way.", reason=reason)
 
 
 @lru_cache(maxsize=256)  # each request of a boot has the same one

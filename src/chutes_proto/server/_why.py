@@ -179,7 +179,7 @@ _OURS: Final = (
 _OTHERWISE: Final = "the request itself is wrong: read the reason, and compare the client's version with the server's"
 _SHARED: Final = "if it comes back, compare the clocks, and whether all servers share one store"
 _AGAIN: Final = f"boot the VM again; {_SHARED}"
-_PROXY: Final = "compare what ends TLS before the server with [proxy] of the configuration"
+_PROXY: Final = "compare what ends TLS before the server with [[proxy]] of the configuration"
 
 _ADD_HOTKEY: Final = (
     "add the hotkey to `hotkeys` of the configuration if you serve its owner, and run `chutes-proto reload`"
@@ -237,10 +237,13 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.SERVERS_FULL: "the miner removes servers that it does not need; `chutes-proto registrations list` shows them",
     Code.GPU_TAKEN: _FREE,
     Code.BOOT_REQUIRED: "boot the VM of this name, or from this address, before it is registered",
+    Code.PROXY_REQUIRED: "if it is a proxy of yours, compare its header, secret and `serves` with [[proxy]] of the"
+    " configuration; else let the VM connect to that proxy",
     Code.KEY_NOT_FOUND: "`chutes-proto keys history VM` shows which keys there are",
     Code.SERVER_NOT_FOUND: "`chutes-proto registrations list` shows whose servers there are",
     Code.MAINTENANCE_DENIED: "open a window in `maintenance` of the configuration; the reason says what is against it",
     Code.MAINTENANCE_CONFLICT: "boot the target version on the servers that are in maintenance: that ends it",
+    Code.PROXY_UNAVAILABLE: "add a [[proxy]] that serves this operation's images, or remove `serves` from the others",
     Code.HOST_PROFILES_FULL: "`chutes-proto hosts list`, then `hosts remove` the profiles that nobody needs",
     Code.RATE_LIMITED: "wait, or raise `limits.requests_per_minute`",
 }

@@ -93,7 +93,10 @@ class Redirect:
     path: str
 
 
-def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
+Routed: TypeAlias = Match | WrongMethod | Redirect | None
+
+
+def route(method: str, path: str) -> Routed:
     """Route a request line; ``path`` is still percent-encoded and without its query."""
     here, values = _found(path)
     endpoint = here.get("GET" if method == "HEAD" else method)

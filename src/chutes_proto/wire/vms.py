@@ -204,6 +204,8 @@ _TOKEN_CODES = (
     Code.REVOKED,
 )
 
+_PROXY_CODES = (Code.PROXY_REQUIRED, Code.PROXY_UNAVAILABLE)
+
 BOOT_NONCE = Endpoint(
     1,
     "get_boot_nonce",
@@ -231,6 +233,7 @@ BOOT_ATTESTATION = Endpoint(
         Code.EXCHANGE_DOWNGRADE,
         *STORE_CODES,
         Code.DRAINING,
+        *_PROXY_CODES,
     ),
     authentication="quote, client certificate, nonce",
 )
@@ -264,7 +267,7 @@ VOLUME_ATTESTATION = Endpoint(
     VolumeAttestationRequest,
     VolumeAttestationAnswer,
     "The current and the next key of each volume, for a quote of the booted VM",
-    (*QUOTE_CODES, Code.QUOTE_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, *STORE_CODES),
+    (*QUOTE_CODES, Code.QUOTE_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, *STORE_CODES, *_PROXY_CODES),
     authentication="quote, client certificate, quote nonce (consumed)",
 )
 
@@ -302,6 +305,7 @@ PROVISION = Endpoint(
         Code.VOLUMES_REQUIRED,
         Code.VOLUME_UNKNOWN,
         *STORE_CODES,
+        *_PROXY_CODES,
     ),
     authentication="hotkey signature over the quote nonce (consumed), quote, client certificate",
 )
@@ -323,6 +327,7 @@ PROVISION_CONFIRMATION = Endpoint(
         Code.VOLUME_UNKNOWN,
         Code.ROTATION_SUPERSEDED,
         *STORE_CODES,
+        *_PROXY_CODES,
     ),
     authentication="hotkey signature over the confirm nonce",
 )

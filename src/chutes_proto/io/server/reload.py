@@ -207,7 +207,7 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
     wanted = evolve(given, **kept)
     kept_files = _keep_files(old, files)
     needs_restart = tuple(name for name in kept if name in kept_files or getattr(given, name) != kept[name])
-    if given.proxy.unix != config.proxy.unix:
+    if given.proxy_unix != config.proxy_unix:
         wanted = evolve(wanted, proxy=config.proxy)
         needs_restart += ("proxy",)
     new = make_setup(wanted, files)

@@ -249,10 +249,11 @@ async def _in_thread(opening: AbstractContextManager[T]) -> AsyncGenerator[T]:
 
 def make_asgi_app(config: ServerConfig) -> AsgiApp:
     """See `chutes_proto.server.asgi_app`."""
-    if not config.proxy.networks and config.proxy.unix is None:
+    if not config.proxy:
         raise ConfigurationError(
             "proxy: missing, and an ASGI server passes on no client certificate, so that every VM would be refused for"
-            " good; set proxy.unix or proxy.networks to the proxy that ends TLS, or use serve, which ends it itself"
+            " good; add [[proxy]] with a name and the unix socket or networks of the proxy that ends TLS, or use serve,"
+            " which ends it itself"
         )
     setup = make_setup(config)
     running = Running(setup)

@@ -64,7 +64,7 @@ from chutes_proto.server._grounds import (
 )
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, option_defaults, serve_profile
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
@@ -141,7 +141,7 @@ class ServerSetup:
     @property
     def proxy_socket(self) -> Path | None:
         """The Unix socket to listen on for proxies."""
-        return None if self.config.proxy.unix is None else self.base / self.config.proxy.unix
+        return None if self.config.proxy_unix is None else self.base / self.config.proxy_unix
 
     @property
     def takeover_socket(self) -> Path | None:
@@ -179,9 +179,12 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
     signing_keys = problems.attempt("signing_keys_file", lambda: _signing_keys(config, base, files))
     _ = problems.attempt("blacklist", lambda: _hotkeys(tuple(config.blacklist)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
-    proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base, files))
-    if config.proxy.unix is not None:
-        socket_path = str(base / config.proxy.unix)
+    proxies = [
+        problems.attempt(f"proxy.{options.name}.secret_file", partial(_proxy, options, base, files))
+        for options in config.proxy
+    ]
+    if config.proxy_unix is not None:
+        socket_path = str(base / config.proxy_unix)
         _ = problems.attempt("proxy.unix", lambda: check_socket_path(socket_path))
     if config.takeover is not None:
         takeover_path = f"{base / config.takeover}.{os.getpid()}"
@@ -208,7 +211,7 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
     )
     if tls is None or root is None or vault is None or policies is None or hotkeys is None or collateral is None:
         raise problems.error()
-    if proxies is None or problems.found:
+    if problems.found:
         raise problems.error()
     if demanding := [one for one in profiles if one.gpu_evidence == "require"]:
         _check_gpu_sources(config.gpu_evidence, gpu_policy, demanding[0].measurements.name)
@@ -234,7 +237,7 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
         signatures=config.signatures,
         registration_evidence=config.registration.evidence,
         fresh_seconds=config.runtime.fresh_seconds,
-        proxies=proxies,
+        proxies=TrustedProxies(tuple(filter(None, proxies))),
         limits=config.limits,
         gpus=GPUS | dict(config.gpus),
         callback=callback,
@@ -285,17 +288,20 @@ def _admin_tls(config: ServerConfig, base: Path, files: Files) -> ServerContext 
     return _tls(admin.certificate, admin.key, base, files, admin.client_ca)
 
 
-def _proxies(options: ProxyOptions, base: Path, files: Files) -> TrustedProxies:
+def _proxy(options: ProxyOptions, base: Path, files: Files) -> TrustedProxy:
     secrets: list[bytes] = []
     if options.secret_file is not None:
         path = base / options.secret_file
         secrets = [line.strip() for line in files.read_private(path, group_may=True).splitlines() if line.strip()]
         if not 1 <= len(secrets) <= 2 or not all(re.fullmatch(rb"[!-~]+", secret) for secret in secrets):
             raise ConfigurationError(f"{path}: not one or two secrets, one a line, in printable ASCII without spaces")
-    return TrustedProxies(
+    return TrustedProxy(
+        options.name,
         networks=options.parsed_networks,
         unix=options.unix is not None,
         secrets=tuple(map(Secret, secrets)),
+        header=options.header.lower(),
+        serves=frozenset(options.serves),
         certificate_header=options.certificate_header.lower(),
         address_header=options.address_header.lower(),
     )
