@@ -111,7 +111,7 @@ def test_a_driver_of_ones_own_boots(server: DevServer, capsys: pytest.CaptureFix
 
 def test_a_miner_registers_and_attests_a_server(server: DevServer, capsys: pytest.CaptureFixture[str]) -> None:
     example = load("miner_client")
-    pair = HotkeyPair.from_seed(Secret(bytes(range(32))))
+    pair = HotkeyPair.from_secret(Secret(bytes(range(32))))
     quoter = example.make_quoter(f"simulated:{server.platform}", stage="runtime")
     for _again in range(2):
         example.attest(server.url, pair, quoter, server.ca.read_bytes(), "node-1", "1.2.3.4", [GPU])
@@ -121,7 +121,7 @@ def test_a_miner_registers_and_attests_a_server(server: DevServer, capsys: pytes
 
 
 def test_an_httpx_client_of_ones_own_lists_the_servers(server: DevServer) -> None:
-    pair = HotkeyPair.from_seed(Secret(bytes(range(1, 33))))
+    pair = HotkeyPair.from_secret(Secret(bytes(range(1, 33))))
     quoter = load("miner_client").make_quoter(f"simulated:{server.platform}", stage="runtime")
     assert load("hotkey_auth").servers(server.url, pair, server.ca) == []
     load("miner_client").attest(

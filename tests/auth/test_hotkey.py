@@ -18,7 +18,7 @@ from chutes_proto.secret import Secret
 
 ADDRESS = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"  # the well-known development key
 PUBLIC_KEY = bytes.fromhex("d43593c715fdd31c61141abd04a99fd6822c8558854ccde39a5684e7a56da27d")
-PAIR = HotkeyPair.from_seed(Secret(bytes(range(32))))
+PAIR = HotkeyPair.from_secret(Secret(bytes(range(32))))
 
 
 def address_of(payload: bytes, checksum_size: int = 2) -> str:
@@ -128,10 +128,28 @@ def test_arbitrary_keys_and_signatures_are_refused(public_key: bytes, signature:
         Hotkey(public_key).check_signature(b"message", signature)
 
 
-@pytest.mark.parametrize("size", [0, 31, 33, 64])
-def test_a_seed_has_32_bytes(size: int) -> None:
-    with pytest.raises(HotkeyError, match="32 bytes"):
-        HotkeyPair.from_seed(Secret(bytes(size)))
+@pytest.mark.parametrize("size", [0, 31, 33, 63, 65])
+def test_a_secret_has_the_size_of_a_seed_or_of_a_private_key(size: int) -> None:
+    with pytest.raises(HotkeyError, match=r"32 bytes \(a seed\) or 64"):
+        HotkeyPair.from_secret(Secret(bytes(size)))
+
+
+def test_a_private_key_makes_the_pair_of_its_seed() -> None:
+    pair = HotkeyPair.from_secret(PAIR.secret_key)
+    assert pair == PAIR
+    PAIR.hotkey.check_signature(b"message", pair.sign(b"message"))
+
+
+@given(st.binary(min_size=64, max_size=64))
+@example(bytes(64))
+@example(b"\xff" * 64)
+def test_64_bytes_make_a_pair_that_signs_or_are_refused(secret: bytes) -> None:
+    try:
+        pair = HotkeyPair.from_secret(Secret(secret))
+    except HotkeyError as exc:
+        assert secret.hex() not in str(exc)
+        return
+    pair.hotkey.check_signature(b"message", pair.sign(b"message"))
 
 
 def test_a_pair_does_not_show_its_secret() -> None:

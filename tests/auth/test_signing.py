@@ -25,7 +25,7 @@ from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.secret import Secret
 from chutes_proto.wire.codes import Code
 
-PAIR = HotkeyPair.from_seed(Secret(b"\x07" * 32))
+PAIR = HotkeyPair.from_secret(Secret(b"\x07" * 32))
 HOTKEY = PAIR.hotkey
 NONCE = "ab" * 32
 BODY = b'{"quote":"AA=="}'

@@ -24,7 +24,7 @@ from tests.boot import talk
 from tests.boot.test_rotation import NONCE, VOLUMES, confirmed, handed
 from tests.luks import headers
 
-PAIR = HotkeyPair.from_seed(Secret(bytes(range(32))))
+PAIR = HotkeyPair.from_secret(Secret(bytes(range(32))))
 SETTINGS = BootSettings(PAIR.hotkey.address, talk.VM, talk.DIGEST, PAIR.sign, talk.SETTINGS.retry)
 CONFIRM = "c2" * 32
 MEMBERS: dict[str, object] = {

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
 from chutes_proto.boot._settings import (
     MAX_CONFIG_FILE,
     AgentSettings,
@@ -27,9 +27,11 @@ from chutes_proto.boot._settings import (
     vm_identity,
 )
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.secret import Secret
 from tests.boot.talk import HOTKEY
 
 SEED = "5e" * 32
+KEY = HotkeyPair.from_secret(Secret(bytes.fromhex(SEED))).secret_key.reveal().hex()
 GOOD = f"""
 servers = ["https://keys-1.example:8443", "https://[2001:db8::1]/"]
 hotkey = "{HOTKEY}"
@@ -191,9 +193,10 @@ def test_settings_that_leave_the_volumes_to_a_later_command_have_some() -> None:
 
 def identity(extra: str = "", files: Mapping[str, Any] | None = None) -> tuple[str, str, bytes | None]:
     found = settings(f"{extra}\n{VOLUME}")
-    content = {"hostname": b"vm-7\n", "miner-ss58": HOTKEY.encode(), "miner-seed": SEED.encode(), **(files or {})}
+    content: dict[str, Any] = {"hostname": b"vm-7\n", "miner-ss58": HOTKEY.encode(), "miner-seed": SEED.encode()}
+    content |= {"miner-private-key": None, **(files or {})}
     who = vm_identity(found, {name: content[name] for name in found.asked if content[name] is not None})
-    return who.vm_name, who.hotkey.address, None if who.seed is None else who.seed.reveal()
+    return who.vm_name, who.hotkey.address, None if who.secret is None else who.secret.reveal()
 
 
 def wallet(**members: object) -> bytes:
@@ -209,6 +212,19 @@ def test_who_the_vm_is_comes_from_the_config_volume() -> None:
         HOTKEY,
         bytes.fromhex(SEED),
     )
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"miner-private-key": KEY.encode()},
+        {"miner-private-key": f"0x{KEY}\n".encode(), "miner-seed": None},
+        {"miner-ss58": wallet(privateKey=f"0x{KEY}")},
+        {"miner-ss58": wallet(privateKey=KEY, secretSeed=None)},
+    ],
+)
+def test_a_private_key_counts_before_the_seed(files: Mapping[str, Any]) -> None:
+    assert identity('signer = "config-volume"', files) == ("vm-7", HOTKEY, bytes.fromhex(KEY))
 
 
 def test_what_the_settings_say_is_not_asked_of_it() -> None:
@@ -235,8 +251,11 @@ def test_what_the_settings_say_is_not_asked_of_it() -> None:
         ({"miner-ss58": b"{}"}, "miner-ss58: not a hotkey"),
         ({"miner-ss58": b"{" * 4096}, "miner-ss58: not a hotkey"),
         ({"miner-ss58": wallet(ss58Address=1)}, "miner-ss58: not a hotkey"),
-        ({"miner-seed": b"zz" * 32}, "miner-seed: a seed is 32 bytes in hex"),
+        ({"miner-seed": b"zz" * 32}, "miner-seed: a seed is 32 bytes in hex, a private key 64"),
         ({"miner-seed": SEED.encode() + b"00"}, "miner-seed: a seed is 32 bytes in hex"),
+        ({"miner-private-key": b""}, "miner-private-key: a seed is 32 bytes in hex"),
+        ({"miner-private-key": SEED.encode() + SEED.encode()[:-1]}, "miner-private-key: a seed is 32 bytes in hex"),
+        ({"miner-ss58": wallet(privateKey="0x")}, "miner-ss58: a seed is 32 bytes in hex"),
         ({"miner-ss58": wallet(secretSeed=5), "miner-seed": None}, "miner-seed: the file is missing"),
     ],
     ids=str,

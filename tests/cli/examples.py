@@ -36,7 +36,7 @@ _PUBLISHED = {"version": "1.4.0", "name": "8xh200", "mrtd": "AB" * 48, "boot_rtm
 
 def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
     """Quotes, an event log, a hotkey with a signature of it, GPUs, and a program that makes quotes."""
-    pair = HotkeyPair.from_seed(Secret(_SEED))
+    pair = HotkeyPair.from_secret(Secret(_SEED))
     assert pair.hotkey.address == HOTKEY
     simulated = simulation_files(platform, bytes(64), now=now, stage="boot")
     files = {

@@ -160,7 +160,7 @@ def test_a_dry_run_finds_that_seed_and_hotkey_do_not_belong_together(
     _ = (tmp_path / "miner-seed").write_text("11" * 32)
     settings = write(f'signer = "config-volume"\nconfig_volume.directory = "{tmp_path}"\n')
     ended = command("agent", "run", "--config", settings, "--dry-run")
-    assert (ended.code, "config volume: the seed is not that of the hotkey" in ended.err) == (2, True)
+    assert (ended.code, "config volume: the seed or private key is not that of the hotkey" in ended.err) == (2, True)
 
 
 def test_a_dry_run_finds_that_state_would_be_left_on_a_disk(

@@ -20,7 +20,7 @@ from tests.cli.conftest import Ended, Server, start_server
 Command = Callable[..., Ended]
 
 SEEDS = {"mine": bytes(range(32)), "other": bytes(range(1, 33))}
-PAIRS = {name: HotkeyPair.from_seed(Secret(seed)) for name, seed in SEEDS.items()}
+PAIRS = {name: HotkeyPair.from_secret(Secret(seed)) for name, seed in SEEDS.items()}
 GPU = {
     "uuid": "GPU-1",
     "name": "NVIDIA H200",

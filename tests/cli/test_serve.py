@@ -328,7 +328,7 @@ def test_a_server_that_asks_hosts_has_a_hotkey_and_says_what_it_does_not_verify(
     ended = check(command, site)
     assert ended.code == 1
     assert "registration.hotkey_file" in ended.err
-    pair = HotkeyPair.from_seed(Secret(bytes(32)))
+    pair = HotkeyPair.from_secret(Secret(bytes(32)))
     _ = (site / "validator").write_text(
         json.dumps({"secretSeed": f"0x{bytes(32).hex()}", "ss58Address": pair.hotkey.address})
     )

@@ -128,7 +128,7 @@ async def outlives(server: Server, begin: Callable[[], object], end: Callable[[]
 
 async def turns_away(server: Server) -> None:
     """A miner is told to come again."""
-    pair = HotkeyPair.from_seed(Secret(bytes(32)))
+    pair = HotkeyPair.from_secret(Secret(bytes(32)))
     client = MinerClient(
         server.url, hotkey=pair.hotkey.address, signer=pair.sign, ca_pem=server.ca.read_bytes(), retry=ONCE
     )

@@ -573,8 +573,9 @@ def agent_settings() -> list[bytes]:
 
 
 def check_config_volume(data: bytes) -> None:
-    """Three files, cut at empty lines, say who the VM is, or the one error says which of them does not."""
-    files: dict[str, bytes] = dict(zip(("hostname", "miner-ss58", "miner-seed"), data.split(b"\n\n"), strict=False))
+    """Four files, cut at empty lines, say who the VM is, or the one error says which of them does not."""
+    names = ("hostname", "miner-ss58", "miner-seed", "miner-private-key")
+    files: dict[str, bytes] = dict(zip(names, data.split(b"\n\n"), strict=False))
     try:
         who = vm_identity(AgentSettings.from_toml(agent_settings()[1]), files)
     except ConfigurationError as exc:
@@ -582,7 +583,7 @@ def check_config_volume(data: bytes) -> None:
     else:
         assert who.vm_name.encode() in files["hostname"]
         assert Hotkey.parse(who.hotkey.address) == who.hotkey
-        assert who.seed is not None
+        assert who.secret is not None
 
 
 def config_volumes() -> list[bytes]:

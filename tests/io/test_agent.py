@@ -179,7 +179,7 @@ def test_the_file_system_of_a_path() -> None:
 # --- who signs ---
 
 SEED = Secret(bytes(range(32)))
-PAIR = HotkeyPair.from_seed(SEED)
+PAIR = HotkeyPair.from_secret(SEED)
 
 
 def identity(seed: Secret | None = SEED, hotkey: Hotkey = PAIR.hotkey) -> VmIdentity:
@@ -205,7 +205,7 @@ def test_the_seed_of_the_config_volume_signs() -> None:
 
 @pytest.mark.parametrize(
     ("who", "told"),
-    [(identity(None), "no seed"), (identity(hotkey=Hotkey(bytes(range(32)))), "the seed is not that of the hotkey")],
+    [(identity(None), "no seed"), (identity(hotkey=Hotkey(bytes(range(32)))), "private key is not that of the hotkey")],
     ids=["none", "another's"],
 )
 def test_a_seed_that_does_not_belong_to_the_hotkey(who: VmIdentity, told: str) -> None:
@@ -223,7 +223,7 @@ def test_without_the_package_that_signs_it_is_named(monkeypatch: pytest.MonkeyPa
 def test_a_program_signs(tmp_path: Path) -> None:
     source = (
         "import sys;from chutes_proto.auth.hotkey import HotkeyPair;from chutes_proto.secret import Secret;"
-        "print(HotkeyPair.from_seed(Secret(bytes(range(32)))).sign(bytes.fromhex(sys.stdin.readline())).hex())"
+        "print(HotkeyPair.from_secret(Secret(bytes(range(32)))).sign(bytes.fromhex(sys.stdin.readline())).hex())"
     )
     signer = agent.make_signer(program(tmp_path, f'exec "{sys.executable}" -c "{source}"'), identity(None))
     assert signer is not None

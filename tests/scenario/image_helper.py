@@ -19,7 +19,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.testing._platform import SimulatedPlatform
 
 PLATFORM = SimulatedPlatform(bytes(32))
-PAIR = HotkeyPair.from_seed(Secret(bytes(range(32))))
+PAIR = HotkeyPair.from_secret(Secret(bytes(range(32))))
 PROGRAM = """#!{python} -IS
 import socket, sys
 with socket.create_connection(("127.0.0.1", {port})) as asked:

@@ -804,10 +804,17 @@ def test_a_config_volume_chooses_nothing_else(site: Premises, machine: Machine, 
     assert machine.boots()["event"] == "agent_done"
 
 
-def test_the_seed_of_the_config_volume_signs(site: Premises, machine: Machine, volume: Path) -> None:
+@pytest.mark.parametrize("held", ["wallet with a seed", "wallet with a private key", "file with a private key"])
+def test_the_key_of_the_config_volume_signs(site: Premises, machine: Machine, volume: Path, held: str) -> None:
     seed = bytes(range(32))
-    address = HotkeyPair.from_seed(Secret(seed)).hotkey.address
-    _ = (volume / "miner-ss58").write_text(json.dumps({"ss58Address": address, "secretSeed": f"0x{seed.hex()}"}))
+    pair = HotkeyPair.from_secret(Secret(seed))
+    address, key = pair.hotkey.address, pair.secret_key.reveal().hex()
+    wallet = {"ss58Address": address}
+    if held == "file with a private key":
+        _ = (volume / "miner-private-key").write_text(key)
+    else:
+        wallet |= {"secretSeed": f"0x{seed.hex()}"} if held == "wallet with a seed" else {"privateKey": f"0x{key}"}
+    _ = (volume / "miner-ss58").write_text(json.dumps(wallet))
     site.edit('root_passphrase = "vm"', 'root_passphrase = "vm"\nrequire_hotkey_signature = true')
     site.start_here()
     machine.changes["disk_wait_seconds"] = 1

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.anyio
 
 NAME = "host.example"
 EIGHT = SimulatedGpus(b"the GPUs of a host that is asked", count=8)
-VALIDATOR = HotkeyPair.from_seed(Secret(b"the key server's own hotkey".ljust(32, b"!")))
+VALIDATOR = HotkeyPair.from_secret(Secret(b"the key server's own hotkey".ljust(32, b"!")))
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
 
 

@@ -236,6 +236,10 @@ def test_a_hotkey_in_a_wallets_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     path.chmod(0o600)
     assert read_hotkey(path).hotkey == OTHER.hotkey
+    key = OTHER.secret_key.reveal().hex()
+    for held in ({"privateKey": f"0x{key}"}, {"privateKey": key, "secretSeed": None}):
+        path.write_text(json.dumps(content | held))
+        assert read_hotkey(path) == OTHER
     wrong = [
         "",
         "$NACL...",
@@ -244,6 +248,8 @@ def test_a_hotkey_in_a_wallets_file(tmp_path: Path) -> None:
         json.dumps(content | {"ss58Address": MINER.hotkey.address}),
         json.dumps(content | {"secretSeed": "0x" + seed.hex()[:-1]}),
         json.dumps(content | {"secretSeed": None}),
+        json.dumps(content | {"privateKey": "0x" + seed.hex()[:-1]}),
+        json.dumps(content | {"privateKey": MINER.secret_key.reveal().hex()}),
         json.dumps({"secretSeed": seed.hex()}),
     ]
     for text in wrong:

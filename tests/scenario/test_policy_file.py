@@ -33,7 +33,7 @@ ATTRIBUTES = "Unable to parse provided quote for verification. (attributes)"
 MEASURED = "Quote does not match expected measurements. Ensure you are running a supported VM."
 RETRY = "No collateral for this platform now. Retry shortly."
 STALE = "tcb_out_of_date"
-PAIR = HotkeyPair.from_seed(Secret(b"s" * 32))
+PAIR = HotkeyPair.from_secret(Secret(b"s" * 32))
 PROVEN = PAIR.hotkey.address
 OTHER_16, OTHER_48 = f'["{"07" * 16}"]', f'["{"07" * 48}"]'
 OUTDATED = 'tcb.accepted_statuses = ["UpToDate", "OutOfDate"]'

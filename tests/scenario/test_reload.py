@@ -484,7 +484,7 @@ def test_every_file_of_a_reload_is_checked_first_and_kept_for_new_workers(site: 
 
 
 def wallet(seed: bytes) -> bytes:
-    address = HotkeyPair.from_seed(Secret(seed)).hotkey.address
+    address = HotkeyPair.from_secret(Secret(seed)).hotkey.address
     return json.dumps({"secretSeed": f"0x{seed.hex()}", "ss58Address": address}).encode()
 
 

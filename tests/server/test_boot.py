@@ -249,7 +249,7 @@ def test_only_known_hotkeys(world):
 
 
 def signed(world: World, seed: bytes = b"s" * 32) -> tuple[dict[str, Any], dict[str, str]]:
-    pair = HotkeyPair.from_seed(Secret(seed))
+    pair = HotkeyPair.from_secret(Secret(seed))
     hotkey = pair.hotkey.address
     body, headers = world.attestation(miner_hotkey=hotkey)
     message = f"{hotkey}:{headers['x-chutes-nonce']}:{hashlib.sha256(json.encode(body)).hexdigest()}"

@@ -43,7 +43,7 @@ from tests.server import test_provision as provisioning
 from tests.server.test_servers import HOST, boot, gpu, register, registered
 from tests.server.world import CERTIFICATES, MINER, NOW, OTHER, World, answer, refusal, service
 
-VALIDATOR = HotkeyPair.from_seed(Secret(b"the key server's own hotkey".ljust(32, b"!")))
+VALIDATOR = HotkeyPair.from_secret(Secret(b"the key server's own hotkey".ljust(32, b"!")))
 OTHERS, CERTIFICATE = CERTIFICATES
 NO_EVIDENCE = (
     400,

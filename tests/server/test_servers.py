@@ -319,7 +319,7 @@ def test_a_boot_of_long_ago_does_not_show_whose_an_address_is_now(world, age, st
 
 
 ADDRESSES = ["1.2.3.4", "5.6.7.8", "6.6.6.6"]
-MINERS = [MINER, OTHER, HotkeyPair.from_seed(Secret(b"a third miner's seed".ljust(32, b"!")))]
+MINERS = [MINER, OTHER, HotkeyPair.from_secret(Secret(b"a third miner's seed".ljust(32, b"!")))]
 ACTS = st.one_of(
     st.tuples(st.just("boot"), st.sampled_from(MINERS), st.sampled_from(["a", "b"]), st.sampled_from(ADDRESSES)),
     st.tuples(

@@ -50,8 +50,8 @@ from tests.store.memory import MemoryStore
 
 NOW = 1_800_000_000
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
-MINER = HotkeyPair.from_seed(Secret(b"a miner's seed for tests, thirty".ljust(32, b"!")))
-OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
+MINER = HotkeyPair.from_secret(Secret(b"a miner's seed for tests, thirty".ljust(32, b"!")))
+OTHER = HotkeyPair.from_secret(Secret(bytes(range(32))))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 GPU = NodeArgs(
     uuid="GPU-1",

@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final, Protocol, cast
 
@@ -27,12 +28,13 @@ from chutes_proto.secret import Secret
 PREFIX: Final = 42
 KEY_SIZE: Final = 32
 SEED_SIZE: Final = 32
+PRIVATE_KEY_SIZE: Final = 64
 SIGNATURE_SIZE: Final = 64
 
 _ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _DIGITS: Final = {character: number for number, character in enumerate(_ALPHABET)}
 _CHECKSUM_SIZE: Final = 2
-SEED_TEXT: Final = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
+_SECRET_TEXT: Final = re.compile(rf"(?:0x)?(?:[0-9a-fA-F]{{{2 * SEED_SIZE}}}|[0-9a-fA-F]{{{2 * PRIVATE_KEY_SIZE}}})")
 _LONGEST: Final = 64  # no SS58 address of a 32-byte key is as long; bounds the arithmetic
 
 
@@ -92,17 +94,28 @@ class HotkeyPair:
     secret_key: Secret
 
     @classmethod
-    def from_seed(cls, seed: Secret) -> HotkeyPair:
-        """Make the pair of a 32-byte seed (a "mini secret key"). Raises `HotkeyError` for another size."""
-        if len(seed) != SEED_SIZE:
-            raise HotkeyError(f"a seed has {SEED_SIZE} bytes, not {len(seed)}")
-        public_key, secret_key = _sr25519().pair_from_seed(seed.reveal())
-        return cls(Hotkey(public_key), Secret(secret_key))
+    def from_secret(cls, secret: Secret) -> HotkeyPair:
+        """Make the pair of a 32-byte seed (a "mini secret key") or of a 64-byte private key, as schnorrkel has it.
+
+        Raises `HotkeyError` for another size, and for 64 bytes that are no private key.
+        """
+        if len(secret) == SEED_SIZE:
+            public_key, secret_key = _sr25519().pair_from_seed(secret.reveal())
+            return cls(Hotkey(public_key), Secret(secret_key))
+        if len(secret) != PRIVATE_KEY_SIZE:
+            sizes = f"{SEED_SIZE} bytes (a seed) or {PRIVATE_KEY_SIZE} (a private key)"
+            raise HotkeyError(f"a hotkey's secret has {sizes}, not {len(secret)}")
+        try:
+            public_key = _sr25519().public_from_secret_key(secret.reveal())
+        except ValueError:  # its scalar is out of range; the text of the library is not ours to repeat
+            raise HotkeyError("not a private key of sr25519: its scalar is out of range") from None
+        return cls(Hotkey(public_key), secret)
 
     @classmethod
     def from_json(cls, data: bytes) -> HotkeyPair:
-        """Read the pair from a wallet's hotkey file: JSON with ``secretSeed`` (hex) and ``ss58Address``.
+        """Read the pair from a wallet's hotkey file: JSON with ``ss58Address``, and ``privateKey`` or ``secretSeed``.
 
+        Both are hex; where both are there, the private key counts, as in deployed tools.
         Raises `HotkeyError`, whose text repeats nothing of the file, also where the address is another key's.
         """
         try:
@@ -110,17 +123,32 @@ class HotkeyPair:
         except (ValueError, RecursionError):
             raise HotkeyError("not a hotkey file: not JSON; an encrypted file must be decrypted first") from None
         members = cast("dict[str, object]", content) if isinstance(content, dict) else {}
-        seed, address = members.get("secretSeed"), members.get("ss58Address")
-        if not isinstance(seed, str) or not SEED_TEXT.fullmatch(seed):
-            raise HotkeyError("not a hotkey file: it has no secretSeed of 32 bytes in hex")
-        pair = cls.from_seed(Secret(bytes.fromhex(seed.removeprefix("0x"))))
-        if address != pair.hotkey.address:
-            raise HotkeyError("the hotkey file's ss58Address is not that of its secretSeed")
+        text = wallet_secret(members)
+        if text is None:
+            raise HotkeyError("not a hotkey file: it has neither privateKey nor secretSeed, as texts in hex")
+        pair = cls.from_secret(secret_from_hex(text))
+        if members.get("ss58Address") != pair.hotkey.address:
+            raise HotkeyError("the hotkey file's ss58Address is not that of its privateKey or secretSeed")
         return pair
 
     def sign(self, message: bytes) -> bytes:
         """Sign ``message``: 64 bytes, different each time."""
         return _sr25519().sign((self.hotkey.public_key, self.secret_key.reveal()), message)
+
+
+def wallet_secret(members: Mapping[str, object]) -> str | None:
+    """The text of a wallet's private key, or else of its seed; None if it has neither."""
+    for name in ("privateKey", "secretSeed"):
+        if isinstance(text := members.get(name), str):
+            return text
+    return None
+
+
+def secret_from_hex(text: str) -> Secret:
+    """Parse a seed or a private key in hex, with or without ``0x``. Raises `HotkeyError`, which repeats nothing."""
+    if not _SECRET_TEXT.fullmatch(text):
+        raise HotkeyError(f"a seed is {SEED_SIZE} bytes in hex, a private key {PRIVATE_KEY_SIZE}")
+    return Secret(bytes.fromhex(text.removeprefix("0x")))
 
 
 class _Sr25519(Protocol):
@@ -131,6 +159,8 @@ class _Sr25519(Protocol):
     def sign(self, keypair: tuple[bytes, bytes], message: bytes, /) -> bytes: ...
 
     def pair_from_seed(self, seed: bytes, /) -> tuple[bytes, bytes]: ...
+
+    def public_from_secret_key(self, secret_key: bytes, /) -> bytes: ...
 
 
 def check_installed() -> None:

@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeAlias, cast
 from attrs import evolve, field, frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
-from chutes_proto.auth.hotkey import SEED_TEXT, Hotkey, HotkeyError
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError, secret_from_hex, wallet_secret
 from chutes_proto.boot._quoter_names import COMMAND, cut_command, parse_quoter
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
@@ -47,13 +47,15 @@ _DAY: Final = 86_400
 class ConfigVolume:
     """The directory where the host's volume is mounted, and the names of its files, as deployed images have them.
 
-    ``hotkey`` holds an SS58 address, or is a wallet's JSON (``ss58Address``, ``secretSeed``); ``seed`` holds 32 bytes
-    in hex and is read only for the signer ``config-volume``.
+    ``hotkey`` holds an SS58 address, or is a wallet's JSON (``ss58Address``; ``privateKey`` or ``secretSeed``).
+    ``private_key`` holds 64 bytes in hex, ``seed`` 32; they are read only for the signer ``config-volume``, and one is
+    enough.
     """
 
     directory: str | None = None
     hostname: str = "hostname"
     hotkey: str = "miner-ss58"
+    private_key: str = "miner-private-key"
     seed: str = "miner-seed"
 
 
@@ -168,6 +170,7 @@ class AgentSettings:
             for name, wanted in (
                 (volume.hostname, self.vm_name is None),
                 (volume.hotkey, self.hotkey is None),
+                (volume.private_key, self.signer == CONFIG_VOLUME_SIGNER),
                 (volume.seed, self.signer == CONFIG_VOLUME_SIGNER),
             )
             if wanted
@@ -230,7 +233,11 @@ def _identity_problems(settings: AgentSettings) -> list[str]:
         found.append("config_volume.directory: name it, or say vm_name and hotkey here")
     if volume.directory is not None and not volume.directory.startswith("/"):
         found.append("config_volume.directory: say the whole path, from / on")
-    wrong = [name for name in ("hostname", "hotkey", "seed") if not _FILE_NAME.fullmatch(getattr(volume, name))]
+    wrong = [
+        name
+        for name in ("hostname", "hotkey", "private_key", "seed")
+        if not _FILE_NAME.fullmatch(getattr(volume, name))
+    ]
     found += [f"config_volume.{name}: the name of a file in the config volume, without a path" for name in wrong]
     if settings.vm_name is not None and not re.fullmatch(NAME_PATTERN, settings.vm_name, re.ASCII):
         found.append(f"vm_name: a VM's name is {NAME_RULE}")
@@ -290,11 +297,14 @@ def _disk_problems(settings: AgentSettings) -> list[str]:
 
 @frozen
 class VmIdentity:
-    """The identity that the VM claims: untrusted, the server decides. ``seed`` is the hotkey's, if it was provided."""
+    """The identity that the VM claims: untrusted, the server decides.
+
+    ``secret`` is the hotkey's seed or private key, if it was provided.
+    """
 
     vm_name: str
     hotkey: Hotkey
-    seed: Secret | None = None
+    secret: Secret | None = None
 
 
 def vm_identity(settings: AgentSettings, files: Mapping[str, bytes]) -> VmIdentity:
@@ -308,23 +318,27 @@ def vm_identity(settings: AgentSettings, files: Mapping[str, bytes]) -> VmIdenti
         name = _text(volume.hostname, files)
         if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
             raise _wrong(volume.hostname, f"a VM's name is {NAME_RULE}")
-    address, seed = settings.hotkey, None
+    address, text = settings.hotkey, None
     if address is None:
-        address, seed = _hotkey(_text(volume.hotkey, files))
+        address, text = _hotkey(_text(volume.hotkey, files))
     try:
         hotkey = Hotkey.parse(address)
     except HotkeyError as exc:
         raise _wrong(volume.hotkey, f"not a hotkey: {exc}") from None
     if settings.signer != CONFIG_VOLUME_SIGNER:
         return VmIdentity(name, hotkey)
-    seed = seed or _text(volume.seed, files)
-    if not SEED_TEXT.fullmatch(seed):
-        raise _wrong(volume.seed, "a seed is 32 bytes in hex")
-    return VmIdentity(name, hotkey, Secret(bytes.fromhex(seed.removeprefix("0x"))))
+    file = volume.hotkey
+    if text is None:
+        file = volume.private_key if volume.private_key in files else volume.seed
+        text = _text(file, files)
+    try:
+        return VmIdentity(name, hotkey, secret_from_hex(text))
+    except HotkeyError as exc:
+        raise _wrong(file, str(exc)) from None
 
 
 def _hotkey(text: str) -> tuple[str, str | None]:
-    """Return address and seed; a text that is not a wallet's JSON is an address."""
+    """Return the address and the text of the secret; a text that is not a wallet's JSON is an address."""
     if not text.startswith("{"):
         return text, None
     try:
@@ -332,8 +346,8 @@ def _hotkey(text: str) -> tuple[str, str | None]:
     except json.JsonError:
         content = None
     members = cast("dict[str, object]", content) if isinstance(content, dict) else {}
-    address, seed = members.get("ss58Address"), members.get("secretSeed")
-    return address if isinstance(address, str) else "", seed if isinstance(seed, str) else None
+    address = members.get("ss58Address")
+    return address if isinstance(address, str) else "", wallet_secret(members)
 
 
 def _text(name: str, files: Mapping[str, bytes]) -> str:

@@ -249,7 +249,7 @@ class TimedQuoter:
 
 
 def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.inf) -> Signer | None:
-    """Return the signer that the settings name: none, the seed of the VM's identity, or a program.
+    """Return the signer that the settings name: none, the secret of the VM's identity, or a program.
 
     A program has the time of a quote, see `TimedQuoter`. Raises `ConfigurationError`, also if sr25519 is not installed.
     """
@@ -268,14 +268,16 @@ def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.i
             "signer: config-volume needs py-sr25519-bindings; install it for the agent's Python, or name a program that"
             " signs"
         ) from None
-    if identity.seed is None:
+    if identity.secret is None:
         raise ConfigurationError("signer: the config volume has no seed; add one, or name a program that signs")
     try:
-        pair = HotkeyPair.from_seed(identity.seed)
+        pair = HotkeyPair.from_secret(identity.secret)
     except HotkeyError as exc:
-        raise ConfigurationError(f"config volume: the seed cannot be used: {exc}") from None
+        raise ConfigurationError(f"config volume: the hotkey's secret cannot be used: {exc}") from None
     if pair.hotkey != identity.hotkey:
-        raise ConfigurationError(f"config volume: the seed is not that of the hotkey {identity.hotkey}")
+        raise ConfigurationError(
+            f"config volume: the seed or private key is not that of the hotkey {identity.hotkey.address}"
+        )
     return pair.sign
 
 

@@ -233,7 +233,7 @@ class _Story:
             self._page.note(f"No machine is registered: {exc}")
             return None
         self._page.section("Its owner registers it, with its GPUs")
-        pair = HotkeyPair.from_seed(Secret(os.urandom(32)))
+        pair = HotkeyPair.from_secret(Secret(os.urandom(32)))
         made: list[bytes] = []
 
         def gpu_tool(nonce: bytes) -> bytes:

@@ -10,9 +10,10 @@ from chutes_proto.io.files import Files
 
 
 def read_hotkey(path: str | Path, files: Files | None = None) -> HotkeyPair:
-    """Return the hotkey in a wallet's file: JSON with ``secretSeed`` and ``ss58Address``, readable by its owner alone.
+    """Return the hotkey in a wallet's file: JSON that only its owner may read.
 
-    It is read through ``files``, if they are given.
+    It has ``ss58Address``, and ``privateKey`` (64 bytes in hex) or ``secretSeed`` (32). It is read through ``files``,
+    if they are given.
 
     Raises `FileUnavailable`, and `ConfigurationError` for any other file or permissions that are too open; neither
     repeats the content.

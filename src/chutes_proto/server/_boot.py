@@ -184,7 +184,7 @@ def _rotation(
         first_boot=first_boot,
         rotate_after=rotate_after,
     )
-    return HotkeyPair.from_seed(Secret(seed[:SEED_SIZE])).hotkey, rotation
+    return HotkeyPair.from_secret(Secret(seed[:SEED_SIZE])).hotkey, rotation
 
 
 def check_proof(

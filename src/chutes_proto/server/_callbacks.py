@@ -50,7 +50,7 @@ def ask_host(
     host, hotkey, name = call.message.host, call.caller.address, call.message.name or call.message.id
     caller = yield from Transact(ReadCaller(call.now, hotkey, name, address, service.vault))
     if caller is not None:  # a VM of image 1.4.0 or newer trusts no other
-        pair = HotkeyPair.from_seed(Secret(base64.b64decode(caller.seed.reveal())))
+        pair = HotkeyPair.from_secret(Secret(base64.b64decode(caller.seed.reveal())))
         callback = Callback(pair.hotkey, pair.sign, callback.port)
     nonce = yield from Entropy(32)
     given, key, certificate = yield from _fetch(callback, nonce, host, address)

@@ -10,7 +10,7 @@ Rules kept here:
   is a 400: a client that gets a 401 or 403 would give up for good over a proxy's mistake;
 * the fleet has two generations of images, each with a proxy of its own. Once a proxy is configured for one of them
   alone, the operations in `OPERATIONS` are served only through a proxy for their generation: else they get 403, also
-  for a wrong secret, and 503 if there is no such proxy. All other operations are served on every way;
+  for a wrong secret, and 503 if none is configured. All other operations are served on every way;
 * a peer of the networks that sends none of these headers is a client, or a proxy that is not configured to send them.
   If it would be refused for its certificate, it gets a 503 instead: nothing is recorded of it, and the log says what to
   configure;

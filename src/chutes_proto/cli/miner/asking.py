@@ -153,7 +153,7 @@ class MinerCommand(PeerCommand):
     """A command whose requests a hotkey signs; its function takes an `Asker` first."""
 
     def __init__(self, *args: Any, params: list[click.Parameter] | None = None, **kwargs: Any) -> None:
-        told = "the hotkey as wallets write it, JSON with secretSeed and ss58Address; permissions 0600"
+        told = "the hotkey as wallets write it, JSON with ss58Address, and privateKey or secretSeed; permissions 0600"
         file = click.Option(["--hotkey-file"], metavar="FILE", required=True, help=told)
         told = "sign as deployed servers expect, or the whole request, so that a captured signature cannot be reused"
         kinds = click.Choice(("compatible", "request"))
