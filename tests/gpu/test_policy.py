@@ -42,8 +42,6 @@ from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import verify_chain
 from chutes_proto.gpu._report import FWID
 from chutes_proto.gpu._revocation import answer_about, read_status
-from chutes_proto.gpu._xml import XmlError
-from chutes_proto.gpu._xml import read as read_xml
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, StatusDraft, block, crl, sign
 from chutes_proto.testing._gpu_faults import GpuFault
@@ -335,12 +333,6 @@ def test_a_digest_of_firmware_is_whole() -> None:
 def test_a_rim_of_a_switch_is_none_of_a_gpu() -> None:
     switch = GpuFault("switch", "a RIM of a switch", driver_rim=lambda rim: attrs.evolve(rim, edition="SWITCH"))
     assert refused(attrs.evolve(GPUS, faults=(switch,))).code == "rim_product"
-
-
-def test_a_rim_has_so_many_elements() -> None:
-    assert len(read_xml(b"<x>" + b"<y/>" * 4095 + b"</x>").elements()) == 4095
-    with pytest.raises(XmlError, match="too many elements"):
-        _ = read_xml(b"<x>" + b"<y/>" * 4096 + b"</x>")
 
 
 def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:

@@ -41,7 +41,7 @@ REFUSED = {
     "nonce_mismatch": "nonce_other",
     "rim_format": (
         "rim_doctype rim_comment rim_cdata rim_instruction rim_cut rim_large rim_deep rim_encoding rim_xml_attribute "
-        "rim_prefix rim_prefix_xml rim_prefix_empty rim_attribute_twice"
+        "rim_namespaces rim_escapes rim_prefix rim_prefix_xml rim_prefix_empty rim_attribute_twice"
     ),
     "rim_algorithm": (
         "rim_not_swid rim_unsigned rim_text_in_signature rim_no_key_info rim_not_certificate rim_certificate_id "

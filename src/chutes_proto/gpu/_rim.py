@@ -109,11 +109,16 @@ def _authentic(data: bytes, root: TrustedRoot) -> VerifiedRim:
         expected, signed, value, ders = _signature_parts(signature)  # 14
     except XmlError as exc:
         raise steps.RimAlgorithmError("RIM", str(exc)) from None
-    if (got := sha384(canonical(document, without=signature)).digest()) != expected:  # 15
+    try:
+        document_form = canonical(document, len(data), without=signature)
+        signed_form = canonical(signed, len(data))
+    except XmlError as exc:
+        raise steps.RimFormatError("RIM", str(exc)) from None
+    if (got := sha384(document_form).digest()) != expected:  # 15
         raise steps.RimDigestError("RIM", "it was altered after it was signed", got=got, expected=expected)
     chain = verify_chain(ders, root, "RIM signer's")  # 1-6
     try:
-        ecdsa.verify_raw(chain.leaf_key, value, canonical(signed), P384)  # 16
+        ecdsa.verify_raw(chain.leaf_key, value, signed_form, P384)  # 16
     except ecdsa.InvalidSignature:
         raise steps.RimSignatureError("RIM", "its signer did not sign it") from None
     try:

@@ -2,8 +2,11 @@
 
 Rules kept here:
 
-* UTF-8, bounded in size, depth and number of elements; no DTD, and so no entities of its own; no comment, CDATA section
-  or processing instruction, and no attribute ``xml:…``: what nobody writes in a RIM cannot hide anything in one;
+* UTF-8, bounded in size, depth and number of elements, attributes and namespaces; no DTD, and so no entities of its
+  own; no comment, CDATA section or processing instruction, and no attribute ``xml:…``: what nobody writes in a RIM
+  cannot hide anything in one;
+* a canonical form is bounded by the size of the document. Both are made before a signature is checked, so anyone can
+  cause the work: it is proportional to the bytes of the document;
 * a name is its namespace and local part; two attributes of one name are refused;
 * whatever the bytes, `read` returns or raises `XmlError`.
 
@@ -23,6 +26,14 @@ from chutes_proto.gpu._errors import GpuError
 MAX_SIZE: Final = 256 * 1024
 MAX_DEPTH: Final = 12
 MAX_ELEMENTS: Final = 4096
+MAX_ATTRIBUTES: Final = 4096
+"""In the whole document, with declarations of namespaces. A RIM of NVIDIA has about 500."""
+MAX_NAMESPACES: Final = 64
+"""Declarations in the whole document: each copies those that it is inside of. A RIM of NVIDIA has six."""
+MAX_NAMESPACE_SIZE: Final = 256
+"""Characters: sorting attributes compares namespaces again and again."""
+MAX_EXPANSION: Final = 4
+"""Bytes of a canonical form for each byte of the document. A RIM of NVIDIA has 1.05; escaping quotes alone makes 6."""
 
 _TEXT: Final = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\r": "&#xD;"})
 _ATTRIBUTE: Final = str.maketrans(
@@ -96,7 +107,7 @@ def read(data: bytes) -> Element:
         raise XmlError(f"more than {MAX_SIZE} bytes")
     top: Final = Element("", [], {})
     open_elements = [top]
-    count = 0
+    elements = attributes = namespaces = 0
 
     def refuse(*_: object) -> NoReturn:
         raise XmlError("a DTD, comment, CDATA section or processing instruction")
@@ -105,21 +116,32 @@ def read(data: bytes) -> Element:
         if encoding is not None and encoding.upper() != "UTF-8":
             raise XmlError("not in UTF-8")
 
-    def start(name: str, attributes: list[str]) -> None:
-        nonlocal count
-        count += 1
-        if len(open_elements) > MAX_DEPTH or count > MAX_ELEMENTS:
-            raise XmlError("too deep, or too many elements")
-        namespaces = open_elements[-1].namespaces
+    def start(name: str, written: list[str]) -> None:
+        nonlocal elements, attributes, namespaces
+        elements += 1
+        attributes += len(written) // 2
+        if len(open_elements) > MAX_DEPTH:
+            raise XmlError(f"nested deeper than {MAX_DEPTH} levels")
+        if elements > MAX_ELEMENTS:
+            raise XmlError(f"more than {MAX_ELEMENTS} elements")
+        if attributes > MAX_ATTRIBUTES:
+            raise XmlError(f"more than {MAX_ATTRIBUTES} attributes")
+        declared: dict[str, str] = {}
         rest: list[tuple[str, str]] = []
-        for key, value in zip(attributes[::2], attributes[1::2], strict=True):
+        for key, value in zip(written[::2], written[1::2], strict=True):
             if key == "xmlns" or key.startswith("xmlns:"):
                 if key != "xmlns" and (not value or key.startswith("xmlns:xml")):
                     raise XmlError("a prefix without a namespace, or one of XML itself")
-                namespaces = {**namespaces, key[6:]: value}
+                if len(value) > MAX_NAMESPACE_SIZE:
+                    raise XmlError(f"a namespace of more than {MAX_NAMESPACE_SIZE} characters")
+                declared[key[6:]] = value
             else:
                 rest.append((key, value))
-        element = Element(name, rest, namespaces)
+        namespaces += len(declared)
+        if namespaces > MAX_NAMESPACES:
+            raise XmlError(f"more than {MAX_NAMESPACES} declarations of namespaces")
+        known = open_elements[-1].namespaces
+        element = Element(name, rest, {**known, **declared} if declared else known)
         open_elements[-1].content.append(element)
         open_elements.append(element)
 
@@ -143,31 +165,47 @@ def read(data: bytes) -> Element:
     return top.elements()[0]
 
 
-def canonical(element: Element, without: Element | None = None) -> bytes:
+def canonical(element: Element, size: int, without: Element | None = None) -> bytes:
     """The canonical form of an element with all in it, but for the element ``without``.
 
-    Namespaces that are known in it from outside are rendered in it, as for a part of a document.
+    Namespaces that are known in it from outside are rendered in it, as for a part of a document. ``size`` is that of
+    the document in bytes. Raises `XmlError` for a form of more than `MAX_EXPANSION` times as many.
     """
-    parts: list[str] = []
-    _render(element, without, {"": ""}, parts)
-    return "".join(parts).encode()
+    parts = _Parts(MAX_EXPANSION * size)
+    _render(element, without, {}, parts)
+    return b"".join(parts.written)
 
 
-def _render(element: Element, without: Element | None, rendered: dict[str, str], parts: list[str]) -> None:
-    parts.append(f"<{element.written}")
-    for prefix, uri in sorted(element.namespaces.items()):
-        if rendered.get(prefix) != uri:
-            parts.append(f' xmlns{prefix and ":"}{prefix}="{uri.translate(_ATTRIBUTE)}"')
-    known = {**rendered, **element.namespaces}
+class _Parts:
+    """Parts of a canonical form, at most so many bytes."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.written: list[bytes] = []
+
+    def add(self, text: str) -> None:
+        part = text.encode()
+        self.left -= len(part)
+        if self.left < 0:
+            raise XmlError(f"its canonical form has more than {MAX_EXPANSION} times its bytes")
+        self.written.append(part)
+
+
+def _render(element: Element, without: Element | None, rendered: dict[str, str], parts: _Parts) -> None:
+    parts.add(f"<{element.written}")
+    if element.namespaces is not rendered:  # it declares some: others have those of the element that they are in
+        for prefix, uri in sorted(element.namespaces.items()):
+            if rendered.get(prefix, "") != uri:
+                parts.add(f' xmlns{prefix and ":"}{prefix}="{uri.translate(_ATTRIBUTE)}"')
     for _, (written, value) in sorted(element.attributes.items()):
-        parts.append(f' {written}="{value.translate(_ATTRIBUTE)}"')
-    parts.append(">")
+        parts.add(f' {written}="{value.translate(_ATTRIBUTE)}"')
+    parts.add(">")
     for part in element.content:
         if isinstance(part, str):
-            parts.append(part.translate(_TEXT))
+            parts.add(part.translate(_TEXT))
         elif part is not without:
-            _render(part, without, known, parts)
-    parts.append(f"</{element.written}>")
+            _render(part, without, element.namespaces, parts)
+    parts.add(f"</{element.written}>")
 
 
 def _resolve(written: str, namespaces: dict[str, str], prefix: str) -> tuple[str, str]:

@@ -167,6 +167,8 @@ _OTHER: Final = bytes(47) + b"\2"
 _RESOURCE: Final = 'index="5" size="48"'
 _SIGNER: Final = "Simulated RIM Signer"
 _XML: Final = "http://www.w3.org/XML/1998/namespace"
+_NAMESPACES: Final = "".join(f' xmlns:p{number}="u"' for number in range(70))
+_QUOTES: Final = "<x y='" + '"' * 100_000 + "'/>"
 _RIM_CA: Final = "Simulated Reference Value CA"
 
 _TABLE = (
@@ -249,6 +251,8 @@ _TABLE = (
     _form("rim_cut", "a RIM that ends early", "</SoftwareIdentity>", ""),
     _form("rim_large", "a RIM of 300 kB", "<Payload>", "<Payload>" + " " * 300_000),
     _form("rim_deep", "a RIM of many levels", "<Payload>", "<Payload>" + "<x>" * 20 + "</x>" * 20),
+    _form("rim_namespaces", "a RIM of 70 namespaces", "<Payload>", f"<Payload{_NAMESPACES}>"),
+    _form("rim_escapes", "a RIM whose canonical form is much longer", "<Payload>", "<Payload>" + _QUOTES),
     _form("rim_encoding", "a RIM in another encoding", "<Soft", '<?xml version="1.0" encoding="latin-1"?><Soft'),
     _form("rim_xml_attribute", "a RIM with an attribute of XML itself", "<Payload>", '<Payload xml:lang="en">'),
     _form("rim_prefix", "a RIM with an unknown prefix", "<Payload>", "<Payload><x:y/>"),
