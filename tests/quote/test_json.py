@@ -18,6 +18,7 @@ from chutes_proto.quote._errors import CollateralFormatError
 from chutes_proto.quote._statements import AnotherKindError, TcbStatus, read_qe_identity, read_tcb_info
 from chutes_proto.quote._strict_json import MAX_DEPTH, JsonError, decode
 from tests.quote.simulated import PLATFORM, collateral_of
+from tests.work import MIB, work_of
 
 FILE = PLATFORM.collateral_json(1_800_000_000)
 TCB_INFO = collateral_of(PLATFORM).tcb_info
@@ -59,11 +60,34 @@ NUMBERED = json.dumps(
         (b'["' + b"\\" * 1_000_000, "not JSON"),
         (b"{} {}", "not JSON"),
         (b" " * (strict_json.MAX_SIZE + 1), "more than"),
+        (b"[" + b"0," * (strict_json.MAX_VALUES - 1) + b"[]]", "more than 262144 values"),
     ],
 )
 def test_json_that_could_mean_two_things(text: bytes, problem: str) -> None:
     with pytest.raises(JsonError, match=problem):
         _ = decode(text)
+
+
+def test_json_has_so_many_values() -> None:
+    most = strict_json.MAX_VALUES
+    assert decode(b"[" + b"0," * (most - 2) + b"[]]") == [0] * (most - 2) + [[]]
+    longest = b"1." + b"0" * (strict_json.MAX_FLOAT - 2)
+    assert decode(longest, fractions=True) == 1.0
+    with pytest.raises(JsonError, match="too long"):
+        _ = decode(longest + b"0", fractions=True)
+
+
+@pytest.mark.parametrize("part", [b"[]", b"{}", b'{"":0}', b"0", b"1e9"])
+def test_the_work_for_json_is_bounded(part: bytes) -> None:
+    data = b"[" + b",".join([part] * (4 * MIB // (len(part) + 1) - 1)) + b"]"
+
+    def read() -> None:
+        with suppress(JsonError):
+            _ = decode(data, limit=4 * MIB, fractions=True)
+
+    work = work_of(read)
+    assert work.calls < 2 * strict_json.MAX_VALUES
+    assert work.peak < 16 * MIB
 
 
 @pytest.mark.parametrize("value", ["[[[", '"]', "\\", '\\"[{', '[["]]', "{" * 50])
