@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha384
 from struct import pack
 from typing import Any
@@ -41,6 +43,7 @@ from tests.quote.logs import (
     spec,
     variable,
 )
+from tests.work import MIB, work_of
 
 CASES = sorted(file.parent for file in FOLDER.glob("ccel/*/expected.json"))
 
@@ -302,6 +305,23 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = parse_event_log_json("[0, 0, 0]")
     with pytest.raises(EventLogFormatError, match="more than 4194304 bytes"):
         _ = parse_event_log(bytes(eventlog.MAX_SIZE + 1))
+    with pytest.raises(EventLogFormatError, match="more than 1048576 bytes of JSON"):
+        _ = parse_event_log_json(b"[" + b" " * eventlog.MAX_JSON_SIZE + b"]")
+
+
+def test_the_work_for_a_log_is_bounded() -> None:
+    """It is compared with registers after it is parsed, so whoever sends it needs no key."""
+    in_json = b"[" + b",".join([b"[]"] * 300_000) + b"]"
+    binary = log(*[event(1, 1, b"")] * 16_000)
+    for parse, data in ((parse_event_log, binary), (parse_event_log_json, in_json)):
+
+        def read(parse: Callable[[bytes], object] = parse, data: bytes = data) -> None:
+            with suppress(EventLogFormatError):
+                _ = parse(data)
+
+        work = work_of(read)
+        assert work.calls < 100_000
+        assert work.peak < 8 * MIB
 
 
 @given(st.permutations(range(len(EVENTS))))

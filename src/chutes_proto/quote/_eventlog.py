@@ -39,7 +39,9 @@ from chutes_proto.quote._measurements import REGISTERS, Rtmrs
 
 LOG: Final = "an EventLog, as of parse_event_log or parse_event_log_json"
 MAX_SIZE: Final = 4 * 1024 * 1024
-MAX_EVENTS: Final = 16384
+MAX_JSON_SIZE: Final = 1024 * 1024
+MAX_EVENTS: Final = 4096
+"""A boot with GRUB has about 100 events."""
 MAX_ALGORITHMS: Final = 8
 RUNTIME_EVENT: Final = 0x08000001
 """The type of events that dstack extends RTMR3 with: SHA-384(type ‖ ":" ‖ name ‖ ":" ‖ payload).
@@ -376,7 +378,7 @@ def parse_event_log_json(data: BytesLike | str) -> EventLog:
     """
     data = as_utf8(data, "the bytes or text of an event log")
     try:
-        entries = strict_json.decode(data, limit=MAX_SIZE)
+        entries = strict_json.decode(data, limit=MAX_JSON_SIZE)
     except strict_json.JsonError as exc:
         raise EventLogFormatError(str(exc)) from None
     if not isinstance(entries, list):
