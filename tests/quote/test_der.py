@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from chutes_proto.auth import der as write
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _ecdsa as ecdsa
@@ -35,6 +36,7 @@ from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.testing._pki import CertificateDraft, CrlDraft, Keys, nested, sgx_tcb
 from tests.quote.simulated import NOW, PLATFORM, collateral_of
+from tests.work import work_of
 
 CHAIN = PLATFORM.pck_chain()
 PCK = CHAIN[0]
@@ -164,6 +166,36 @@ def test_a_crl_says_what_another_reader_reads() -> None:
         int(theirs.last_update_utc.timestamp()),
         int(theirs.next_update_utc.timestamp()),
     )
+
+
+def with_extensions(*more: bytes) -> bytes:
+    """The PCK certificate with further extensions. Its signature no longer verifies, which nothing here asks."""
+    signed, *rest = der.members(PCK, *der.only(PCK, 0, len(PCK), der.SEQUENCE), 0x30, 0x30, 0x03)
+    *fields, wrapped = der.elements(PCK, signed[2], signed[3])
+    start, end = der.only(PCK, wrapped[2], wrapped[3], der.SEQUENCE)
+    extensions = write.tlv(0xA3, write.sequence(PCK[start:end], *more))
+    body = write.sequence(*(der.whole(PCK, each) for each in fields), extensions)
+    return write.sequence(body, *(der.whole(PCK, each) for each in rest))
+
+
+def small_extensions(count: int) -> list[bytes]:
+    return [write.sequence(write.oid(f"1.2.{number}"), write.octets(b"")) for number in range(count)]
+
+
+def test_a_certificate_has_so_many_bytes_and_extensions() -> None:
+    """It is kept as it was read, before its signature is checked."""
+    room = certificates.MAX_EXTENSIONS - len(read_certificate(PCK).extensions)
+    filler = write.sequence(write.oid("1.3.1"), write.octets(bytes(14_500)))
+    padding = certificates.MAX_CERTIFICATE - len(with_extensions(*small_extensions(room - 1), filler))
+    filler = write.sequence(write.oid("1.3.1"), write.octets(bytes(14_500 + padding)))
+    largest = with_extensions(*small_extensions(room - 1), filler)
+    assert len(largest) == certificates.MAX_CERTIFICATE
+    assert len(read_certificate(largest).extensions) == certificates.MAX_EXTENSIONS
+    assert work_of(lambda: read_certificate(largest)).peak < 4 * certificates.MAX_CERTIFICATE
+    with pytest.raises(DerError, match="more than 32 extensions"):
+        _ = read_certificate(with_extensions(*small_extensions(room + 1)))
+    with pytest.raises(DerError, match="more than 16384 bytes of certificate"):
+        _ = read_certificate(largest + b"\0")
 
 
 def test_pem() -> None:

@@ -30,6 +30,10 @@ PCK: Final = b"Intel SGX PCK Certificate"
 TCB_SIGNING: Final = b"Intel SGX TCB Signing"
 
 MAX_PEM: Final = 64 * 1024
+MAX_CERTIFICATE: Final = 16 * 1024
+MAX_EXTENSIONS: Final = 32
+"""Certificates are remembered as they were read, before their signatures are checked: those of Intel and NVIDIA have at
+most 1300 bytes and 6 extensions, and each small extension takes more than ten times its bytes of memory."""
 MAX_CHAIN: Final = 3
 
 _VERSION_3: Final = bytes.fromhex("a003020102")
@@ -158,6 +162,8 @@ def _read_body(body: bytes) -> bytes:
 
 def read_certificate(data: bytes, suite: Suite = P256_SHA256) -> Certificate:
     """Read a certificate from DER (RFC 5280, 4.1). Raises `DerError`."""
+    if len(data) > MAX_CERTIFICATE:
+        raise DerError(f"more than {MAX_CERTIFICATE} bytes of certificate")
     signed, signature = _split(data, suite)
     version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(data, *signed[2:], *_MEMBERS)
     if not data.startswith(_VERSION_3, version[1]):
@@ -266,8 +272,11 @@ def _check_algorithm(data: bytes, element: der.Element, suite: Suite) -> None:
 
 
 def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes]) -> dict[bytes, bytes]:
+    found = der.elements(data, *der.only(data, wrapped[2], wrapped[3], der.SEQUENCE))
+    if len(found) > MAX_EXTENSIONS:
+        raise DerError(f"more than {MAX_EXTENSIONS} extensions")
     extensions: dict[bytes, bytes] = {}
-    for tag, _, start, stop in der.elements(data, *der.only(data, wrapped[2], wrapped[3], der.SEQUENCE)):
+    for tag, _, start, stop in found:
         if tag != der.SEQUENCE or stop - start < 2 or data[start] != der.OBJECT_IDENTIFIER or data[start + 1] > 0x7F:
             raise DerError("malformed extension")
         end = start + 2 + data[start + 1]
