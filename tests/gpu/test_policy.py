@@ -47,6 +47,7 @@ from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate, 
 from chutes_proto.testing._gpu_faults import GpuFault
 from chutes_proto.testing._pki import Keys, flipped, pem
 from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
+from tests.work import work_of
 
 UNCHECKED = GpuPolicy(measurements="unchecked", revocation="off")
 
@@ -464,6 +465,25 @@ def test_a_root_is_a_self_signed_ca() -> None:
 def test_what_is_no_evidence_is_refused(text: str) -> None:
     with pytest.raises(EvidenceFormatError):
         _ = parse_evidence(text.encode())
+
+
+def test_the_work_for_a_collection_is_bounded() -> None:
+    """A chain is no longer than `verify_chain` takes, so that not each of its entries is decoded first."""
+
+    def collection(count: int) -> bytes:
+        chain = {"GpuAttestationCertificateChain": [{"pem": ""}] * count}
+        entry = {"AttestationReport": {"py/b64": ""}, "CertificateChains": chain}
+        return json.dumps({"gpus": [entry]}, separators=(",", ":")).encode()
+
+    assert len(parse_evidence(collection(6))) == 1
+    with pytest.raises(EvidenceFormatError, match="device 0: more than 6 certificates"):
+        _ = parse_evidence(collection(7))
+
+    def read() -> None:
+        with pytest.raises(EvidenceFormatError):
+            _ = parse_evidence(collection(80_000))
+
+    assert work_of(read).calls < 3 * 80_000
 
 
 def test_collections_of_other_tools_are_read() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 from attrs import field, frozen
 
+from chutes_proto.gpu._certificates import MAX_CHAIN
 from chutes_proto.gpu._errors import EvidenceFormatError
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
@@ -84,7 +85,10 @@ def _collected(number: int, entry: object) -> DeviceEvidence:
             arch = "LS10"
         case _:
             raise _refused(f"device {number}: the report or the certificate chain is not there")
-    pem = b"".join(_decoded(number, _pem(number, certificate)) for certificate in _listed(chain))
+    certificates = _listed(chain)
+    if len(certificates) > MAX_CHAIN:
+        raise _refused(f"device {number}: more than {MAX_CHAIN} certificates")
+    pem = b"".join(_decoded(number, _pem(number, certificate)) for certificate in certificates)
     return DeviceEvidence(_decoded(number, report), pem, arch if isinstance(arch, str) else None)
 
 
