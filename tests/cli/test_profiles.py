@@ -23,7 +23,7 @@ from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.dev_server import dev_server
-from tests.quote.test_published import BY_PLATFORM, FLAT, RTMR1, published
+from tests.quote.test_published import AMD, BY_PLATFORM, FLAT, NO_TDX, RTMR1, image, published
 
 Command = Callable[..., Ended]
 
@@ -94,6 +94,36 @@ def test_the_difference_names_the_registers(command: Command, tmp_path: Path, in
         "not_served": ["8xh200 1.10: SEV-SNP"],
     }
     assert into.read_text() == source.read_text()  # SEV-SNP stays in the file
+
+
+def test_an_image_for_amd_alone_does_not_keep_the_others_out(command: Command, tmp_path: Path, into: Path) -> None:
+    source = tmp_path / "published.yaml"
+    _ = source.write_text(BY_PLATFORM + image(tdx=NO_TDX, snp=AMD))
+    done = command("profiles", "import", str(source), "--into", str(into), "--yes")
+    assert (done.code, into.read_bytes()) == (0, source.read_bytes()), done
+    assert done.out.count("added") == 3
+    assert "not served: 8xpro6000 1.12: SEV-SNP" in done.out
+
+
+def test_a_file_for_amd_alone_is_not_imported(command: Command, tmp_path: Path, into: Path) -> None:
+    """It would take all profiles of the server away, and leave it none."""
+    source = tmp_path / "published.yaml"
+    _ = source.write_text("measurements:\n" + image(tdx=NO_TDX, snp=AMD))
+    for before in (None, FLAT):
+        if before is not None:
+            _ = into.write_text(before)
+        done = command("profiles", "import", str(source), "--into", str(into), "--yes")
+        assert done.code == 1
+        assert done.out.splitlines() == [
+            "not served: 8xpro6000 1.12: SEV-SNP",
+            f"nothing was imported: no image of {source} is for Intel TDX",
+        ]
+        as_json = command("profiles", "import", str(source), "--into", str(into), "--yes", "--json")
+        assert (as_json.code, as_json.json) == (
+            1,
+            {"ok": False, "imported": False, "changes": [], "not_served": ["8xpro6000 1.12: SEV-SNP"]},
+        )
+        assert (into.read_text() if into.exists() else None) == before
 
 
 def test_registers_that_anybodys_image_matches_are_shown(command: Command, tmp_path: Path, into: Path) -> None:

@@ -146,15 +146,46 @@ def test_a_verifier_that_knows_no_release_candidates_reads_them_as_profiles() ->
     assert parse(FLAT.encode()).profiles == ((H200, {}), (B200, {}), (RC, {}))
 
 
+def image(**parts: str) -> str:
+    """An entry of version 1.12 in the shape by platform, of these members."""
+    return '- version: "1.12"\n' + "".join(f"  {name}: {value}\n" for name, value in parts.items())
+
+
+AMD = f"{{hardware: [{{name: 8xpro6000, measurement: {'66' * 48}, acpi_sha256: {'55' * 32}}}]}}"
+NO_TDX = f"{{mrtd: {MRTD}, rtmr1: {RTMR1}, rtmr2: {RTMR2}, rtmr3: {RTMR3}, hardware: []}}"
+WITHOUT_TDX: tuple[dict[str, str], ...] = (
+    {},
+    {"tdx": "null"},
+    {"tdx": NO_TDX},
+    {"tdx": NO_TDX.replace(MRTD, "null")},  # MRTD is measured for each hardware, so without any there is none
+    {"tdx": "{hardware: []}"},
+)
+
+
 def test_sev_snp_is_told_and_not_served() -> None:
     assert parse(BY_PLATFORM.encode()).not_served == ("8xh200 1.10: SEV-SNP",)
-    alone = (
-        BY_PLATFORM.partition('- version: "1.11"')[0].partition("  tdx:")[0]
-        + "  snp:"
-        + (BY_PLATFORM.partition("  snp:")[2].partition('- version: "1.11"')[0])
-    )
-    found = parse(alone.encode())
-    assert (found.profiles, found.not_served) == ((), ("8xh200 1.10: SEV-SNP",))
+
+
+@pytest.mark.parametrize("tdx", WITHOUT_TDX)
+def test_an_image_for_amd_alone_leaves_the_others_served(tdx: dict[str, str]) -> None:
+    amd = image(**tdx, snp=AMD)
+    found = parse((BY_PLATFORM + amd).encode(), extra_keys=KEYS)
+    assert (found.profiles, found.not_served) == (ALL, ("8xh200 1.10: SEV-SNP", "8xpro6000 1.12: SEV-SNP"))
+    alone = parse(("measurements:\n" + amd).encode())
+    assert (alone.profiles, alone.not_served) == ((), ("8xpro6000 1.12: SEV-SNP",))
+
+
+@pytest.mark.parametrize("tdx", WITHOUT_TDX[1:])
+@pytest.mark.parametrize("snp", [{}, {"snp": "null"}, {"snp": "{hardware: []}"}])
+def test_an_image_without_any_hardware_is_refused(tdx: dict[str, str], snp: dict[str, str]) -> None:
+    with pytest.raises(PolicyError, match=r"^version '1\.12': neither tdx nor snp has hardware: name at least one$"):
+        _ = parse((BY_PLATFORM + image(**tdx, **snp)).encode())
+
+
+def test_an_image_with_tdx_hardware_has_all_registers() -> None:
+    for lacking in (BY_PLATFORM.replace(f"    rtmr1: {RTMR1}\n", "", 1), BY_PLATFORM.replace(RTMR1, "null", 1)):
+        with pytest.raises(PolicyError, match=r"^version '1\.10': tdx\.rtmr1: Field required$"):
+            _ = parse(lacking.encode())
 
 
 def test_entries_of_the_oldest_file_have_all_registers() -> None:
@@ -169,7 +200,7 @@ def test_signing_keys_of_pre_releases_are_told_and_not_served() -> None:
 
 
 def test_a_file_has_a_profile_and_a_profile_hardware() -> None:
-    with pytest.raises(PolicyError, match="the file has no profile"):
+    with pytest.raises(PolicyError, match="measurements: name at least one version"):
         _ = parse(b"measurements: []\n")
     with pytest.raises(PolicyError, match=r"version '1\.10': hardware: name at least one"):
         _ = parse((FLAT.partition("    hardware:")[0] + "    hardware: []\n").encode())

@@ -3,7 +3,8 @@
 Rules kept here:
 
 * as for profiles of our own: no register goes unchecked, an unknown key is an error, errors name profile and key;
-* a form that is not served yet (``snp``) is reported, not dropped.
+* a form that is not served yet (``snp``) is reported, not dropped, and keeps nothing else of the file out;
+* an image has hardware of at least one platform, or the file is refused.
 
 The YAML file has a list ``measurements``, one entry for each version, in one of two shapes, or entries as in JSON;
 ``docs/reference/policies.md`` has them.
@@ -103,10 +104,12 @@ class _Flat(_Entry):
 
 @frozen(kw_only=True)
 class _Tdx:
-    mrtd: str
-    rtmr1: str
-    rtmr2: str
-    rtmr3: str
+    """Without hardware it needs no registers: MRTD is measured for each, so that an image for AMD alone has none."""
+
+    mrtd: str | None = None
+    rtmr1: str | None = None
+    rtmr2: str | None = None
+    rtmr3: str | None = None
     hardware: tuple[_Hardware, ...]
 
 
@@ -141,12 +144,15 @@ class _Measurements:
 
 
 _CONVERTER: Final = file_converter()
+_REGISTERS: Final = ("mrtd", "rtmr1", "rtmr2", "rtmr3")
 _OF_ENTRY: Final = frozenset({"rc", "authorized_hotkeys"})
 """Members that a caller without `extra_keys` of these names has no use for."""
 
 
 def _parse_entries(file: object, extra_keys: frozenset[str], defaults: Mapping[str, object]) -> ProfileFile:
     content = within("the file", _CONVERTER.structure, file, _Measurements)
+    if not content.measurements:
+        raise PolicyError("the file: measurements: name at least one version")
     profiles: list[ProfileAndExtras] = []
     not_served: list[str] = []
     for number, entry in enumerate(content.measurements, 1):
@@ -166,8 +172,6 @@ def _parse_entries(file: object, extra_keys: frozenset[str], defaults: Mapping[s
         entries = tuple({key: value for key, value in table.items() if key not in ignored} for table in tables)
         profiles += read_published(entries, extra_keys, defaults)
     check_distinct(profile for profile, _ in profiles)
-    if not profiles and not not_served:
-        raise PolicyError("the file has no profile")
     return ProfileFile(tuple(profiles), tuple(not_served))
 
 
@@ -175,13 +179,17 @@ def _tables(where: str, entry: _Flat | _ByPlatform) -> list[Extras]:
     """The profiles of an entry, as the JSON list has them."""
     image: _Flat | _Tdx
     if isinstance(entry, _ByPlatform):
-        if entry.tdx is None:
+        if entry.tdx is None or not entry.tdx.hardware:
+            if entry.snp is None or not entry.snp.hardware:
+                raise PolicyError(f"{where}: neither tdx nor snp has hardware: name at least one")
             return []
         image, runtime_rtmr3 = entry.tdx, entry.tdx.rtmr3
+        if missing := [name for name in _REGISTERS if getattr(image, name) is None]:
+            raise PolicyError(f"{where}: " + "; ".join(f"tdx.{name}: Field required" for name in missing))
     else:
         image, runtime_rtmr3 = entry, entry.runtime_rtmr3
-    if not image.hardware:
-        raise PolicyError(f"{where}: hardware: name at least one")
+        if not image.hardware:
+            raise PolicyError(f"{where}: hardware: name at least one")
     tables: list[Extras] = []
     for hardware in image.hardware:
         shared = {"rtmr0": hardware.rtmr0, "rtmr1": image.rtmr1, "rtmr2": image.rtmr2}

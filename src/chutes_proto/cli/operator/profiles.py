@@ -70,7 +70,13 @@ _COLUMNS: Final[output.Columns] = {
 }
 
 
-@command.command("import", exits=exits("imported, or there is nothing to change", "not confirmed; nothing was changed"))
+@command.command(
+    "import",
+    exits=exits(
+        "imported, or there is nothing to change",
+        "not confirmed, or no image is for Intel TDX; nothing was changed",
+    ),
+)
 @click.argument("source", cls=Argument, metavar="FILE|URL", help="the published values: JSON, YAML or TOML")
 @click.option("--into", metavar="FILE", required=True, help="the file that measurements of server.toml names")
 @click.option("--ca-file", metavar="PEM", help="CAs to trust for the URL, instead of the system's")
@@ -81,6 +87,8 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
 
     Shows which profiles would be added, removed or changed, and which of their registers have no value ("is any", "is
     replayed"), asks, and then writes the published file as it is. Let the servers reload afterwards.
+
+    Images for AMD SEV-SNP are listed as not served, and stay in the file. A file of such images alone is not imported.
 
     This list decides which images get keys. Compare it with a build of your own where you can.
 
@@ -94,11 +102,15 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     new = _parsed(source, data)
     _require_form(into, data)
     old = _parsed(into, read_file(into)) if is_there(into) else ProfileFile(())
-    changes = _changes(old, new)
+    changes = _changes(old, new) if new.profiles else []
     members: dict[str, object] = {
         "changes": [console.plain(change) for change in changes],
         "not_served": list(new.not_served),
     }
+    if not new.profiles:  # imported, it would take all profiles from the servers
+        told = [f"not served: {what}" for what in new.not_served]
+        told.append(f"nothing was imported: no image of {source} is for Intel TDX")
+        return answer({"ok": False, "imported": False, **members}, "\n".join(told), ok=False)
     if not changes and is_there(into):
         return answer({"ok": True, "imported": False, **members}, f"{into} has these values already")
     if not wants("json"):
