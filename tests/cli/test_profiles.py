@@ -126,6 +126,21 @@ def test_a_file_for_amd_alone_is_not_imported(command: Command, tmp_path: Path, 
         assert (into.read_text() if into.exists() else None) == before
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", ""])
+def test_a_file_to_replace_that_has_no_profiles_is_told(
+    command: Command, tmp_path: Path, into: Path, text: str
+) -> None:
+    source = tmp_path / "published.json"
+    _ = source.write_bytes(published(upper=True))
+    _ = into.write_text(text)
+    ended = command("profiles", "import", str(source), "--into", str(into), "--yes")
+    assert (ended.code, into.read_text()) == (2, text)
+    assert f"--into: {into}: the" in ended.err
+    assert "; expected " in ended.err
+    assert "add a [[profile]]" not in ended.err
+    assert "a file that does not exist yet" in ended.err
+
+
 def test_registers_that_anybodys_image_matches_are_shown(command: Command, tmp_path: Path, into: Path) -> None:
     """An operator who confirms the import of a list must see what it does not check."""
     names = [f"{stage}.rtmr{number}" for stage in ("boot", "runtime") for number in range(4)]

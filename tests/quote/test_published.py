@@ -207,6 +207,23 @@ def test_a_file_has_a_profile_and_a_profile_hardware() -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"[]", "the file has no profile; expected"),
+        (b"{}", "is not a list; expected"),
+        (b'{"measurements": []}', "is not a list; expected"),
+        (b"", "is empty; expected"),
+        (b" \n", "is empty; expected"),
+    ],
+)
+def test_a_file_without_profiles_is_told_in_its_own_form(data: bytes, problem: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        _ = parse(data)
+    assert problem in str(caught.value)
+    assert ("[[profile]]" in str(caught.value)) is (not data.strip())
+
+
+@pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
         ("gpu_count: 8\n", "gpu_count: 0\n", "version '1.10': 8xh200: gpu_count"),

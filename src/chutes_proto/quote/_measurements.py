@@ -48,6 +48,7 @@ ProfileAndExtras: TypeAlias = "tuple[Profile, Extras]"
 Tables: TypeAlias = tuple[Mapping[str, object], ...]
 
 _LONGEST_NAME: Final = 128
+_LIST: Final = 'the list that key servers publish: [{"version": …, "name": …, "mrtd": …, …}, …]'
 REGISTERS = ("MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3")
 
 
@@ -317,7 +318,9 @@ def parse_profiles_toml(
     ``defaults`` stand in for keys that neither a profile nor the file's ``profile_defaults`` has. Raises `PolicyError`.
     """
     tables = within("", CONVERTER.structure, read_toml(data), ProfileTables)
-    return _not_empty(read_profiles(tables, extra_keys, defaults))
+    if not tables.profile:
+        raise PolicyError("the file has no profile; add a [[profile]]")
+    return read_profiles(tables, extra_keys, defaults)
 
 
 def parse_profiles_json(
@@ -332,8 +335,12 @@ def parse_profiles_json(
         content = strict_json.decode(data, limit=MAX_SIZE)
     except strict_json.JsonError as exc:
         raise PolicyError(str(exc)) from None
-    entries = within("the file", CONVERTER.structure, content, Tables)
-    return _not_empty(read_published(entries, extra_keys, defaults or {}))
+    if not isinstance(content, list):
+        raise PolicyError(f"the file is not a list; expected {_LIST}")
+    entries = within("the file", CONVERTER.structure, cast("object", content), Tables)
+    if not entries:
+        raise PolicyError(f"the file has no profile; expected {_LIST}")
+    return read_published(entries, extra_keys, defaults or {})
 
 
 def read_published(
@@ -404,12 +411,6 @@ def _fingerprint(value: object) -> bytes:
     if len(octets) != 32:
         raise MismatchError("value_error", "must be 64 hexadecimal digits")
     return octets
-
-
-def _not_empty(profiles: tuple[ProfileAndExtras, ...]) -> tuple[ProfileAndExtras, ...]:
-    if not profiles:
-        raise PolicyError("the file has no profile; add a [[profile]]")
-    return profiles
 
 
 # --- strict structuring ---

@@ -60,6 +60,9 @@ def parse_profile_file(
     ``read_yaml`` reads YAML as tables, lists and texts. ``extra_keys`` and ``defaults`` are as in
     `parse_profiles_toml`. Raises `PolicyError`.
     """
+    if not data.strip():
+        told = "the file is empty; expected a key server's list (JSON), measurements (YAML) or [[profile]] (TOML)"
+        raise PolicyError(told)
     if _JSON.match(data):
         return ProfileFile(parse_profiles_json(data, extra_keys=extra_keys, defaults=defaults))
     if _YAML.search(data):

@@ -101,7 +101,7 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     data = _fetched(source, ca_file) if "://" in source else read_file(source)
     new = _parsed(source, data)
     _require_form(into, data)
-    old = _parsed(into, read_file(into)) if is_there(into) else ProfileFile(())
+    old = _replaced(into) if is_there(into) else ProfileFile(())
     changes = _changes(old, new) if new.profiles else []
     members: dict[str, object] = {
         "changes": [console.plain(change) for change in changes],
@@ -285,6 +285,15 @@ def _parsed(name: str, data: bytes) -> ProfileFile:
         return parse_profile_file(data, read_yaml, extra_keys=EXTRA_KEYS)
     except PolicyError as exc:
         raise ConfigurationError(f"{name}: {exc}") from None
+
+
+def _replaced(into: str) -> ProfileFile:
+    """The profiles of the file that an import replaces."""
+    try:
+        return _parsed(into, read_file(into))
+    except ConfigurationError as exc:
+        told = f"--into: {exc}; correct it, or name a file that does not exist yet"
+        raise ConfigurationError(told) from None
 
 
 def _require_form(into: str, data: bytes) -> None:
