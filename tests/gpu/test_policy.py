@@ -298,6 +298,14 @@ def test_the_number_of_gpus_is_the_expected_one() -> None:
     assert refused(MACHINE, count=2).code == "gpu_count"
 
 
+def test_switches_alone_are_accepted_only_for_a_count_of_none() -> None:
+    switches = SimulatedGpus(GPUS.seed, count=0, switches=2)
+    error = refused(switches).error
+    assert (error.code, error.got, error.expected) == ("gpu_count", 0, "at least 1")  # type: ignore[attr-defined]
+    accepted = verified(switches, count=0)
+    assert (len(accepted.devices), accepted.gpus) == (2, ())
+
+
 def test_another_certificate_does_not_make_two_devices_of_one() -> None:
     """Firmware that was updated has another one, of the same key in the chip; and that key may have two itself."""
     keys, issuer = Keys(GPUS.seed), "Simulated GH100 ICA"

@@ -250,8 +250,8 @@ def verify(
 
     ``data`` is what the host's tool wrote, or the devices' evidence already read. ``nonce`` are the 32 bytes that every
     report must be over; pass None only where something else makes the evidence fresh. ``now`` is in whole unix seconds.
-    ``count`` is how many GPUs there must be; None for any number of devices, which may all be switches: pass
-    the number if you rely on GPUs, or look at `AcceptedEvidence.gpus`.
+    ``count`` is how many GPUs there must be; None for any number but 0. Pass the number that you rely on: a machine's
+    software chooses what it hands over. Evidence of switches alone is accepted for a ``count`` of 0 only.
 
     Raises `EvidenceRefusedError` with a report on every device; `EvidenceFormatError` for bytes that are no evidence;
     `TypeError` for arguments of another type.
@@ -312,8 +312,9 @@ def accept(
         reports.append(_examine(device, genuine, seen, rims, revocation, policy, now))
     gpus = sum(report.arch != "LS10" for report in reports)
     error = next((report.error for report in reports if report.error is not None), None)
-    wrong = next((count for count in counts if count not in (None, gpus)), None)
-    if error is None and (not reports or wrong is not None):  # 31
+    demanded = [count for count in counts if count is not None]
+    wrong = next((count for count in demanded if count != gpus), None)
+    if error is None and (not reports or wrong is not None or not (gpus or demanded)):  # 31
         expected = "at least 1" if wrong is None else wrong
         error = steps.GpuCountError("evidence", "another number of GPUs", got=gpus, expected=expected)
     if error is not None:

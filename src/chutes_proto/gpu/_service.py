@@ -102,8 +102,8 @@ def verify_service(
 ) -> VerifiedService:
     """Verify a quote, GPU evidence and their binding, in this order, and return them only if all of it is accepted.
 
-    ``count`` is how many GPUs the service must have. None accepts any number of devices, which may all be switches: a
-    machine's software chooses what it hands over, so pass the number that you rely on. Raises
+    ``count`` is how many GPUs the service must have. None accepts any number but 0: a machine's software chooses what
+    it hands over, so pass the number that you rely on. Raises
     `chutes_proto.quote.VerificationError` for the quote and its report data, and `GpuError` for the GPUs.
     """
     check_kind("binding", binding, ServiceBinding, "a ServiceBinding")

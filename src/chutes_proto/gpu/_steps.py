@@ -154,7 +154,7 @@ class DuplicateDeviceError(GpuVerificationError):
 
 
 class GpuCountError(GpuVerificationError):
-    step, code, rule = 31, "gpu_count", "there are as many GPUs as expected, and at least one device"
+    step, code, rule = 31, "gpu_count", "there are as many GPUs as expected, at least one unless none is"
 
 
 class GpuAppraisalError(GpuVerificationError):

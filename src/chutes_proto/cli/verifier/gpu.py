@@ -137,8 +137,8 @@ def _unreadable(path: str, problem: GpuError) -> ConfigurationError:
 @click.option(
     "--count",
     metavar="N",
-    type=click.IntRange(1, 64),
-    help="how many GPUs there must be (default: any, also switches alone)",
+    type=click.IntRange(0, 64),
+    help="how many GPUs there must be (default: at least one); 0 for switches alone",
 )
 @click.option("--policy", "policy_file", metavar="FILE", help="a policy in TOML: versions, modes, models, revocation")
 @click.option("--roots", metavar="DIR", help="roots to trust instead of NVIDIA's: device-root.der and rim-root.der")
