@@ -90,7 +90,7 @@ def test_the_verifier_of_the_readme_returns_what_the_policy_accepts(vectors, tmp
         """Return the verdict of the example, or the text that it prints."""
         names: dict[str, Any] = {"quote": quote, "now": now, "expected": expected}
         exec(block(1), names)
-        return names.get("verdict") or capsys.readouterr().out
+        return names["verdict"] if "verdict" in names else capsys.readouterr().out
 
     _ = collateral.write_bytes((folder / "collateral.json").read_bytes())
     _ = policy.write_text('measurements = "unchecked"')

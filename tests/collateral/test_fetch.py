@@ -119,12 +119,12 @@ async def outcome(fetcher: Any, platform: SimulatedPlatform | PckIdentity) -> Ve
 async def changed(fetcher: Any, before: VerifiedCollateral | str) -> VerifiedCollateral | str:
     """The collateral for the platform once it is no longer ``before``."""
 
-    async def other() -> VerifiedCollateral | str | None:
+    async def other() -> list[VerifiedCollateral | str]:
         found = await outcome(fetcher, PLATFORM)
-        return None if found is before else found
+        return [] if found is before else [found]
 
-    found: VerifiedCollateral | str = await async_wait_until(other)
-    return found
+    found: list[VerifiedCollateral | str] = await async_wait_until(other)
+    return found[0]
 
 
 @pytest.fixture

@@ -6,10 +6,17 @@ import json
 
 import pytest
 
-from chutes_proto.gpu import EvidenceFormatError, GpuPolicy, GpuPolicyError, GpuVerificationError, parse_gpu_policy
+from chutes_proto.gpu import (
+    EvidenceFormatError,
+    GpuPolicy,
+    GpuPolicyError,
+    GpuVerificationError,
+    parse_gpu_policy,
+    verify_rim,
+)
 from chutes_proto.gpu._plain import claimed_fields, device_fields, rim_fields
 from chutes_proto.gpu._policy import PinnedMeasurements
-from tests.gpu.simulated import GPUS, MACHINE, NONCE, refused, verified
+from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
 
 COMPLETE = b"""
 min_driver = "570.124.06"
@@ -70,7 +77,9 @@ def test_results_are_plain_data() -> None:
     accepted = verified(GPUS).devices[0]
     fields = json.loads(json.dumps(device_fields(accepted)))
     assert (fields["error"], fields["mismatches"], fields["driver"]) == (None, [], "600.10.01")
-    assert json.loads(json.dumps(rim_fields(accepted.rims[0])))["values"] == 21
+    rim = verify_rim(GPUS.rims(NOW)[0], now=NOW, roots=GPUS.roots)
+    assert json.loads(json.dumps(rim_fields(rim)))["values"] == 21
+    assert accepted.rims[0] == rim.reference
     error = refused(GPUS.having("measurement_missing"))
     told = json.loads(json.dumps(device_fields(error.devices[0])))
     assert (told["code"], told["mismatches"][0]["found"]) == ("measurement_mismatch", None)

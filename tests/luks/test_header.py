@@ -66,7 +66,7 @@ def test_no_header_is_none() -> None:
 def test_a_checked_header_is_not_made_by_hand() -> None:
     header = check(both(told()))
     with pytest.raises(TypeError):
-        _ = CheckedHeader("u", "cipher_null-ecb", 512, 0, (0,), 1, True, (), False, b"")  # pyright: ignore[reportCallIssue]
+        _ = CheckedHeader("u", "cipher_null-ecb", 512, 0, (0,), 1, True, (), False, b"")  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         _ = attrs.evolve(header, cipher="cipher_null-ecb")
 

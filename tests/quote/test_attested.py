@@ -95,7 +95,7 @@ def test_each_form(form: str, extensions: dict[str, bytes]) -> None:
         asked.append(quote)
         return collateral_of(PLATFORM)
 
-    assert verify_certificate(made, fetch, now=NOW, policy=POLICY, root=ROOT)
+    _ = verify_certificate(made, fetch, now=NOW, policy=POLICY, root=ROOT)
     assert asked == [read_evidence(made).quote]
     kept = verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT)
     assert verify_certificate(made, kept, now=NOW, policy=POLICY, root=ROOT).verified is kept

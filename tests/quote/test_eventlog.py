@@ -188,7 +188,7 @@ def test_logs_may_part_at_an_end() -> None:
 
 def test_what_proves_a_replay_is_made_by_it_only() -> None:
     with pytest.raises(TypeError):
-        _ = ReplayedLog(log=parse_event_log(log()))
+        _ = ReplayedLog(log=parse_event_log(log()))  # type: ignore[call-arg]
 
 
 # --- extractors ---

@@ -27,7 +27,7 @@ from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _tcb as tcb
 from chutes_proto.quote import _terms as terms
 from chutes_proto.quote import _verify as stages
-from chutes_proto.quote._collateral import CollateralDigests, VerifiedCollateral
+from chutes_proto.quote._collateral import CollateralDigests
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._policy import Policy, verify
@@ -47,8 +47,6 @@ from chutes_proto.quote._steps import (
     UntrustedRootError,
 )
 from chutes_proto.quote._verify import (
-    OpenedQuote,
-    SignedQuote,
     Verdict,
     authenticate_collateral,
     certificates_end,
@@ -317,16 +315,6 @@ def test_no_copy_of_a_parsed_quote_verifies(name: str) -> None:
                 _ = verify_genuine(altered, COLLATERAL, now=NOW, root=ROOT, report_data=None, sgx=sgx)
 
 
-def test_a_verdict_comes_whole_out_of_another_process() -> None:
-    verdict = verdict_of(PLATFORM)
-    made: Verdict = pickle.loads(pickle.dumps(verdict))
-    assert made.to_dict() == verdict.to_dict()
-    assert (
-        verify_quote(check_signed(made.signed.opened), made.verified, now=NOW, report_data=None).tcb_status
-        == "UpToDate"
-    )
-
-
 def test_kept_collateral_verifies_many_quotes_until_it_expires() -> None:
     kept = verified_of(PLATFORM)
     policy = Policy(measurements="unchecked")
@@ -405,12 +393,6 @@ def test_values_are_frozen() -> None:
     values = {kind for kind in kinds if not kind.__name__.endswith("Form") and kind is not msgspec.Struct}
     assert len(values) > 15
     assert [kind for kind in values if not kind.__struct_config__.frozen] == []
-
-
-@pytest.mark.parametrize("kind", [OpenedQuote, SignedQuote, VerifiedCollateral, Verdict])
-def test_the_proof_is_required(kind: type) -> None:
-    with pytest.raises(TypeError):
-        _ = kind()
 
 
 # --- time ---

@@ -21,7 +21,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.errors import Refused
 from chutes_proto.wire.codes import Code
 
@@ -30,14 +30,13 @@ if TYPE_CHECKING:
 
 
 @frozen
-class ClientKey:
+class ClientKey(Proven):
     """Proof that a peer presented a certificate with an accepted key; only `client_key` makes one.
 
     ``digest`` is the SHA-256 of its SubjectPublicKeyInfo, 32 bytes.
     """
 
     digest: bytes
-    proof: Proof = proven()
 
 
 def client_key(certificate: x509.Certificate | None) -> ClientKey:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from chutes_proto.gpu._policy_file import parse_gpu_policy
     from chutes_proto.gpu._report import Report, parse_report
     from chutes_proto.gpu._revocation import Revocation
-    from chutes_proto.gpu._rim import VerifiedRim, verify_rim
+    from chutes_proto.gpu._rim import RimReference, VerifiedRim, verify_rim
     from chutes_proto.gpu._service import ServiceBinding, VerifiedService, verify_service
     from chutes_proto.gpu._verify import Comparison, GenuineDevice, Rims, authenticate, compare
 else:
@@ -47,7 +47,7 @@ else:
             "chutes_proto.gpu._policy_file": "parse_gpu_policy",
             "chutes_proto.gpu._report": "Report parse_report",
             "chutes_proto.gpu._revocation": "Revocation",
-            "chutes_proto.gpu._rim": "VerifiedRim verify_rim",
+            "chutes_proto.gpu._rim": "RimReference VerifiedRim verify_rim",
             "chutes_proto.gpu._service": "ServiceBinding VerifiedService verify_service",
             "chutes_proto.gpu._verify": "Comparison GenuineDevice Rims authenticate compare",
         },
@@ -55,6 +55,7 @@ else:
 
 __all__ = ["authenticate", "compare", "parse_evidence", "parse_gpu_policy", "parse_report", "verify", "verify_rim"]
 __all__ += ["AcceptedEvidence", "Comparison", "DeviceEvidence", "DeviceReport", "GenuineDevice", "Mismatch", "Report"]
-__all__ += ["NVIDIA", "GpuPolicy", "GpuRefusal", "GpuRoots", "PinnedMeasurements", "Revocation", "Rims", "VerifiedRim"]
+__all__ += ["NVIDIA", "GpuPolicy", "GpuRefusal", "GpuRoots", "PinnedMeasurements", "Revocation", "RimReference", "Rims"]
+__all__ += ["VerifiedRim"]
 __all__ += ["EvidenceFormatError", "EvidenceRefusedError", "GpuError", "GpuPolicyError", "GpuVerificationError"]
 __all__ += ["GpuCollateral", "ServiceBinding", "VerifiedService", "read_root", "verify_service"]

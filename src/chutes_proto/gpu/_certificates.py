@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any, Final
+from typing import Final
 
 from attrs import frozen
 from msgspec import Struct
@@ -62,9 +62,6 @@ class VerifiedChain(Struct, frozen=True, eq=False):
     leaf_key: EllipticCurvePublicKey
     terms: tuple[Term, ...]
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a key of OpenSSL does not pickle: another process loads its own
-        return _reloaded, (self.certificates, self.root, self.terms)
-
     @property
     def leaf(self) -> Certificate:
         return self.certificates[0]
@@ -75,10 +72,6 @@ class VerifiedChain(Struct, frozen=True, eq=False):
             issuer = self.certificates[place + 1]
             return issuer.subject, issuer.point
         return self.root.name, self.root.point
-
-
-def _reloaded(certificates: tuple[Certificate, ...], root: TrustedRoot, terms: tuple[Term, ...]) -> VerifiedChain:
-    return VerifiedChain(certificates, root, ecdsa.load_point(certificates[0].point, P384), terms)
 
 
 def read_root(der: BytesLike) -> TrustedRoot:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from attrs import evolve, field, frozen
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, NoTruthValue, Proven
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import NVIDIA, GpuRoots
 from chutes_proto.gpu._chips import Arch, is_chip, model_of
@@ -27,7 +27,7 @@ from chutes_proto.gpu._findings import GpuRefusal, Mismatch
 from chutes_proto.gpu._measurements import differences, told_beside
 from chutes_proto.gpu._report import NONCE_SIZE
 from chutes_proto.gpu._revocation import Revocation, check_chain_status, check_floor
-from chutes_proto.gpu._rim import VerifiedRim
+from chutes_proto.gpu._rim import RimReference, VerifiedRim
 from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, compare
 from chutes_proto.quote._arguments import check_kind
 from chutes_proto.quote._terms import check_seconds
@@ -172,7 +172,7 @@ def _numbers(version: str | None, base: int) -> list[int]:
 
 
 @frozen(kw_only=True)
-class DeviceReport:
+class DeviceReport(NoTruthValue):
     """The findings about one device, accepted or not. Members are None where verification did not come so far.
 
     ``steps`` are the numbers of the steps that it passed, ``reference`` says what its measurements were compared with,
@@ -193,7 +193,7 @@ class DeviceReport:
     is_fresh: bool = False
     reference: Reference = "unchecked"
     compared: int = 0
-    rims: tuple[VerifiedRim, ...] = ()
+    rims: tuple[RimReference, ...] = ()
     revocation_checked: bool = False
     mismatches: tuple[Mismatch, ...] = ()
     error: GpuError | None = None
@@ -218,7 +218,7 @@ class EvidenceRefusedError(GpuError):
 
 
 @frozen(kw_only=True, eq=False)
-class AcceptedEvidence:
+class AcceptedEvidence(Proven):
     """The evidence of a machine that a policy accepts: every device in it, GPUs and switches.
 
     It does not say that the devices are in the machine that handed it over; see ``docs/explanation/gpus.md``.
@@ -227,7 +227,6 @@ class AcceptedEvidence:
     devices: tuple[DeviceReport, ...]
     nonce: bytes | None
     verified_at: int
-    proof: Proof = proven()
 
     @property
     def gpus(self) -> tuple[DeviceReport, ...]:
@@ -408,7 +407,8 @@ def _with_measurements(
     else:
         mismatches = comparison.mismatches
         taken = {*comparison.steps, *(step for rim in comparison.rims for step in rim.steps)}
-        report = evolve(_passed(report, *taken), reference="rims", compared=comparison.compared, rims=comparison.rims)
+        used = tuple(rim.reference for rim in comparison.rims)
+        report = evolve(_passed(report, *taken), reference="rims", compared=comparison.compared, rims=used)
     if mismatches:  # 29
         others = [
             other.report

@@ -22,7 +22,7 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import field, frozen
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import (
     CHAIN_STEPS,
@@ -56,8 +56,21 @@ _VERSION: Final = re.compile("[!-~]{1,64}")
 _MAX_VALUES: Final = 64
 
 
+@frozen
+class RimReference:
+    """Which RIM a device was compared with: to find it again by the SHA-256 of its file, and no proof of anything."""
+
+    product: str
+    version: str
+    edition: Edition
+    digest: bytes
+
+    def __str__(self) -> str:
+        return f"RIM of {self.product} {self.version} (SHA-256 {self.digest.hex()})"
+
+
 @frozen(kw_only=True, eq=False)
-class VerifiedRim:
+class VerifiedRim(Proven):
     """A RIM that its signer, under the root, signed.
 
     ``values`` are the reference values by index, from 0, any of which is good; a measurement of a report has the next
@@ -72,15 +85,19 @@ class VerifiedRim:
     digest: bytes
     chain: VerifiedChain = field(repr=False)
     window: Window
-    proof: Proof = proven()
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The numbers of the steps that it passed."""
         return (*CHAIN_STEPS, *TIME_STEPS, 13, 14, 15, 16, 17)
 
+    @property
+    def reference(self) -> RimReference:
+        """The values that name it."""
+        return RimReference(self.product, self.version, self.edition, self.digest)
+
     def __str__(self) -> str:
-        return f"RIM of {self.product} {self.version} (SHA-256 {self.digest.hex()})"
+        return str(self.reference)
 
 
 def verify_rim(data: BytesLike, *, now: int, roots: GpuRoots = NVIDIA) -> VerifiedRim:

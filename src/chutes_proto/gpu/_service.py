@@ -19,7 +19,7 @@ from hmac import compare_digest
 
 from attrs import frozen
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.gpu._certificates import NVIDIA, GpuRoots
 from chutes_proto.gpu._collateral import GpuCollateral
 from chutes_proto.gpu._errors import GpuPolicyError
@@ -76,13 +76,12 @@ class ServiceBinding:
 
 
 @frozen(kw_only=True, eq=False)
-class VerifiedService:
+class VerifiedService(Proven):
     """A service whose quote and GPU evidence are accepted, and bound to one value."""
 
     verdict: AcceptedVerdict
     gpus: AcceptedEvidence
     binding: ServiceBinding
-    proof: Proof = proven()
 
 
 def verify_service(

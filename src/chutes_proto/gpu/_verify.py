@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hmac import compare_digest
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 from attrs import frozen
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.gpu import _steps as steps
 from chutes_proto.gpu._certificates import (
     CHAIN_STEPS,
@@ -59,7 +59,7 @@ _SHA384_SIZE: Final = 48
 
 
 @frozen(kw_only=True, eq=False)
-class GenuineDevice:
+class GenuineDevice(Proven):
     """A device of NVIDIA's that made ``report``.
 
     ``serial_number`` is that of its certificate, in upper case hex, which NVIDIA calls ueid; ``device_id`` that of the
@@ -76,7 +76,6 @@ class GenuineDevice:
     is_fresh: bool
     chain: VerifiedChain
     steps: tuple[int, ...]
-    proof: Proof = proven()
 
     @property
     def driver_rim_id(self) -> str | None:
@@ -234,21 +233,14 @@ class Rims:
 
 
 @frozen(kw_only=True, eq=False)
-class Comparison:
-    """The result of a comparison: the RIMs that were used, and all differences. It decides nothing.
-
-    It has no truth value, so that no ``if`` takes the end of a comparison for its success.
-    """
+class Comparison(Proven):
+    """The result of a comparison: the RIMs that were used, and all differences. It decides nothing."""
 
     rims: tuple[VerifiedRim, ...]
     mismatches: tuple[Mismatch, ...]
     compared: int
     steps: tuple[int, ...]
-    proof: Proof = proven()
-
-    def __bool__(self) -> bool:
-        """Raises `TypeError`: measurements may differ."""
-        raise TypeError("a comparison is neither true nor false: look at its mismatches, or call verify with a policy")
+    _instead: ClassVar[str] = "measurements may differ; look at its mismatches, or call verify with a policy"
 
 
 def compare(device: GenuineDevice, rims: Rims, *, now: int) -> Comparison:

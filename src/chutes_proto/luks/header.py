@@ -28,7 +28,7 @@ from typing import Any, Final, cast
 
 from attrs import field, frozen
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.errors import HeaderRejected
 from chutes_proto.quote import _strict_json as strict_json
 
@@ -72,7 +72,7 @@ _SLOT: Final = re.compile(r"[0-9]|[12][0-9]|3[01]")
 
 
 @frozen
-class CheckedHeader:
+class CheckedHeader(Proven):
     """A header with allowed content only; `check_header` alone makes one.
 
     ``offset`` is where the encrypted data begins and ``sector_size`` its unit, in bytes. ``whole`` says that both
@@ -90,7 +90,6 @@ class CheckedHeader:
     slots: tuple[tuple[int, int], ...]
     is_fresh_image: bool
     area: bytes = field(repr=False)
-    proof: Proof = proven()
 
 
 @frozen

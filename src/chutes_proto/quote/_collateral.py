@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol, cast
 from attrs import field, fields, frozen
 from msgspec import Struct
 
-from chutes_proto._proof import Proof, proven
+from chutes_proto._proof import Proven
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._arguments import BytesLike, as_utf8
 from chutes_proto.quote._errors import CollateralFormatError
@@ -180,7 +180,7 @@ class CollateralDigests(Struct, frozen=True):
 
 
 @frozen(kw_only=True, eq=False)
-class VerifiedCollateral:
+class VerifiedCollateral(Proven):
     """Collateral that verified under ``root``, as values.
 
     Keep it for all quotes of its platforms until ``usable_until``: ``verify_quote`` checks all times again. Revoked
@@ -204,7 +204,6 @@ class VerifiedCollateral:
     window: Window
     grace: int
     checked: tuple[Checked, ...] = field(repr=False)
-    proof: Proof = proven()
 
     @property
     def tee(self) -> Tee:

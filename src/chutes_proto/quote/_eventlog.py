@@ -31,7 +31,7 @@ from typing import Any, Final, cast
 
 from attrs import frozen
 
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._arguments import BytesLike, as_bytes, as_utf8, check_kind
 from chutes_proto.quote._errors import PolicyError, QuoteError
@@ -258,7 +258,7 @@ class EventLogMismatchError(QuoteError):
 
 
 @frozen(kw_only=True, eq=False)
-class ReplayedLog:
+class ReplayedLog(Proven):
     """A log whose digests are those that the RTMRs were extended with, in their order.
 
     The extractors say what was measured. Where the label of a text is outside what the digest is of (GRUB), it is the
@@ -266,7 +266,6 @@ class ReplayedLog:
     """
 
     log: EventLog
-    proof: Proof = proven()
 
     @property
     def secure_boot(self) -> bool | None:

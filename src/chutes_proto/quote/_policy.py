@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, cast, get_args, get_type_hints
 
 from attrs import field, fields, frozen
 
@@ -215,6 +215,7 @@ class AcceptedVerdict(Verdict):
 
     stage: Stage
     matched: Profile | None
+    _instead: ClassVar[str] = "the policy accepts it; a quote that is refused raises VerificationError"
 
     @property
     def profile(self) -> Profile:
@@ -241,9 +242,6 @@ class AcceptedVerdict(Verdict):
     def _ruled(self, check: str) -> tuple[str, ...]:
         rules = {} if self.matched is None else self.matched.rules_of(self.stage)
         return tuple(register for register in REGISTERS if register in rules and rules[register].check == check)
-
-    def __bool__(self) -> bool:
-        return True
 
 
 _resolve_init(AcceptedVerdict)

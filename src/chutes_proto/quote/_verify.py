@@ -27,13 +27,13 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 from msgspec import Struct
 
 from chutes_proto._lazy import LazyModule
-from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote import _layout as layout
@@ -97,17 +97,9 @@ class PckChain(Struct, frozen=True, eq=False):
     window: Window
     notes: _Notes
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a key of OpenSSL does not pickle: another process loads its own
-        rest = (self.issuer, self.chain, self.identity, self.terms, self.window, self.notes)
-        return _reloaded, (self.leaf, *rest)
-
-
-def _reloaded(leaf: Certificate, *rest: Any) -> PckChain:
-    return PckChain(leaf, ecdsa.load_point(leaf.point), *rest)
-
 
 @frozen(kw_only=True, eq=False)
-class OpenedQuote:
+class OpenedQuote(Proven):
     """A quote whose PCK chain leads to the root. The quote itself is not verified yet.
 
     ``pck`` says which platform it claims to be of, and so what collateral to ask for.
@@ -118,11 +110,10 @@ class OpenedQuote:
     root: TrustedRoot
     chain: PckChain
     checked: tuple[Checked, ...]
-    proof: Proof = proven()
 
 
 @frozen(kw_only=True, eq=False)
-class SignedQuote:
+class SignedQuote(Proven):
     """A quote made by the platform of its PCK certificate. Collateral says how up to date that platform is.
 
     ``qe_report`` is the report of the quoting enclave that signed it.
@@ -131,11 +122,10 @@ class SignedQuote:
     opened: OpenedQuote
     qe_report: SgxReport
     checked: tuple[Checked, ...]
-    proof: Proof = proven()
 
 
 @frozen(kw_only=True, eq=False)
-class Verdict:
+class Verdict(Proven):
     """A genuine quote of a genuine platform; ``tcb_status`` says how up to date its TCB is.
 
     That does not make it acceptable: its host may debug the TD, the image may be any, and the platform out of date.
@@ -168,7 +158,10 @@ class Verdict:
     checked: tuple[Checked, ...]
     signed: SignedQuote = field(repr=False)
     verified: VerifiedCollateral = field(repr=False)
-    proof: Proof = proven()
+    _instead: ClassVar[str] = (
+        "the quote is genuine, which a policy may still refuse; call verify(..., policy=...), or Policy.appraise with"
+        " this verdict"
+    )
 
     def behind(self) -> tuple[behind.Behind, ...]:
         """Find the parts whose TCB is behind: what each lacks for its next level, since when, with which advisories."""
@@ -194,13 +187,6 @@ class Verdict:
     def steps(self) -> tuple[int, ...]:
         """The numbers of all steps that were taken, in order."""
         return tuple(sorted({number for piece in self.checked for number in piece.steps}))
-
-    def __bool__(self) -> bool:
-        """Raises `TypeError`: genuine is not yet acceptable."""
-        raise TypeError(
-            "a verdict is neither true nor false: the quote is genuine, which a policy may still refuse;"
-            " call verify(..., policy=...), or Policy.appraise with this verdict"
-        )
 
 
 def open_quote(

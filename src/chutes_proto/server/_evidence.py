@@ -22,6 +22,7 @@ from typing import Literal
 from attrs import frozen
 from msgspec.structs import asdict
 
+from chutes_proto._proof import NoTruthValue
 from chutes_proto.auth.binding import check_report_data
 from chutes_proto.auth.certificates import ClientKey
 from chutes_proto.auth.hotkey import Hotkey
@@ -59,7 +60,7 @@ _NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are runn
 
 
 @frozen
-class Evidence:
+class Evidence(NoTruthValue):
     """A quote that verified: steps 1 to 4 hold. `appraise` decides whether it is accepted."""
 
     verdict: Verdict

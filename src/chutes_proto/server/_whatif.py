@@ -15,6 +15,7 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
+from chutes_proto._proof import NoTruthValue
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.errors import Refusal, Refused, Unavailable
 from chutes_proto.quote._collateral import VerifiedCollateral
@@ -35,7 +36,7 @@ NOT_JUDGED: Final = frozenset({Code.REVOKED, Code.PLATFORM_MISMATCH, Code.EXCHAN
 
 
 @frozen
-class Judged:
+class Judged(NoTruthValue):
     """The outcome for one VM: at the date asked for, and ``refused_from``, the first date of a refusal if there is one.
 
     ``code`` and ``reason`` are those of the refusal; of a VM that is granted, those of the first later one.

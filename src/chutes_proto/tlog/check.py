@@ -12,6 +12,7 @@ from typing import Final
 
 from attrs import define, evolve, field, frozen
 
+from chutes_proto._proof import NoTruthValue
 from chutes_proto.errors import LogError
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash, root_hash
 from chutes_proto.tlog.notes import Checkpoint
@@ -34,7 +35,7 @@ class Finding:
 
 
 @frozen
-class Report:
+class Report(NoTruthValue):
     """The outcome of a check: the number of entries of the log, the first that is there, and what is wrong."""
 
     size: int
