@@ -9,7 +9,7 @@ from attrs import evolve
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
 from chutes_proto.effects import Transact
 from chutes_proto.errors import StoreBusy
 from chutes_proto.secret import Secret
@@ -209,6 +209,32 @@ def test_the_builds_passphrase_is_replaced_at_once_and_the_next_key_after_a_day(
     assert answer(confirm(world, again["root_confirm_nonce"], ROOT))
     world.now += 86_400
     assert answer(boot(world))["root_next"] != again["key"]
+
+
+@pytest.mark.parametrize("authorized", [MINER, OTHER])
+def test_a_signature_is_checked_once_in_each_request(monkeypatch, authorized):
+    checked, check = [], Hotkey.check_signature
+
+    def counted(hotkey: Hotkey, message: bytes, signature: bytes) -> None:
+        checked.append(message)
+        check(hotkey, message, signature)
+
+    monkeypatch.setattr(Hotkey, "check_signature", counted)
+    candidate = evolve(provisioned().profiles[PROFILE.identity], rc=True)
+    allowed = evolve(candidate, authorized_hotkeys=frozenset({authorized.hotkey.address}))
+    world = World(App(service(profiles={PROFILE.identity: allowed})))
+    response = boot(world)
+    if authorized is OTHER:
+        assert refusal(response)[1] == Code.MEASUREMENT_MISMATCH
+        assert len(checked) == 1
+        return
+    granted = answer(response)
+    assert len(checked) == 1
+    handed = answer(provision(world, granted["luks_quote_nonce"]))
+    assert len(checked) == 2
+    rotated = {"volumes": {volume: {"rotated": True} for volume in BOTH}}
+    assert answer(confirm(world, handed["confirm_nonce"], rotated))
+    assert len(checked) == 3
 
 
 def test_a_repeated_provision_gets_the_same_answer(world):

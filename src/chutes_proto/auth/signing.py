@@ -24,6 +24,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, TypeAlias, cast
 
+from attrs import frozen
+
+from chutes_proto._proof import PROOF, Proven
 from chutes_proto.auth.hotkey import SIGNATURE_SIZE, Hotkey, HotkeyError
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.wire.codes import Code
@@ -132,9 +135,16 @@ def check_signature(hotkey: Hotkey, messages: Sequence[bytes], signature: str) -
     raise _refused(hotkey, reason)
 
 
+@frozen(kw_only=True, eq=False)
+class ProvenHotkey(Proven):
+    """A hotkey that a request's signature proves. Only `check_body_signature` makes it."""
+
+    hotkey: Hotkey
+
+
 def check_body_signature(
     hotkey: Hotkey, named: str | None, nonce: str | None, body: bytes, signature: str | None
-) -> None:
+) -> ProvenHotkey:
     """Check that ``signature`` is the hotkey's over ``nonce`` and ``body``. Raises `Refused`.
 
     ``named`` (the address in the request's header), ``nonce`` and ``signature`` are the texts of the request's headers.
@@ -145,6 +155,7 @@ def check_body_signature(
     if nonce is None or signature is None:
         raise _refused(hotkey, "the signature or its nonce is missing")
     check_signature(hotkey, (body_message(hotkey, nonce, body),), signature)
+    return ProvenHotkey(hotkey=hotkey, proof=PROOF)
 
 
 def _refused(hotkey: Hotkey, reason: str) -> Refused:

@@ -16,13 +16,14 @@ there are many, because anyone can cause it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 from attrs import evolve
 
 from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.hotkey import SEED_SIZE, Hotkey, HotkeyError, HotkeyPair
-from chutes_proto.auth.signing import check_body_signature
+from chutes_proto.auth.signing import ProvenHotkey, check_body_signature
 from chutes_proto.effects import Entropy, Flow, Uptime
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
@@ -61,21 +62,27 @@ def attest_boot(service: Service, call: Call[BootAttestationRequest]) -> Flow[Bo
     with service.proxies.excusing(request):
         key = client_key(request.peer_certificate)
         evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
+    proof = _HotkeyProof(call)
     try:
-        return (yield from _claim(service, call, nonce, key, evidence))
+        return (yield from _claim(service, call, nonce, key, evidence, proof))
     except Refused as exc:
-        proven = service.rules.proves(hotkey, lambda: _proven(call))
+        proven = service.rules.proves(hotkey, proof.hotkey)
         rested_on = evidence.grounds(service, "boot", outcome_of(exc), hotkey_proven=proven)
         yield from record_refusal(service, call, Vm(hotkey, message.vm_name), evidence, exc, "boot", rested_on)
         raise
 
 
 def _claim(
-    service: Service, call: Call[BootAttestationRequest], nonce: Nonce, key: ClientKey, evidence: Evidence
+    service: Service,
+    call: Call[BootAttestationRequest],
+    nonce: Nonce,
+    key: ClientKey,
+    evidence: Evidence,
+    proof: _HotkeyProof,
 ) -> Flow[BootAttestationAnswer]:
     """Appraise the evidence, check the claim and grant (steps 5 to 8)."""
     request, message = call.request, call.message
-    accepted = appraise(service, evidence, "boot", message.miner_hotkey, lambda: _proven(call))
+    accepted = appraise(service, evidence, "boot", message.miner_hotkey, proof.hotkey)
     measurements, listed_as = accepted.profile, _listed_as(accepted)
     profile = service.profiles[measurements.identity]
     service.check_version(measurements, call.now)
@@ -86,9 +93,9 @@ def _claim(
     # One of a signature's headers alone counts as none, as in deployed servers.
     proven = message.hotkey is not None and message.signature is not None
     if is_provisioned:
-        check_proof(hotkey, message.hotkey, message.nonce, message.nonce, request.body, message.signature)
+        _ = require(proof)
     elif proven or profile.require_hotkey_signature:
-        check_body_signature(hotkey, message.hotkey, message.nonce, request.body, message.signature)
+        _ = proof()
     image = profile.image_passphrase
     root, rotation, caller, root_confirm = None, None, None, None
     if is_provisioned:
@@ -113,7 +120,7 @@ def _claim(
         advisories=evidence.advisories,
         kept=evidence.kept,
         rested_on=evidence.grounds(
-            service, "boot", ACCEPTED, hotkey_proven=service.rules.proves(message.miner_hotkey, lambda: _proven(call))
+            service, "boot", ACCEPTED, hotkey_proven=service.rules.proves(message.miner_hotkey, proof.hotkey)
         ),
         profile_state=listed_as,
         exchange="base" if profile.exchange == "base" else "two-phase",
@@ -162,12 +169,34 @@ def _listed_as(accepted: AcceptedVerdict) -> str | None:
     return None if accepted.profile_state == "enforced" else accepted.profile_state
 
 
-def _proven(call: Call[BootAttestationRequest]) -> Hotkey:
-    """The hotkey that the request proves. Raises `Refused`."""
-    message = call.message
-    hotkey = _hotkey(message.miner_hotkey)
-    check_body_signature(hotkey, message.hotkey, message.nonce, call.request.body, message.signature)
-    return hotkey
+class _HotkeyProof:
+    """A boot's proof of its hotkey. The signature is checked when a rule first asks for it, and once."""
+
+    def __init__(self, call: Call[BootAttestationRequest]) -> None:
+        self._call = call
+        self._outcome: ProvenHotkey | Refused | None = None
+
+    def __call__(self) -> ProvenHotkey:
+        """The proof. Raises `Refused`."""
+        if self._outcome is None:
+            message = self._call.message
+            try:
+                self._outcome = check_body_signature(
+                    _hotkey(message.miner_hotkey),
+                    message.hotkey,
+                    message.nonce,
+                    self._call.request.body,
+                    message.signature,
+                )
+            except Refused as exc:
+                self._outcome = exc
+        if isinstance(self._outcome, Refused):
+            raise self._outcome
+        return self._outcome
+
+    def hotkey(self) -> Hotkey:
+        """The hotkey that is proven. Raises `Refused`."""
+        return self().hotkey
 
 
 def _rotation(
@@ -187,14 +216,10 @@ def _rotation(
     return HotkeyPair.from_secret(Secret(seed[:SEED_SIZE])).hotkey, rotation
 
 
-def check_proof(
-    hotkey: Hotkey, named: str | None, nonce: str | None, expected: str | None, body: bytes, signature: str | None
-) -> None:
-    """Check that the caller proves its hotkey, over the nonce of this step. Raises `Refused`."""
+def require(proof: Callable[[], ProvenHotkey]) -> ProvenHotkey:
+    """The proof of the hotkey that a step of the provisioned exchange demands. Raises `Refused`."""
     try:
-        if nonce != expected:
-            raise Refused(Code.SIGNATURE_INVALID, "", reason="X-Chutes-Nonce is not the nonce of this step")
-        check_body_signature(hotkey, named, nonce, body, signature)
+        return proof()
     except Refused as exc:
         text = "Hotkey authentication is missing or invalid. Sign with the miner's hotkey."
         raise Refused(Code.SIGNATURE_INVALID, text, reason=exc.reason) from None

@@ -14,19 +14,18 @@ Deployed clients send each of these once, so a busy store is waited for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.auth.signing import ProvenHotkey, check_body_signature
 from chutes_proto.effects import Flow, Now
 from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME
 from chutes_proto.keys.vault import FreshKey
-from chutes_proto.server._boot import check_proof, known_hotkey, record_refusal, token_digest
+from chutes_proto.server._boot import known_hotkey, record_refusal, require, token_digest
 from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._grounds import ACCEPTED, outcome_of
@@ -52,7 +51,8 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
     if not message.quote_nonce or not message.hotkey:
         raise Refused(Code.QUOTE_NONCE_INVALID, "Quote nonce (X-Quote-Nonce) and hotkey are required")
     nonce = check_shape(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
-    _prove(service, call, message.quote_nonce)
+    proof = _prove(service, call, message.quote_nonce)
+    proven = None if proof is None else lambda: proof.hotkey
     with service.proxies.excusing(request):
         key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
@@ -67,7 +67,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         )
     call = evolve(call, now=(yield from Now()))  # collateral may have been waited for
     try:
-        profile = appraise(service, evidence, "runtime", vm.hotkey, _prover(service, call)).profile
+        profile = appraise(service, evidence, "runtime", vm.hotkey, proven).profile
         *parts, k3s = yield from entropy_parts(len(volumes) + 1)
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
         handed = yield from transact_patiently(
@@ -85,7 +85,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                         service,
                         "runtime",
                         ACCEPTED,
-                        hotkey_proven=service.rules.proves(vm.hotkey, _prover(service, call)),
+                        hotkey_proven=service.rules.proves(vm.hotkey, proven),
                     ),
                 ),
                 peer_address=request.peer_address,
@@ -102,8 +102,9 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
             request,
         )
     except Refused as exc:
-        proven = service.rules.proves(vm.hotkey, _prover(service, call))
-        rested_on = evidence.grounds(service, "runtime", outcome_of(exc), hotkey_proven=proven)
+        rested_on = evidence.grounds(
+            service, "runtime", outcome_of(exc), hotkey_proven=service.rules.proves(vm.hotkey, proven)
+        )
         yield from record_refusal(service, call, vm, evidence, exc, "runtime", rested_on)
         raise
     yield from call.log(
@@ -133,7 +134,7 @@ def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest])
     if not message.confirm_nonce or not message.hotkey:
         raise Refused(Code.CONFIRM_NONCE_INVALID, "Confirm nonce (X-Confirm-Nonce) and hotkey are required")
     nonce = check_shape(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
-    _prove(service, call, message.confirm_nonce)
+    _ = _prove(service, call, message.confirm_nonce)
     vm = Vm(message.hotkey, message.vm_name)
     shared: dict[str, Any] = {
         "now": call.now,
@@ -159,18 +160,22 @@ def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest])
     )
 
 
-def _prove(service: Service, call: Call[Any], expected: str) -> None:
-    """Check the proof of the hotkey that operations 17 and 18 demand, over the nonce ``expected``. Raises `Refused`."""
-    message = call.message
-    if isinstance(message, vms.ProvisionRequest | vms.ProvisionConfirmationRequest):
-        hotkey = known_hotkey(service, message.hotkey or "")
-        check_proof(hotkey, message.hotkey, message.nonce, expected, call.request.body, message.signature)
+def _prove(service: Service, call: Call[Any], expected: str) -> ProvenHotkey | None:
+    """Check the proof of the hotkey that operations 17 and 18 demand, over the nonce ``expected``.
 
-
-def _prover(service: Service, call: Call[Any]) -> Callable[[], Hotkey] | None:
-    """The hotkey that operation 17 has proven; that of 13 is not."""
+    The others have none. Raises `Refused`.
+    """
     message = call.message
-    return (lambda: known_hotkey(service, message.hotkey or "")) if isinstance(message, vms.ProvisionRequest) else None
+    if not isinstance(message, vms.ProvisionRequest | vms.ProvisionConfirmationRequest):
+        return None
+    hotkey = known_hotkey(service, message.hotkey or "")
+
+    def check() -> ProvenHotkey:
+        if message.nonce != expected:
+            raise Refused(Code.SIGNATURE_INVALID, "", reason="X-Chutes-Nonce is not the nonce of this step")
+        return check_body_signature(hotkey, message.hotkey, message.nonce, call.request.body, message.signature)
+
+    return require(check)
 
 
 def _pem(certificate: Certificate | None) -> str | None:
