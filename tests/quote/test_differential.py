@@ -95,7 +95,7 @@ def ours(quote: bytes, collateral: Collateral) -> tuple[str, str]:
     """The TCB status, or an empty text and the code of the refusal."""
     try:
         verdict = verify_genuine(quote, collateral, now=NOW, report_data=None, root=ROOT)
-        _ = DCAP_QVL_POLICY.appraise(verdict, stage="boot")
+        _ = DCAP_QVL_POLICY.appraise(verdict, now=NOW, stage="boot")
         return str(verdict.tcb_status), ""
     except QuoteError as exc:
         return "", exc.code

@@ -16,8 +16,9 @@ from chutes_proto.quote._attributes import RESERVED, AttributePolicy
 from chutes_proto.quote._errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import SgxReport, TdAttributes, TdReport10, TdReport15
-from chutes_proto.quote._measurements import Stage
+from chutes_proto.quote._measurements import Schedule, Stage
 from chutes_proto.quote._policy import (
+    MAX_AGE,
     MAX_DEPTH,
     AcceptedVerdict,
     AllOf,
@@ -26,14 +27,26 @@ from chutes_proto.quote._policy import (
     Policy,
     TcbPolicy,
     parse_policy_toml,
+    verify,
 )
+from chutes_proto.quote._policy_set import BoundPolicies, parse_policy_set
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.conftest import ROOT as PROJECT
 from tests.quote.cases import ABSENT, FOLDER, cases
-from tests.quote.simulated import PLATFORM, PROFILE, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of
+from tests.quote.simulated import (
+    NOW,
+    PLATFORM,
+    PROFILE,
+    REPORT_DATA,
+    ROOT,
+    TD15,
+    collateral_of,
+    verdict_of,
+    verified_of,
+)
 
 SERVICE_TD = b"\x51" * 48
 MR = bytes(range(48))
@@ -43,7 +56,7 @@ POLICY = Policy(profiles=(PROFILE,))
 
 def _refused(policy: AnyPolicy, verdict: Verdict, stage: Stage = "boot") -> list[str]:
     with pytest.raises(AppraisalError) as caught:
-        _ = policy.appraise(verdict, stage=stage)
+        _ = policy.appraise(verdict, now=verdict.verified_at, stage=stage)
     for refusal in caught.value.refusals:
         assert refusal.code in str(caught.value)
         assert refusal.detail in str(caught.value)
@@ -61,33 +74,33 @@ def _report(**changes: Any) -> TdReport15:
 
 def test_an_honest_platform_is_accepted_in_its_stage() -> None:
     boot, runtime = verdict_of(PLATFORM), verdict_of(PLATFORM, stage="runtime")
-    accepted = POLICY.appraise(boot, stage="boot")
+    accepted = POLICY.appraise(boot, now=NOW, stage="boot")
     assert (accepted.profile, accepted.stage) == (PROFILE, "boot")
     for member in attrs.fields(Verdict):
         assert member.name == "proof" or getattr(accepted, member.name) is getattr(boot, member.name)
-    assert POLICY.appraise(runtime, stage="runtime").profile is PROFILE
+    assert POLICY.appraise(runtime, now=NOW, stage="runtime").profile is PROFILE
     assert _refused(POLICY, runtime, "boot") == _refused(POLICY, boot, "runtime") == ["measurement_mismatch"]
     with pytest.raises(PolicyError, match="stage"):
-        _ = POLICY.appraise(boot, stage="later")  # type: ignore[arg-type]
+        _ = POLICY.appraise(boot, now=NOW, stage="later")  # type: ignore[arg-type]
 
 
 def test_an_accepted_verdict_is_not_made_by_hand() -> None:
     verdict = verdict_of(PLATFORM)
-    accepted = POLICY.appraise(verdict, stage="boot")
+    accepted = POLICY.appraise(verdict, now=NOW, stage="boot")
     members = {member.name: getattr(verdict, member.name) for member in attrs.fields(Verdict)}
     with pytest.raises(TypeError, match="proves a check"):
-        _ = AcceptedVerdict(stage="boot", matched=PROFILE, **members)
+        _ = AcceptedVerdict(stage="boot", matched=PROFILE, appraised_at=NOW, **members)
     with pytest.raises(TypeError, match="proves a check"):
         _ = attrs.evolve(accepted, stage="runtime")
     impostor: Any = SimpleNamespace(steps=verdict.steps, **members)
     for policy in (UNCHECKED, AllOf((UNCHECKED,)), AnyOf((UNCHECKED,))):
         with pytest.raises(TypeError, match="must be a Verdict"):
-            _ = policy.appraise(impostor, stage="boot")
+            _ = policy.appraise(impostor, now=NOW, stage="boot")
 
 
 def test_without_profiles_nothing_is_accepted_unless_said() -> None:
     assert _refused(Policy(), verdict_of(PLATFORM)) == ["no_profiles"]
-    accepted = UNCHECKED.appraise(verdict_of(PLATFORM), stage="boot")
+    accepted = UNCHECKED.appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     assert accepted.matched is None
     with pytest.raises(PolicyError, match="unchecked"):
         _ = accepted.profile
@@ -96,7 +109,7 @@ def test_without_profiles_nothing_is_accepted_unless_said() -> None:
 def test_all_reasons_are_given() -> None:
     verdict = verdict_of(PLATFORM, "debug", "tcb_out_of_date", "rtmr1", "rtmr3", "sept_ve_disable_clear")
     with pytest.raises(AppraisalError) as caught:
-        _ = POLICY.appraise(verdict, stage="boot")
+        _ = POLICY.appraise(verdict, now=NOW, stage="boot")
     refusals = caught.value.refusals
     assert [(refusal.part, refusal.code, refusal.register) for refusal in refusals] == [
         ("tcb", "tcb_status", None),
@@ -115,7 +128,7 @@ def test_the_closest_profile_is_named() -> None:
     far = attrs.evolve(PROFILE, name="far", mrtd=bytes(48), boot=(bytes(48),) * 4)
     policy = Policy(profiles=(far, PROFILE))
     with pytest.raises(AppraisalError) as caught:
-        _ = policy.appraise(verdict_of(PLATFORM, "rtmr0"), stage="boot")
+        _ = policy.appraise(verdict_of(PLATFORM, "rtmr0"), now=NOW, stage="boot")
     assert [(refusal.register, "'simulated'" in refusal.detail) for refusal in caught.value.refusals] == [
         ("RTMR0", True)
     ]
@@ -124,8 +137,8 @@ def test_the_closest_profile_is_named() -> None:
 def test_a_profile_replaces_the_attributes() -> None:
     lenient = attrs.evolve(PROFILE, name="lenient", attributes=AttributePolicy(sept_ve_disable="any"))
     verdict = verdict_of(PLATFORM, "sept_ve_disable_clear")
-    assert Policy(profiles=(lenient,)).appraise(verdict, stage="boot").profile is lenient
-    assert Policy(profiles=(PROFILE, lenient)).appraise(verdict, stage="boot").profile is lenient
+    assert Policy(profiles=(lenient,)).appraise(verdict, now=NOW, stage="boot").profile is lenient
+    assert Policy(profiles=(PROFILE, lenient)).appraise(verdict, now=NOW, stage="boot").profile is lenient
     assert _refused(POLICY, verdict) == ["sept_ve_disable"]
     strict = attrs.evolve(PROFILE, name="strict", attributes=AttributePolicy())
     policy = Policy(profiles=(strict,), attributes=AttributePolicy(sept_ve_disable="any"))
@@ -135,7 +148,7 @@ def test_a_profile_replaces_the_attributes() -> None:
 def test_debug_only_by_an_unsafe_name() -> None:
     unsafe = Policy(measurements="unchecked", attributes=AttributePolicy(unsafe_allow_debug=True))
     for fault in ("debug", "profiling"):
-        assert unsafe.appraise(verdict_of(PLATFORM, fault), stage="boot").matched is None
+        assert unsafe.appraise(verdict_of(PLATFORM, fault), now=NOW, stage="boot").matched is None
         assert _refused(UNCHECKED, verdict_of(PLATFORM, fault)) == [fault]
     assert _refused(unsafe, verdict_of(PLATFORM, "reserved_tud")) == ["td_attributes_reserved"]
 
@@ -150,7 +163,8 @@ def test_an_enclave_is_no_td() -> None:
     advice = _explained(Policy(tcb=accepting), verdict)
     assert "by `mr_enclave`" in advice
     assert "[[profile]]" not in advice
-    assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot").matched is None
+    at = verdict.verified_at
+    assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, now=at, stage="boot").matched is None
     (debug,) = (case for case in cases("synthetic") if case.name.endswith("/attr-sgx-debug"))
     assert _refused(Policy(tcb=accepting, measurements="unchecked"), debug.verify()) == ["debug"]
 
@@ -172,7 +186,7 @@ def test_only_up_to_date_unless_said(status: TcbStatus) -> None:
     verdict = verdict_of(PLATFORM, fault)
     assert _refused(UNCHECKED, verdict) == ["tcb_status"]
     tcb = TcbPolicy(accepted_statuses=[str(status)])
-    assert Policy(tcb=tcb, measurements="unchecked").appraise(verdict, stage="boot").tcb_status == status
+    assert Policy(tcb=tcb, measurements="unchecked").appraise(verdict, now=NOW, stage="boot").tcb_status == status
     assert _refused(Policy(tcb=tcb, measurements="unchecked"), verdict_of(PLATFORM)) == ["tcb_status"]
 
 
@@ -181,14 +195,14 @@ def test_the_tcb_at_present_is_not_out_of_date_either() -> None:
     assert (verdict.tcb_status, verdict.current_status) == ("UpToDate", "OutOfDate")
     assert _refused(UNCHECKED, verdict) == ["current_tcb_status"]
     accepting = TcbPolicy(accepted_statuses=["UpToDate", "OutOfDate"])
-    _ = Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot")
+    _ = Policy(tcb=accepting, measurements="unchecked").appraise(verdict, now=NOW, stage="boot")
 
 
 def test_advisories_are_refused_only_if_listed() -> None:
     verdict = verdict_of(PLATFORM, "tcb_out_of_date")
     assert verdict.advisory_ids
     accepting = TcbPolicy(accepted_statuses=frozenset({TcbStatus.OUT_OF_DATE}))
-    _ = Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot")
+    _ = Policy(tcb=accepting, measurements="unchecked").appraise(verdict, now=NOW, stage="boot")
     rejecting = attrs.evolve(accepting, rejected_advisories=[verdict.advisory_ids[0].lower()])
     assert _refused(Policy(tcb=rejecting, measurements="unchecked"), verdict) == ["advisory"]
 
@@ -210,7 +224,7 @@ def test_an_advisory_that_nobody_issues_is_named() -> None:
 def test_a_floor_under_the_evaluation_number() -> None:
     number = verdict_of(PLATFORM).evaluation_number
     policy = Policy(tcb=TcbPolicy(min_evaluation_number=number), measurements="unchecked")
-    _ = policy.appraise(verdict_of(PLATFORM), stage="boot")
+    _ = policy.appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     policy = Policy(tcb=TcbPolicy(min_evaluation_number=number + 1), measurements="unchecked")
     assert _refused(policy, verdict_of(PLATFORM)) == ["evaluation_number"]
 
@@ -223,7 +237,7 @@ def test_flags_of_the_platform(name: str) -> None:
     if getattr(verdict.pck, name):
         assert _refused(policy, verdict) == [name]
     else:
-        _ = policy.appraise(verdict, stage="boot")
+        _ = policy.appraise(verdict, now=NOW, stage="boot")
     silent = verdict_of(SimulatedPlatform(PLATFORM.seed, ca="processor"))
     assert getattr(silent.pck, name) is None
     assert _refused(policy, silent) == [name]
@@ -249,13 +263,13 @@ def test_out_of_date_only_for_so_long(fault: str, name: str, part: str) -> None:
         if codes:
             assert _refused(policy, verdict) == codes
         else:
-            _ = policy.appraise(verdict, stage="boot")
+            _ = policy.appraise(verdict, now=NOW, stage="boot")
     strict = TcbPolicy(accepted_statuses=OUT_OF_DATE, platform_grace=0, qe_grace=0)
-    _ = Policy(tcb=strict, measurements="unchecked").appraise(verdict_of(PLATFORM), stage="boot")
+    _ = Policy(tcb=strict, measurements="unchecked").appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     cured = verdict_of(PLATFORM, "relaunch_advised")
     assert cured.platform.status == TcbStatus.OUT_OF_DATE
     relaunching = attrs.evolve(strict, accepted_statuses=OUT_OF_DATE | {TcbStatus.TD_RELAUNCH_ADVISED})
-    _ = Policy(tcb=relaunching, measurements="unchecked").appraise(cured, stage="boot")
+    _ = Policy(tcb=relaunching, measurements="unchecked").appraise(cured, now=NOW, stage="boot")
 
 
 def test_collateral_past_its_end_only_for_so_long() -> None:
@@ -268,12 +282,12 @@ def test_collateral_past_its_end_only_for_so_long() -> None:
     with pytest.raises(PolicyError, match="collateral_grace: must be a whole number"):
         _ = TcbPolicy(collateral_grace=None)  # type: ignore[arg-type]
     accepting = Policy(tcb=TcbPolicy(collateral_grace=10), measurements="unchecked")
-    _ = accepting.appraise(verdict, stage="boot")
+    _ = accepting.appraise(verdict, now=end + 10, stage="boot")
     assert _refused(Policy(tcb=TcbPolicy(collateral_grace=9), measurements="unchecked"), verdict) == [
         "collateral_grace"
     ]
     with pytest.raises(AppraisalError, match=f"got {rfc3339(end + 10)}, expected at most {rfc3339(end)}"):
-        _ = UNCHECKED.appraise(verdict, stage="boot")
+        _ = UNCHECKED.appraise(verdict, now=end + 10, stage="boot")
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=ABSENT)
@@ -282,11 +296,62 @@ def test_a_floor_under_the_version_of_tcb_info() -> None:
     verdict = case.verify()
     assert verdict.tcb_info_version == 2
     accepting = TcbPolicy(accepted_statuses=frozenset({verdict.tcb_status}))
-    _ = Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot")
+    _ = Policy(tcb=accepting, measurements="unchecked").appraise(verdict, now=verdict.verified_at, stage="boot")
     strict = attrs.evolve(accepting, min_tcb_info_version=3)
     assert _refused(Policy(tcb=strict, measurements="unchecked"), verdict) == ["tcb_info_version"]
     identity = IdentityPolicy(mr_seam=(bytes(48),))
     assert _refused(Policy(tcb=accepting, identity=identity, measurements="unchecked"), verdict) == ["mr_seam"]
+
+
+# --- age ---
+
+COMBINED = [POLICY, AllOf((POLICY, UNCHECKED)), AnyOf((POLICY, UNCHECKED)), parse_policy_set(b"").bind((PROFILE,))]
+
+
+@pytest.mark.parametrize("policy", COMBINED, ids=lambda policy: type(policy).__name__)
+def test_a_verdict_is_accepted_only_for_so_long(policy: Any) -> None:
+    verdict = verdict_of(PLATFORM)
+    for later, max_age in ((0, 0), (MAX_AGE, MAX_AGE), (86400, 86400)):
+        accepted = policy.appraise(verdict, now=NOW + later, stage="boot", max_age=max_age)
+        assert (accepted.verified_at, accepted.appraised_at) == (NOW, NOW + later)
+    for options in ({"now": NOW + MAX_AGE + 1}, {"now": NOW + 1, "max_age": 0}, {"now": NOW - 1}):
+        with pytest.raises(AppraisalError, match=f"verdict_age: .*got {rfc3339(NOW)}, expected at ") as caught:
+            _ = policy.appraise(verdict, stage="boot", **options)
+        assert [(one.part, one.code) for one in caught.value.refusals] == [("verdict", "verdict_age")]
+        assert "verify the quote again" in caught.value.explain()
+    with pytest.raises(TypeError, match="'now'"):
+        _ = policy.appraise(verdict, stage="boot")
+
+
+@pytest.mark.parametrize("policy", COMBINED, ids=lambda policy: type(policy).__name__)
+def test_collateral_is_accepted_only_for_so_long(policy: Any) -> None:
+    late = NOW + 86400
+    options: dict[str, Any] = {"now": late, "report_data": REPORT_DATA, "root": ROOT}
+    verdict = verify_genuine(PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), **options)
+    assert verdict.collateral.root_crl_issued <= verdict.collateral.issued_at == NOW
+    _ = policy.appraise(verdict, now=late, stage="boot", max_collateral_age=86400)
+    with pytest.raises(AppraisalError, match=f"collateral_age: .*got {rfc3339(NOW)}, expected at least ") as caught:
+        _ = policy.appraise(verdict, now=late + 1, stage="boot", max_collateral_age=86400)
+    assert {(one.part, one.code) for one in caught.value.refusals} == {("collateral", "collateral_age")}
+    if not isinstance(policy, BoundPolicies):
+        _ = verify(PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), policy=policy, **options)
+        with pytest.raises(AppraisalError, match="collateral_age"):
+            _ = verify(
+                PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), policy=policy, max_collateral_age=86399, **options
+            )
+
+
+def test_a_policy_decides_by_the_present_time() -> None:
+    """Also about what ended after the verdict was made."""
+    verdict = verdict_of(PLATFORM)
+    end = verdict.window[1]
+    _ = POLICY.appraise(verdict, now=end, stage="boot", max_age=end - NOW)
+    with pytest.raises(AppraisalError, match="collateral_grace"):
+        _ = POLICY.appraise(verdict, now=end + 1, stage="boot", max_age=end + 1 - NOW)
+    ended = Policy(profiles=(attrs.evolve(PROFILE, schedule=Schedule(not_after=NOW + 11)),))
+    assert ended.appraise(verdict, now=NOW + 10, stage="boot").profile_state == "enforced"
+    with pytest.raises(AppraisalError, match="profile"):
+        _ = ended.appraise(verdict, now=NOW + 11, stage="boot")
 
 
 # --- identity ---
@@ -309,11 +374,11 @@ def test_only_who_is_on_the_list(name: str, register: str | None) -> None:
     other = bytes(len(got) - 1) + b"\x07"
     listed: dict[str, Any] = {name: (other, got)}
     accepting = Policy(measurements="unchecked", identity=IdentityPolicy(**listed))
-    _ = accepting.appraise(verdict, stage="boot")
+    _ = accepting.appraise(verdict, now=NOW, stage="boot")
     listed = {name: (other,)}
     refusing = Policy(measurements="unchecked", identity=IdentityPolicy(**listed))
     with pytest.raises(AppraisalError) as caught:
-        _ = refusing.appraise(verdict, stage="boot")
+        _ = refusing.appraise(verdict, now=NOW, stage="boot")
     (refusal,) = caught.value.refusals
     assert (refusal.code, refusal.register, refusal.got, refusal.expected) == (name, register, got.hex(), other.hex())
     assert refusal.part == ("measurement" if register else "tcb")
@@ -332,14 +397,14 @@ LENIENT = Policy(measurements="unchecked", attributes=AttributePolicy(unsafe_all
 
 def test_all_of_these() -> None:
     both = AllOf((UNCHECKED, POLICY))
-    assert both.appraise(verdict_of(PLATFORM), stage="boot").profile is PROFILE
+    assert both.appraise(verdict_of(PLATFORM), now=NOW, stage="boot").profile is PROFILE
     assert _refused(AllOf((LENIENT, POLICY)), verdict_of(PLATFORM, "debug", "rtmr1")) == [
         "debug",
         "measurement_mismatch",
     ]
     assert _refused(AllOf((UNCHECKED, UNCHECKED)), verdict_of(PLATFORM, "debug")) == ["debug"]
     with pytest.raises(PolicyError, match="stage"):
-        _ = both.appraise(verdict_of(PLATFORM), stage="later")  # type: ignore[arg-type]
+        _ = both.appraise(verdict_of(PLATFORM), now=NOW, stage="later")  # type: ignore[arg-type]
 
 
 OTHERS = (
@@ -361,7 +426,7 @@ def test_all_is_every_one_and_any_is_one_in_whatever_order(policies: tuple[AnyPo
 
 def _reasons(policy: AnyPolicy, verdict: Verdict) -> list[Refusal]:
     try:
-        _ = policy.appraise(verdict, stage="boot")
+        _ = policy.appraise(verdict, now=NOW, stage="boot")
     except AppraisalError as exc:
         return list(exc.refusals)
     return []
@@ -370,15 +435,15 @@ def _reasons(policy: AnyPolicy, verdict: Verdict) -> list[Refusal]:
 def test_any_of_these() -> None:
     debug = verdict_of(PLATFORM, "debug")
     either = AnyOf((POLICY, LENIENT))
-    assert either.appraise(verdict_of(PLATFORM), stage="boot").profile is PROFILE
-    assert either.appraise(debug, stage="boot").matched is None
+    assert either.appraise(verdict_of(PLATFORM), now=NOW, stage="boot").profile is PROFILE
+    assert either.appraise(debug, now=NOW, stage="boot").matched is None
     assert _refused(AnyOf((POLICY, UNCHECKED)), debug) == ["debug"]
     assert _refused(AllOf((either, AnyOf((POLICY,)))), debug) == ["debug"]
 
 
 def test_an_explanation_for_operators() -> None:
     with pytest.raises(AppraisalError) as caught:
-        _ = POLICY.appraise(verdict_of(PLATFORM, "debug", "tcb_out_of_date", "rtmr1"), stage="boot")
+        _ = POLICY.appraise(verdict_of(PLATFORM, "debug", "tcb_out_of_date", "rtmr1"), now=NOW, stage="boot")
     text = caught.value.explain()
     assert "\n" not in text
     assert text.startswith(
@@ -387,14 +452,14 @@ def test_an_explanation_for_operators() -> None:
     assert all(refusal.detail[1:] in text for refusal in caught.value.refusals)
     assert all(about in text for about in ("about the machine", "how the TD is started", "what runs in the TD"))
     with pytest.raises(AppraisalError) as caught:
-        _ = POLICY.appraise(verdict_of(PLATFORM, "debug"), stage="boot")
+        _ = POLICY.appraise(verdict_of(PLATFORM, "debug"), now=NOW, stage="boot")
     assert "for one reason. The TD can be debugged" in caught.value.explain()
     assert "about the machine" not in caught.value.explain()
 
 
 def _explained(policy: AnyPolicy, verdict: Verdict) -> str:
     with pytest.raises(AppraisalError) as caught:
-        _ = policy.appraise(verdict, stage="boot")
+        _ = policy.appraise(verdict, now=verdict.verified_at, stage="boot")
     return caught.value.explain()
 
 
@@ -704,9 +769,9 @@ def test_policies_of_policies() -> None:
     measured = AllOf((POLICY, Policy(measurements="unchecked", tcb=TcbPolicy(min_tcb_info_version=3))))
     policy = parse_policy_toml(text.encode())
     assert policy == AnyOf((known, measured))
-    assert policy.appraise(verdict_of(PLATFORM, "rtmr1"), stage="boot").matched is None
+    assert policy.appraise(verdict_of(PLATFORM, "rtmr1"), now=NOW, stage="boot").matched is None
     stranger = PLATFORM.another(1)
-    assert policy.appraise(verdict_of(stranger), stage="boot").profile == PROFILE
+    assert policy.appraise(verdict_of(stranger), now=NOW, stage="boot").profile == PROFILE
     assert _refused(policy, verdict_of(stranger, "rtmr1")) == ["ppid", "measurement_mismatch"]
 
 

@@ -32,7 +32,7 @@ NOBODY = f'identity.ppid = ["{"07" * 16}"]'
 def _accepts(text: str, **who: Any) -> bool:
     """Whether a file's policies, with two profiles, accept a platform that is out of date."""
     try:
-        _ = parse_policy_set(text).bind((OTHER, PROFILE)).appraise(STALE, stage="boot", **who)
+        _ = parse_policy_set(text).bind((OTHER, PROFILE)).appraise(STALE, now=NOW, stage="boot", **who)
     except AppraisalError as exc:
         assert {refusal.code for refusal in exc.refusals} <= {"tcb_status", "ppid"}  # of the profile that matches
         return False
@@ -89,25 +89,25 @@ def test_a_claimed_hotkey_gets_no_profile_that_the_default_refuses() -> None:
     twin = attrs.evolve(PROFILE, name="twin", attributes=AttributePolicy(sept_ve_disable="any"))
     mine = f'[per_hotkey.me]\nidentity.ppid = ["{PLATFORM.ppid.hex()}"]'
     bound = parse_policy_set(f"{OUTDATED}\n[per_profile.twin]\n{NOBODY}\n{mine}").bind((twin, PROFILE))
-    assert bound.appraise(STALE, stage="boot", proven="me").profile == twin
+    assert bound.appraise(STALE, now=NOW, stage="boot", proven="me").profile == twin
     for claimed in (None, "me"):
-        assert bound.appraise(STALE, stage="boot", claimed=claimed).profile == PROFILE
+        assert bound.appraise(STALE, now=NOW, stage="boot", claimed=claimed).profile == PROFILE
     texts = (f"[per_profile.{name}]\n{OUTDATED}" for name in ("simulated", "twin"))
     default, own = (parse_policy_set(text).bind((twin, PROFILE))._groups[None] for text in texts)
     apart = BoundPolicies((twin, PROFILE), {None: default, "me": own})
-    assert apart.appraise(STALE, stage="boot").profile == PROFILE
-    assert apart.appraise(STALE, stage="boot", proven="me").profile == twin
+    assert apart.appraise(STALE, now=NOW, stage="boot").profile == PROFILE
+    assert apart.appraise(STALE, now=NOW, stage="boot", proven="me").profile == twin
     with pytest.raises(AppraisalError, match="TCB status"):
-        _ = apart.appraise(STALE, stage="boot", claimed="me")
+        _ = apart.appraise(STALE, now=NOW, stage="boot", claimed="me")
 
 
 def test_the_refusals_are_those_of_the_nearest_profile() -> None:
     bound = parse_policy_set("[per_profile.other]\ntcb.allow_smt = false").bind((OTHER, PROFILE))
     with pytest.raises(AppraisalError) as caught:
-        _ = bound.appraise(verdict_of(PLATFORM, "rtmr0"), stage="boot")
+        _ = bound.appraise(verdict_of(PLATFORM, "rtmr0"), now=NOW, stage="boot")
     assert [(one.code, one.register) for one in caught.value.refusals] == [("measurement_mismatch", "RTMR0")]
     with pytest.raises(AppraisalError) as caught:
-        _ = PolicySet().bind(()).appraise(verdict_of(PLATFORM), stage="boot")
+        _ = PolicySet().bind(()).appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     assert [one.code for one in caught.value.refusals] == ["no_profiles"]
 
 
@@ -157,7 +157,7 @@ def test_reference_values_come_from_one_place() -> None:
     assert parse_policy_set(own).with_own_profiles() == Policy(profiles=(PROFILE,))
     bound = parse_policy_set(f"{own}[per_profile.simulated]\n{OUTDATED}").with_own_profiles()
     assert isinstance(bound, BoundPolicies)
-    assert bound.appraise(STALE, stage="boot").profile == PROFILE
+    assert bound.appraise(STALE, now=NOW, stage="boot").profile == PROFILE
     with pytest.raises(PolicyError, match=r"go with \[\[profile\]\]"):
         _ = parse_policy_set(f"[per_profile.simulated]\n{OUTDATED}").with_own_profiles()
     for name in ("Simulated", "simulated 2"):

@@ -59,16 +59,16 @@ def ruled(**replayed: Any) -> Policy:
 
 def refused(policy: AnyPolicy, verdict: Verdict, log: EventLog | None = LOG) -> list[str]:
     with pytest.raises(AppraisalError) as caught:
-        _ = policy.appraise(verdict, stage="boot", event_log=log)
+        _ = policy.appraise(verdict, now=NOW, stage="boot", event_log=log)
     assert {refusal.part for refusal in caught.value.refusals} == {"measurement"}
     return [refusal.code for refusal in caught.value.refusals]
 
 
 def test_what_is_not_pinned_is_told() -> None:
-    accepted = ruled().appraise(logged(), stage="boot", event_log=LOG)
+    accepted = ruled().appraise(logged(), now=NOW, stage="boot", event_log=LOG)
     assert (accepted.unpinned, accepted.replayed) == (("MRTD",), ("RTMR3",))
-    assert Policy(profiles=(PROFILE,)).appraise(verdict_of(PLATFORM), stage="boot").unpinned == ()
-    unchecked = Policy(measurements="unchecked").appraise(verdict_of(PLATFORM), stage="boot")
+    assert Policy(profiles=(PROFILE,)).appraise(verdict_of(PLATFORM), now=NOW, stage="boot").unpinned == ()
+    unchecked = Policy(measurements="unchecked").appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     assert (unchecked.unpinned[0], len(unchecked.unpinned), unchecked.replayed) == ("MRTD", 5, ())
 
 
@@ -101,7 +101,7 @@ def test_the_log_must_say_what_is_expected(rule: dict[str, Any], codes: list[str
     if codes:
         assert refused(ruled(**rule), logged()) == codes
     else:
-        _ = ruled(**rule).appraise(logged(), stage="boot", event_log=LOG)
+        _ = ruled(**rule).appraise(logged(), now=NOW, stage="boot", event_log=LOG)
 
 
 def test_a_name_counts_only_where_the_digest_covers_it() -> None:
@@ -175,7 +175,7 @@ def test_the_log_is_a_parsed_one(log: Any) -> None:
     verdict = logged()
     for policy in (ruled(), Policy(measurements="unchecked"), AllOf((ruled(),)), AnyOf((ruled(),))):
         with pytest.raises(TypeError, match=r"^event_log: must be an EventLog, as of parse_event_log"):
-            _ = policy.appraise(verdict, stage="boot", event_log=log)
+            _ = policy.appraise(verdict, now=NOW, stage="boot", event_log=log)
 
 
 def test_rules_in_toml() -> None:
@@ -301,7 +301,8 @@ def test_enclaves_are_pinned_by_measurement_or_signer() -> None:
 
     def codes(**identity: Any) -> list[str]:
         try:
-            _ = Policy(tcb=tcb, identity=IdentityPolicy(**identity)).appraise(verdict, stage="boot")
+            policy = Policy(tcb=tcb, identity=IdentityPolicy(**identity))
+            _ = policy.appraise(verdict, now=verdict.verified_at, stage="boot")
         except AppraisalError as exc:
             return [refusal.code for refusal in exc.refusals]
         return []
@@ -314,7 +315,7 @@ def test_enclaves_are_pinned_by_measurement_or_signer() -> None:
     assert codes(**{**signed, "min_isv_svn": body.isv_svn + 1}) == ["isv_svn"]
     td = Policy(measurements="unchecked", identity=IdentityPolicy(mr_enclave=(bytes(32),)))
     with pytest.raises(AppraisalError, match="mr_enclave: MRENCLAVE is not accepted"):
-        _ = td.appraise(verdict_of(PLATFORM), stage="boot")
+        _ = td.appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
 
 
 def test_a_floor_under_the_tcb_date() -> None:
@@ -327,10 +328,10 @@ def test_a_floor_under_the_tcb_date() -> None:
     ):
         policy = parse_policy_toml(f'measurements = "unchecked"\n[tcb]\nmin_tcb_date = {text}')
         if accepted:
-            _ = policy.appraise(verdict, stage="boot")
+            _ = policy.appraise(verdict, now=NOW, stage="boot")
         else:
             with pytest.raises(AppraisalError, match=r"tcb_date: .*got 2025-08-13T00:00:00Z, expected at least"):
-                _ = policy.appraise(verdict, stage="boot")
+                _ = policy.appraise(verdict, now=NOW, stage="boot")
     with pytest.raises(PolicyError, match="min_tcb_date"):
         _ = TcbPolicy(min_tcb_date=1.5)  # type: ignore[arg-type]
 

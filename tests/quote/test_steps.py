@@ -196,5 +196,5 @@ def test_measurements_are_left_to_the_policy(fault: str, register: str) -> None:
 
 def _assert_refused(verdict: object, expected: list[tuple[str, str, str | None]]) -> None:
     with pytest.raises(AppraisalError) as caught:
-        _ = Policy(profiles=(PROFILE,)).appraise(verdict, stage="boot")  # type: ignore[arg-type]
+        _ = Policy(profiles=(PROFILE,)).appraise(verdict, now=NOW, stage="boot")  # type: ignore[arg-type]
     assert [(refusal.part, refusal.code, refusal.register) for refusal in caught.value.refusals] == expected

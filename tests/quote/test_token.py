@@ -72,7 +72,7 @@ def test_plain_data() -> None:
     said = json.loads(json.dumps(verdict_of(PLATFORM).to_dict()))
     assert (said["tcb_status"], said["behind"], said["root"]) == ("UpToDate", [], ROOT.digest.hex())
     assert "profile" not in said
-    said = json.loads(json.dumps(POLICY.appraise(verdict_of(PLATFORM), stage="boot").to_dict()))
+    said = json.loads(json.dumps(POLICY.appraise(verdict_of(PLATFORM), now=NOW, stage="boot").to_dict()))
     assert (said["profile"], said["stage"], said["unpinned"]) == ({"name": "simulated", "version": "1"}, "boot", [])
     late = json.loads(json.dumps(verdict_of(PLATFORM, "qe_outdated").to_dict()))
     assert late["behind"][0]["lacks"] == [{"component": "ISVSVN", "got": 4, "needed": 6}]
@@ -100,7 +100,7 @@ def test_real_verdicts_too() -> None:
 
 
 def test_an_accepted_verdict_is_affirming() -> None:
-    accepted = POLICY.appraise(verdict_of(PLATFORM), stage="boot")
+    accepted = POLICY.appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     claims = make_ear(accepted, policy_id="urn:example:policy", nonce="12345678")
     assert (claims["eat_profile"], claims["iat"]) == ("tag:github.com,2023:veraison/ear", NOW)
     assert (claims["eat_nonce"], claims["ear.verifier-id"]["build"][:12]) == ("12345678", "chutes-proto")
@@ -124,7 +124,7 @@ def test_an_accepted_verdict_is_affirming() -> None:
 def test_a_refused_one_is_contraindicated(faults: tuple[str, ...], vector: dict[str, int]) -> None:
     verdict = verdict_of(PLATFORM, *faults)
     with pytest.raises(AppraisalError) as caught:
-        _ = POLICY.appraise(verdict, stage="boot")
+        _ = POLICY.appraise(verdict, now=NOW, stage="boot")
     appraisal = make_ear(verdict, policy_id="p", refused=caught.value)["submods"]["tdx"]
     assert appraisal["ear.status"] == "contraindicated"
     assert appraisal["ear.trustworthiness-vector"] == vector
@@ -136,7 +136,7 @@ def test_hardware_that_is_refused_is_not_affirmed() -> None:
     """Its TCB is up to date, and not new enough for this policy."""
     verdict = verdict_of(PLATFORM)
     with pytest.raises(AppraisalError, match="tcb_date") as caught:
-        _ = Policy(tcb=TcbPolicy(min_tcb_date=NOW), profiles=(PROFILE,)).appraise(verdict, stage="boot")
+        _ = Policy(tcb=TcbPolicy(min_tcb_date=NOW), profiles=(PROFILE,)).appraise(verdict, now=NOW, stage="boot")
     appraisal = make_ear(verdict, policy_id="p", refused=caught.value)["submods"]["tdx"]
     assert appraisal["ear.trustworthiness-vector"] == {"hardware": 32, "configuration": 2}
 
@@ -147,12 +147,14 @@ def test_nothing_is_affirmed_that_nobody_appraised_or_pinned() -> None:
         assert (appraisal["ear.status"], appraisal["ear.trustworthiness-vector"]) == ("none", vector)
     rule = RegisterRule(register="RTMR1", stage="boot", check="any")
     zero = evolve(PROFILE, boot=(PROFILE.boot[0], bytes(48), *PROFILE.boot[2:]), rules=(rule,))
-    accepted = Policy(profiles=(zero,)).appraise(verdict_of(PLATFORM, "rtmr1"), stage="boot")
+    accepted = Policy(profiles=(zero,)).appraise(verdict_of(PLATFORM, "rtmr1"), now=NOW, stage="boot")
     appraisal = make_ear(accepted, policy_id="p")["submods"]["tdx"]
     assert "executables" not in appraisal["ear.trustworthiness-vector"]
     assert appraisal["ear.veraison.annotated-evidence"]["unpinned"] == ["RTMR1"]
     late = TcbPolicy(accepted_statuses=frozenset({TcbStatus.OUT_OF_DATE}))
-    accepted = Policy(tcb=late, profiles=(PROFILE,)).appraise(verdict_of(PLATFORM, "tcb_out_of_date"), stage="boot")
+    accepted = Policy(tcb=late, profiles=(PROFILE,)).appraise(
+        verdict_of(PLATFORM, "tcb_out_of_date"), now=NOW, stage="boot"
+    )
     assert make_ear(accepted, policy_id="p")["submods"]["tdx"]["ear.trustworthiness-vector"]["hardware"] == 32
 
 
@@ -169,14 +171,15 @@ def test_nothing_is_affirmed_that_nobody_appraised_or_pinned() -> None:
 )
 def test_no_status_is_better_than_the_worst_claim(fault: str, policy: Policy, status: str) -> None:
     """A reader that looks at the status alone must not take a TD that its host can read for a good one."""
-    appraisal = make_ear(policy.appraise(verdict_of(PLATFORM, fault), stage="boot"), policy_id="p")["submods"]["tdx"]
+    accepted = policy.appraise(verdict_of(PLATFORM, fault), now=NOW, stage="boot")
+    appraisal = make_ear(accepted, policy_id="p")["submods"]["tdx"]
     assert appraisal["ear.status"] == status
 
 
 def test_what_one_policy_accepts_and_another_refuses_is_not_affirmed() -> None:
-    accepted = POLICY.appraise(verdict_of(PLATFORM), stage="boot")
+    accepted = POLICY.appraise(verdict_of(PLATFORM), now=NOW, stage="boot")
     with pytest.raises(AppraisalError) as caught:
-        _ = Policy().appraise(accepted, stage="boot")
+        _ = Policy().appraise(accepted, now=NOW, stage="boot")
     appraisal = make_ear(accepted, policy_id="p", refused=caught.value)["submods"]["tdx"]
     assert appraisal["ear.status"] == "contraindicated"
     assert appraisal["ear.trustworthiness-vector"]["executables"] == 96
@@ -192,7 +195,7 @@ def test_what_one_policy_accepts_and_another_refuses_is_not_affirmed() -> None:
     ],
 )
 def test_a_signed_token_is_read_by_others(key: Any, algorithm: str) -> None:
-    claims = make_ear(POLICY.appraise(verdict_of(PLATFORM), stage="boot"), policy_id="p")
+    claims = make_ear(POLICY.appraise(verdict_of(PLATFORM), now=NOW, stage="boot"), policy_id="p")
     token = sign_ear(claims, key, key_id="1")
     header = jwt.get_unverified_header(token)
     assert header == {"alg": algorithm, "kid": "1", "typ": "eat+jwt"}

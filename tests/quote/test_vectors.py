@@ -107,11 +107,12 @@ def test_with_the_choices_of_dcap_qvl(case: Case) -> None:
     if case.name in DEBUG_ENCLAVES_OF_OLD_TCB_INFO:
         expected = "error"
     if expected == "ok":
-        assert DCAP_QVL_POLICY.appraise(case.verify(), stage="boot").tcb_status == status
+        verdict = case.verify()
+        assert DCAP_QVL_POLICY.appraise(verdict, now=verdict.verified_at, stage="boot").tcb_status == status
     elif case.alone[0] == "ok" and case.name not in DIFFERENCES:
         verdict = case.verify()
         with pytest.raises(AppraisalError) as caught:
-            _ = DCAP_QVL_POLICY.appraise(verdict, stage="boot")
+            _ = DCAP_QVL_POLICY.appraise(verdict, now=verdict.verified_at, stage="boot")
         assert {refusal.part for refusal in caught.value.refusals} == {"attributes"}
         assert WITH_POLICY.get(case.hint, {"debug"}) <= {refusal.code for refusal in caught.value.refusals}
 

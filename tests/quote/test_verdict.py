@@ -114,7 +114,7 @@ def test_a_rollback_can_be_seen() -> None:
 
 def _refusals(verdict: Verdict, **tcb: Any) -> list[str]:
     try:
-        _ = Policy(tcb=TcbPolicy(**tcb), measurements="unchecked").appraise(verdict, stage="boot")
+        _ = Policy(tcb=TcbPolicy(**tcb), measurements="unchecked").appraise(verdict, now=NOW, stage="boot")
     except AppraisalError as exc:
         return [refusal.code for refusal in exc.refusals]
     return []

@@ -113,7 +113,7 @@ def test_this_verifier_accepts_every_form_and_names_the_machine(form: Form, ca: 
     for stage in STAGES:
         quote = machine.quote(REPORT_DATA, stage=stage)
         verdict = verify_genuine(quote, machine.collateral(NOW), now=NOW, report_data=REPORT_DATA, root=HONEST.root)
-        assert Policy(profiles=(PROFILE,)).appraise(verdict, stage=stage).profile == PROFILE
+        assert Policy(profiles=(PROFILE,)).appraise(verdict, now=NOW, stage=stage).profile == PROFILE
         pck = verdict.pck
         assert (pck.ca, pck.fmspc, pck.ppid) == (ca, machine.fmspc, machine.ppid)
         assert pck.platform_instance_id == machine.platform_instance_id

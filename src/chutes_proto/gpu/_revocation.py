@@ -31,7 +31,7 @@ from chutes_proto.quote._certificates import P384_SHA384, Certificate, Crl
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import P384
 from chutes_proto.quote._roots import TrustedRoot
-from chutes_proto.quote._terms import NOT_YET_VALID, Term, check_seconds, rfc3339
+from chutes_proto.quote._terms import NOT_YET_VALID, Term, check_duration, check_seconds, rfc3339
 
 State: TypeAlias = Literal["good", "revoked", "hold", "unknown"]
 
@@ -146,7 +146,7 @@ def check_chain_status(
     Returns each status. Raises `GpuVerificationError`.
     """
     check_seconds("now", now)
-    check_seconds("grace", grace)
+    check_duration("grace", grace)
     found: list[Status] = []
     for place in range(len(chain.certificates)):
         name = f"{subject} certificate" if place == 0 else f"issuer {place} of the {subject} certificate"

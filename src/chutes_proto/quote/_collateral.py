@@ -160,6 +160,14 @@ class CollateralIssue(Struct, frozen=True):
         """The lower TCB evaluation data number of TCB info and QE identity."""
         return min(self.tcb_info_number, self.qe_identity_number)
 
+    @property
+    def issued_at(self) -> int:
+        """The earliest date of TCB info, QE identity and PCK CRL: Intel issues these again every day.
+
+        The root CRL stays the same for up to a year, so its date says nothing about the collateral's age.
+        """
+        return min(self.tcb_info_issued, self.qe_identity_issued, self.pck_crl_issued)
+
 
 class CollateralDigests(Struct, frozen=True):
     """SHA-256 (32 bytes) of each document that Intel signs, as it was received.

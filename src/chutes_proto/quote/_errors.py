@@ -32,8 +32,9 @@ QuoteFormatCode: TypeAlias = Literal[
 ]
 """Too few bytes for any quote; a number in the header that is not read here; anything else."""
 
-Part: TypeAlias = Literal["collateral", "tcb", "attributes", "measurement"]
-"""The parts of a policy: what it demands of the collateral, the platform, how a TD is started and what runs in it."""
+Part: TypeAlias = Literal["verdict", "collateral", "tcb", "attributes", "measurement"]
+"""The parts of an appraisal: the age of the verdict, and the demands of a policy on the collateral, the platform, how a
+TD is started and what runs in it."""
 
 
 def shown(value: object) -> str:
@@ -179,6 +180,7 @@ _ABOUT: Final[dict[str, str]] = {
 """Refusals whose remedy differs from that of the others of their part."""
 
 _ADVICE: Final[dict[str, str]] = {
+    "verdict": "This is about the program that appraises: verify the quote again, and appraise the verdict at once.",
     "collateral": "This is about the collateral: get newer (`chutes-proto collateral fetch`; with `--update early` it"
     " has what a TCB recovery will demand), or let the policy demand less of it.",
     "tcb": "This is about the machine: its owner updates or configures it, or the policy names what else it accepts.",

@@ -1,9 +1,12 @@
 """Policies: a caller's demands on the TCB, on the TD's attributes and on its measurements.
 
     policy = Policy(profiles=profiles)
-    accepted = policy.appraise(verdict, stage="boot")
+    accepted = policy.appraise(verdict, now=now, stage="boot")
 
 Rules kept here:
+
+* a verdict is of the time at which it was verified: `Policy.appraise` takes the present time, by which it decides, and
+  refuses a verdict of `MAX_AGE` seconds before it, unless the caller names another age;
 
 * a policy is checked when it is made: meaningless values are refused then, and nothing is ignored;
 * the defaults accept what is up to date and nothing less, and no measurement at all: profiles must be given, or the
@@ -42,13 +45,16 @@ from chutes_proto.quote._measurements import (
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
-from chutes_proto.quote._terms import rfc3339
+from chutes_proto.quote._terms import check_duration, check_seconds, rfc3339
 from chutes_proto.quote._verify import Verdict, verify_genuine
 
 if TYPE_CHECKING:
     from chutes_proto.quote import _eventlog as eventlog
 else:  # most appraisals replay nothing; the types of public functions resolve all the same
     eventlog = LazyModule("chutes_proto.quote._eventlog")
+
+MAX_AGE: Final = 300
+"""The seconds for which a verdict may be appraised, if the caller does not say: for what a program does in between."""
 
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
 """Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
@@ -143,8 +149,8 @@ class TcbPolicy:
             if grace is not None and may_be_unlimited and not self.accepted_statuses & OUT_OF_DATE:
                 raise PolicyError(f"{name}: goes with an OutOfDate status in accepted_statuses")
 
-    def refusals(self, verdict: Verdict) -> list[Refusal]:
-        """List every reason to refuse the platform of a verdict."""
+    def refusals(self, verdict: Verdict, *, now: int) -> list[Refusal]:
+        """List every reason to refuse the platform of a verdict at a time, in unix seconds."""
         found: list[Refusal] = []
 
         def refuse(code: str, detail: str, got: object, expected: object) -> None:
@@ -174,7 +180,6 @@ class TcbPolicy:
             floor = f"at least {self.min_tcb_info_version}"
             refuse("tcb_info_version", "the TCB info is of an old version", verdict.tcb_info_version, floor)
         outdated = verdict.tcb_status in OUT_OF_DATE  # not where a relaunch cures it
-        now = verdict.verified_at
         for code, grace, begin in (
             ("platform_grace", self.platform_grace, _reached(verdict.platform, verdict.module) if outdated else None),
             ("qe_grace", self.qe_grace, _reached(verdict.qe) if outdated else None),
@@ -211,10 +216,14 @@ def _reached(*parts: Stated | None) -> int | None:
 
 @frozen(kw_only=True, eq=False)
 class AcceptedVerdict(Verdict):
-    """A verdict that a policy accepts in a stage. ``matched`` is None if the policy leaves measurements unchecked."""
+    """A verdict that a policy accepts in a stage, at ``appraised_at``, the caller's ``now`` in unix seconds.
+
+    ``matched`` is None if the policy leaves measurements unchecked.
+    """
 
     stage: Stage
     matched: Profile | None
+    appraised_at: int
     _instead: ClassVar[str] = "the policy accepts it; a quote that is refused raises VerificationError"
 
     @property
@@ -226,8 +235,8 @@ class AcceptedVerdict(Verdict):
 
     @property
     def profile_state(self) -> ProfileState | None:
-        """The state of the matched profile at the time of verification: "warned" and "retiring" are to be listed."""
-        return None if self.matched is None else self.matched.schedule.state(self.verified_at)
+        """The state of the matched profile at the time of appraisal: "warned" and "retiring" are to be listed."""
+        return None if self.matched is None else self.matched.schedule.state(self.appraised_at)
 
     @property
     def unpinned(self) -> tuple[str, ...]:
@@ -247,9 +256,9 @@ class AcceptedVerdict(Verdict):
 _resolve_init(AcceptedVerdict)
 
 
-def _accepted(verdict: Verdict, stage: Stage, matched: Profile | None) -> AcceptedVerdict:
+def _accepted(verdict: Verdict, now: int, stage: Stage, matched: Profile | None) -> AcceptedVerdict:
     members: dict[str, Any] = {name: getattr(verdict, name) for name in _OF_VERDICT}
-    return AcceptedVerdict(**members, stage=stage, matched=matched, proof=PROOF)
+    return AcceptedVerdict(**members, stage=stage, matched=matched, appraised_at=now, proof=PROOF)
 
 
 _OF_VERDICT: Final = tuple(member.name for member in fields(Verdict) if member.name != "proof")
@@ -293,18 +302,30 @@ class Policy:
             raise PolicyError(f"{path}: {exc}") from None
 
     def appraise(
-        self, verdict: Verdict, *, stage: Stage, event_log: eventlog.EventLog | None = None
+        self,
+        verdict: Verdict,
+        *,
+        now: int,
+        stage: Stage,
+        event_log: eventlog.EventLog | None = None,
+        max_age: int = MAX_AGE,
+        max_collateral_age: int | None = None,
     ) -> AcceptedVerdict:
         """Accept a verdict in a stage. Raises `AppraisalError` with all reasons not to; `TypeError` for no verdict.
 
+        ``now`` is the present time, in whole unix seconds. A verdict of more than ``max_age`` seconds before it is
+        refused; so is one of a later time, and one whose TCB info, QE identity or PCK CRL was issued more than
+        ``max_collateral_age`` seconds before it (None: no limit but their own end).
+
         ``event_log`` is that of the TD, for profiles with registers that a log must explain; nothing vouches for it
         before. Of several profiles that match the TD's measurements, the first whose attributes accept it counts, if it
-        counts at the time of verification. Where none matches, the refusals are against the one that differs in the
+        counts at that time. Where none matches, the refusals are against the one that differs in the
         fewest registers.
         """
-        _check_appraised(verdict, stage, event_log)
+        _check_appraised(verdict, now, stage, event_log, max_age, max_collateral_age)
         body = verdict.quote.body
-        refusals = self.tcb.refusals(verdict) + self.identity.refusals(verdict.pck, body)
+        refusals = _aged(verdict, now, max_age, max_collateral_age)
+        refusals += self.tcb.refusals(verdict, now=now) + self.identity.refusals(verdict.pck, body)
         if isinstance(body, SgxReport):
             refusals += self._of_enclave(body)
             matched = None
@@ -314,7 +335,7 @@ class Policy:
             for profile in self.profiles:
                 measured = profile.refusals(body, stage, events)
                 refused = (profile.attributes or self.attributes).refusals(body)
-                refused += profile.untimely(verdict.verified_at)
+                refused += profile.untimely(now)
                 candidates.append((measured, refused, profile))
                 if not measured and not refused:
                     break
@@ -328,7 +349,7 @@ class Policy:
         if refusals:
             nearest = None if matched is None else str(matched)
             raise AppraisalError(refusals, verdict.steps, nearest=nearest, stage=stage)
-        return _accepted(verdict, stage, matched)
+        return _accepted(verdict, now, stage, matched)
 
     def _of_enclave(self, body: SgxReport) -> list[Refusal]:
         """List the refusals of an SGX enclave: it has no TD attributes and no RTMRs, so profiles never accept it."""
@@ -340,6 +361,22 @@ class Policy:
             problem = "an SGX enclave has none of a TD's registers, and the policy names no MRENCLAVE or MRSIGNER"
             found.append(Refusal("measurement", "not_a_td", problem))
         return found
+
+
+def _aged(verdict: Verdict, now: int, max_age: int, max_collateral_age: int | None) -> list[Refusal]:
+    """List the refusals of a verdict that is not of this time, or whose collateral is too old."""
+    found: list[Refusal] = []
+    made, issued = verdict.verified_at, verdict.collateral.issued_at
+    if now - made > max_age:
+        problem, floor = "the verdict was made too long ago", f"at least {rfc3339(now - max_age)}"
+        found.append(mismatch("verdict", "verdict_age", problem, rfc3339(made), floor))
+    if made > now:
+        problem = "the verdict is of a later time than it is now; is the time right?"
+        found.append(mismatch("verdict", "verdict_age", problem, rfc3339(made), f"at most {rfc3339(now)}"))
+    if max_collateral_age is not None and now - issued > max_collateral_age:
+        problem, floor = "the collateral was issued too long ago", f"at least {rfc3339(now - max_collateral_age)}"
+        found.append(mismatch("collateral", "collateral_age", problem, rfc3339(issued), floor))
+    return found
 
 
 def _events(
@@ -381,25 +418,40 @@ class AllOf(_Combined):
     __slots__ = ()
 
     def appraise(
-        self, verdict: Verdict, *, stage: Stage, event_log: eventlog.EventLog | None = None
+        self,
+        verdict: Verdict,
+        *,
+        now: int,
+        stage: Stage,
+        event_log: eventlog.EventLog | None = None,
+        max_age: int = MAX_AGE,
+        max_collateral_age: int | None = None,
     ) -> AcceptedVerdict:
         """Accept a verdict that all of these accept; ``matched`` is the first profile that one of these matched.
 
-        Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
+        The arguments are those of `Policy.appraise`. Raises `AppraisalError` with all reasons of all of these;
+        `TypeError` for no verdict.
         """
         matched: Profile | None = None
         nearest: str | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
-                accepted = policy.appraise(verdict, stage=stage, event_log=event_log)
+                accepted = policy.appraise(
+                    verdict,
+                    now=now,
+                    stage=stage,
+                    event_log=event_log,
+                    max_age=max_age,
+                    max_collateral_age=max_collateral_age,
+                )
                 matched = matched or accepted.matched
             except AppraisalError as exc:
                 refusals += exc.refusals
                 nearest = nearest or exc.nearest
         if refusals:
             raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps, nearest=nearest, stage=stage)
-        return _accepted(verdict, stage, matched)
+        return _accepted(verdict, now, stage, matched)
 
 
 class AnyOf(_Combined):
@@ -408,17 +460,32 @@ class AnyOf(_Combined):
     __slots__ = ()
 
     def appraise(
-        self, verdict: Verdict, *, stage: Stage, event_log: eventlog.EventLog | None = None
+        self,
+        verdict: Verdict,
+        *,
+        now: int,
+        stage: Stage,
+        event_log: eventlog.EventLog | None = None,
+        max_age: int = MAX_AGE,
+        max_collateral_age: int | None = None,
     ) -> AcceptedVerdict:
         """Accept a verdict that one of these accepts; the result is that of the first which does.
 
-        Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
+        The arguments are those of `Policy.appraise`. Raises `AppraisalError` with all reasons of all of these;
+        `TypeError` for no verdict.
         """
         nearest: str | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
-                return policy.appraise(verdict, stage=stage, event_log=event_log)
+                return policy.appraise(
+                    verdict,
+                    now=now,
+                    stage=stage,
+                    event_log=event_log,
+                    max_age=max_age,
+                    max_collateral_age=max_collateral_age,
+                )
             except AppraisalError as exc:
                 refusals += exc.refusals
                 nearest = nearest or exc.nearest
@@ -434,8 +501,14 @@ _resolve_init(_Combined)
 _STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
-def _check_appraised(verdict: object, stage: Stage, log: object) -> None:
+def _check_appraised(
+    verdict: object, now: int, stage: Stage, log: object, max_age: int, max_collateral_age: int | None
+) -> None:
     check_kind("verdict", verdict, Verdict, "a Verdict, as of verify_genuine")
+    check_seconds("now", now)
+    check_duration("max_age", max_age)
+    if max_collateral_age is not None:
+        check_duration("max_collateral_age", max_collateral_age)
     if stage not in _STAGES:
         raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
     if log is not None:
@@ -459,6 +532,7 @@ def verify(
     sgx: bool = False,
     stage: Stage = "boot",
     event_log: eventlog.EventLog | None = None,
+    max_collateral_age: int | None = None,
 ) -> AcceptedVerdict:
     """Verify a quote against Intel's collateral, and return a verdict only if the policy accepts it.
 
@@ -470,6 +544,7 @@ def verify(
     ``event_log`` explains those that a profile leaves to it; a log that no profile asks for is compared with nothing
     (`replay` does that), and ``verdict.replayed`` is empty. ``collateral`` may be what `verify_collateral`
     returned, which is kept for many quotes; then its times are verified again, and its own grace counts.
+    ``max_collateral_age`` is as for `Policy.appraise`: how many seconds ago its pieces may have been issued.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, and `PolicyError` for
@@ -477,7 +552,9 @@ def verify(
     """
     check_policy(policy)
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
-    return policy.appraise(verdict, stage=stage, event_log=event_log)
+    return policy.appraise(
+        verdict, now=now, stage=stage, event_log=event_log, max_age=0, max_collateral_age=max_collateral_age
+    )
 
 
 # --- policies in TOML ---

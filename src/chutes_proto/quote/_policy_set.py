@@ -1,7 +1,7 @@
 """A policy file with exceptions: a default policy, and what differs from it for a profile or for a hotkey.
 
     policies = parse_policy_set(data).bind(profiles)
-    accepted = policies.appraise(verdict, stage="boot", claimed=hotkey)
+    accepted = policies.appraise(verdict, now=now, stage="boot", claimed=hotkey)
 
 The language is that of `parse_policy_toml`, and two tables of tables beside it, ``per_profile`` and ``per_hotkey``.
 
@@ -16,7 +16,7 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
@@ -28,6 +28,7 @@ from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._measurements import Profile, Stage
 from chutes_proto.quote._policy import (
     COMBINED,
+    MAX_AGE,
     MAX_DEPTH,
     AcceptedVerdict,
     AllOf,
@@ -41,6 +42,8 @@ from chutes_proto.quote._verify import Verdict
 if TYPE_CHECKING:
     from chutes_proto.quote._eventlog import EventLog
 
+Appraise: TypeAlias = Callable[[AnyPolicy], AcceptedVerdict]
+"""Appraises the verdict of a request by a policy."""
 Table: TypeAlias = Mapping[str, object]
 Tables: TypeAlias = Mapping[str, Table]
 Case: TypeAlias = tuple[tuple[str, ...], "str | None"]
@@ -138,51 +141,57 @@ class BoundPolicies:
         self,
         verdict: Verdict,
         *,
+        now: int,
         stage: Stage,
         event_log: EventLog | None = None,
+        max_age: int = MAX_AGE,
+        max_collateral_age: int | None = None,
         claimed: str | None = None,
         proven: str | None = None,
     ) -> AcceptedVerdict:
         """Accept a verdict in a stage. Raises `AppraisalError`, with the refusals against the nearest profile.
 
-        ``proven`` is a hotkey that the caller has proven to hold, ``claimed`` one that it only names.
+        ``proven`` is a hotkey that the caller has proven to hold, ``claimed`` one that it only names. The other
+        arguments are those of `Policy.appraise`.
         """
+
+        def appraise(policy: AnyPolicy) -> AcceptedVerdict:
+            return policy.appraise(
+                verdict,
+                now=now,
+                stage=stage,
+                event_log=event_log,
+                max_age=max_age,
+                max_collateral_age=max_collateral_age,
+            )
+
         if proven in self.hotkeys:
-            return self._by(proven, verdict, stage, event_log)
-        accepted = self._by(None, verdict, stage, event_log)
+            return self._by(proven, appraise)
+        accepted = self._by(None, appraise)
         if claimed not in self.hotkeys:
             return accepted
-        own = self._by(claimed, verdict, stage, event_log)
-        return own if own.matched == accepted.matched else self._by_both(claimed, verdict, stage, event_log)
+        own = self._by(claimed, appraise)
+        return own if own.matched == accepted.matched else self._by_both(claimed, appraise)
 
-    def _by_both(
-        self, claimed: str | None, verdict: Verdict, stage: Stage, event_log: EventLog | None
-    ) -> AcceptedVerdict:
+    def _by_both(self, claimed: str | None, appraise: Appraise) -> AcceptedVerdict:
         """Accept by the first profile by which both the default and the exception accept."""
         refused: list[AppraisalError] = []
         for profile in self.profiles:
             try:
-                _ = self._by(None, verdict, stage, event_log, profile)
-                return self._by(claimed, verdict, stage, event_log, profile)
+                _ = self._by(None, appraise, profile)
+                return self._by(claimed, appraise, profile)
             except AppraisalError as exc:
                 refused.append(exc)
         raise min(refused, key=_distance)
 
-    def _by(
-        self,
-        hotkey: str | None,
-        verdict: Verdict,
-        stage: Stage,
-        event_log: EventLog | None,
-        only: Profile | None = None,
-    ) -> AcceptedVerdict:
+    def _by(self, hotkey: str | None, appraise: Appraise, only: Profile | None = None) -> AcceptedVerdict:
         refused: list[AppraisalError] = []
         policies = self._groups[hotkey]
         if only is not None:
             policies = tuple(_with_profiles(each, (only,)) for each in policies if only in leaves(each)[0].profiles)
         for policy in policies:
             try:
-                return policy.appraise(verdict, stage=stage, event_log=event_log)
+                return appraise(policy)
             except AppraisalError as exc:
                 refused.append(exc)
         raise min(refused, key=_distance)

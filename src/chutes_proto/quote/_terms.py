@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 from msgspec import Struct
 
@@ -38,10 +38,11 @@ class Term(Struct, frozen=True):
 def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     """Check validity (steps 9, 10, 19 and 20); ``grace`` seconds are added to every end but a certificate's.
 
-    Raises `VerificationError`; `TypeError` unless ``now`` and ``grace`` are integers.
+    Raises `VerificationError`; `TypeError` unless ``now`` and ``grace`` are integers; `ValueError` for a negative
+    grace.
     """
     check_seconds("now", now)
-    check_seconds("grace", grace)
+    check_duration("grace", grace)
     step: type[VerificationError]
     for term in terms:
         if now < term.begin:  # 9, 19
@@ -57,6 +58,13 @@ def check_seconds(name: str, value: object) -> None:
     """Check that a time is an integer, which a bool is not. Raises `TypeError`."""
     if type(value) is not int:
         raise TypeError(f"{name}: must be an int, in whole seconds, not {value!r}")
+
+
+def check_duration(name: str, value: object) -> None:
+    """Check that it is so many seconds. Raises `TypeError`, and `ValueError` for fewer than none."""
+    check_seconds(name, value)
+    if cast("int", value) < 0:
+        raise ValueError(f"{name}: must not be negative, not {value}")
 
 
 def rfc3339(time: int) -> str:

@@ -51,7 +51,7 @@ from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
 from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
-from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, window
+from chutes_proto.quote._terms import Term, Window, check_duration, check_seconds, check_terms, window
 
 if TYPE_CHECKING:
     from chutes_proto.quote import _behind as behind
@@ -297,7 +297,7 @@ def authenticate_collateral(
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
     check_kind("collateral", collateral, Collateral, "a Collateral, as of Collateral.load")
     check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
-    check_seconds("grace", grace)
+    check_duration("grace", grace)
     of_pck_crl = _read_signers(collateral.pck_crl_issuer_chain, _PCK_CA)  # 3
     issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, of_pck_crl, _PCK_CA)  # 4-8
     of_tcb_info = _read_signers(collateral.tcb_info_issuer_chain, _TCB_SIGNER)  # 3

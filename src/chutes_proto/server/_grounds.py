@@ -132,17 +132,19 @@ class Rules:
     def accept(
         self, verdict: Verdict, stage: Stage, claimed: str, proven: Callable[[], Hotkey] | None
     ) -> AcceptedVerdict:
-        """Accept a verdict. Raises `AppraisalError`, with a note if only a release candidate's profile matches.
+        """Accept a verdict of this request. Raises `AppraisalError`.
 
-        ``claimed`` is the hotkey that the caller names; ``proven`` returns the one that it proves, or raises `Refused`.
+        The error has a note if only a release candidate's profile matches. ``claimed`` is the hotkey that the caller
+        names; ``proven`` returns the one that it proves, or raises `Refused`.
         """
         own = _proven(proven) if claimed in self.policy.hotkeys else None
-        accepted = self.policy.appraise(verdict, stage=stage, claimed=claimed, proven=own)
+        now = verdict.verified_at  # an audit row has one time, by which the decision can be made again
+        accepted = self.policy.appraise(verdict, now=now, stage=stage, claimed=claimed, proven=own)
         served = self.profiles.get(accepted.profile.identity)
         if served is None or not served.rc or _proven(proven) in served.authorized_hotkeys:
             return accepted
         try:
-            return self.public.appraise(verdict, stage=stage, claimed=claimed, proven=own)
+            return self.public.appraise(verdict, now=now, stage=stage, claimed=claimed, proven=own)
         except AppraisalError as exc:
             exc.add_note(f"release candidate {accepted.profile}, and no authorized hotkey is proven")
             raise
@@ -176,7 +178,7 @@ def outcome_of(refusal: Refused) -> str:
 def refusal_code(error: AppraisalError) -> Code | None:
     """The code of a refusal by the policy; None where it refuses the collateral, which is a fault of ours."""
     parts = {refusal.part for refusal in error.refusals}
-    if "collateral" in parts:
+    if parts & {"collateral", "verdict"}:
         return None
     if "tcb" in parts:
         return Code.TCB_REJECTED

@@ -228,7 +228,7 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
             }
         )
         log = None if task.log is None else parse_event_log(task.log)
-        accepted = task.policy.appraise(verdict, stage=task.stage, event_log=log)
+        accepted = task.policy.appraise(verdict, now=now, stage=task.stage, event_log=log)
         report |= {"accepted": True, "profile": accepted.matched.name if accepted.matched else None}
         is_pinned = accepted.quote.tee == "SGX" and _demands(task.policy, _enclave)
         report |= {"unpinned": [] if is_pinned else list(accepted.unpinned), "replayed": list(accepted.replayed)}
