@@ -350,8 +350,6 @@ def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:
     for wrong in (NONCE[:31], NONCE + b"\0", NONCE.hex(), bytearray(NONCE)):
         with pytest.raises(TypeError, match=r"^nonce"):
             _ = verified(GPUS, nonce=wrong)
-    with pytest.raises(GpuVerificationError, match="another nonce"):
-        _ = authenticate(GPUS.evidence(NONCE)[0], nonce=NONCE[:31], now=NOW, roots=GPUS.roots)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +419,16 @@ def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
     rims: Any = ()
     with pytest.raises(TypeError, match=r"^rims: must be Rims, not tuple$"):
         _ = compare(authenticate(device, nonce=NONCE, now=NOW, roots=GPUS.roots), rims, now=NOW)
+
+
+def test_a_device_is_compared_only_while_its_certificates_are_valid() -> None:
+    brief = GpuFault("brief", "a certificate that ends soon", brom=lambda one: attrs.evolve(one, not_after=NOW + 10))
+    gpus = attrs.evolve(GPUS, faults=(brief,))
+    device = authenticate(gpus.evidence(NONCE)[0], nonce=NONCE, now=NOW, roots=GPUS.roots)
+    rims = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in GPUS.rims(NOW))
+    assert compare(device, rims, now=NOW + 10).mismatches == ()
+    with pytest.raises(steps.CertificateExpiredError, match="device's certificate"):
+        _ = compare(device, rims, now=NOW + 11)
 
 
 def test_results_are_made_by_verification_only() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,7 +19,7 @@ import pytest
 from OpenSSL import SSL
 
 from chutes_proto.errors import LocalProtocolError
-from chutes_proto.quote import AcceptedVerdict, Policy, VerificationError
+from chutes_proto.quote import AcceptedVerdict, Policy, VerificationError, verify_collateral
 from chutes_proto.sync import (
     AttestationFailedError,
     AttestedIdentity,
@@ -95,8 +96,6 @@ def serving(identity: AttestedIdentity, folder: Path) -> Iterator[tuple[int, lis
 
 
 def fresh(_: bytes = b"") -> Any:
-    import time
-
     return PLATFORM.collateral(int(time.time()) - 60)
 
 
@@ -131,6 +130,21 @@ def test_an_attested_server_is_talked_to(client: str, identity: AttestedIdentity
         assert CLIENTS[client](port, context).endswith(b"ok")
     assert len(got) == 1
     assert [verdict.profile for verdict in verdicts] == [PROFILE]
+
+
+def test_a_context_has_a_clock_and_a_bound_on_the_age_of_collateral(identity: AttestedIdentity, tmp_path: Path) -> None:
+    kept = fresh()
+    at = [0]
+    context = attested_context(POLICY, kept, root=ROOT, max_collateral_age=3600, now=lambda: at[0])
+    begin = verify_collateral(kept, now=int(time.time()), root=ROOT).issue.issued_at
+    with serving(identity, tmp_path) as (port, got):
+        at[0] = begin + 3600
+        assert by_ssl(port, context).endswith(b"ok")
+        for later, reason in ((3601, "collateral_age"), (86400 * 2, "attested certificate: expired")):
+            at[0] = begin + later
+            with pytest.raises(AttestationFailedError, match=reason):
+                _ = by_ssl(port, context)
+    assert len(got) == 1
 
 
 @pytest.mark.parametrize("client", CLIENTS)

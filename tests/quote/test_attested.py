@@ -102,6 +102,17 @@ def test_each_form(form: str, extensions: dict[str, bytes]) -> None:
     assert verify_certificate(made, lambda _: kept, now=NOW, policy=POLICY, root=ROOT).verified is kept
 
 
+def test_collateral_may_be_only_so_old() -> None:
+    """Kept collateral is valid for a month, in which Intel may have revoked the platform."""
+    made = certificate({DICE: interoperable()}, end=NOW + 86400)
+    kept = verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT)
+    options: dict[str, Any] = {"policy": POLICY, "root": ROOT, "max_collateral_age": 3600}
+    accepted = verify_certificate(made, kept, now=NOW + 3600, **options)
+    assert accepted.appraised_at == accepted.verified_at == NOW + 3600
+    with pytest.raises(AppraisalError, match="collateral_age: the collateral was issued too long ago"):
+        _ = verify_certificate(made, lambda _: kept, now=NOW + 3601, **options)
+
+
 def test_the_form_that_is_made_here() -> None:
     report_data, extension = evidence_for(SPKI)
     made = certificate({DICE: extension(PLATFORM.quote(report_data))})

@@ -25,10 +25,9 @@ from chutes_proto.gpu._errors import GpuError, GpuPolicyError, GpuVerificationEr
 from chutes_proto.gpu._evidence import DeviceEvidence, parse_evidence
 from chutes_proto.gpu._findings import GpuRefusal, Mismatch
 from chutes_proto.gpu._measurements import differences, told_beside
-from chutes_proto.gpu._report import NONCE_SIZE
 from chutes_proto.gpu._revocation import Revocation, check_chain_status, check_floor
 from chutes_proto.gpu._rim import RimReference, VerifiedRim
-from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, compare
+from chutes_proto.gpu._verify import DEVICE, GenuineDevice, Rims, authenticate, check_nonce, compare
 from chutes_proto.quote._arguments import check_kind
 from chutes_proto.quote._terms import check_seconds
 
@@ -253,15 +252,30 @@ def verify(
     software chooses what it hands over. Evidence of switches alone is accepted for a ``count`` of 0 only.
 
     Raises `EvidenceRefusedError` with a report on every device; `EvidenceFormatError` for bytes that are no evidence;
-    `TypeError` for arguments of another type.
+    `TypeError` for arguments of another type, `ValueError` for a negative count.
     """
     check_kind("rims", rims, Rims, "Rims")
     check_kind("revocation", revocation, Revocation, "Revocation")
     check_kind("policy", policy, GpuPolicy, "GpuPolicy")
-    if count is not None and type(count) is not int:
-        raise TypeError(f"count: must be an int, or None, not {count!r}")
+    check_count(count)
     opened = open_evidence(data, nonce=nonce, now=now, roots=roots)
     return accept(opened, nonce=nonce, now=now, rims=rims, revocation=revocation, policy=policy, counts=(count,))
+
+
+def check_count(count: object) -> None:
+    """Check a number of GPUs. Raises `TypeError`, and `ValueError` for fewer than none."""
+    if count is None:
+        return
+    if type(count) is not int:
+        raise TypeError(f"count: must be an int, or None, not {count!r}")
+    if count < 0:
+        raise ValueError(f"count: must not be negative, not {count}")
+
+
+def check_evidence(name: str, value: object) -> None:
+    """Check that it is evidence, read or not. Raises `TypeError`."""
+    if not isinstance(value, bytes) and not _are_devices(value):
+        raise TypeError(f"{name}: must be bytes, or a sequence of DeviceEvidence")
 
 
 def _are_devices(value: object) -> bool:
@@ -278,12 +292,10 @@ def open_evidence(
 ) -> Opened:
     """The first half of `verify`, for callers that then fetch what these devices are verified with (steps 0 to 12)."""
     check_seconds("now", now)
-    if nonce is not None and (type(nonce) is not bytes or len(nonce) != NONCE_SIZE):
-        raise TypeError(f"nonce: must be {NONCE_SIZE} bytes, or None")
+    check_nonce(nonce)
     check_kind("roots", roots, GpuRoots, "GpuRoots")
+    check_evidence("data", data)
     evidence = parse_evidence(data) if isinstance(data, bytes) else data
-    if not _are_devices(evidence):
-        raise TypeError("data: must be bytes, or a sequence of DeviceEvidence")
     return [_authenticated(one, nonce, now, roots) for one in evidence]
 
 

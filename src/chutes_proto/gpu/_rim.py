@@ -35,7 +35,7 @@ from chutes_proto.gpu._certificates import (
 )
 from chutes_proto.gpu._xml import Element, XmlError, canonical, read
 from chutes_proto.quote import _ecdsa as ecdsa
-from chutes_proto.quote._arguments import BytesLike, as_bytes
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
 from chutes_proto.quote._ecdsa import P384
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._strict_json import digits
@@ -110,6 +110,7 @@ def verify_rim(data: BytesLike, *, now: int, roots: GpuRoots = NVIDIA) -> Verifi
 
 def authenticate_rim(data: bytes, *, roots: GpuRoots = NVIDIA) -> VerifiedRim:
     """Verify a RIM but for its times, for callers that ask when it is valid. Raises `GpuVerificationError`."""
+    check_kind("roots", roots, GpuRoots, "GpuRoots")
     return _authentic(data, roots.rim)
 
 

@@ -24,10 +24,10 @@ from chutes_proto.gpu._certificates import NVIDIA, GpuRoots
 from chutes_proto.gpu._collateral import GpuCollateral
 from chutes_proto.gpu._errors import GpuPolicyError
 from chutes_proto.gpu._evidence import DeviceEvidence
-from chutes_proto.gpu._policy import AcceptedEvidence, GpuPolicy
+from chutes_proto.gpu._policy import AcceptedEvidence, GpuPolicy, check_count, check_evidence
 from chutes_proto.gpu._policy import verify as verify_gpus
 from chutes_proto.quote import _policy as quotes
-from chutes_proto.quote._arguments import BytesLike, check_kind
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy
@@ -107,6 +107,11 @@ def verify_service(
     """
     check_kind("binding", binding, ServiceBinding, "a ServiceBinding")
     check_kind("gpu_collateral", gpu_collateral, GpuCollateral, "GpuCollateral")
+    check_kind("gpu_policy", gpu_policy, GpuPolicy, "GpuPolicy")
+    check_kind("roots", roots, GpuRoots, "GpuRoots")
+    check_count(count)
+    check_evidence("evidence", evidence)
+    quote = as_bytes(quote, "the bytes of a quote", "quote")
     verdict = quotes.verify(quote, collateral, now=now, report_data=None, policy=policy, root=root, stage=stage)
     quoted = verdict.quote.body.report_data[: len(binding.report_data)]
     if not compare_digest(quoted, binding.report_data):

@@ -40,7 +40,7 @@ from chutes_proto.gpu._chips import Arch, board_of, chip_of, driver_rim_id, vbio
 from chutes_proto.gpu._evidence import DeviceEvidence
 from chutes_proto.gpu._findings import Mismatch, Source
 from chutes_proto.gpu._measurements import check_nvdec, differences
-from chutes_proto.gpu._report import Report, parse_report
+from chutes_proto.gpu._report import NONCE_SIZE, Report, parse_report
 from chutes_proto.gpu._rim import VerifiedRim
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _ecdsa as ecdsa
@@ -99,6 +99,7 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
     ``now`` is in whole unix seconds. Raises `GpuVerificationError`; `TypeError` for arguments of another type.
     """
     check_seconds("now", now)
+    check_nonce(nonce)
     check_kind("evidence", evidence, DeviceEvidence, "DeviceEvidence, as of parse_evidence")
     check_kind("roots", roots, GpuRoots, "GpuRoots")
     report = parse_report(evidence.report)  # 0
@@ -133,6 +134,12 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
         steps=(0, *taken),
         proof=PROOF,
     )
+
+
+def check_nonce(nonce: object) -> None:
+    """Check what reports must be over. Raises `TypeError`: of a part of a nonce, nothing would be fresh."""
+    if nonce is not None and (type(nonce) is not bytes or len(nonce) != NONCE_SIZE):
+        raise TypeError(f"nonce: must be {NONCE_SIZE} bytes, or None")
 
 
 @frozen
@@ -192,19 +199,20 @@ def _certified_fwid(leaf: Certificate) -> bytes:
 
 @frozen(eq=False)
 class Rims:
-    """RIMs to compare with; several may be of one version."""
+    """RIMs to compare with; several may be of one version. Raises `TypeError` for anything but a `VerifiedRim`."""
 
     rims: tuple[VerifiedRim, ...] = ()
 
+    def __attrs_post_init__(self) -> None:
+        check_kind("rims", self.rims, tuple, "a tuple; Rims.of takes any iterable")
+        for rim in cast("tuple[object, ...]", self.rims):
+            check_kind("rims", rim, VerifiedRim, "VerifiedRim, as of verify_rim")
+
     @classmethod
     def of(cls, rims: Iterable[VerifiedRim]) -> Rims:
-        """These RIMs, each content once. Raises `TypeError` for anything but a `VerifiedRim`."""
-        found: dict[bytes, VerifiedRim] = {}
-        for rim in rims:
-            if not isinstance(cast("object", rim), VerifiedRim):
-                raise TypeError(f"rims: must be VerifiedRim, as of verify_rim, not {type(rim).__name__}")
-            found[rim.digest] = rim
-        return cls(tuple(found.values()))
+        """These RIMs, each content once."""
+        given = cls(tuple(rims)).rims
+        return cls(tuple({rim.digest: rim for rim in given}.values()))
 
     def find(
         self, device: GenuineDevice, version: str | None, name: str, rim_id: str | None
@@ -253,6 +261,7 @@ def compare(device: GenuineDevice, rims: Rims, *, now: int) -> Comparison:
     check_seconds("now", now)
     check_kind("device", device, GenuineDevice, "a GenuineDevice, as of authenticate")
     check_kind("rims", rims, Rims, "Rims")
+    check_times(device.chain.terms, now)  # 7, 8: the device may have been verified earlier
     report = device.report
     wanted: list[tuple[Source, str | None, str, str | None]] = []
     if device.arch != "LS10":

@@ -3,7 +3,8 @@
 Rules kept here:
 
 * bytes are copied where the caller could still change them, so that what was verified stays what it was;
-* text stands for its UTF-8.
+* text stands for its UTF-8;
+* a flag is a bool: the text "false" would be true.
 """
 
 from __future__ import annotations
@@ -34,3 +35,9 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], must: st
     """Refuse what only looks like the value that it ``must`` be. Raises `TypeError`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: must be {must}, not {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is not a bool. Raises `TypeError`."""
+    if type(value) is not bool:
+        raise TypeError(f"{name}: must be True or False, not {value!r}")

@@ -36,9 +36,9 @@ from chutes_proto.quote._certificates import MAX_PEM
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._measurements import Stage
-from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_policy, verify
+from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_options, verify
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.quote._terms import Term, check_terms
+from chutes_proto.quote._terms import Term, check_seconds, check_terms
 
 Form: TypeAlias = Literal["interoperable", "gramine", "dstack"]
 
@@ -119,6 +119,7 @@ def verify_certificate(
     grace: int = 0,
     sgx: bool = False,
     stage: Stage = "boot",
+    max_collateral_age: int | None = None,
 ) -> AcceptedVerdict:
     """Verify the quote in a certificate (DER), and return a verdict only if it is bound to the key and accepted.
 
@@ -128,7 +129,8 @@ def verify_certificate(
 
     Raises `VerificationError` for every refusal; `CertificateEvidenceError` where the certificate itself is at fault.
     """
-    check_policy(policy)
+    check_seconds("now", now)
+    check_options(policy=policy, root=root, grace=grace, sgx=sgx, stage=stage, max_collateral_age=max_collateral_age)
     check_source(collateral)
     evidence = read_evidence(certificate)
     check_terms([Term("attested certificate", evidence.not_before, evidence.not_after, is_certificate=True)], now)
@@ -149,6 +151,7 @@ def verify_certificate(
         sgx=sgx,
         stage=stage,
         event_log=log,
+        max_collateral_age=max_collateral_age,
     )
 
 

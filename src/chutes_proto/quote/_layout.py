@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from msgspec import Struct
 
-from chutes_proto.quote._arguments import BytesLike, as_bytes
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_flag
 from chutes_proto.quote._errors import QuoteFormatError
 
 Tee: TypeAlias = Literal["TDX", "SGX"]
@@ -268,6 +268,7 @@ def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
     of checks: enough bytes for the smallest quote, the version, the TEE type, the attestation key's type, the
     structure.
     """
+    check_flag("sgx", sgx)
     data = as_bytes(data, "the bytes of a quote")
     size = len(data)
     least = MIN_SGX if sgx else MIN_TDX

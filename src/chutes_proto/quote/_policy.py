@@ -24,7 +24,7 @@ from attrs import field, fields, frozen
 
 from chutes_proto._lazy import LazyModule
 from chutes_proto._proof import PROOF
-from chutes_proto.quote._arguments import BytesLike, check_kind
+from chutes_proto.quote._arguments import BytesLike, check_flag, check_kind
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._collateral import Collateral, PathLike, VerifiedCollateral
 from chutes_proto.quote._errors import AppraisalError, Part, PolicyError, Refusal, mismatch
@@ -509,15 +509,34 @@ def _check_appraised(
     check_duration("max_age", max_age)
     if max_collateral_age is not None:
         check_duration("max_collateral_age", max_collateral_age)
+    _check_stage(stage)
+    _check_log(log)
+
+
+def check_options(
+    *, policy: object, root: object, grace: object, sgx: object, stage: object, max_collateral_age: object
+) -> None:
+    """Check the arguments of `verify` that say how to verify, before there is anything to verify.
+
+    Raises `TypeError`, `ValueError` for negative seconds, and `PolicyError` for another stage.
+    """
+    check_kind("policy", policy, get_args(AnyPolicy), "a Policy, AllOf or AnyOf, as of Policy.load")
+    check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
+    check_duration("grace", grace)
+    check_flag("sgx", sgx)
+    _check_stage(stage)
+    if max_collateral_age is not None:
+        check_duration("max_collateral_age", max_collateral_age)
+
+
+def _check_stage(stage: object) -> None:
     if stage not in _STAGES:
         raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
+
+
+def _check_log(log: object) -> None:
     if log is not None:
         check_kind("event_log", log, eventlog.EventLog, eventlog.LOG)
-
-
-def check_policy(policy: object) -> None:
-    """Check that it is a policy. Raises `TypeError`."""
-    check_kind("policy", policy, get_args(AnyPolicy), "a Policy, AllOf or AnyOf, as of Policy.load")
 
 
 def verify(
@@ -547,10 +566,11 @@ def verify(
     ``max_collateral_age`` is as for `Policy.appraise`: how many seconds ago its pieces may have been issued.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
-    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, and `PolicyError` for
-    another stage.
+    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, `ValueError` for
+    negative seconds, and `PolicyError` for another stage.
     """
-    check_policy(policy)
+    check_options(policy=policy, root=root, grace=grace, sgx=sgx, stage=stage, max_collateral_age=max_collateral_age)
+    _check_log(event_log)
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
     return policy.appraise(
         verdict, now=now, stage=stage, event_log=event_log, max_age=0, max_collateral_age=max_collateral_age

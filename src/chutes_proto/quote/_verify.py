@@ -39,7 +39,7 @@ from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote import _layout as layout
 from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _steps as steps
-from chutes_proto.quote._arguments import BytesLike, as_bytes, check_kind
+from chutes_proto.quote._arguments import BytesLike, as_bytes, check_flag, check_kind
 from chutes_proto.quote._certificates import Certificate, Kind
 from chutes_proto.quote._collateral import Collateral, CollateralDigests, CollateralIssue, VerifiedCollateral
 from chutes_proto.quote._der import DerError
@@ -205,7 +205,11 @@ def open_quote(
     (types 2, 3 and 4). A quote that has a chain is verified by its own. Raises `VerificationError`; `TypeError` for
     arguments of another type, a parsed quote among them.
     """
+    check_seconds("now", now)
     check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
+    check_flag("sgx", sgx)
+    if pck_certificate_chain is not None:
+        pck_certificate_chain = as_bytes(pck_certificate_chain, "a PEM chain in bytes", "pck_certificate_chain")
     quote = layout.parse_quote(data, sgx=sgx)
     if quote.header.qe_vendor_id != layout.INTEL_VENDOR_ID:  # 1
         raise steps.QeVendorError(
@@ -214,7 +218,7 @@ def open_quote(
     if quote.certification_type == layout.CERTIFICATION_PCK_CHAIN:  # 2
         certification, beside = quote.certification, False
     elif quote.certification_type in _NEEDS_CHAIN and pck_certificate_chain is not None:
-        certification, beside = as_bytes(pck_certificate_chain, "a PEM chain in bytes", "pck_certificate_chain"), True
+        certification, beside = pck_certificate_chain, True
     else:
         problem = "unsupported type of certification data"
         if quote.certification_type in _NEEDS_CHAIN:
@@ -277,7 +281,8 @@ def verify_collateral(
     """Verify CRLs, TCB info, QE identity and the chains of their signers (steps 3 to 10 and 12 to 20).
 
     ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. ``now`` and
-    ``grace`` are whole numbers. Raises `VerificationError`; `TypeError` for arguments of another type.
+    ``grace`` are whole numbers. Raises `VerificationError`; `TypeError` for arguments of another type, `ValueError` for
+    a negative grace.
     """
     check_seconds("now", now)
     return _collateral(collateral, now, root, grace)
@@ -373,6 +378,7 @@ def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int,
     """
     check_kind("signed", signed, SignedQuote, "a SignedQuote, as of check_signed")
     check_kind("verified", verified, VerifiedCollateral, "a VerifiedCollateral, as of verify_collateral")
+    check_seconds("now", now)
     _check_expected(report_data)
     _check_belongs(signed.opened, verified, now)
     return _judge(signed, verified, now, report_data)
@@ -509,9 +515,10 @@ def verify_genuine(
     the peer: a genuine quote of another machine verifies as well. ``collateral`` may be what `verify_collateral`
     returned under the same root; then only its times are verified again, and its own grace counts. The other arguments
     are those of `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another
-    type.
+    type, `ValueError` for a negative grace.
     """
     _check_expected(report_data)
+    check_duration("grace", grace)
     if isinstance(collateral, VerifiedCollateral):
         if grace != 0:
             raise TypeError("grace: is that of the verified collateral; pass it to verify_collateral")

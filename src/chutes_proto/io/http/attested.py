@@ -8,7 +8,7 @@ Rules kept here:
 * OpenSSL makes a handshake by itself where a stream is read or written before it had one, and `ssl` does without TLS
   after a `connect` that failed, an `unwrap` or a `shutdown`: such a stream, and one whose peer was refused, neither
   reads nor writes;
-* CAs and host names count for nothing: the quote decides. The clock is the system's.
+* CAs and host names count for nothing: the quote decides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from chutes_proto.quote._attested import DICE_TAGGED_EVIDENCE, check_source, evi
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._measurements import Stage
-from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_policy
+from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_options
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
 
@@ -41,6 +41,15 @@ _EARLY: Final = timedelta(minutes=5)
 """How much earlier than now a certificate begins, for peers whose clocks are late."""
 
 _APPLICATION_VERIFICATION: Final = 50  # X509_V_ERR_APPLICATION_VERIFICATION of openssl/x509_vfy.h
+
+
+def _system_time() -> int:
+    return int(time.time())
+
+
+def _check_function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name}: must be a function, not {type(value).__name__}")
 
 
 class AttestationFailedError(ssl.SSLCertVerificationError):
@@ -66,6 +75,8 @@ def attested_context(
     grace: int = 0,
     sgx: bool = False,
     stage: Stage = "boot",
+    max_collateral_age: int | None = None,
+    now: Callable[[], int] = _system_time,
     accepted: Callable[[AcceptedVerdict], object] = lambda _: None,
 ) -> ssl.SSLContext:
     """Return a client's TLS context (1.3) that accepts just the peers whose certificate `verify_certificate` accepts.
@@ -73,24 +84,35 @@ def attested_context(
     For ``ssl``, asyncio, and httpx (``verify=context``). ``collateral`` may be a function of the quote, such as
     `fetch_collateral`; it runs in the thread of the handshake, in asyncio and trio that of the event loop, which waits
     for it: give those a `Collateral`, or a function that fetches nothing. A `VerifiedCollateral` is not verified again
-    in each handshake but for its times, and its own grace counts. ``accepted`` gets each verdict. A handshake
+    in each handshake but for its times, and its own grace counts. A context lives long and its collateral with it:
+    ``max_collateral_age`` is how many seconds ago Intel may have issued it, as for `verify_certificate`, and ``now``
+    returns the time of each handshake, in whole unix seconds. ``accepted`` gets each verdict. A handshake
     with any other peer raises `AttestationFailedError`, which httpx turns into a ``ConnectError``; so does a use of the
     connection without a handshake. A connection that stays open is not verified again.
     """
-    check_policy(policy)
+    check_options(policy=policy, root=root, grace=grace, sgx=sgx, stage=stage, max_collateral_age=max_collateral_age)
     check_source(collateral)
+    _check_function("now", now)
+    _check_function("accepted", accepted)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the certificate is self-signed; `_check` decides, in every handshake
 
     def check(certificate: bytes | None) -> None:
-        now = int(time.time())
         try:
             if certificate is None:
                 raise AttestationFailedError("the peer has no certificate")
             verdict = verify_certificate(
-                certificate, collateral, now=now, policy=policy, root=root, grace=grace, sgx=sgx, stage=stage
+                certificate,
+                collateral,
+                now=now(),
+                policy=policy,
+                root=root,
+                grace=grace,
+                sgx=sgx,
+                stage=stage,
+                max_collateral_age=max_collateral_age,
             )
         except (VerificationError, CollateralUnavailable) as exc:
             raise AttestationFailedError(str(exc)) from exc
@@ -157,21 +179,31 @@ def attested_callback(
     grace: int = 0,
     sgx: bool = False,
     stage: Stage = "boot",
+    max_collateral_age: int | None = None,
+    now: Callable[[], int] = _system_time,
 ) -> Callable[[Any, Any, int, int, int], bool]:
     """Return the callback for ``set_verify(VERIFY_PEER, callback)`` of pyOpenSSL, which accepts as `attested_context`.
 
     pyOpenSSL raises the `VerificationError` from ``do_handshake``. OpenSSL does not call it for a resumed session: call
     no ``set_session``, else the peer is not verified again.
     """
-    check_policy(policy)
+    check_options(policy=policy, root=root, grace=grace, sgx=sgx, stage=stage, max_collateral_age=max_collateral_age)
     check_source(collateral)
+    _check_function("now", now)
 
     def callback(_: object, certificate: Any, __: int, depth: int, ___: int) -> bool:
         if depth == 0:
             der = certificate.to_cryptography().public_bytes(Encoding.DER)
-            now = int(time.time())
             _ = verify_certificate(
-                der, collateral, now=now, policy=policy, root=root, grace=grace, sgx=sgx, stage=stage
+                der,
+                collateral,
+                now=now(),
+                policy=policy,
+                root=root,
+                grace=grace,
+                sgx=sgx,
+                stage=stage,
+                max_collateral_age=max_collateral_age,
             )
         return True  # what is refused was raised; who signed the certificate counts for nothing
 
