@@ -33,7 +33,9 @@ def results() -> Iterator[type]:
 
 def beneath(kind: type) -> set[type]:
     subclasses: list[type] = kind.__subclasses__()
-    return {kind}.union(*map(beneath, subclasses))
+    # attrs replaces a class with slots; the one it was made of may not be collected yet
+    made = [each for each in subclasses if "__attrs_attrs__" in vars(each)]
+    return {kind}.union(*map(beneath, made))
 
 
 for module in pkgutil.walk_packages(chutes_proto.__path__, "chutes_proto."):
