@@ -178,6 +178,9 @@ def test_proxies_that_share_a_socket_show_their_secrets():
     proxies = TrustedProxies(tuple(evolve(proxy, networks=(), unix=True) for proxy in FLEET.proxies))
     assert proxies.client_request(request(ADDRESS, CERT, CVM_SECRET, peer="")).peer_certificate == CERTIFICATE
     assert "no secret" in refused(proxies, ADDRESS, CERT, peer="")
+    alone = TrustedProxies(proxies.proxies[:1])
+    assert alone.client_request(request(ADDRESS, CERT, SECRET, peer="")).peer_certificate == CERTIFICATE
+    assert "no secret" in refused(alone, ADDRESS, CERT, peer="")
 
 
 # By FLEET: which operations each of the two proxies may reach, and what anything else is refused with.

@@ -326,8 +326,9 @@ def accept(
     demanded = [count for count in counts if count is not None]
     wrong = next((count for count in demanded if count != gpus), None)
     if error is None and (not reports or wrong is not None or not (gpus or demanded)):  # 31
-        expected = "at least 1" if wrong is None else wrong
-        error = steps.GpuCountError("evidence", "another number of GPUs", got=gpus, expected=expected)
+        problem = "another number of GPUs" if reports else "no device"
+        expected = "at least 1" if wrong is None or not reports else wrong
+        error = steps.GpuCountError("evidence", problem, got=gpus, expected=expected)
     if error is not None:
         raise EvidenceRefusedError(error, reports)
     return AcceptedEvidence(devices=tuple(reports), nonce=nonce, verified_at=now, proof=PROOF)

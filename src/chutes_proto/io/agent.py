@@ -269,7 +269,9 @@ def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.i
             " signs"
         ) from None
     if identity.secret is None:
-        raise ConfigurationError("signer: the config volume has no seed; add one, or name a program that signs")
+        raise ConfigurationError(
+            "signer: the config volume has no seed and no private key; add one, or name a program that signs"
+        )
     try:
         pair = HotkeyPair.from_secret(identity.secret)
     except HotkeyError as exc:

@@ -208,7 +208,7 @@ def _identified(near: Sequence[TrustedProxy], peer: str, given: Mapping[str, lis
     shown = sorted(given.keys() & {*SECRET_HEADERS, *(proxy.header for proxy in near)})
     if len(shown) > 1:
         raise _refused(f"it has {' and '.join(shown)}: a proxy sets its own and removes any other")
-    if not shown and not peer and len(near) == 1:
+    if not shown and not peer and len(near) == 1 and not near[0].secrets:
         return near[0]
     for proxy in near:
         matches = [
