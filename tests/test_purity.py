@@ -94,7 +94,6 @@ CONVERTER = f"{CORE}._converter"
 QUOTE_MAY_IMPORT = (
     *("attr", "attrs", "cattrs", "cryptography", "msgspec"),
     *(QUOTE, CONVERTER, f"{CORE}._error", f"{CORE}._lazy", f"{CORE}._proof"),
-    *("jwt", f"{CORE}._extras", f"{CORE}.__version__"),  # of signed verdicts
 )
 """The verifier can be used alone, with the converter: both import this and the pure part of the standard library."""
 

@@ -65,8 +65,8 @@ def test_every_extra_is_known_to_the_program() -> None:
     """A missing module is told with the extra that brings it."""
     extras = PROJECT["project"]["optional-dependencies"]
     modules = {"click": "click", "rich": "rich", "h11": "h11", "pyOpenSSL": "OpenSSL", "psycopg": "psycopg"}
-    modules |= {"PyJWT": "jwt", "prometheus-client": "prometheus_client"}
     modules |= {"pyyaml": "yaml", "py-sr25519-bindings": "sr25519", "anyio": "anyio", "httpx": "httpx", "trio": "trio"}
+    modules |= {"prometheus-client": "prometheus_client"}
     brought = {
         name: {modules[re.split(r"[^A-Za-z0-9-]", one)[0]] for one in listed if not one.startswith("chutes-proto")}
         for name, listed in extras.items()

@@ -12,7 +12,6 @@ EXTRAS: Final = {
     "hotkey": ("sr25519",),
     "postgres": ("psycopg",),
     "metrics": ("prometheus_client",),
-    "token": ("jwt",),
     "asyncio": _ASYNC,
     "trio": ("trio", *_ASYNC),
 }

@@ -82,7 +82,6 @@ if TYPE_CHECKING:
     from chutes_proto.quote._statements import Stated, TcbStatus
     from chutes_proto.quote._steps import Checked
     from chutes_proto.quote._terms import Term
-    from chutes_proto.quote._token import make_ear, sign_ear
     from chutes_proto.quote._verify import (
         OpenedQuote,
         SignedQuote,
@@ -103,7 +102,6 @@ else:
             "chutes_proto.quote._attributes": "AttributePolicy",
             "chutes_proto.quote._behind": "Behind Lack",
             "chutes_proto.quote._collateral": "Collateral CollateralDigests CollateralIssue VerifiedCollateral",
-            "chutes_proto.quote._token": "make_ear sign_ear",
             "chutes_proto.quote._eventlog": (
                 "Difference Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
                 "parse_event_log parse_event_log_json replay"
@@ -136,7 +134,6 @@ else:
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
 __all__ += ["CertificateEvidence", "CertificateEvidenceError", "evidence_for", "read_evidence", "verify_certificate"]
 __all__ += ["Behind", "Checked", "CollateralDigests", "CollateralIssue", "Lack", "Stated", "Term"]
-__all__ += ["make_ear", "sign_ear"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
 __all__ += [
