@@ -183,10 +183,8 @@ def check_attested_certificate(data: bytes) -> None:
 
 def attested_certificates() -> list[bytes]:
     return [
-        attested.certificate({attested.DICE: attested.interoperable()}),
-        attested.certificate({attested.GRAMINE: attested.gramine()}),
-        attested.certificate({attested.DSTACK: attested.dstack()}),
-        attested.interoperable(),
+        attested.certificate({attested.DICE: attested.evidence()}),
+        attested.evidence(),
     ]
 
 

@@ -320,7 +320,7 @@ def test_a_server_without_an_accepted_quote_is_like_any_untrusted_one(send: Send
     context = attested_context(Policy(), lambda _: pytest.fail("there is no quote"))
     with peer(credentials, answering(b"")) as (url, _), pytest.raises(TransportError) as raised:
         _ = send(url, context, REQUEST, SHORT)
-    told = "the server's certificate does not verify: attested certificate: it has none of the extensions"
+    told = "the server's certificate does not verify: attested certificate: it does not have the extension"
     assert str(raised.value).startswith(f"no connection to {url.removeprefix('https://')}: {told}")
 
 

@@ -4,33 +4,30 @@
 
 Rules kept here:
 
-* the evidence is in an extension of one of three forms, looked for in this order: TCG DICE tagged evidence as the
-  interoperable RA-TLS has it, Gramine's own, dstack's first;
-* the report data is what its form makes of the certificate's public key and of nothing else: a quote for another key,
-  or for another purpose, does not verify;
+* the evidence is in the extension for TCG DICE tagged evidence, as the interoperable RA-TLS has it;
+* the report data is the SHA-256 of the claims, which name the certificate's public key by its hash: a quote for another
+  key, or for another purpose, does not verify;
 * nothing is believed of the certificate but its key, its times and the evidence: not its names, not who signed it. That
   the peer has the key is shown by the TLS handshake: verify the certificate of the very connection that is used;
 * a quote says that a TD had the key when the quote was made. It has no nonce: only the certificate's times, and the
   lifetime of the TD, bound its age.
 
 Sources: CCC Attestation SIG, Interoperable RA-TLS (CBOR tag 60000: the quote, and claims with ``pubkey-hash``, whose
-SHA-256 is the report data); TCG DICE Attestation Architecture, 1.1 (2.23.133.5.4.9); Gramine, ``ra_tls_attest.c``
-(SHA-256 of the key); dstack, ``ra-tls`` (SHA-512 of ``ratls-cert:`` and the key); RFC 5280, 4.1.2.7 (the key in DER).
+SHA-256 is the report data); TCG DICE Attestation Architecture, 1.1 (2.23.133.5.4.9); RFC 5280, 4.1.2.7 (the key in
+DER).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256, sha384, sha512
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Final, cast
 
 from attrs import frozen
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chutes_proto.quote import _cbor as cbor
-from chutes_proto.quote import _der as der
-from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._arguments import BytesLike, as_bytes
 from chutes_proto.quote._certificates import MAX_PEM
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
@@ -40,26 +37,17 @@ from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy, check_options
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._terms import Term, check_seconds, check_terms
 
-Form: TypeAlias = Literal["interoperable", "gramine", "dstack"]
-
 DICE_TAGGED_EVIDENCE: Final = "2.23.133.5.4.9"
 TEE_QUOTE_TAG: Final = 60000
 PUBKEY_HASH: Final = "pubkey-hash"
 
-_GRAMINE: Final = ("1.2.840.113741.1337.6", "0.6.9.42.840.113741.1337.6")
-"""As it is meant, and as Gramine writes it: with the OID's own tag and length inside of it."""
-_DSTACK_QUOTE: Final = "1.3.6.1.4.1.62397.1.1"
-_DSTACK_EVENT_LOG: Final = "1.3.6.1.4.1.62397.1.2"
-_DSTACK_LATER: Final = "1.3.6.1.4.1.62397.1.8"
-"""Quote, log and more in one value, whose form has changed with dstack's releases; the newest write it alone."""
-_DSTACK_PREFIX: Final = b"ratls-cert:"
 _HASHES: Final[dict[object, Callable[..., Any]]] = {1: sha256, 7: sha384, 8: sha512}
 """By their identifiers in IANA's registry "Named Information Hash Algorithm"."""
 _SHA256: Final = 1
 
 
 class CertificateEvidenceError(VerificationError):
-    """The certificate cannot be read, or has no evidence in a form that is read here, or evidence for another key."""
+    """The certificate cannot be read, or has no evidence that is read here, or evidence for another key."""
 
     step = 39
     code = "certificate_evidence"
@@ -70,14 +58,12 @@ class CertificateEvidenceError(VerificationError):
 class CertificateEvidence:
     """Evidence in a certificate; nothing of it is verified.
 
-    ``report_data`` (64 bytes) is what the quote must have to be for the certificate's key. ``event_log`` is the log
-    that dstack puts beside the quote. The times are the certificate's, in unix seconds, both inclusive.
+    ``report_data`` (64 bytes) is what the quote must have to be for the certificate's key. The times are the
+    certificate's, in unix seconds, both inclusive.
     """
 
-    form: Form
     quote: bytes
     report_data: bytes
-    event_log: bytes | None
     not_before: int
     not_after: int
 
@@ -90,23 +76,14 @@ def read_evidence(certificate: BytesLike) -> CertificateEvidence:
     try:
         parsed = x509.load_der_x509_certificate(certificate)
         key = parsed.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        values = {extension.oid.dotted_string: _octets(extension.value) for extension in parsed.extensions}
+        values = {extension.oid.dotted_string: extension.value for extension in parsed.extensions}
         times = int(parsed.not_valid_before_utc.timestamp()), int(parsed.not_valid_after_utc.timestamp())
     except Exception as exc:  # noqa: BLE001 - the library raises many kinds, which depend on its release
         raise _refused(f"it cannot be read: {exc}") from None
-    if DICE_TAGGED_EVIDENCE in values:
-        quote, report_data = _interoperable(values[DICE_TAGGED_EVIDENCE], key)
-        return CertificateEvidence("interoperable", quote, report_data, None, *times)
-    for name in _GRAMINE:
-        if name in values:
-            return CertificateEvidence("gramine", values[name], sha256(key).digest() + bytes(32), None, *times)
-    if _DSTACK_QUOTE in values:
-        quote = _octet_string(values[_DSTACK_QUOTE])
-        log = _octet_string(values[_DSTACK_EVENT_LOG]) if _DSTACK_EVENT_LOG in values else None
-        return CertificateEvidence("dstack", quote, sha512(_DSTACK_PREFIX + key).digest(), log, *times)
-    if _DSTACK_LATER in values:
-        raise _refused(f"its evidence: it is in dstack's later form ({_DSTACK_LATER}), which is not read")
-    raise _refused(f"it has none of the extensions {DICE_TAGGED_EVIDENCE}, {_GRAMINE[0]} and {_DSTACK_QUOTE}")
+    value = values.get(DICE_TAGGED_EVIDENCE)
+    if not isinstance(value, x509.UnrecognizedExtension):
+        raise _refused(f"it does not have the extension {DICE_TAGGED_EVIDENCE}")
+    return CertificateEvidence(*_evidence(value.value, key), *times)
 
 
 def verify_certificate(
@@ -124,8 +101,8 @@ def verify_certificate(
     """Verify the quote in a certificate (DER), and return a verdict only if it is bound to the key and accepted.
 
     ``collateral`` may be a function that gets the quote and returns collateral for it, verified or not. The other
-    arguments are those of `verify`; an event log in the certificate is used for registers that a log must explain. Use
-    it on the certificate of the connection itself, after the handshake has shown that the peer has its key.
+    arguments are those of `verify`. Use it on the certificate of the connection itself, after the handshake has shown
+    that the peer has its key.
 
     Raises `VerificationError` for every refusal; `CertificateEvidenceError` where the certificate itself is at fault.
     """
@@ -134,12 +111,6 @@ def verify_certificate(
     check_source(collateral)
     evidence = read_evidence(certificate)
     check_terms([Term("attested certificate", evidence.not_before, evidence.not_after, is_certificate=True)], now)
-    log = None
-    if evidence.event_log is not None:
-        try:
-            log = eventlog.parse_event_log_json(evidence.event_log)
-        except eventlog.EventLogFormatError as exc:
-            raise _refused(f"its event log: {exc}") from None
     return verify(
         evidence.quote,
         collateral if isinstance(collateral, Collateral | VerifiedCollateral) else collateral(evidence.quote),
@@ -150,7 +121,6 @@ def verify_certificate(
         grace=grace,
         sgx=sgx,
         stage=stage,
-        event_log=log,
         max_collateral_age=max_collateral_age,
     )
 
@@ -163,7 +133,7 @@ def check_source(collateral: object) -> None:
 
 
 def evidence_for(key: BytesLike) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """Prepare the evidence for a key (SubjectPublicKeyInfo in DER), in the interoperable form.
+    """Prepare the evidence for a key (SubjectPublicKeyInfo in DER).
 
     Returns the 64 bytes of report data to get a quote for, and the function that makes the value of the extension
     `DICE_TAGGED_EVIDENCE` of that quote.
@@ -177,7 +147,7 @@ def _bound(claims: bytes) -> bytes:
     return sha256(claims).digest() + bytes(32)
 
 
-def _interoperable(value: bytes, key: bytes) -> tuple[bytes, bytes]:
+def _evidence(value: bytes, key: bytes) -> tuple[bytes, bytes]:
     """The quote, and the report data for claims that name the key."""
     try:
         evidence = cbor.decode(value)
@@ -200,19 +170,6 @@ def _interoperable(value: bytes, key: bytes) -> tuple[bytes, bytes]:
         case _:
             raise _refused(f"its claims have no {PUBKEY_HASH} of SHA-256, SHA-384 or SHA-512")
     return quote, _bound(claims)
-
-
-def _octets(value: x509.ExtensionType) -> bytes:
-    """The value of an extension that the library does not know; the others matter to nobody here."""
-    return value.value if isinstance(value, x509.UnrecognizedExtension) else b""
-
-
-def _octet_string(value: bytes) -> bytes:
-    try:
-        start, end = der.only(value, 0, len(value), der.OCTET_STRING)
-    except der.DerError as exc:
-        raise _refused(f"its evidence: {exc}") from None
-    return value[start:end]
 
 
 def _refused(problem: str) -> CertificateEvidenceError:

@@ -221,8 +221,8 @@ class AttestedIdentity:
 def make_attested_identity(quoter: Quoter, *, name: str = "attested", seconds: int = 86400) -> AttestedIdentity:
     """Make a P-256 key and a certificate for it, valid for ``seconds``, with a quote from ``quoter``.
 
-    The evidence has the interoperable form. The quote does not age: make a new identity at every start. Raises
-    `QuoteUnavailable`, and `LocalProtocolError` for a validity that a certificate cannot have.
+    The quote does not age: make a new identity at every start. Raises `QuoteUnavailable`, and `LocalProtocolError` for
+    a validity that a certificate cannot have.
     """
     now = datetime.now(UTC).replace(microsecond=0)
     if not 0 < seconds < (datetime.max.replace(tzinfo=UTC) - now).total_seconds():
