@@ -1,7 +1,7 @@
 """The verifier beside dcap-qvl's wheel and beside the bare P-256 checks that each step cannot do without.
 
-Steps: ``cold`` has seen nothing, and knows which root it trusts; ``collateral verified`` has it as a
-`VerifiedCollateral`; ``PCK leaf seen`` also remembers the PCK chain; ``QE report seen`` also the quoting enclave. The
+Steps: ``cold`` has seen nothing; ``collateral verified`` has it as a `VerifiedCollateral`; ``PCK leaf seen`` also
+remembers the PCK chain; ``QE report seen`` also the quoting enclave. The
 bare checks are the same keys and messages, each key loaded from its bytes where the step must load it. dcap-qvl has one
 step only: all of it, each time.
 
@@ -73,18 +73,22 @@ def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: byte
         )
 
     def forget() -> None:
-        verify.forget()
         _forget_texts()
+        _forget_platform()
 
     def forget_platform() -> None:
-        verify._pck_chain.cache_clear()
-        verify._quoting_enclave.cache_clear()
+        _forget_platform()
+        _ = verify._signer(root, pieces.pck_crl_issuer_chain, verify._PCK_CA)
         _forget_pem(pieces)
+
+    def forget_enclave() -> None:
+        ecdsa.recall_raw.cache_clear()
+        ecdsa.load_point.cache_clear()
 
     ours: dict[str, tuple[Work, Work]] = {
         "cold": (forget, whole),
         "collateral verified": (forget_platform, warm),
-        "PCK leaf seen": (verify._quoting_enclave.cache_clear, warm),
+        "PCK leaf seen": (forget_enclave, warm),
         "QE report seen": (_nothing, warm),
         "parse only": (_nothing, lambda: parse_quote(quote)),
     }
@@ -127,6 +131,11 @@ def _forget_texts() -> None:
         pure.cache_clear()
 
 
+def _forget_platform() -> None:
+    for pure in (certificates.read_certificate, ecdsa.load_point, ecdsa.recall, ecdsa.recall_raw):
+        pure.cache_clear()
+
+
 def _forget_pem(pieces: Collateral) -> None:
     """Forget all certificates except those of the collateral."""
     certificates._read_body.cache_clear()
@@ -146,7 +155,7 @@ def _parts(
 
     def read(*certificate_ders: bytes) -> None:
         for der in certificate_ders:
-            certificate = certificates.read_certificate(der)
+            certificate = certificates.read_certificate.__wrapped__(der)
             certificates.check_kind(certificate, "CA" if der is issuer else "end entity")
             _ = certificates.common_name(certificate.subject)
 
@@ -193,7 +202,7 @@ def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str
     leaf, issuer, *_ = map(certificates.read_certificate, certificates.read_pem(quote.certification))
     tcb_signer = certificates.read_certificate(certificates.read_pem(pieces.tcb_info_issuer_chain)[0])
     root_crl, pck_crl = certificates.read_crl(pieces.root_ca_crl), certificates.read_crl(pieces.pck_crl)
-    load, check, check_raw = ecdsa.load_point, ecdsa.verify, ecdsa.verify_raw
+    load, check, check_raw = ecdsa.load_point.__wrapped__, ecdsa.verify, ecdsa.verify_raw
     root_key, issuer_key = load(root.point), load(issuer.point)
     leaf_key, quote_key = load(leaf.point), load(quote.attestation_key)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from chutes_proto.quote import _certificates as certificates
+from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._measurements import Profile
@@ -17,6 +19,12 @@ PLATFORM: Final = SimulatedPlatform(b"the world of the verifier's tests")
 TD15: Final = SimulatedPlatform(PLATFORM.seed, form="v5-td15")
 ROOT: Final = TrustedRoot.from_der(PLATFORM.root_der)
 PROFILE: Final = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTMRS, runtime=RUNTIME_RTMRS)
+
+
+def forget() -> None:
+    """Drop all that the verifier remembers of certificates and signatures."""
+    for remembered in (certificates.read_certificate, ecdsa.load_point, ecdsa.recall, ecdsa.recall_raw):
+        remembered.cache_clear()
 
 
 def collateral_of(platform: SimulatedPlatform, now: int = NOW) -> Collateral:

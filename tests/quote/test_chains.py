@@ -16,8 +16,8 @@ from attrs import evolve
 
 from chutes_proto import quote
 from chutes_proto.auth import der
+from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _layout as layout
-from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._certificates import read_certificate, read_crl
 from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._steps import (
@@ -31,7 +31,6 @@ from chutes_proto.quote._steps import (
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import (
     authenticate_collateral,
-    forget,
     open_quote,
     verify_collateral,
     verify_quote,
@@ -45,6 +44,7 @@ from tests.quote.simulated import (
     REPORT_DATA,
     ROOT,
     collateral_of,
+    forget,
     signed_of,
     verdict_of,
     verified_of,
@@ -234,7 +234,7 @@ def test_what_is_remembered_is_bounded() -> None:
     found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(quote.__path__, "chutes_proto.quote."):
         found |= _remembering(importlib.import_module(module.name))
-    assert found.keys() >= {f"{stages.__name__}.{name}" for name in ("_pck_chain", "_quoting_enclave", "_signer")}
+    assert {"chutes_proto.quote._ecdsa.recall", "chutes_proto.quote._certificates.read_certificate"} < found.keys()
     sizes = {name: function.cache_info().maxsize for name, function in found.items()}
     assert {name: size for name, size in sizes.items() if size is None or not 0 < size <= 256} == {}
 
@@ -246,15 +246,6 @@ def test_text_around_certificates_makes_no_new_entry() -> None:
     entries: dict[str, int] = {}
     for text in (b"", b"\n", b"\0\0", b"Subject: anyone\n"):
         _ = open_quote(with_certification(QUOTE, 5, certification + text), now=NOW, root=ROOT)
-        found = {name: function.cache_info().currsize for name, function in _remembering(stages).items()}
+        found = {name: function.cache_info().currsize for name, function in _remembering(certificates).items()}
         assert text == b"" or found == entries
         entries = found
-
-
-def test_forget_drops_all_that_was_verified() -> None:
-    found = _remembering(stages)
-    _ = verdict_of(PLATFORM)
-    assert [name for name, function in found.items() if function.cache_info().currsize == 0] == []
-    forget()
-    kept = [name for name, function in found.items() if function.cache_info().currsize > 0]
-    assert kept == ["chutes_proto.quote._verify._root_key"]  # who is trusted is the caller's to say

@@ -45,7 +45,7 @@ Quote QuoteError QuoteFormatError Refusal ReplayedLog SgxAttributes SgxReport Si
 TdAttributes TdReport10 TdReport15 TdReport15Ex TrustedRoot Verdict VerificationError VerifiedCollateral Xfam
 Behind CertificateEvidence CertificateEvidenceError CollateralDigests CollateralIssue RegisterRule evidence_for
 parse_event_log_json read_evidence verify_certificate
-Checked Difference Header Lack PckReference Schedule Stated Term
+Difference Header Lack PckReference Schedule Stated Term
 check_signed first_difference open_quote parse_event_log parse_policy_toml parse_profiles_json parse_profiles_toml
 parse_quote replay verify verify_collateral verify_genuine verify_quote
 """

@@ -92,7 +92,7 @@ def test_an_accepted_verdict_is_not_made_by_hand() -> None:
         _ = AcceptedVerdict(stage="boot", matched=PROFILE, appraised_at=NOW, **members)
     with pytest.raises(TypeError, match="proves a check"):
         _ = attrs.evolve(accepted, stage="runtime")
-    impostor: Any = SimpleNamespace(steps=verdict.steps, **members)
+    impostor: Any = SimpleNamespace(**members)
     for policy in (UNCHECKED, AllOf((UNCHECKED,)), AnyOf((UNCHECKED,))):
         with pytest.raises(TypeError, match="must be a Verdict"):
             _ = policy.appraise(impostor, now=NOW, stage="boot")

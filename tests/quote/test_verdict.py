@@ -17,11 +17,11 @@ from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._steps import QeIdentityMismatchError, TcbNotSupportedError, TdxModuleMismatchError
 from chutes_proto.quote._tcb import _relaunch as relaunched
-from chutes_proto.quote._verify import Verdict, forget, verify_genuine
+from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import QuoteDraft
 from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS, TcbLevel, tee_tcb_svn
-from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, forget, verdict_of
 
 Statement = dict[str, Any]
 DAYS = ("2024-02-14T00:00:00Z", "2024-08-14T00:00:00Z", "2025-02-12T00:00:00Z")
@@ -275,7 +275,6 @@ def _without_root(collateral: Collateral) -> Collateral:
 def test_whatever_the_status_no_step_is_left_out(fault: str, status: str) -> None:
     verdict = verdict_of(PLATFORM, fault)
     assert (verdict.tcb_status, verdict.steps) == (status, ALL_STEPS)
-    assert (verdict.checked[0].subject, verdict.checked[-1].steps) == ("quote", (37,))
 
 
 @pytest.mark.parametrize(
@@ -301,4 +300,3 @@ def test_a_root_that_no_chain_brings_is_not_checked() -> None:
             quote = platform.quote(REPORT_DATA)
             verdict = verify_genuine(quote, collateral, now=NOW, report_data=REPORT_DATA, root=ROOT)
             assert verdict.steps == steps
-            assert [piece.subject for piece in verdict.checked if 6 in piece.steps] == ["PCK chain"] * (6 in steps)

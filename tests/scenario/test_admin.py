@@ -89,7 +89,6 @@ def test_it_tells_what_happened_and_names_no_vm(premises: Premises) -> None:
         assert counted["verifications_limit",] == 256
         begins = [value for key, value in counted.items() if key[0].startswith("collateral_issued")]
         assert 0 < max(begins) <= time.time()
-        assert counted["verification_cache_total", "miss", "pck_chain"] >= 1
         assert counted["check", "store"] == 0
         assert counted["certificate_expires_timestamp_seconds",] > time.time()
         assert min(value for key, value in counted.items() if key[0].startswith("collateral_expires")) > time.time()

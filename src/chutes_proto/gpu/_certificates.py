@@ -6,7 +6,7 @@ Rules kept here:
 * no chain is built: each certificate is issued by the next one, the last by the root, which is pinned by its key;
 * the first certificate may sign and issue nothing, all others are CAs. NVIDIA's names have no fixed places, so a place
   is told by constraints and key usage;
-* a link that verified is remembered, by all the bytes that were checked. Times and revocation are not.
+* a certificate as it was read, and a signature that holds, are remembered. Times and revocation are not.
 
 Sources: RFC 5280, 4.2.1.3, 4.2.1.9 and 6.1; NVIDIA/nvtrust for the roots.
 """
@@ -14,7 +14,6 @@ Sources: RFC 5280, 4.2.1.3, 4.2.1.9 and 6.1; NVIDIA/nvtrust for the roots.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 
@@ -98,7 +97,6 @@ def read_chain(pem: bytes, subject: str) -> tuple[bytes, ...]:
         raise steps.ChainFormError(subject, str(exc)) from None
 
 
-@lru_cache(maxsize=256)
 def verify_chain(ders: tuple[bytes, ...], root: TrustedRoot, subject: str) -> VerifiedChain:
     """Verify a chain but for its times (steps 1 to 6). Raises `GpuVerificationError`."""
     if not 1 <= len(ders) <= MAX_CHAIN:
@@ -115,10 +113,10 @@ def verify_chain(ders: tuple[bytes, ...], root: TrustedRoot, subject: str) -> Ve
         raise steps.UntrustedRootError(subject, "the chain does not lead to the trusted root")
     issuer, point = root.name, root.point
     for place in reversed(range(len(found))):
-        _link(found[place].der, names[place], issuer, point, place)
+        _link(found[place], names[place], issuer, point, place)
         issuer, point = found[place].subject, found[place].point
         terms.append(Term(names[place], found[place].not_before, found[place].not_after, is_certificate=True))
-    return VerifiedChain(tuple(found), root, load_key(found[0].point, names[0]), tuple(terms))
+    return VerifiedChain(tuple(found), root, ecdsa.load_point(found[0].point, P384), tuple(terms))
 
 
 def check_times(terms: Iterable[Term], now: int) -> None:
@@ -133,13 +131,16 @@ def check_times(terms: Iterable[Term], now: int) -> None:
             raise steps.CertificateExpiredError(term.subject, "expired", got=got, expected=expected)
 
 
-@lru_cache(maxsize=256)
 def read(der: bytes, subject: str) -> Certificate:
-    """Step 2: a certificate from DER."""
+    """Step 2: a certificate from DER, with its key."""
     try:
-        return certificates.read_certificate(der, P384_SHA384)
+        certificate = certificates.read_certificate(der, P384_SHA384)
+        _ = ecdsa.load_point(certificate.point, P384)
     except DerError as exc:
         raise steps.CertificateFormatError(subject, str(exc)) from None
+    except ValueError:
+        raise steps.CertificateFormatError(subject, "its key is not a point of P-384") from None
+    return certificate
 
 
 def _check_root(certificate: Certificate, root: TrustedRoot) -> None:
@@ -148,10 +149,8 @@ def _check_root(certificate: Certificate, root: TrustedRoot) -> None:
         raise steps.UntrustedRootError("root certificate", "untrusted", got=digest, expected=root.digest)
 
 
-@lru_cache(maxsize=256)
-def _link(der: bytes, subject: str, issuer: bytes, point: bytes, place: int) -> None:
+def _link(certificate: Certificate, subject: str, issuer: bytes, point: bytes, place: int) -> None:
     """Steps 3, 5 and 6 for the certificate at ``place``, with so many below it."""
-    certificate = read(der, subject)
     try:
         _check_role(certificate, place)
     except DerError as exc:
@@ -159,7 +158,7 @@ def _link(der: bytes, subject: str, issuer: bytes, point: bytes, place: int) -> 
     if certificate.issuer != issuer:
         raise steps.CertificateIssuerError(subject, "its issuer is not the next certificate of the chain")
     try:
-        ecdsa.verify(load_key(point, subject), certificate.signature, certificate.signed, P384)
+        ecdsa.recall(point, certificate.signature, certificate.signed, P384)
     except ecdsa.InvalidSignature:
         raise steps.CertificateSignatureError(subject, "its issuer did not sign it") from None
 
@@ -175,15 +174,6 @@ def _check_role(certificate: Certificate, place: int) -> None:
             raise DerError("it is not one that signs, and issues nothing")
     elif not is_ca or not usage & _CERT_SIGN or (most is not None and most < place - 1):
         raise DerError("it is not a CA's, or not one with so many CAs below it")
-
-
-@lru_cache(maxsize=256)
-def load_key(point: bytes, subject: str) -> EllipticCurvePublicKey:
-    """Step 2: the key of a certificate."""
-    try:
-        return ecdsa.load_point(point, P384)
-    except ValueError:
-        raise steps.CertificateFormatError(subject, "its key is not a point of P-384") from None
 
 
 NVIDIA: Final = GpuRoots(

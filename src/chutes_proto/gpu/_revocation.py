@@ -22,7 +22,7 @@ from attrs import Factory, field, frozen
 from msgspec import Struct
 
 from chutes_proto.gpu import _steps as steps
-from chutes_proto.gpu._certificates import VerifiedChain, check_times, load_key, verify_chain
+from chutes_proto.gpu._certificates import VerifiedChain, check_times, verify_chain
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _der as der
 from chutes_proto.quote import _ecdsa as ecdsa
@@ -232,7 +232,6 @@ def _cert_id(digest: str, issuer: bytes, point: bytes, serial: bytes) -> CertId:
     return CertId(digest, hashed(issuer), hashed(b"\x04" + point), serial)
 
 
-@lru_cache(maxsize=512)
 def _verify_ocsp(answer: OcspAnswer, issuer: bytes, point: bytes, name: str) -> tuple[Term, ...]:
     """Steps 19 and 20; the validity of the responder's certificate."""
     subject = f"OCSP answer about the {name}"
@@ -246,7 +245,7 @@ def _verify_ocsp(answer: OcspAnswer, issuer: bytes, point: bytes, name: str) -> 
     if answer.responder_name not in (None, responder_name) or answer.responder_key not in (None, key_digest):
         raise steps.StatusResponderError(subject, "its certificate is not that of the responder it names")
     try:
-        ecdsa.verify(load_key(responder_point, subject), answer.signature, answer.signed, P384)
+        ecdsa.recall(responder_point, answer.signature, answer.signed, P384)
     except ecdsa.InvalidSignature:
         raise steps.StatusSignatureError(subject, "the responder did not sign it") from None
     return terms
@@ -271,7 +270,7 @@ def _serials(data: bytes, issuer: bytes, point: bytes) -> frozenset[bytes]:
     """Step 20: the serial numbers on a CRL."""
     crl = certificates.read_crl(data, P384_SHA384)
     try:
-        ecdsa.verify(load_key(point, "CRL"), crl.signature, crl.signed, P384)
+        ecdsa.verify(ecdsa.load_point(point, P384), crl.signature, crl.signed, P384)
     except ecdsa.InvalidSignature:
         raise steps.StatusSignatureError("CRL", "its issuer did not sign it") from None
     return certificates.revoked_serials(crl)

@@ -80,7 +80,6 @@ if TYPE_CHECKING:
     )
     from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
     from chutes_proto.quote._statements import Stated, TcbStatus
-    from chutes_proto.quote._steps import Checked
     from chutes_proto.quote._terms import Term
     from chutes_proto.quote._verify import (
         OpenedQuote,
@@ -120,7 +119,6 @@ else:
             ),
             "chutes_proto.quote._roots": "INTEL_ROOT TrustedRoot",
             "chutes_proto.quote._statements": "Stated TcbStatus",
-            "chutes_proto.quote._steps": "Checked",
             "chutes_proto.quote._terms": "Term",
             "chutes_proto.quote._verify": (
                 "OpenedQuote SignedQuote Verdict check_signed open_quote verify_collateral verify_genuine verify_quote"
@@ -133,7 +131,7 @@ else:
 
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
 __all__ += ["CertificateEvidence", "CertificateEvidenceError", "evidence_for", "read_evidence", "verify_certificate"]
-__all__ += ["Behind", "Checked", "CollateralDigests", "CollateralIssue", "Lack", "Stated", "Term"]
+__all__ += ["Behind", "CollateralDigests", "CollateralIssue", "Lack", "Stated", "Term"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
 __all__ += [

@@ -160,8 +160,9 @@ def _read_body(body: bytes) -> bytes:
     return value
 
 
+@lru_cache(maxsize=256)
 def read_certificate(data: bytes, suite: Suite = P256_SHA256) -> Certificate:
-    """Read a certificate from DER (RFC 5280, 4.1). Raises `DerError`."""
+    """Read a certificate from DER (RFC 5280, 4.1), or remember it as it was read. Raises `DerError`."""
     if len(data) > MAX_CERTIFICATE:
         raise DerError(f"more than {MAX_CERTIFICATE} bytes of certificate")
     signed, signature = _split(data, suite)

@@ -29,7 +29,6 @@ from chutes_proto.quote._layout import Tee, parse_quote
 from chutes_proto.quote._pck import Ca
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import QeIdentity, TcbInfo
-from chutes_proto.quote._steps import Checked
 from chutes_proto.quote._terms import Term, Window, window
 
 MAX_SIZE: Final = 4 * 1024 * 1024
@@ -193,8 +192,8 @@ class VerifiedCollateral(Proven):
 
     Keep it for all quotes of its platforms until ``usable_until``: ``verify_quote`` checks all times again. Revoked
     serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces are valid, in unix
-    seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed, ``digests`` names the
-    documents that it was read from.
+    seconds, both inclusive, without any grace. ``digests`` names the documents that it was read from, ``has_root`` says
+    whether a chain brought a certificate of the root.
     """
 
     root: TrustedRoot
@@ -211,7 +210,7 @@ class VerifiedCollateral(Proven):
     terms: tuple[Term, ...]
     window: Window
     grace: int
-    checked: tuple[Checked, ...] = field(repr=False)
+    has_root: bool = field(repr=False)
 
     @property
     def tee(self) -> Tee:

@@ -8,10 +8,6 @@ certificate, CRLs, TCB info, QE identity, quote, TCB levels.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from attrs import frozen
-
 from chutes_proto.quote._errors import VerificationError
 
 # open_quote: the PCK chain in the quote
@@ -172,18 +168,3 @@ class TcbRevokedError(VerificationError):
 
 class ReportDataMismatchError(VerificationError):
     step, code, rule = 37, "report_data_mismatch", "the report data is the expected one"
-
-
-@frozen
-class Checked:
-    """The numbers of the steps that a piece passed; ``remembered``: earlier, for the same bytes."""
-
-    subject: str
-    steps: tuple[int, ...]
-    remembered: bool
-
-
-@lru_cache(maxsize=256)
-def checked(subject: str, *steps: int, remembered: bool = False) -> Checked:
-    """Make a `Checked`, the same one for the same words: there are few, and a verdict has many."""
-    return Checked(subject, steps, remembered)

@@ -13,9 +13,8 @@ Rules kept here:
 * the numbers beside the checks are those of ``_steps.py``; ``docs/reference/verification.md`` has the rules;
 * ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
 * no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
-* what was verified may be remembered, by the DER of certificates and all other bytes that were: a check that passed
-  for them passes for them always.
-  Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
+* only what is true of bytes alone is remembered: a certificate as it was read, and that a signature of a certificate or
+  of a quoting enclave's report holds. Everything else is checked for each quote.
 
 A verdict does not say that the quote is acceptable: a policy decides that, and ``verify`` of ``_policy.py`` returns
 nothing that a policy did not accept.
@@ -23,11 +22,10 @@ nothing that a policy did not accept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from hmac import compare_digest
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 from attrs import evolve, field, frozen
 from msgspec import Struct
@@ -48,7 +46,6 @@ from chutes_proto.quote._layout import Quote, SgxReport, Tee
 from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
-from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
 from chutes_proto.quote._terms import Term, Window, check_duration, check_seconds, check_terms, window
@@ -56,46 +53,21 @@ from chutes_proto.quote._terms import Term, Window, check_duration, check_second
 if TYPE_CHECKING:
     from chutes_proto.quote import _behind as behind
     from chutes_proto.quote import _plain as plain
-    from chutes_proto.quote import _supplemental as supplemental
 else:  # a verdict is verified more often than it is explained
     behind = LazyModule("chutes_proto.quote._behind")
     plain = LazyModule("chutes_proto.quote._plain")
-    supplemental = LazyModule("chutes_proto.quote._supplemental")
 
 T = TypeVar("T")
-
-_OF_CERTIFICATES: Final = (4, 5, 7, 8)
-"""The steps that a certificate takes, but for its times."""
-
-
-class _Notes:
-    """The checks of a remembered value: new for the first caller, marked as remembered for all others."""
-
-    __slots__ = ("_again", "_first", "_notes")
-
-    def __init__(self, *notes: Checked) -> None:
-        self._notes = notes
-        self._first: Iterator[tuple[Checked, ...]] = iter((notes,))
-        self._again: tuple[Checked, ...] = ()
-
-    def take(self) -> tuple[Checked, ...]:
-        notes = next(self._first, self._again)
-        if not notes:
-            notes = self._again = tuple(checked(n.subject, *n.steps, remembered=True) for n in self._notes)
-        return notes
 
 
 class PckChain(Struct, frozen=True, eq=False):
     """A PCK certificate that its CA links to the root; ``chain`` is both in DER, without the root."""
 
     leaf: Certificate
-    leaf_key: EllipticCurvePublicKey
     issuer: Certificate
     chain: tuple[bytes, ...]
     identity: PckIdentity
     terms: tuple[Term, ...]
-    window: Window
-    notes: _Notes
 
 
 @frozen(kw_only=True, eq=False)
@@ -109,7 +81,7 @@ class OpenedQuote(Proven):
     pck: PckIdentity
     root: TrustedRoot
     chain: PckChain
-    checked: tuple[Checked, ...]
+    steps: frozenset[int] = field(repr=False)
 
 
 @frozen(kw_only=True, eq=False)
@@ -121,7 +93,6 @@ class SignedQuote(Proven):
 
     opened: OpenedQuote
     qe_report: SgxReport
-    checked: tuple[Checked, ...]
 
 
 @frozen(kw_only=True, eq=False)
@@ -135,8 +106,8 @@ class Verdict(Proven):
     ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
     levels at launch, ``current_status`` is of the TCB at present where the report has it. ``collateral`` has the
     numbers and dates of the collateral, ``tcb_info_version`` is the version of the TCB info's form. ``window`` is when
-    all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``. ``checked``
-    says which steps each piece passed, in the order of the stages; a step that had nothing to check is not there.
+    all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``. ``steps``
+    are the numbers of all steps that were taken, in order; one that had nothing to check is not there.
     ``current_advisory_ids`` are those of the TCB at present. ``signed`` and ``verified`` are the results of the stages.
     """
 
@@ -155,7 +126,7 @@ class Verdict(Proven):
     window: Window
     verified_at: int
     root: TrustedRoot
-    checked: tuple[Checked, ...]
+    steps: tuple[int, ...]
     signed: SignedQuote = field(repr=False)
     verified: VerifiedCollateral = field(repr=False)
     _instead: ClassVar[str] = (
@@ -170,10 +141,6 @@ class Verdict(Proven):
         body = self.quote.body
         return behind.behind(verified.tcb_info, verified.qe_identity, self.pck, body, qe_report, reached)
 
-    def supplemental(self) -> dict[str, object]:
-        """Make the supplemental data of Intel's Quote Verification Enclave, by its names."""
-        return supplemental.supplemental(self)
-
     def to_dict(self) -> dict[str, object]:
         """Make plain data for JSON: bytes in lowercase hex, times in unix seconds."""
         return plain.verdict_fields(self)
@@ -182,11 +149,6 @@ class Verdict(Proven):
     def evaluation_number(self) -> int:
         """The lower TCB evaluation data number of TCB info and QE identity."""
         return self.collateral.evaluation_number
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The numbers of all steps that were taken, in order."""
-        return tuple(sorted({number for piece in self.checked for number in piece.steps}))
 
 
 def open_quote(
@@ -225,13 +187,14 @@ def open_quote(
             problem = "the PCK chain is not in the quote, and not given beside it"
         got, expected = quote.certification_type, layout.CERTIFICATION_PCK_CHAIN
         raise steps.CertificationTypeError("quote", problem, got=got, expected=expected)
-    chain = _pck_chain(root, quote.tee, _read_chain(certification, "PCK chain", 2))  # 3-8, 11
+    ders = _read_chain(certification, "PCK chain", 2)  # 3
+    chain = _pck_chain(root, quote.tee, ders)  # 4-8, 11
     check_terms(chain.terms, now)  # 9, 10
-    notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
+    taken = {*range(1, 12)} if len(ders) > 2 else {*range(1, 12)} - {6}
     if beside:
         _check_names(quote, chain)  # 26
-        notes = (*notes, _NAMED)
-    return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
+        taken.add(26)
+    return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, steps=frozenset(taken), proof=PROOF)
 
 
 def _check_names(quote: Quote, chain: PckChain) -> None:
@@ -264,15 +227,12 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
     """
     check_kind("opened", opened, OpenedQuote, "an OpenedQuote, as of open_quote")
     quote = opened.quote
-    qe_report, attestation_key, notes = _quoting_enclave(
-        opened.chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
-    )  # 28-30
+    attestation_key = _attestation_key(opened.chain.leaf, quote)  # 28-30
     try:
         ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
     except ecdsa.InvalidSignature:
         raise steps.QuoteSignatureError("quote", "the attestation key did not sign it") from None
-    passed = (*opened.checked, *notes.take(), _SIGNED)
-    return SignedQuote(opened=opened, qe_report=qe_report, checked=passed, proof=PROOF)
+    return SignedQuote(opened=opened, qe_report=quote.qe_report, proof=PROOF)
 
 
 def verify_collateral(
@@ -303,22 +263,20 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     check_kind("collateral", collateral, Collateral, "a Collateral, as of Collateral.load")
     check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
     check_duration("grace", grace)
-    of_pck_crl = _read_signers(collateral.pck_crl_issuer_chain, _PCK_CA)  # 3
-    issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, of_pck_crl, _PCK_CA)  # 4-8
-    of_tcb_info = _read_signers(collateral.tcb_info_issuer_chain, _TCB_SIGNER)  # 3
-    tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, of_tcb_info, _TCB_SIGNER)  # 4-8
-    of_qe_identity = _read_signers(collateral.qe_identity_issuer_chain, _TCB_SIGNER)  # 3
-    qe_signer, qe_key, qe_terms, qe_notes = _signer(root, of_qe_identity, _TCB_SIGNER)  # 4-8
-    certificate_terms = (*issuer_terms, *tcb_terms, *qe_terms)
+    pck_ca = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
+    tcb_signer = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
+    qe_signer = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
+    issuer = pck_ca.certificate
+    certificate_terms = (*pck_ca.terms, *tcb_signer.terms, *qe_signer.terms)
     if now is not None:
         check_terms(certificate_terms, now)  # 9, 10
-    root_crl, revoked_by_root = _crl(collateral.root_ca_crl, "root CRL", root.name, _root_key(root))  # 12-14
-    pck_crl, revoked_pcks = _crl(collateral.pck_crl, "PCK CRL", issuer.subject, issuer_key)
+    root_crl, revoked_by_root = _crl(collateral.root_ca_crl, "root CRL", root.name, root.point)  # 12-14
+    pck_crl, revoked_pcks = _crl(collateral.pck_crl, "PCK CRL", issuer.subject, issuer.point)
     _check_not_revoked("root certificate", root.serial, revoked_by_root)  # 15
-    for certificate, place in ((issuer, _PCK_CA), (tcb_signer, _TCB_SIGNER), (qe_signer, _TCB_SIGNER)):
-        _check_not_revoked(place.subject, certificate.serial, revoked_by_root)
-    _check_stated("TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key)  # 16
-    _check_stated("QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key)
+    for signer, place in ((pck_ca, _PCK_CA), (tcb_signer, _TCB_SIGNER), (qe_signer, _TCB_SIGNER)):
+        _check_not_revoked(place.subject, signer.certificate.serial, revoked_by_root)
+    _check_stated("TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_signer)  # 16
+    _check_stated("QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_signer)
     tcb_info = _statement("TCB info", collateral.tcb_info, statements.read_tcb_info)  # 17, 18
     qe_identity = _statement("QE identity", collateral.qe_identity, statements.read_qe_identity)
     if qe_identity.tee != tcb_info.tee:  # 18
@@ -359,13 +317,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         terms=terms,
         window=window(terms),
         grace=grace,
-        checked=(
-            *issuer_notes.take(),
-            *tcb_notes.take(),
-            *qe_notes.take(),
-            *_COLLATERAL,
-            *(() if now is None else _COLLATERAL_TIMES),
-        ),
+        has_root=any(signer.has_root for signer in (pck_ca, tcb_signer, qe_signer)),
         proof=PROOF,
     )
 
@@ -437,7 +389,16 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
         if len(expected) != len(got):
             problem += f": {len(expected)} bytes are expected, and every quote has {len(got)}"
         raise steps.ReportDataMismatchError("quote", problem, got=got, expected=expected)
-    chain, collateral = opened.chain.window, verified.window
+    taken = {*opened.steps, *_STEPS}
+    if verified.has_root:
+        taken.add(6)
+    if verified.pck_chain is not None:
+        taken.add(26)
+    if quote.tee == "TDX":
+        taken.add(34)
+    if expected is not None:
+        taken.add(37)
+    chain, collateral = window(opened.chain.terms), verified.window
     return Verdict(
         quote=quote,
         pck=pck,
@@ -456,16 +417,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
         root=opened.root,
         signed=signed,
         verified=verified,
-        checked=(
-            *signed.checked,
-            *verified.checked,
-            _CHAIN_TIMES,
-            *_COLLATERAL_TIMES,
-            _BELONGS if verified.pck_chain is None else _BELONGS_BESIDE,
-            _QE,
-            _TD_LEVELS if quote.tee == "TDX" else _ENCLAVE_LEVELS,
-            *(() if expected is None else (_REPORT_DATA,)),
-        ),
+        steps=(*sorted(taken),),
         proof=PROOF,
     )
 
@@ -475,28 +427,8 @@ _NEEDS_CHAIN: Final = frozenset(
 )
 """The types of certification data that name a PCK certificate, whose chain comes from elsewhere."""
 
-_OPENED: Final = checked("quote", 1, 2)
-_NAMED: Final = checked("PCK chain beside the quote", 26)
-_CHAIN: Final = checked("PCK chain", 3)
-_CHAIN_WITH_ROOT: Final = checked("PCK chain", 3, 6)
-_LEAF: Final = checked("PCK certificate", *_OF_CERTIFICATES, 11)
-_CHAIN_TIMES: Final = checked("PCK chain", 9, 10)
-_ENCLAVE: Final = checked("quoting enclave", 28, 29, 30)
-_COLLATERAL: Final = (
-    checked("root CRL", 12, 13, 14),
-    checked("PCK CRL", 12, 13, 14),
-    checked("certificates of the collateral", 15),
-    checked("TCB info", 16, 17, 18),
-    checked("QE identity", 16, 17, 18),
-)
-_COLLATERAL_TIMES: Final = (checked("certificates of the collateral", 9, 10), checked("collateral", 19, 20))
-_BELONGS: Final = checked("quote and collateral", 15, 21, 22, 23, 24, 25, 27)
-_BELONGS_BESIDE: Final = checked("quote and collateral", 15, 21, 22, 23, 24, 25, 26, 27)
-_QE: Final = checked("quoting enclave", 31, 32)
-_SIGNED: Final = checked("quote", 33)
-_TD_LEVELS: Final = checked("TCB", 34, 35, 36)
-_ENCLAVE_LEVELS: Final = checked("TCB", 35, 36)
-_REPORT_DATA: Final = checked("report data", 37)
+_STEPS: Final = frozenset(range(1, 37)) - {6, 26, 34}
+"""The steps that every verdict takes."""
 
 
 def verify_genuine(
@@ -533,39 +465,6 @@ def verify_genuine(
     return _judge(check_signed(opened), verified, now, report_data)
 
 
-def forget() -> None:
-    """Drop all remembered chains and quoting enclaves; this only costs time."""
-    for cached in remembered().values():
-        cached.cache_clear()
-
-
-class _Cached(Protocol):
-    def cache_clear(self) -> None: ...
-
-    def cache_info(self) -> CacheInfo: ...
-
-
-class CacheInfo(Protocol):
-    """How often a remembered result was used, and how often it was not there."""
-
-    @property
-    def hits(self) -> int: ...
-
-    @property
-    def misses(self) -> int: ...
-
-
-def remembered() -> dict[str, _Cached]:
-    """The stages of verification whose results are remembered, by name."""
-    return {
-        "root": _root_terms,
-        "issuer": _issued_by_root,
-        "signer": _signer,
-        "pck_chain": _pck_chain,
-        "quoting_enclave": _quoting_enclave,
-    }
-
-
 # --- certificates ---
 
 
@@ -583,13 +482,12 @@ _PCK: Final = _Place("PCK certificate", frozenset({certificates.PCK}), "end enti
 _TCB_SIGNER: Final = _Place("TCB signing certificate", frozenset({certificates.TCB_SIGNING}), "end entity")
 
 
-@lru_cache(maxsize=256)
 def _pck_chain(root: TrustedRoot, tee: Tee, ders: tuple[bytes, ...]) -> PckChain:
-    """Steps 3 to 8 and 11, remembered by the certificates: text around them makes no new entry."""
+    """Steps 4 to 8 and 11."""
     leaf_der, issuer_der, *above = ders
-    root_terms = _root_terms(root, (*above,))
-    issuer, issuer_key, issuer_term, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
-    leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
+    root_terms = _root_terms(root, above)
+    issuer = _issued(issuer_der, _PCK_CA, root.name, root.point)
+    leaf = _issued(leaf_der, _PCK, issuer.subject, issuer.point)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
         raise steps.PckExtensionError(_PCK.subject, "the SGX extension is missing")
@@ -597,28 +495,24 @@ def _pck_chain(root: TrustedRoot, tee: Tee, ders: tuple[bytes, ...]) -> PckChain
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
         raise steps.PckExtensionError(_PCK.subject, str(exc)) from None
-    terms = (*root_terms, issuer_term, _term(leaf, _PCK))
-    notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
-    key = _key(leaf, _PCK.subject)
-    return PckChain(leaf, key, issuer, (leaf_der, issuer_der), identity, terms, window(terms), notes)
+    terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
+    return PckChain(leaf, issuer, (leaf_der, issuer_der), identity, terms)
 
 
-def _read_signers(pem: bytes, place: _Place) -> tuple[bytes, ...]:
-    """Step 3 for the chain of a signer of collateral."""
-    return _read_chain(pem, f"chain of the {place.subject}", 1)
+class _Signer(Struct, frozen=True, eq=False):
+    """The signer of a piece of collateral; ``has_root``: its chain brings a certificate of the root."""
+
+    certificate: Certificate
+    terms: tuple[Term, ...]
+    has_root: bool
 
 
-@lru_cache(maxsize=64)
-def _signer(
-    root: TrustedRoot, ders: tuple[bytes, ...], place: _Place
-) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...], _Notes]:
-    """Steps 4 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
-    subject = f"chain of the {place.subject}"
-    der, *above = ders
-    root_terms = _root_terms(root, (*above,))
-    certificate, key, term, notes = _issued_by_root(root, der, place)
-    form = checked(subject, 3, 6) if above else checked(subject, 3)
-    return certificate, key, (*root_terms, term), _Notes(form, *notes.take())
+def _signer(root: TrustedRoot, pem: bytes, place: _Place) -> _Signer:
+    """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it."""
+    der, *above = _read_chain(pem, f"chain of the {place.subject}", 1)
+    root_terms = _root_terms(root, above)
+    certificate = _issued(der, place, root.name, root.point)
+    return _Signer(certificate, (*root_terms, _term(certificate, place)), bool(above))
 
 
 def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
@@ -639,8 +533,7 @@ def _check_expected(report_data: object) -> None:
         raise TypeError(f"report_data: must be 64 bytes, or None, not {type(report_data).__name__}")
 
 
-@lru_cache(maxsize=16)
-def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]:
+def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
     """The validity of the root: by the pin, and by another certificate of it that came with a chain (step 6)."""
     terms: tuple[Term, ...] = (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
     for der in above:
@@ -661,23 +554,7 @@ def _check_root(root: TrustedRoot, der: bytes) -> Term:
     return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
 
 
-@lru_cache(maxsize=64)
-def _issued_by_root(
-    root: TrustedRoot, der: bytes, place: _Place
-) -> tuple[Certificate, EllipticCurvePublicKey, Term, _Notes]:
-    """Steps 4, 5, 7 and 8."""
-    certificate = _issued(der, place, root.name, _root_key(root))
-    notes = _Notes(checked(place.subject, *_OF_CERTIFICATES))
-    return certificate, _key(certificate, place.subject), _term(certificate, place), notes
-
-
-@lru_cache(maxsize=16)
-def _root_key(root: TrustedRoot) -> EllipticCurvePublicKey:
-    """Load the root's key. `forget` does not drop it: it is the caller's choice, not a result of verification."""
-    return ecdsa.load_point(root.point)
-
-
-def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurvePublicKey) -> Certificate:
+def _issued(der: bytes, place: _Place, issuer: bytes, point: bytes) -> Certificate:
     """Steps 4, 5, 7 and 8."""
     certificate = _read(der, place.subject)
     try:
@@ -695,7 +572,7 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
             place.subject, "it names another issuer", got=certificate.issuer, expected=issuer
         )
     try:
-        ecdsa.verify(issuer_key, certificate.signature, certificate.signed)  # 8
+        ecdsa.recall(point, certificate.signature, certificate.signed)  # 8
     except ecdsa.InvalidSignature:
         raise steps.CertificateSignatureError(place.subject, "its issuer did not sign it") from None
     return certificate
@@ -704,16 +581,13 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
 def _read(der: bytes, subject: str) -> Certificate:
     """Step 4."""
     try:
-        return certificates.read_certificate(der)  # 4
+        certificate = certificates.read_certificate(der)  # 4
+        _ = ecdsa.load_point(certificate.point)
     except DerError as exc:
         raise steps.CertificateFormatError(subject, str(exc)) from None
-
-
-def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
-    try:
-        return ecdsa.load_point(certificate.point)  # 4
     except ValueError:
         raise steps.CertificateFormatError(subject, "its key is not a point of P-256") from None
+    return certificate
 
 
 def _term(certificate: Certificate, place: _Place) -> Term:
@@ -727,15 +601,13 @@ def _ca(issuer: Certificate) -> Ca:
 # --- collateral ---
 
 
-def _crl(
-    der: bytes, subject: str, issuer: bytes, issuer_key: EllipticCurvePublicKey
-) -> tuple[certificates.Crl, frozenset[bytes]]:
+def _crl(der: bytes, subject: str, issuer: bytes, point: bytes) -> tuple[certificates.Crl, frozenset[bytes]]:
     """Steps 12 to 14: the CRL and the serial numbers on it."""
     try:
         crl = certificates.read_crl(der)  # 12
         if crl.issuer != issuer:  # 13
             raise steps.CrlIssuerError(subject, "it names another issuer", got=crl.issuer, expected=issuer)
-        ecdsa.verify(issuer_key, crl.signature, crl.signed)  # 14
+        ecdsa.verify(ecdsa.load_point(point), crl.signature, crl.signed)  # 14
         return crl, certificates.revoked_serials(crl)
     except DerError as exc:
         raise steps.CrlFormatError(subject, str(exc)) from None
@@ -749,10 +621,10 @@ def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -
         raise steps.CertificateRevokedError(subject, "it is on the root CRL", got=serial)
 
 
-def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey) -> None:
+def _check_stated(subject: str, text: bytes, signature: bytes, signer: _Signer) -> None:
     """Step 16, before the text is read."""
     try:
-        ecdsa.verify_raw(key, signature, text)
+        ecdsa.verify_raw(ecdsa.load_point(signer.certificate.point), signature, text)
     except ecdsa.InvalidSignature:
         raise steps.StatementSignatureError(subject, "the TCB signing key did not sign it") from None
 
@@ -770,27 +642,24 @@ def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
 # --- the quote ---
 
 
-@lru_cache(maxsize=256)
-def _quoting_enclave(
-    chain: PckChain, report: bytes, signature: bytes, auth: bytes, attestation_key: bytes
-) -> tuple[SgxReport, EllipticCurvePublicKey, _Notes]:
+def _attestation_key(leaf: Certificate, quote: Quote) -> EllipticCurvePublicKey:
     """Steps 28 to 30: the attestation key is the quoting enclave's, the quoting enclave the platform's."""
     try:
-        ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
+        ecdsa.recall_raw(leaf.point, quote.qe_report_signature, quote.qe_report_bytes)  # 28
     except ecdsa.InvalidSignature:
         raise steps.QeReportSignatureError("QE report", "the PCK did not sign it") from None
-    qe_report = layout.parse_sgx_report(report)
-    expected = sha256(attestation_key + auth).digest() + bytes(32)
-    if qe_report.report_data != expected:  # 29
-        got = qe_report.report_data
+    got = quote.qe_report.report_data
+    expected = sha256(quote.attestation_key + quote.qe_auth).digest() + bytes(32)
+    if got != expected:  # 29
         raise steps.QeReportDataError(
             "QE report", "its report data is not the attestation key's hash", got=got, expected=expected
         )
     try:
-        key = ecdsa.load_point(attestation_key)  # 30
+        return ecdsa.load_point(quote.attestation_key)  # 30
     except ValueError:
-        raise steps.AttestationKeyError("attestation key", "it is not a point of P-256", got=attestation_key) from None
-    return qe_report, key, _Notes(_ENCLAVE)
+        raise steps.AttestationKeyError(
+            "attestation key", "it is not a point of P-256", got=quote.attestation_key
+        ) from None
 
 
 _DEBUG: Final = int(layout.SgxAttributes.DEBUG)

@@ -42,7 +42,7 @@ from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._profiles import EXTRA_KEYS
 
 _NOT_FIELDS: Final = (
-    *("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "checked", "behind", "rule"),
+    *("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "behind", "rule"),
 )
 _TIMES: Final = ("at", "tcb_date", "valid_from", "valid_until")
 _READ: Final = (
@@ -224,7 +224,6 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
                 "valid_from": verdict.window[0],
                 "valid_until": verdict.window[1],
                 "steps": verdict.steps,
-                "checked": verdict.checked,
             }
         )
         log = None if task.log is None else parse_event_log(task.log)

@@ -38,7 +38,6 @@ from chutes_proto.io.server.scrub import Scrubbed
 from chutes_proto.io.server.sinks import KINDS
 from chutes_proto.io.server.workers import METRICS_DIRECTORY
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.quote._verify import remembered
 from chutes_proto.server._observing import Answered
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Unit, unit_name
@@ -79,8 +78,6 @@ class Metrics:
         self._transactions = self._counter("transactions", "Transactions of the store.", "unit", "result")
         self._collateral = self._counter("collateral_lookups", "Collateral for a quote.", "result")
         self._handshakes = self._counter("tls_handshakes", "TLS handshakes of clients.", "result")
-        self._cache = self._counter("verification_cache", "Results that verification remembers.", "stage", "result")
-        self._cache_seen: dict[tuple[str, str], int] = {}
         self._rollbacks = self._counter("rollbacks", "Transactions that ran again because of others.", "unit")
         self._rollbacks_seen: dict[str, int] = {}
         self._forged = self._counter("rows_not_authentic", "Rows that were refused as not authentic.", "table")
@@ -188,12 +185,6 @@ class Metrics:
         self._hosts.set(service.hosts.admitted)
         self._open_boots.set(len(service.boots))
         self._draining.set(draining)
-        for stage, cached in remembered().items():
-            info = cached.cache_info()
-            for result, count in (("hit", info.hits), ("miss", info.misses)):
-                before = self._cache_seen.get((stage, result), 0)
-                self._cache.labels(stage, result).inc(max(0, count - before))
-                self._cache_seen[stage, result] = count
 
     def scrubbed(self, last: Scrubbed) -> None:
         """Set the gauges of the last whole scrub."""
