@@ -6,9 +6,8 @@ from typing import Any
 
 from chutes_proto.gpu._chips import board_of, chip_of, driver_rim_id, vbios_rim_id
 from chutes_proto.gpu._evidence import DeviceEvidence
-from chutes_proto.gpu._findings import Mismatch
 from chutes_proto.gpu._policy import DeviceReport
-from chutes_proto.gpu._report import Report, parse_report
+from chutes_proto.gpu._report import parse_report
 from chutes_proto.gpu._rim import VerifiedRim
 from chutes_proto.gpu._verify import read_leaf
 from chutes_proto.quote._terms import rfc3339
@@ -33,20 +32,19 @@ def device_fields(report: DeviceReport) -> dict[str, Any]:
         "compared": report.compared,
         "rims": [rim.digest.hex() for rim in report.rims],
         "revocation_checked": report.revocation_checked,
-        "mismatches": [_mismatch(one) for one in report.mismatches],
+        "mismatches": [
+            {
+                "index": one.index,
+                "source": one.source,
+                "expected": [value.hex() for value in one.expected],
+                "found": None if one.found is None else one.found.hex(),
+                "shared": one.shared,
+                "hint": one.hint,
+            }
+            for one in report.mismatches
+        ],
         "code": None if error is None else error.code,
         "error": None if error is None else str(error),
-    }
-
-
-def _mismatch(one: Mismatch) -> dict[str, Any]:
-    return {
-        "index": one.index,
-        "source": one.source,
-        "expected": [value.hex() for value in one.expected],
-        "found": None if one.found is None else one.found.hex(),
-        "shared": one.shared,
-        "hint": one.hint,
     }
 
 
@@ -63,12 +61,6 @@ def claimed_fields(evidence: DeviceEvidence) -> dict[str, Any]:
         "serial_number": leaf.serial_number,
         "arch": arch,
         "rim_ids": [one for one in ids if one is not None],
-        **_report_fields(report),
-    }
-
-
-def _report_fields(report: Report) -> dict[str, Any]:
-    return {
         "nonce": report.nonce.hex(),
         "driver": report.driver,
         "vbios": report.vbios,
