@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from attrs import evolve
 
 from chutes_proto.io.server.development import write_server
-from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.quote._terms import rfc3339
@@ -27,7 +25,6 @@ from tests.cli.conftest import Ended, is_root
 from tests.cli.test_replay import GOOD, OTHER
 from tests.collateral.network import PLATFORM as NETWORK_PLATFORM
 from tests.collateral.network import Upstream, running
-from tests.conftest import ROOT
 from tests.quote.logs import as_json, log
 
 NOW = 1_780_000_000
@@ -410,14 +407,6 @@ def test_collateral_may_be_fetched(command: Command, tmp_path: Path) -> None:
     assert (refused.code, "collateral_unavailable: no collateral for" in refused.out) == (1, True)
     for wrong in ((), ("--fetch", "--collateral", quote), ("--collateral", quote, "--service", "https://a")):
         assert command("verify", quote, *wrong).code == 2
-
-
-def test_help_and_document_name_the_members_of_the_collateral_file(command: Command) -> None:
-    text = " ".join(command("verify", "--help").out.split())
-    page = (ROOT / "docs" / "reference" / "collateral.md").read_text("utf-8")
-    members = [attribute.name for attribute in attrs.fields(Collateral)]
-    assert all(re.search(rf"\b{member}\b", text) for member in members)
-    assert re.findall(r"^\| `(\w+)` \| .*(?:PEM|hex|text)", page, re.MULTILINE) == members
 
 
 def test_the_quote_must_bind_the_expected_report_data(verify: Command) -> None:

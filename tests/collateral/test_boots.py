@@ -86,14 +86,6 @@ async def test_an_outage_without_a_warm_cache_is_a_503_and_with_one_nothing() ->
 
 
 @pytest.mark.trio
-async def test_a_storm_of_boots_is_one_fetch() -> None:
-    with running(Upstream()) as upstream:
-        for response in await boots(source(upstream), times=40):
-            assert answer(response)["key"]
-        assert len(upstream.asked) == 4
-
-
-@pytest.mark.trio
 async def test_collateral_that_is_younger_than_its_request() -> None:
     with running(Upstream(age=-1)) as upstream:  # made a second after the quote came
         (response,) = await boots(source(upstream))

@@ -33,9 +33,8 @@ from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import open_quote
-from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
-from chutes_proto.testing._service import CollateralService
-from chutes_proto.wire.http import TRACEPARENT, HttpRequest, HttpResponse
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.wire.http import TRACEPARENT, HttpResponse
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
@@ -47,8 +46,6 @@ HASTY = TimeLimits(connect=0.4, read=0.4, total=0.5)  # for faults that are a ma
 UNHEARD = TimeLimits(connect=10.0, read=0.4, total=10.0)  # for silence alone
 QUICK = CachePolicy(retry=0, retry_most=0, unknown=600, wait=5.0)
 """Tries again at once, so that each call of a test is a fetch if it needs one."""
-
-UNKNOWN = PLATFORM.another(7)
 
 
 def identity(platform: SimulatedPlatform = PLATFORM) -> PckIdentity:
@@ -172,20 +169,6 @@ def test_a_fetch_belongs_to_the_trace_of_the_request_that_caused_it(each: Loop, 
     assert upstream.traces == [parent] * 4 + [None] * 4
 
 
-def test_another_ca_and_another_place_of_the_root_crl(each: Loop, upstream: Upstream) -> None:
-    parsed = pcs.Upstream.parse(f"{upstream.url}/sgx/certification/v4/", f"{upstream.url}/IntelSGXRootCA.der")
-    of = evolve(source(upstream), cache=PlatformCache([parsed], root=ROOT, update="early"))
-    (found,) = each.fetch(of, evolve(PLATFORM, ca="processor"))
-    assert found.ca == "processor"
-    assert [target.partition("?")[2] for target in upstream.asked] == [
-        f"fmspc={PLATFORM.fmspc.hex()}&update=early",
-        "update=early",
-        "ca=processor&encoding=der",
-        "",
-    ]
-    assert upstream.asked[-1] == "/IntelSGXRootCA.der"
-
-
 FAULTS: dict[str, tuple[Fault, str, str]] = {
     "slow": (network.slow, "", "the server was silent for"),
     "dripping": (network.dripping, "", r"no whole answer within 0\.5 s"),
@@ -229,52 +212,6 @@ def test_a_fault_is_told_and_the_next_upstream_asked(
         _ = wait_until(is_found)
 
 
-@pytest.mark.parametrize(
-    ("age", "told"),
-    [(COLLATERAL_SECONDS + 60, "it expired at 20"), (-3600, "it is valid from .*check the clocks")],
-    ids=["expired", "not yet valid"],
-)
-def test_the_wrong_time(each: Loop, upstream: Upstream, other: Upstream, age: int, told: str) -> None:
-
-    upstream.age = age
-    (alone,) = each.fetch(source(upstream))
-    assert re.search(told, alone)
-    (found,) = each.fetch(source(upstream, other))
-    assert found.fmspc == PLATFORM.fmspc
-
-
-def test_a_clock_that_is_a_little_ahead_is_waited_for(each: Loop, upstream: Upstream) -> None:
-    upstream.age = -1
-    (found,) = each.fetch(source(upstream))
-    assert found.window[0] <= time.time()
-
-
-def test_another_root_and_another_ca_are_refused(each: Loop, upstream: Upstream) -> None:
-    upstream.service = CollateralService((evolve(PLATFORM, seed=b"another world" * 3),))
-    upstream.fault, upstream.only = (
-        lambda handler, _: handler.upstream.service.answer(
-            HttpRequest("GET", f"/tdx/certification/v4/tcb?fmspc={handler.upstream.service.platforms[0].fmspc.hex()}"),
-            int(time.time()),
-        ),
-        "tcb",
-    )
-    (told,) = each.fetch(source(upstream))
-    assert "root" in told
-
-
-def test_an_upstream_that_asks_for_it_is_left_alone(each: Loop, upstream: Upstream, other: Upstream) -> None:
-    upstream.fault = network.status(429, ("retry-after", "600"))
-    of = source(upstream, other)
-    found = each.fetch(of, PLATFORM, PLATFORM.another(1))
-    assert all(isinstance(one, VerifiedCollateral) for one in found)
-    assert len(upstream.asked) == 1
-    alone = source(upstream)
-    told = each.fetch(alone, PLATFORM, PLATFORM, PLATFORM.another(1))
-    assert len(upstream.asked) == 2
-    assert "429" in told[1]
-    assert "left alone" in told[2]
-
-
 def test_a_hundred_boots_of_a_known_family_are_one_fetch(each: Loop, upstream: Upstream) -> None:
     found, log = each.run(source(upstream), lambda fetcher: each.together(fetcher, [PLATFORM] * 100))
     assert len(found) == 100
@@ -282,34 +219,6 @@ def test_a_hundred_boots_of_a_known_family_are_one_fetch(each: Loop, upstream: U
     assert isinstance(found[0], VerifiedCollateral)
     assert len(upstream.asked) == 4
     assert [record.event for record in log] == ["collateral_fetched"]
-
-
-def test_a_hundred_boots_of_an_unknown_family_are_one_fetch(each: Loop, upstream: Upstream) -> None:
-    async def main(fetcher: Any) -> list[Any]:
-        return await each.together(fetcher, [UNKNOWN] * 100) + [await outcome(fetcher, UNKNOWN)]
-
-    told, _ = each.run(source(upstream), main)
-    assert len(told) == 101
-    assert all("status 404" in one for one in told)
-    assert upstream.asked == [f"/tdx/certification/v4/tcb?fmspc={UNKNOWN.fmspc.hex()}"]
-
-
-def test_fetches_for_new_families_are_bounded_and_known_ones_have_their_share(each: Loop, upstream: Upstream) -> None:
-    of = source(upstream, policy=evolve(QUICK, fetches_per_minute=8, refresh=0))
-    strangers = [PLATFORM.another(index) for index in range(20, 60)]
-
-    async def main(fetcher: Any) -> list[Any]:
-        known = await outcome(fetcher, PLATFORM)
-        told = await each.together(fetcher, strangers)
-        assert sum("too many fetches" in one for one in told) >= len(strangers) - 5
-        before = upstream.rounds()
-        assert before <= 5
-        assert await outcome(fetcher, PLATFORM) is known
-        _ = await async_wait_until(lambda: upstream.rounds() > before)
-        assert upstream.rounds() == before + 1
-        return told
-
-    _ = each.run(of, main)
 
 
 def test_it_dies_and_comes_back(each: Loop) -> None:
@@ -325,16 +234,6 @@ def test_it_dies_and_comes_back(each: Loop) -> None:
     assert still is warm
     with running(upstream):
         assert isinstance(each.fetch(of, PLATFORM.another(1))[0], VerifiedCollateral)
-
-
-def test_the_plug_is_pulled_in_the_middle(each: Loop, other: Upstream) -> None:
-    upstream = Upstream(fault=network.truncated, only="identity")
-    with running(upstream):
-        of = source(upstream, other)
-        found, _ = each.run(of, lambda fetcher: each.together(fetcher, [PLATFORM] * 20))
-    assert len(set(map(id, found))) == 1
-    assert isinstance(found[0], VerifiedCollateral)
-    assert other.rounds() == 1
 
 
 def test_refreshed_ahead_in_the_background(each: Loop, upstream: Upstream) -> None:
@@ -353,23 +252,6 @@ def test_refreshed_ahead_in_the_background(each: Loop, upstream: Upstream) -> No
         assert now.window[0] >= first.window[0] + 10
 
     _ = each.run(of, main)
-
-
-def test_stale_only_within_the_grace_and_only_in_an_outage(each: Loop, upstream: Upstream) -> None:
-    upstream.age = COLLATERAL_SECONDS + 60
-    (none,) = each.fetch(source(upstream, policy=evolve(QUICK, grace=30)))
-    assert "it expired at" in none
-    of = source(upstream, policy=evolve(QUICK, grace=600))
-    (stale,) = each.fetch(of)
-    assert stale.window[1] < time.time() < stale.usable_until
-    upstream.age = 0
-
-    async def main(fetcher: Any) -> Any:
-        return await changed(fetcher, stale)
-
-    fresh, _ = each.run(of, main)
-    assert isinstance(fresh, VerifiedCollateral)
-    assert fresh.window[1] > time.time()
 
 
 def test_kept_on_disk_and_verified_again(each: Loop, tmp_path: Path) -> None:

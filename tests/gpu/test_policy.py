@@ -17,7 +17,6 @@ from cryptography.x509 import ocsp
 from chutes_proto.auth import der
 from chutes_proto.gpu import (
     NVIDIA,
-    AcceptedEvidence,
     DeviceEvidence,
     EvidenceFormatError,
     EvidenceRefusedError,
@@ -429,22 +428,6 @@ def test_a_device_is_compared_only_while_its_certificates_are_valid() -> None:
     assert compare(device, rims, now=NOW + 10).mismatches == ()
     with pytest.raises(steps.CertificateExpiredError, match="device's certificate"):
         _ = compare(device, rims, now=NOW + 11)
-
-
-def test_results_are_made_by_verification_only() -> None:
-    accepted = verified(GPUS)
-    with pytest.raises(TypeError, match="made by that check only"):
-        _ = attrs.evolve(accepted, nonce=None)
-    with pytest.raises(TypeError, match="made by that check only"):
-        _ = AcceptedEvidence(devices=(), nonce=None, verified_at=0, proof=None)
-
-
-@pytest.mark.parametrize("gpus", [GPUS, GPUS.having("measurement")], ids=["as its RIMs", "altered"])
-def test_a_comparison_is_no_decision(gpus: SimulatedGpus) -> None:
-    device = authenticate(gpus.evidence(NONCE)[0], nonce=NONCE, now=NOW, roots=gpus.roots)
-    comparison = compare(device, Rims.of(verify_rim(rim, now=NOW, roots=gpus.roots) for rim in gpus.rims(NOW)), now=NOW)
-    with pytest.raises(TypeError, match="look at its mismatches"):
-        _ = bool(comparison)
 
 
 def test_a_root_is_a_self_signed_ca() -> None:

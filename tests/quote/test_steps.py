@@ -143,14 +143,6 @@ def test_every_fault_has_one_place() -> None:
     assert set(STEP_OF) - set(REFUSED) == WITHOUT_FAULT
 
 
-def test_the_code_carries_the_numbers() -> None:
-    quote = PROJECT / "src" / "chutes_proto" / "quote"
-    text = "".join((quote / name).read_text("utf-8") for name in ("_verify.py", "_tcb.py", "_terms.py"))
-    for step in STEPS:
-        assert re.search(rf"\bsteps\.{step.__name__}\b", text), "raised"
-        assert re.search(rf"# (\d+, )*{step.step}\b(?!-)", text), step
-
-
 @pytest.mark.parametrize("fault", sorted(BY_FAULT))
 def test_a_fault_is_refused_by_its_step(fault: str) -> None:
     platform = PLATFORM.having(fault)

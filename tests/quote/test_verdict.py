@@ -16,7 +16,6 @@ from chutes_proto.quote._errors import AppraisalError
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._steps import QeIdentityMismatchError, TcbNotSupportedError, TdxModuleMismatchError
-from chutes_proto.quote._tcb import _relaunch as relaunched
 from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import QuoteDraft
@@ -259,36 +258,6 @@ def _without_root(collateral: Collateral) -> Collateral:
     names = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain")
     ends = b"-----END CERTIFICATE-----\n"
     return evolve(collateral, **{name: getattr(collateral, name).split(ends)[0] + ends for name in names})
-
-
-@pytest.mark.parametrize(
-    ("fault", "status"),
-    [
-        ("tcb_sw_hardening_needed", "SWHardeningNeeded"),
-        ("tcb_out_of_date", "OutOfDate"),
-        ("module_outdated", "OutOfDate"),
-        ("qe_outdated", "OutOfDate"),
-        ("relaunch_advised", "TDRelaunchAdvised"),
-        ("current_tcb_out_of_date", "UpToDate"),
-    ],
-)
-def test_whatever_the_status_no_step_is_left_out(fault: str, status: str) -> None:
-    verdict = verdict_of(PLATFORM, fault)
-    assert (verdict.tcb_status, verdict.steps) == (status, ALL_STEPS)
-
-
-@pytest.mark.parametrize(
-    ("launch", "current", "status"),
-    [
-        ("OutOfDate", "UpToDate", "TDRelaunchAdvised"),
-        ("OutOfDate", "ConfigurationNeeded", "TDRelaunchAdvisedConfigurationNeeded"),
-        ("OutOfDateConfigurationNeeded", "UpToDate", "TDRelaunchAdvisedConfigurationNeeded"),
-        ("OutOfDateConfigurationNeeded", "OutOfDate", "OutOfDateConfigurationNeeded"),
-        ("ConfigurationNeeded", "UpToDate", "ConfigurationNeeded"),
-    ],
-)
-def test_a_relaunch_is_advised_where_it_cures(launch: str, current: str, status: str) -> None:
-    assert relaunched(TcbStatus(launch), TcbStatus(current)) == status
 
 
 def test_a_root_that_no_chain_brings_is_not_checked() -> None:

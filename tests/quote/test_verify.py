@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,7 +38,6 @@ from chutes_proto.quote._steps import (
     CertificationTypeError,
     CollateralExpiredError,
     CollateralNotYetValidError,
-    PckRevokedError,
     QeReportSignatureError,
     ReportDataMismatchError,
     RootMismatchError,
@@ -109,12 +107,6 @@ def test_whatever_holds_the_bytes_of_a_quote(kind: Callable[[bytes], Any]) -> No
     assert verify_quote(check_signed(opened), verified_of(PLATFORM), now=NOW, report_data=None).tcb_status == "UpToDate"
 
 
-@pytest.mark.parametrize("wrong", [5, "a quote", None, [1, 2]])
-def test_what_holds_no_bytes_is_no_quote(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"^data: must be the bytes of a quote, not (int|str|NoneType|list)$"):
-        _ = parse_quote(wrong)
-
-
 @pytest.mark.parametrize("wrong", [PLATFORM.root_der, bytearray(PLATFORM.root_der), "root.der", None])
 def test_a_root_is_a_trusted_root(wrong: Any) -> None:
     collateral = collateral_of(PLATFORM)
@@ -128,13 +120,6 @@ def test_a_root_is_a_trusted_root(wrong: Any) -> None:
             _ = stage()
 
 
-def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
-    verified = verified_of(PLATFORM)
-    for number in range(3):
-        quote = PLATFORM.quote(bytes([number]) * 64)
-        assert verify_quote(signed_of(quote), verified, now=NOW, report_data=None).tcb_status == "UpToDate"
-
-
 def test_verified_collateral_names_the_documents_that_it_was_read_from() -> None:
     collateral = collateral_of(PLATFORM)
     assert verified_of(PLATFORM).digests == CollateralDigests(
@@ -143,21 +128,6 @@ def test_verified_collateral_names_the_documents_that_it_was_read_from() -> None
         root_ca_crl=sha256(collateral.root_ca_crl).digest(),
         pck_crl=sha256(collateral.pck_crl).digest(),
     )
-
-
-def test_report_data_must_be_said() -> None:
-    with pytest.raises(TypeError):
-        _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT)  # type: ignore[call-arg]
-    with pytest.raises(ReportDataMismatchError) as caught:
-        _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=bytes(64))
-    assert (caught.value.got, caught.value.expected) == (REPORT_DATA, bytes(64))
-    _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=None)
-    signed, verified = signed_of(QUOTE), verified_of(PLATFORM)
-    with pytest.raises(TypeError):
-        _ = verify_quote(signed, verified, now=NOW)  # type: ignore[call-arg]
-    with pytest.raises(ReportDataMismatchError):
-        _ = verify_quote(signed, verified, now=NOW, report_data=bytes(64))
-    assert verify_quote(signed, verified, now=NOW, report_data=REPORT_DATA).steps[-1] == 37
 
 
 @pytest.mark.parametrize("wrong", ["00" * 64, REPORT_DATA.hex(), 0, [0] * 64])
@@ -200,24 +170,6 @@ def test_the_reference_shows_how_another_root_is_trusted() -> None:
     assert names["verdict"].tcb_status == "UpToDate"
 
 
-def test_intel_is_the_default() -> None:
-    assert INTEL_ROOT.point.hex().startswith("0ba9c4c0")
-    assert INTEL_ROOT != ROOT
-
-
-def test_an_import_brings_what_verification_needs_and_no_more() -> None:
-    text = "import sys, chutes_proto.quote._verify; print(*sys.modules)"
-    alone: dict[str, str] = {}  # what measures coverage would bring modules of its own
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True, env=alone)
-    loaded = done.stdout.split()
-    of_project = {name for name in loaded if name.startswith("chutes_proto")}
-    outside = {name for name in of_project if not name.startswith("chutes_proto.quote")}
-    assert outside == {"chutes_proto", "chutes_proto._error", "chutes_proto._lazy", "chutes_proto._proof"}
-    for lazy in ("accept", "eventlog", "policy", "measurements", "attributes", "identity", "tables"):
-        assert f"chutes_proto.quote._{lazy}" not in of_project
-    assert {"cattrs", "tomllib", "h11", "cryptography.x509", "logging", "asyncio"}.isdisjoint(loaded)
-
-
 # --- what was checked ---
 
 
@@ -227,6 +179,7 @@ def test_a_verdict_says_which_steps_were_taken() -> None:
     assert verdict.steps == tuple(number for number in range(1, 38) if number != 26)
     unbound = verify_genuine(QUOTE, collateral, now=NOW, root=ROOT, report_data=None)
     assert set(verdict.steps) - set(unbound.steps) == {37}
+    assert unbound.to_dict()["steps"] == list(unbound.steps)
     beside = attrs.evolve(collateral, pck_certificate_chain=parse_quote(QUOTE).certification)
     beside_too = verify_genuine(QUOTE, beside, now=NOW, root=ROOT, report_data=REPORT_DATA)
     assert beside_too.steps == tuple(range(1, 38))
@@ -423,16 +376,6 @@ def test_a_time_in_milliseconds_is_shown_as_it_is() -> None:
 # --- what is remembered ---
 
 
-def test_remembering_changes_no_answer() -> None:
-    honest = [verdict_of(PLATFORM).tcb_status for _ in range(2)]
-    forget()
-    assert [verdict_of(PLATFORM).tcb_status, *honest] == ["UpToDate"] * 3
-    signed = signed_of(QUOTE)
-    with pytest.raises(PckRevokedError):
-        _ = verify_quote(signed, verified_of(PLATFORM.having("pck_revoked")), now=NOW, report_data=None)
-    assert verify_quote(signed, verified_of(PLATFORM), now=NOW, report_data=None).tcb_status == "UpToDate"
-
-
 def test_refusals_are_not_remembered() -> None:
     forget()
     for fault in ("pck_signature", "qe_report_signature", "intermediate_signature", "chain_extra"):
@@ -441,18 +384,6 @@ def test_refusals_are_not_remembered() -> None:
         with pytest.raises(VerificationError):
             _ = verdict_of(PLATFORM, fault)
     assert verdict_of(PLATFORM).tcb_status == "UpToDate"
-
-
-def test_a_malleable_variant_is_another_one() -> None:
-    """(r, n - s) verifies as well: what is remembered is keyed by all bytes, and gives the same answer."""
-    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-    signature = parse_quote(QUOTE).signature
-    variant = signature[:32] + (order - int.from_bytes(signature[32:])).to_bytes(32)
-    quote = QUOTE.replace(signature, variant)
-    assert quote != QUOTE
-    assert (
-        verify_genuine(quote, collateral_of(PLATFORM), now=NOW, report_data=REPORT_DATA, root=ROOT).quote.trailing == 0
-    )
 
 
 # --- hostile bytes ---
