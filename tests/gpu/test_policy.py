@@ -351,19 +351,6 @@ def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:
             _ = verified(GPUS, nonce=wrong)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        *({"rims": ()}, {"revocation": ()}, {"policy": None}, {"now": 1.0}, {"now": True}),
-        *({"count": "2"}, {"count": True}, {"roots": None}, {"roots": GPUS.roots.device}),
-    ],
-    ids=str,
-)
-def test_arguments_of_another_type_are_refused(argument: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=f"^{next(iter(argument))}"):
-        _ = verified(GPUS, **argument)
-
-
 @pytest.mark.parametrize("made", [bytearray, memoryview, bytes.decode, json.loads, lambda _: [1], lambda _: None])
 def test_evidence_of_another_type_is_refused(made: Callable[[bytes], Any]) -> None:
     data = made(GPUS.evidence_json(NONCE))
@@ -409,15 +396,6 @@ def test_values_are_made_of_what_they_say() -> None:
     ):
         with pytest.raises(TypeError, match=f"^{must}$"):
             _ = make()
-
-
-def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
-    device: Any = GPUS.evidence(NONCE)[0]
-    with pytest.raises(TypeError, match=r"^device: must be a GenuineDevice, as of authenticate, not DeviceEvidence$"):
-        _ = compare(device, Rims(), now=NOW)
-    rims: Any = ()
-    with pytest.raises(TypeError, match=r"^rims: must be Rims, not tuple$"):
-        _ = compare(authenticate(device, nonce=NONCE, now=NOW, roots=GPUS.roots), rims, now=NOW)
 
 
 def test_a_device_is_compared_only_while_its_certificates_are_valid() -> None:

@@ -186,11 +186,6 @@ def test_logs_may_part_at_an_end() -> None:
     assert str(less).startswith("RTMR2: got no more events, expected event 8, EV_IPL")
 
 
-def test_what_proves_a_replay_is_made_by_it_only() -> None:
-    with pytest.raises(TypeError):
-        _ = ReplayedLog(log=parse_event_log(log()))  # type: ignore[call-arg]
-
-
 # --- extractors ---
 
 ON, OFF, EMPTY = (variable("SecureBoot", value) for value in (b"\x01", b"\x00", b""))

@@ -17,12 +17,12 @@ from chutes_proto.quote._errors import AppraisalError, PolicyError
 from chutes_proto.quote._eventlog import EventLog, EventLogFormatError, parse_event_log_json
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._measurements import Profile, RegisterRule
-from chutes_proto.quote._policy import AllOf, AnyOf, AnyPolicy, Policy, TcbPolicy, parse_policy_toml, verify
+from chutes_proto.quote._policy import AnyPolicy, Policy, TcbPolicy, parse_policy_toml
 from chutes_proto.quote._verify import Verdict
 from chutes_proto.server._profiles import serve_profile
 from chutes_proto.testing._faults import Fault
 from tests.quote.cases import ABSENT, FOLDER, cases
-from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of
+from tests.quote.simulated import NOW, PLATFORM, PROFILE, verdict_of
 
 RUNTIME = 0x08000001
 ZERO = bytes(48)
@@ -144,22 +144,6 @@ def test_no_event_hides_behind_another_one_of_its_name(hidden: dict[str, Any]) -
         assert "event_log" not in refused(policy, logged(log), log)
 
 
-def test_verify_takes_the_log() -> None:
-    platform = PLATFORM.having(
-        Fault(name="logged", side="quote", what="", quote=lambda d: evolve(d, body=evolve(d.body, rtmrs=LOG.rtmrs)))
-    )
-    accepted = verify(
-        platform.quote(REPORT_DATA),
-        collateral_of(platform),
-        now=NOW,
-        report_data=REPORT_DATA,
-        policy=ruled(),
-        root=ROOT,
-        event_log=LOG,
-    )
-    assert accepted.replayed == ("RTMR3",)
-
-
 REGISTERS_TOML = f"""
 [[profile]]
 name = "ruled"
@@ -168,14 +152,6 @@ mrtd = "any"
 boot = {{ rtmr0 = "any", rtmr1 = "{"11" * 48}", rtmr2 = "{"22" * 48}", rtmr3 = {{ replayed = {{ REPLAYED }} }} }}
 runtime = {{ rtmr0 = "any", rtmr1 = "{"11" * 48}", rtmr2 = "any", rtmr3 = "{"33" * 48}" }}
 """
-
-
-@pytest.mark.parametrize("log", [b"", b"the bytes of a CCEL", json.dumps(EVENTS), EVENTS])
-def test_the_log_is_a_parsed_one(log: Any) -> None:
-    verdict = logged()
-    for policy in (ruled(), Policy(measurements="unchecked"), AllOf((ruled(),)), AnyOf((ruled(),))):
-        with pytest.raises(TypeError, match=r"^event_log: must be an EventLog, as of parse_event_log"):
-            _ = policy.appraise(verdict, now=NOW, stage="boot", event_log=log)
 
 
 def test_rules_in_toml() -> None:
@@ -213,11 +189,7 @@ def test_rules_in_toml() -> None:
         ('measurements = "unchecked"\n[tcb]\nmin_tcb_date = 2025-08-13T00:00:00', "tcb.min_tcb_date"),
         ('measurements = "unchecked"\n[tcb]\nmin_tcb_date = 1960-01-01', "tcb.min_tcb_date"),
         ('measurements = "unchecked"\n[identity]\nisv_prod_id = [1]', "identity.mr_signer"),
-        ('measurements = "unchecked"\n[identity]\nisv_prod_id = []', "identity.isv_prod_id"),
-        ('measurements = "unchecked"\n[identity]\nisv_prod_id = [65536]', "identity.isv_prod_id"),
         ('measurements = "unchecked"\n[identity]\nmin_isv_svn = 1', "identity.mr_signer"),
-        ('measurements = "unchecked"\n[identity]\nmin_isv_svn = 65536', "identity.min_isv_svn"),
-        ('measurements = "unchecked"\n[identity]\nmr_enclave = ["00"]', "identity.mr_enclave"),
     ],
 )
 def test_an_error_names_the_key(text: str, problem: str) -> None:
@@ -334,8 +306,3 @@ def test_a_floor_under_the_tcb_date() -> None:
                 _ = policy.appraise(verdict, now=NOW, stage="boot")
     with pytest.raises(PolicyError, match="min_tcb_date"):
         _ = TcbPolicy(min_tcb_date=1.5)  # type: ignore[arg-type]
-
-
-def test_a_word_of_another_choice_is_refused() -> None:
-    with pytest.raises(PolicyError, match="evaluation_numbers"):
-        _ = TcbPolicy(evaluation_numbers="some")  # type: ignore[arg-type]
