@@ -236,7 +236,7 @@ def test_what_is_remembered_is_bounded() -> None:
         found |= _remembering(importlib.import_module(module.name))
     assert {"chutes_proto.quote._ecdsa.recall", "chutes_proto.quote._certificates.read_certificate"} < found.keys()
     sizes = {name: function.cache_info().maxsize for name, function in found.items()}
-    assert {name: size for name, size in sizes.items() if size is None or not 0 < size <= 256} == {}
+    assert {name: size for name, size in sizes.items() if size is None or not 0 < size <= 1024} == {}
 
 
 def test_text_around_certificates_makes_no_new_entry() -> None:

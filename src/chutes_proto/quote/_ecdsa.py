@@ -57,7 +57,7 @@ def verify_raw(key: EllipticCurvePublicKey, signature: bytes, message: bytes, sc
     key.verify(b"\x30%c%b" % (len(pair), pair), message, scheme.algorithm)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)  # a machine with eight GPUs has about 25: certificates, and answers about them
 def recall(point: bytes, signature: bytes, message: bytes, scheme: Scheme = P256) -> None:
     """Check a signature in DER by the key x ‖ y, or remember that it holds. Raises as `load_point` and `verify`."""
     verify(load_point(point, scheme), signature, message, scheme)
