@@ -95,7 +95,7 @@ COMMANDS: Final = (
     "audit checkpoint",
     "audit verify",
     "audit export",
-    "receipt show 0",
+    "audit export --proof 0",
     f"why {_ONE}",
     "profiles vms",
     "revocations",

@@ -28,8 +28,6 @@
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
     ├── SealBroken                     a sealed row does not open: altered, or another row's
     ├── LogError                       an entry, checkpoint or proof of the audit log does not verify
-    │   ├── DigestError                … or a document is not the one that an entry names
-    │   └── VerdictError               … or a quote is judged otherwise than an entry says
     ├── GpuError                       ``chutes_proto.gpu`` has its branches
     └── QuoteError                     ``chutes_proto.quote`` has its branches
 
@@ -53,7 +51,7 @@ __all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"
 __all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
 __all__ += ["CollateralUnavailable", "GpuError", "KeyUnavailable", "QuoteError", "SealBroken"]
 __all__ += ["FateUnknown", "PurgedMeanwhile", "RowNotAuthentic", "StoreAway", "StoreBusy", "StoreError"]
-__all__ += ["DigestError", "LogError", "VerdictError"]
+__all__ += ["LogError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
@@ -283,14 +281,6 @@ class SealBroken(ChutesError):
 
 class LogError(ChutesError):
     """An entry, a checkpoint or a proof of the audit log does not verify, or is not one; the text says why."""
-
-
-class DigestError(LogError):
-    """A document is not the one that an entry of the audit log names."""
-
-
-class VerdictError(LogError):
-    """A quote is judged otherwise than an entry of the audit log says."""
 
 
 def _problem_text(problem: ValidationProblem) -> str:

@@ -245,14 +245,14 @@ def test_a_tile_that_lacks_a_hash_is_not_exported(
     """Its file would stay, too. To sign a log of more entries reads only the newest of such tiles."""
     from chutes_proto.cli.operator import audit
 
-    whole = audit.signed
+    whole = audit._signed
 
     def then_damaged(*arguments: Any) -> Any:
         made = whole(*arguments)
         change(logged, "UPDATE log_tile SET hashes = substr(hashes, 33) WHERE level = 1")
         return made
 
-    monkeypatch.setattr(audit, "signed", then_damaged)
+    monkeypatch.setattr(audit, "_signed", then_damaged)
     ended = logged.do("audit", "export", str(tmp_path / "log"))
     assert (ended.code, "tile/1/000.p/2 lacks a hash; see `chutes-proto audit verify`" in ended.err) == (1, True)
     assert not (tmp_path / "log" / "checkpoint").exists()
@@ -350,10 +350,10 @@ def test_a_state_of_the_log_that_no_server_writes(logged: Site, column: str, val
 
 
 @pytest.mark.skipif(not SOAK, reason="it compiles a program of Go: part of `make soak`")
-def test_another_client_verifies_an_exported_log_and_a_receipt(logged: Site, tmp_path: Path) -> None:
+def test_another_client_verifies_an_exported_log_and_a_proof(logged: Site, tmp_path: Path) -> None:
     if (go := shutil.which("go")) is None or not (GO_PACKAGES / "src/golang.org/x/mod/sumdb").is_dir():
         pytest.skip("Debian's packages golang-go and golang-golang-x-mod-dev are not installed")
-    client, directory, receipt = tmp_path / "client", tmp_path / "log", tmp_path / "receipt.json"
+    client, directory, proof = tmp_path / "client", tmp_path / "log", tmp_path / "entry.proof"
     environment = os.environ | {
         "GO111MODULE": "off",
         "GOPATH": str(GO_PACKAGES),
@@ -362,21 +362,21 @@ def test_another_client_verifies_an_exported_log_and_a_receipt(logged: Site, tmp
     }
     subprocess.run([go, "build", "-o", client, CLIENT], env=environment, check=True)
     assert logged.do("audit", "export", str(directory)).code == 0
-    receipt.write_text(logged.do("receipt", "show", 300).out)
+    proof.write_text(logged.do("audit", "export", "--proof", 300).out)
     (key,) = logged.json("audit", "key")["keys"]
 
     def verify(key: str) -> tuple[int, str]:
-        ran = subprocess.run([client, directory, key, receipt], capture_output=True, text=True, check=False)
+        ran = subprocess.run([client, directory, key, proof], capture_output=True, text=True, check=False)
         return ran.returncode, ran.stdout or ran.stderr
 
     honest = (0, "the log of 602 entries is whole\nentry 300 is in the log of 602 entries\n")
     assert verify(key) == honest
     other = Signer("keys.example/audit", Secret(bytes(32))).verifier
     assert verify(str(other)) == (1, "note has no verifiable signatures\n")
-    members = [receipt.read_text().index(f'"{name}"') + 20 for name in ("entry", "proof")]
+    lines = [proof.read_text().index(name) + 20 for name in ("extra ", "index ")]
     files = [path for path in directory.rglob("*") if path.is_file() and path.name != "key"]
     assert len(files) == 8
-    for path, places in [(receipt, members), *((each, [0, 40, each.stat().st_size - 1]) for each in files)]:
+    for path, places in [(proof, lines), *((each, [0, 40, each.stat().st_size - 1]) for each in files)]:
         data = path.read_bytes()
         for at in {place % len(data) for place in places}:
             path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
@@ -388,7 +388,7 @@ def test_another_client_verifies_an_exported_log_and_a_receipt(logged: Site, tmp
 def test_a_purge_beside_an_export_is_told_in_it(logged: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from chutes_proto.cli.operator import audit
 
-    whole, purged = audit.signed, iter([True])
+    whole, purged = audit._signed, iter([True])
 
     def then_purged(*arguments: Any) -> Any:
         made = whole(*arguments)
@@ -396,7 +396,7 @@ def test_a_purge_beside_an_export_is_told_in_it(logged: Site, tmp_path: Path, mo
             assert logged.json("audit", "purge", "--yes", "--reason", "old")["rows"] == 512
         return made
 
-    monkeypatch.setattr(audit, "signed", then_purged)
+    monkeypatch.setattr(audit, "_signed", then_purged)
     assert logged.do("audit", "export", str(tmp_path / "log")).code == 0
     key = (tmp_path / "log" / "key").read_text().strip()
     told = logged.run("audit", "verify", str(tmp_path / "log"), "--key", key, "--json").json
@@ -438,25 +438,14 @@ def test_the_checkpoint_beside_the_mark_that_is_of_no_key_of_the_log(logged: Sit
     assert logged.do("audit", "verify").code == 0
 
 
-def test_a_receipt_is_shown_and_verified_offline(logged: Site, tmp_path: Path) -> None:
-    change(logged, "UPDATE audit SET request_id = ? WHERE event = 'event 300'", "5" * 32)
-    receipt = tmp_path / "receipt.json"
-    receipt.write_text(logged.do("receipt", "show", "5" * 32).out)
-    assert logged.do("receipt", "show", 300).out == receipt.read_text()
-    (key,) = logged.json("audit", "key")["keys"]
-    told = logged.run("receipt", "verify", str(receipt), "--key", key, "--json").json
-    assert (told["index"], told["origin"], told["entry"]["event"]) == (300, "keys.example/audit", "event 300")
-    assert "entry 300 of the log keys.example/audit" in logged.run("receipt", "verify", str(receipt), "--key", key).out
-    assert logged.run("receipt", "verify", str(receipt)).code == 2
-    receipt.write_text(receipt.read_text().replace("event 300", "event 301"))
-    ended = logged.run("receipt", "verify", str(receipt), "--key", key)
-    assert (ended.code, "leads to another root" in ended.out) == (13, True)
-    for nothing in ("602", "9" * 32):
-        assert "has no entry" in logged.do("receipt", "show", nothing).err
+def test_no_proof_is_made_of_an_entry_that_is_not_in_the_log(logged: Site) -> None:
+    assert logged.do("audit", "export", "--proof", 300).code == 0
+    for nothing in (602, 1 << 64, -1):
+        assert "has no entry" in logged.do("audit", "export", "--proof", nothing).err
     change(logged, "UPDATE audit SET reason = 'forged' WHERE idx = 7")
-    assert "leads to another root" in " ".join(logged.do("receipt", "show", 7).err.split())
+    assert "leads to another root" in " ".join(logged.do("audit", "export", "--proof", 7).err.split())
     change(logged, "DELETE FROM audit WHERE idx = 8")
-    assert "entry 8 is not there" in " ".join(logged.do("receipt", "show", 8).err.split())
+    assert "entry 8 is not there" in " ".join(logged.do("audit", "export", "--proof", 8).err.split())
 
 
 @pytest.mark.parametrize(
@@ -474,4 +463,5 @@ def test_wrong_usage(logged: Site, arguments: list[str], why: str) -> None:
 
 
 def test_an_export_of_rows_is_not_one_of_the_log(logged: Site, tmp_path: Path) -> None:
-    assert "leave out the options" in logged.do("audit", "export", str(tmp_path / "log"), "--last", 3).err
+    for words in ((tmp_path / "log", "--last", 3), ("--proof", 3, "--last", 3), (tmp_path / "log", "--proof", 3)):
+        assert "goes without the other" in logged.do("audit", "export", *words).err

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, redirect_stdout
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -153,7 +153,7 @@ def test_a_completion_script_is_one_of_its_shell(
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("re", {"receipt", "reload", "register", "registrations", "replay", "revocations"}),
+        ("re", {"reload", "register", "registrations", "replay", "revocations"}),
         ("vm re", {"rebind", "revoke"}),
         ("agent ", {"run", "resume"}),
         ("keys purge --y", {"--yes"}),
@@ -244,8 +244,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new = (folder / "server.toml").read_text().replace("keys.db", "new.db")
     _ = (folder / "new.toml").write_text(new)
     assert main(["audit", "export", str(folder / "log"), "--config", str(folder / "server.toml")]) == 0
-    with (folder / "receipt.json").open("w") as file, redirect_stdout(file):
-        assert main(["receipt", "show", "0", "--config", str(folder / "server.toml")]) == 0
     return folder
 
 

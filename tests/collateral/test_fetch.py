@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 import threading
@@ -18,13 +17,12 @@ from attrs import evolve, frozen
 
 from chutes_proto.collateral import pcs
 from chutes_proto.collateral.cache import CachePolicy
-from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.collateral.aio import open_collateral, open_performer
 from chutes_proto.io.collateral.directory import CollateralDirectory
-from chutes_proto.io.collateral.upstream import EARLIER, EARLIER_KEPT, UpstreamCollateral
+from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import write_file
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.tls import client_context
@@ -259,9 +257,7 @@ def test_kept_on_disk_and_verified_again(each: Loop, tmp_path: Path) -> None:
     with running(Upstream()) as upstream:
         (first,) = each.fetch(source(upstream, directory=kept))
     name = f"{PLATFORM.fmspc.hex()}-platform-tdx.json"
-    assert {path.name for path in kept.iterdir()} == {name, EARLIER}
-    (earlier,) = (kept / EARLIER).iterdir()
-    assert earlier.read_bytes() == (kept / name).read_bytes()
+    assert [path.name for path in kept.iterdir()] == [name]
 
     async def main(fetcher: Any) -> list[Any]:
         return [await outcome(fetcher, PLATFORM), await outcome(fetcher, PLATFORM.another(1))]
@@ -277,22 +273,6 @@ def test_kept_on_disk_and_verified_again(each: Loop, tmp_path: Path) -> None:
     assert "no connection to " in told
     assert [record.event for record in log][:2] == ["collateral_restored", "collateral_not_restored"]
     assert "did not sign" in str(log[1].fields["error"])
-
-
-def test_the_newest_of_each_family_are_kept_for_receipts(upstream: Upstream, tmp_path: Path) -> None:
-    of, collateral = source(upstream, directory=tmp_path), PLATFORM.collateral(int(time.time()))
-    family, other = (Family.of(identity(platform)) for platform in (PLATFORM, PLATFORM.another(1)))
-    (tmp_path / EARLIER).mkdir()
-    for number in range(EARLIER_KEPT):
-        path = tmp_path / EARLIER / f"{family.name}.{number}.json"
-        path.write_bytes(b"")
-        os.utime(path, (number, number))
-    for _ in range(2):  # fetched again unchanged, or by another process
-        assert of.keep(family, collateral) is None
-    assert of.keep(other, collateral) is None
-    kept = {path.name for path in (tmp_path / EARLIER).iterdir()}
-    assert {f"{family.name}.{number}.json" for number in range(1, EARLIER_KEPT)} < kept
-    assert len(kept) == EARLIER_KEPT + 1, "and one of the other family"
 
 
 def test_a_disk_that_fails_costs_nothing_but_a_line(each: Loop, upstream: Upstream, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from struct import pack
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
-from attrs import evolve, frozen
+from attrs import frozen
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.hotkey import Hotkey
@@ -62,18 +62,9 @@ from chutes_proto.quote._policy_words import explain_set, policy_notes
 from chutes_proto.quote._published import parse_profile_file
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
-from chutes_proto.quote._verify import check_signed, open_quote, verify_collateral, verify_quote
+from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
 from chutes_proto.server import _host_profiles as host_profiles
-from chutes_proto.server._grounds import (
-    ACCEPTED,
-    Bundle,
-    Documents,
-    grounds,
-    judge_again,
-    platform_of,
-    reference_values_document,
-)
 from chutes_proto.server._observing import trace_of
 from chutes_proto.store._mark import Entry, Mark
 from chutes_proto.testing._gpus import SimulatedGpus
@@ -82,8 +73,6 @@ from chutes_proto.testing._quotes import Form
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS
 from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier
-from chutes_proto.tlog.proofs import Proof
-from chutes_proto.tlog.receipts import Receipt
 from chutes_proto.tlog.tiles import Place, bundle, unbundle
 from chutes_proto.tlog.witness import read_cosignature, read_size
 from chutes_proto.transport import h1, qgs
@@ -667,13 +656,9 @@ def marks() -> list[bytes]:
 def check_log(data: bytes) -> None:
     """Texts of an audit log have one form: each is refused as a log's error, or written as it was read."""
     with suppress(LogError):
-        assert str(Proof.parse(data)).encode() == data
-    with suppress(LogError):
         note = Note.parse(data)
         assert str(note).encode() == data
         assert Checkpoint.of(note).text == note.text
-    with suppress(LogError):
-        assert Receipt.from_bytes(data).to_bytes() == data
     with suppress(LogError):
         assert bundle(unbundle(data)) == data
     with suppress(LogError):
@@ -693,60 +678,8 @@ WITNESSED = Note("keys.example/audit\n0\n\n", ())
 def logs() -> list[bytes]:
     signer = Signer("keys.example/audit", Secret(bytes(32)))
     note = signer.sign(Checkpoint(signer.name, 3, bytes(32)).text)
-    proof = Proof(2, (bytes(32), bytes([255] * 32)), note)
-    texts = (proof, note, signer.verifier, Place(None, 1234067, 7), Place(0, 0))
-    receipt = Receipt('{"event":"boot"}', proof).to_bytes()
-    bundled = Receipt('{"event":"boot"}', proof, {"quote": b"q", "policy": b""}).to_bytes()
-    return [*(str(text).encode() for text in texts), receipt, bundled, bundle([b"", b"one entry"]), b"3\n"]
-
-
-def check_entry(data: bytes) -> None:
-    """An entry and documents of who can sign any: the evidence is judged as the entry says, or one error."""
-    with suppress(ValueError, RecursionError):
-        if isinstance(entry := stdlib_json.loads(data), dict):
-            with suppress(LogError):
-                assert judge_again(entry, BUNDLE, read_yaml, ROOT) == ACCEPTED
-    for name in ("policy", "reference_values"):
-        bundle_of = evolve(BUNDLE, documents=evolve(BUNDLE.documents, **{name: data}))
-        told = stdlib_json.loads(ENTRY["evidence"]) | bundle_of.documents.digests
-        with suppress(LogError):
-            assert judge_again(ENTRY | {"evidence": stdlib_json.dumps(told)}, bundle_of, read_yaml, ROOT) == ACCEPTED
-
-
-BUNDLE = Bundle(
-    PLATFORM.quote(bytes(64)),
-    PLATFORM.collateral(NOW),
-    Documents(
-        b'[tcb]\naccepted_statuses = ["UpToDate"]\n',
-        reference_values_document([PROFILE.to_toml().encode()], {}, {}),
-    ),
-)
-
-
-def _entry() -> dict[str, Any]:
-    """The entry of a grant that rests on the bundle."""
-    signed = check_signed(open_quote(BUNDLE.quote, now=NOW, root=ROOT))
-    verdict = verify_quote(signed, verify_collateral(BUNDLE.collateral, now=NOW, root=ROOT), now=NOW, report_data=None)
-    rested_on = grounds(verdict, BUNDLE.documents, "boot", ACCEPTED, hotkey_proven=None)
-    pin = platform_of(verdict).pin
-    of = {"at": NOW, "event": "boot", "decision": "granted", "profile": str(PROFILE)}
-    of |= {"hotkey": _HOTKEY, "platform_kind": pin.kind, "platform_id": pin.value.hex()}
-    return of | {"evidence": rested_on, "quote_digest": BUNDLE.digests["quote"]}
-
-
-ENTRY = _entry()
-
-
-def entries() -> list[bytes]:
-    documents = BUNDLE.documents
-    nested = b"[" * 100_000
-    return [
-        stdlib_json.dumps(ENTRY).encode(),
-        documents.policy,
-        documents.reference_values,
-        nested,
-        b'{"unix_time": 1e300}',
-    ]
+    texts = (note, signer.verifier, Place(None, 1234067, 7), Place(0, 0))
+    return [*(str(text).encode() for text in texts), bundle([b"", b"one entry"]), b"3\n"]
 
 
 def check_traceparent(data: bytes) -> None:
@@ -793,7 +726,6 @@ TARGETS = {
     "hand-off": Target(check_hand_off, hand_offs),
     "mark": Target(check_mark, marks),
     "audit-log": Target(check_log, logs),
-    "audit-entry": Target(check_entry, entries),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),

@@ -17,7 +17,6 @@ from chutes_proto.quote._policy import AnyOf, Policy, parse_policy_toml
 from chutes_proto.quote._policy_set import parse_policy_set
 from chutes_proto.quote._published import parse_profile_file
 from chutes_proto.quote._verify import open_quote, verify_collateral
-from chutes_proto.server._grounds import ACCEPTED, judge_again
 from chutes_proto.transport.qgs import read_quote
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
@@ -70,7 +69,6 @@ def test_honest_inputs_are_accepted() -> None:
     assert parse_profiles_json(listed)
     assert all(parse_profile_file(data, read_yaml, extra_keys=KEYS).profiles for data in targets.reference_values())
     assert all(len(parse_policy_set(data).exceptions) == 11 for data in targets.policy_sets())
-    assert judge_again(targets.ENTRY, targets.BUNDLE, read_yaml, targets.ROOT) == ACCEPTED
     assert read_quote(targets.qgs_answers()[0][4:]) == read_quote(targets.qgs_answers()[1][4:])
     assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
     taken = [targets.answer_in([stream]) for stream in targets.http_answers()]

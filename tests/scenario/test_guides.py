@@ -350,7 +350,6 @@ RUN_BY = {
     "docs/how-to/postgresql.md": "scenario/test_recipes.py:test_a_move_to_postgresql",
     "docs/how-to/nginx.md": "scenario/test_nginx.py:test_a_boot_and_its_sync",
     "docs/how-to/seal.md": "scenario/test_recipes.py:test_an_older_store_is_sealed",
-    "docs/how-to/receipts.md": "cli/test_receipts.py:test_the_guide_is_followed",
     "docs/how-to/gpus.md": "cli/test_gpu.py:test_what_was_fetched_is_a_bundle_for_offline_use",
 }
 """Each page with commands, and the test that runs them."""

@@ -1,14 +1,13 @@
-// Verifies an exported log, and receipts of its entries, with nothing of this project: Go's own client of transparency
+// Verifies an exported log, and proofs of its entries, with nothing of this project: Go's own client of transparency
 // logs, golang.org/x/mod/sumdb/note and /tlog, which guards the downloads of every Go program.
 //
 //	apt-get install golang-go golang-golang-x-mod-dev
-//	GO111MODULE=off GOPATH=/usr/share/gocode go run client.go LOG-DIRECTORY KEY [RECEIPT…]
+//	GO111MODULE=off GOPATH=/usr/share/gocode go run client.go LOG-DIRECTORY KEY [PROOF…]
 package main
 
 import (
 	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -96,21 +95,21 @@ func verifyLog(d directory, tree tlog.Tree) {
 	}
 }
 
-func verifyReceipt(path string, key string) {
+func verifyProof(path string, key string) {
 	data, err := os.ReadFile(path)
 	check(err)
-	var receipt struct{ Entry, Proof string }
-	check(json.Unmarshal(data, &receipt))
-	head, checkpoint, _ := strings.Cut(receipt.Proof, "\n\n")
+	head, checkpoint, _ := strings.Cut(string(data), "\n\n")
 	tree := openCheckpoint([]byte(checkpoint), key)
 	lines := strings.Split(head, "\n")
-	if len(lines) < 2 || lines[0] != "c2sp.org/tlog-proof@v1" || !strings.HasPrefix(lines[1], "index ") {
+	if len(lines) < 3 || lines[0] != "c2sp.org/tlog-proof@v1" || !strings.HasPrefix(lines[1], "extra ") || !strings.HasPrefix(lines[2], "index ") {
 		check(fmt.Errorf("not a tlog-proof"))
 	}
-	index, err := strconv.ParseInt(lines[1][len("index "):], 10, 64)
+	entry, err := base64.StdEncoding.Strict().DecodeString(lines[1][len("extra "):])
+	check(err)
+	index, err := strconv.ParseInt(lines[2][len("index "):], 10, 64)
 	check(err)
 	proof := tlog.RecordProof{}
-	for _, line := range lines[2:] {
+	for _, line := range lines[3:] {
 		hash, err := base64.StdEncoding.Strict().DecodeString(line)
 		check(err)
 		if len(hash) != tlog.HashSize {
@@ -118,7 +117,7 @@ func verifyReceipt(path string, key string) {
 		}
 		proof = append(proof, tlog.Hash(hash))
 	}
-	check(tlog.CheckRecord(proof, tree.N, tree.Hash, index, tlog.RecordHash([]byte(receipt.Entry))))
+	check(tlog.CheckRecord(proof, tree.N, tree.Hash, index, tlog.RecordHash(entry)))
 	fmt.Printf("entry %d is in the log of %d entries\n", index, tree.N)
 }
 
@@ -130,6 +129,6 @@ func main() {
 	verifyLog(d, tree)
 	fmt.Printf("the log of %d entries is whole\n", tree.N)
 	for _, path := range os.Args[3:] {
-		verifyReceipt(path, key)
+		verifyProof(path, key)
 	}
 }

@@ -15,7 +15,6 @@ from chutes_proto.secret import Secret
 from chutes_proto.tlog import merkle, tiles
 from chutes_proto.tlog.merkle import leaf_hash
 from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier, check_name, open_checkpoint
-from chutes_proto.tlog.proofs import Proof
 
 # Certificate Transparency's own tests of RFC 6962 use these leaves and roots.
 LEAVES = [
@@ -244,18 +243,13 @@ def test_a_checkpoint_is_of_one_log_and_key() -> None:
     assert "seed" not in repr(SIGNER)
 
 
-def test_a_receipt_with_one_bit_changed_is_refused() -> None:
-    tree = Tree(300)
-    checkpoint = Checkpoint(SIGNER.name, 300, tree.root())
-    proof = Proof(7, merkle.inclusion_proof(tree.read, 7, 300), SIGNER.sign(checkpoint.text))
-    data = str(proof).encode()
-    assert Proof.parse(data) == proof
-    assert proof.verify(entry(7), SIGNER.verifier) == checkpoint
-    refused(proof.verify, entry(8), SIGNER.verifier)
-    for at in range(0, 8 * len(data), 3):  # a third of them, which has every byte
+def test_a_checkpoint_with_one_bit_changed_is_refused() -> None:
+    checkpoint = Checkpoint(SIGNER.name, 300, Tree(300).root())
+    data = str(SIGNER.sign(checkpoint.text)).encode()
+    for at in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[at // 8] ^= 1 << at % 8
-        refused(opened, bytes(flipped), entry(7), SIGNER.verifier)
+        refused(open_checkpoint, bytes(flipped), SIGNER.verifier)
 
 
 @pytest.mark.parametrize(
@@ -288,11 +282,6 @@ def test_too_much_is_refused() -> None:
     refused(Note.parse, str(note.with_signatures(note.signatures * 64)).encode(), why="more than 64 signatures")
     refused(Note.parse, b"x" * 70_000, why="more than 65536 bytes")
     refused(Note.parse, b"\xff\n\n", why="not UTF-8")
-    refused(Proof.parse, b"x" * 140_000, why="more than 131072 bytes")
-    refused(Proof.parse, b"\xff", why="not a tlog-proof")
-    refused(Proof.parse, b"c2sp.org/tlog-proof@v1\nextra AA==\nindex 1\n\n", why="first lines")
-    many = "AAAA" * 10 + "AAA=\n"
-    refused(Proof.parse, f"c2sp.org/tlog-proof@v1\nindex 1\n{many * 64}\n".encode(), why="more than 63 hashes")
 
 
 @pytest.mark.parametrize(
@@ -313,10 +302,6 @@ def test_a_witness_signs_with_the_time() -> None:
     assert verifier.verify(note) == 1_700_000_000
     assert Verifier.parse(str(verifier)) == verifier
     refused(verifier.verify, SIGNER.sign(checkpoint.text), why="no signature of witness.example/w")
-
-
-def opened(data: bytes, entry: bytes, verifier: Verifier) -> Checkpoint:
-    return Proof.parse(data).verify(entry, verifier)
 
 
 def refused(call: Callable[..., object], *values: object, why: str = ".") -> None:

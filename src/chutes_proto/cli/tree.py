@@ -34,7 +34,6 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
         "why": ("operator.why", "Explain why a VM was refused"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
-        "receipt": ("operator.receipt", "Prove a decision of the key server offline"),
         "policy": ("operator.policy", "Check an appraisal policy, say what it accepts, and try it on the fleet"),
         "profiles": ("operator.profiles", "Show when reference values count, and take over published ones"),
         "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),

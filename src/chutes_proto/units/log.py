@@ -36,7 +36,6 @@ from chutes_proto.tlog import merkle, tiles
 from chutes_proto.tlog.merkle import Read
 from chutes_proto.tlog.notes import Checkpoint, Note, Signer
 from chutes_proto.tlog.proofs import Proof
-from chutes_proto.tlog.receipts import Receipt
 
 T = TypeVar("T")
 
@@ -447,21 +446,21 @@ class ReadCheckpoint(Unit[Checkpoint | None]):
 
 
 @frozen
-class ProveEntry(Unit[Receipt]):
+class ProveEntry(Unit[Proof]):
     """Prove the entry at ``index`` to be in the tree of ``size`` entries that ``note`` signs. Raises `LogError`."""
 
     index: int
     size: int
     note: Note
 
-    def script(self) -> Script[Receipt]:
+    def script(self) -> Script[Proof]:
         rows = yield from store.ReadLog(self.index, 1)
         if not rows or rows[0].idx != self.index:
             raise LogError(f"entry {self.index} is not there: it was purged, or removed")
         path = yield from from_tiles(lambda read: merkle.inclusion_proof(read, self.index, self.size))
         checkpoint = Checkpoint.of(self.note)
         merkle.verify_inclusion(leaf_of(rows[0]), self.index, self.size, path, checkpoint.root)
-        return Receipt(entry_text(rows[0]), Proof(self.index, path, self.note))
+        return Proof(_entry(rows[0]), self.index, path, self.note)
 
 
 # --- the key ---

@@ -17,7 +17,7 @@ from chutes_proto.cli.console import moment
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
-from chutes_proto.errors import ConfigurationError, LogError, PurgedMeanwhile, StoreError
+from chutes_proto.errors import ConfigurationError, LogError, PurgedMeanwhile, Refused, StoreError
 from chutes_proto.io.files import is_there
 from chutes_proto.io.log_files import (
     CHECKPOINT,
@@ -36,8 +36,9 @@ from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit
 from chutes_proto.tlog.check import Report
 from chutes_proto.tlog.notes import Checkpoint, Note, Verifier
-from chutes_proto.units.log import LOG, ReadLogKeys
+from chutes_proto.units.log import LOG, ProveEntry, ReadLogKeys
 from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
+from chutes_proto.wire.codes import Code
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -119,8 +120,8 @@ def listing(
 ) -> int:
     """Show audit rows for people, the newest last.
 
-    ENTRY is the index in the audit log, which `receipt show` takes; a row has one within a second. One that no key
-    server wrote has none, and is shown as forged.
+    ENTRY is the index in the audit log, which `audit export --proof` takes; a row has one within a second. One that no
+    key server wrote has none, and is shown as forged.
 
     Examples:
       chutes-proto audit list --event boot --last 20 --config server.toml
@@ -141,10 +142,12 @@ def listing(
 
 @command.command()
 @click.argument("directory", cls=Argument, metavar="[DIR]", required=False, help="write the whole log as tiles to DIR")
+@click.option("--proof", "entry", metavar="ENTRY", type=int, help="only the proof that the log has this entry")
 @_selection(None)
 @operating.config_option
 def export(
     directory: str | None,
+    entry: int | None,
     vm: str | None,
     request_id: str | None,
     event: str | None,
@@ -161,17 +164,24 @@ def export(
     With DIR, writes the whole log as tiles (c2sp.org/tlog-tiles), with its newest checkpoint and its key: any client of
     such logs verifies it offline. A further export to DIR adds what is new.
 
+    With --proof, prints one entry for somebody who may not see the others, with its inclusion proof and a signed
+    checkpoint (c2sp.org/tlog-proof). The text of the entry is the extra data.
+
     Examples:
       chutes-proto audit export --config server.toml > audit.jsonl
       chutes-proto audit export log --config server.toml
+      chutes-proto audit export --proof 0 --config server.toml > entry.proof
       chutes-proto audit export --since 2026-05-01 --event boot --config server.toml
 
     See also: audit list, audit purge
     """
+    selects = any((vm, request_id, event, since, until, last))
+    if (directory is not None) + (entry is not None) + selects > 1:
+        raise ConfigurationError("DIR, --proof: each goes without the other, and without options that select rows")
     if directory is not None:
-        if any((vm, request_id, event, since, until, last)):
-            raise ConfigurationError("DIR: the whole log is written; leave out the options that select rows")
         return _export(config, Path(directory))
+    if entry is not None:
+        return _prove(config, entry)
     unit = _unit(vm, request_id, event, since, until)
     with operating.opened(config) as (_, store):
         if last is not None:
@@ -377,7 +387,7 @@ def checkpoint(urls: tuple[str, ...], witness_keys: tuple[Verifier, ...], config
     if len(urls) != len(witness_keys):
         raise ConfigurationError("--witness: each goes with a --witness-key, which its operator publishes")
     with operating.opened(config) as (setup, store):
-        _, note, found = signed(setup, store)
+        _, note, found = _signed(setup, store)
         audit, faults = setup.config.audit, list[str]()
         witnesses = [Witness(each.url, Verifier.of_witness(each.key)) for each in audit.witnesses]
         if witnesses := [*witnesses, *map(Witness, urls, witness_keys)]:
@@ -397,7 +407,7 @@ def key(config: str) -> int:
     """Print the public keys of the audit log.
 
     Each line is a verifier key, in the form of C2SP, which every client of such logs reads; the newest is last. An
-    exported log and a receipt are verified with it: hand it over in another way than the log.
+    exported log and a proof are verified with it: hand it over in another way than the log.
 
     Examples:
       chutes-proto audit key --config server.toml
@@ -410,7 +420,7 @@ def key(config: str) -> int:
     return answer({"ok": True, "keys": keys}, "\n".join(keys) or "none yet: the first checkpoint makes a key")
 
 
-def signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Checkpoint]:
+def _signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Checkpoint]:
     """Sequence and sign. Raises `StoreError` for a log that cannot be signed."""
     sequencer = Sequencer(store, lambda: setup.vault, setup.config.audit.origin, checkpoint_path(setup.mark_file))
     note: Note | None = None
@@ -425,6 +435,21 @@ def signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Chec
     return store.transact(ReadLogKeys(setup.vault))[-1].verifier, note, Checkpoint.of(note)
 
 
+def _prove(config: str, entry: int) -> int:
+    with operating.opened(config) as (setup, store):
+        _, note, found = _signed(setup, store)
+        if not 0 <= entry < found.size:
+            what = f"the audit log has no entry {entry}; `chutes-proto audit list` shows all"
+            raise Refused(Code.KEY_NOT_FOUND, what)
+        try:
+            proof = store.transact(ProveEntry(entry, found.size, note))
+        except LogError as exc:
+            raise StoreError(f"audit log: {exc}; see `chutes-proto audit verify`") from None
+    for line in str(proof).splitlines():
+        console.say(line)
+    return console.GRANTED
+
+
 def _export(config: str, directory: Path) -> int:
     with operating.opened(config) as (setup, store):
         for _ in range(_EXPORTS - 1):
@@ -434,7 +459,7 @@ def _export(config: str, directory: Path) -> int:
 
 
 def _exported(setup: StoreSetup, store: DurableStore, directory: Path) -> int:
-    verifier, note, found = signed(setup, store)
+    verifier, note, found = _signed(setup, store)
     try:
         with store.snapshot() as rows:
             written = export_log(rows, directory, found, note, verifier)

@@ -3,14 +3,12 @@
 Rules kept here:
 
 * TLS certificates of services are verified, against the system's CAs or those that the operator names;
-* fetched collateral is kept in files that `CollateralDirectory` reads, and verified again when it is loaded;
-* the newest of each family are kept beside them, in a folder that no server reads: receipts are made of them.
+* fetched collateral is kept in files that `CollateralDirectory` reads, and verified again when it is loaded.
 """
 
 from __future__ import annotations
 
 import ssl
-from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -20,18 +18,13 @@ from chutes_proto.collateral.library import Family, Item
 from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.errors import CollateralUnavailable, FileUnavailable
 from chutes_proto.io.collateral.directory import CollateralDirectory
-from chutes_proto.io.files import make_directory, unavailable, write_file
+from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 
 FETCH_LIMITS: Final = TimeLimits(connect=3.0, read=5.0, total=10.0)
 """Collateral is four small answers; a service that is slower than this counts as down."""
-
-EARLIER: Final = "earlier"
-"""The folder of a directory of collateral that has earlier one, by which a decision of the past is judged again."""
-EARLIER_KEPT: Final = 100
-"""The most files of a family in it: with one refresh a day, of three months."""
 
 
 @frozen
@@ -73,12 +66,11 @@ class UpstreamCollateral:
         return CollateralDirectory(self.directory, self.cache.root, grace=self.cache.policy.grace).items(now)
 
     def keep(self, family: Family, collateral: Collateral) -> Record | None:
-        """Write fetched collateral for a later process, and for receipts; return the log record of a fault."""
+        """Write fetched collateral for a later process; return the log record of a fault."""
         if self.directory is None:
             return None
         try:
             _ = keep_collateral(self.directory, family, collateral)
-            _keep_earlier(self.directory / EARLIER, family, collateral)
         except FileUnavailable as exc:
             return Record(Level.WARNING, "collateral_not_kept", {"error": str(exc)})
         return None
@@ -89,20 +81,3 @@ def keep_collateral(directory: str | Path, family: Family, collateral: Collatera
     path = make_directory(directory) / f"{family.name}.json"
     write_file(path, collateral.to_json() + b"\n")
     return path
-
-
-def _keep_earlier(directory: Path, family: Family, collateral: Collateral) -> None:
-    """Keep it under a name of its own, and remove what is too many. Raises `FileUnavailable`."""
-    data = collateral.to_json() + b"\n"
-    write_file(make_directory(directory) / f"{family.name}.{sha256(data).hexdigest()[:16]}.json", data)
-    with unavailable(directory, "cannot be pruned"):
-        newest_last = sorted(directory.glob(f"{family.name}.*.json"), key=_written_at)
-        for path in newest_last[:-EARLIER_KEPT]:
-            path.unlink(missing_ok=True)
-
-
-def _written_at(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:  # another process has removed it
-        return 0
