@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.server._config import LimitOptions, ServerConfig
-from tests.tlog.test_tlog import GO_KEY
 
 GOOD = """
 tls = { certificate = "chain.pem", key = "key.pem" }
@@ -98,13 +97,6 @@ def test_collateral_from_services():
         ),
         ("audit_days = 0", "audit_days: at least 1"),
         ("audit.required = true", "audit.required: goes with audit.file or audit.journal"),
-        ('audit.ca_file = "ca.pem"', "audit.ca_file: goes with audit.witnesses"),
-        ('audit.witnesses = [{ url = "ftp://w", key = "k" }]', "audit.witnesses: 'ftp://w' is not a URL"),
-        ('audit.witnesses = [{ url = "https://w", key = "k" }]', "audit.witnesses: not a verifier key of Ed25519"),
-        (
-            f'audit.witnesses = [{{ url = "https://w", key = "{GO_KEY}" }}]',
-            "audit.witnesses: verifier key PeterNeumann: it is the key of a log, and not of a witness",
-        ),
         ('kek_previous_file = "kek"', "kek_previous_file: the same file as kek_file"),
         ("limits = { body_bytes = 16383 }", "limits.body_bytes: at least 16384"),
         ("limits = { head_bytes = 1023 }", "limits.head_bytes: at least 1024"),

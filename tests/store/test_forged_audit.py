@@ -31,11 +31,11 @@ from chutes_proto.store.rows import (
     Scan,
 )
 from chutes_proto.testing.store_suite._parts import NOW, VAULT
-from chutes_proto.tlog.merkle import inclusion_proof, root_hash, verify_inclusion
-from chutes_proto.tlog.notes import Checkpoint
+from chutes_proto.tlog.merkle import leaf_hash, root_hash, verify_inclusion
+from chutes_proto.tlog.notes import Checkpoint, Note
 from chutes_proto.tlog.tiles import reader
 from chutes_proto.units.contents import Fill, pages
-from chutes_proto.units.log import SALT_SIZE, FromTiles, ReadCheckpoint, SequenceLog, leaf_of, purged_text
+from chutes_proto.units.log import SALT_SIZE, ProveEntry, ReadCheckpoint, SequenceLog, leaf_of, purged_text
 from chutes_proto.units.operator import PurgeAudits, Purged
 from tests.store.memory import SealedStore
 from tests.store.test_custody import A, fill, granted, run
@@ -316,9 +316,8 @@ def test_a_purge_ends_at_the_edge_of_a_tile(store: DurableStore) -> None:
     assert checkpoint is not None
     report = check_stored(store, 514, [checkpoint], lambda *_: None)
     assert (report.first, report.findings) == (512, ())
-    (entry,) = store.transact(Ask(ReadLog(512, 1)))
-    path = store.transact(FromTiles(lambda read: inclusion_proof(read, 512, 514)))
-    verify_inclusion(leaf_of(entry), 512, 514, path, checkpoint.root)
+    proof = store.transact(ProveEntry(512, 514, Note(checkpoint.text, ())))
+    verify_inclusion(leaf_hash(proof.entry), 512, 514, proof.path, checkpoint.root)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_bundles() -> None:
 def test_a_note_of_go_is_verified() -> None:
     verifier = Verifier.parse(GO_KEY)
     note = Note.parse(GO_NOTE.encode())
-    assert verifier.verify(note) is None
+    verifier.verify(note)
     assert (str(note), str(verifier)) == (GO_NOTE, GO_KEY)
     refused(verifier.verify, Note.parse(GO_NOTE.replace("problem", "Problem").encode()))
 
@@ -279,7 +279,7 @@ def test_other_texts_are_not_checkpoints(old: str, new: str) -> None:
 
 def test_too_much_is_refused() -> None:
     note = SIGNER.sign("text\n")
-    refused(Note.parse, str(note.with_signatures(note.signatures * 64)).encode(), why="more than 64 signatures")
+    refused(Note.parse, str(Note(note.text, note.signatures * 65)).encode(), why="more than 64 signatures")
     refused(Note.parse, b"x" * 70_000, why="more than 65536 bytes")
     refused(Note.parse, b"\xff\n\n", why="not UTF-8")
 
@@ -290,18 +290,6 @@ def test_too_much_is_refused() -> None:
 def test_other_texts_are_not_verifier_keys(text: str) -> None:
     with pytest.raises(ConfigurationError):
         _ = Verifier.parse(text)
-
-
-def test_a_witness_signs_with_the_time() -> None:
-    checkpoint = Checkpoint(SIGNER.name, 3, bytes(32))
-    witness = Signer("witness.example/w", Secret(b"w" * 32))
-    verifier = Verifier(witness.name, witness.verifier.key, is_witness=True)
-    stamped = witness.sign(f"cosignature/v1\ntime 1700000000\n{checkpoint.text}").signatures[0]
-    value = (1_700_000_000).to_bytes(8, "big") + stamped.value
-    note = SIGNER.sign(checkpoint.text).with_signatures([type(stamped)(witness.name, verifier.identifier, value)])
-    assert verifier.verify(note) == 1_700_000_000
-    assert Verifier.parse(str(verifier)) == verifier
-    refused(verifier.verify, SIGNER.sign(checkpoint.text), why="no signature of witness.example/w")
 
 
 def refused(call: Callable[..., object], *values: object, why: str = ".") -> None:

@@ -47,7 +47,7 @@ def read_checkpoint(path: Path, verifiers: Sequence[Verifier], *, plain: bool = 
         if not known:
             raise LogError("it is not signed by a key of this log")
         for each in known:
-            _ = each.verify(note)
+            each.verify(note)
     except LogError as exc:
         raise LogError(f"{path}: {exc}") from None
     return checkpoint

@@ -29,7 +29,7 @@ from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._measurements import Schedule, read_schedule
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._proxy import CERTIFICATE_HEADERS, GENERATIONS, SECRET_HEADERS, Generation, Network
-from chutes_proto.tlog.notes import Verifier, check_name
+from chutes_proto.tlog.notes import check_name
 from chutes_proto.units.fleet import Window, parse_version
 from chutes_proto.wire.evidence import PORT
 
@@ -226,27 +226,17 @@ class ProxyOptions:
 
 
 @frozen
-class WitnessOptions:
-    """A witness of the audit log: the prefix of its URL, and its verifier key."""
-
-    url: str
-    key: str
-
-
-@frozen
 class AuditOptions:
     """Options of the audit log; ``origin`` names it for all time, and is used when it begins.
 
     Each audit row is copied to ``file`` and, with ``journal``, to the journal of systemd; with ``required`` no answer
-    leaves before that. ``witnesses`` cosign checkpoints; ``ca_file`` has the CAs to trust with their certificates.
+    leaves before that.
     """
 
     origin: str | None = None
     file: str | None = None
     journal: bool = False
     required: bool = False
-    witnesses: tuple[WitnessOptions, ...] = ()
-    ca_file: str | None = None
 
 
 @frozen
@@ -506,14 +496,6 @@ def _audit_problems(config: ServerConfig) -> Iterator[str]:
     audit = config.audit
     if audit.required and audit.file is None and not audit.journal:
         yield "audit.required: goes with audit.file or audit.journal"
-    if audit.witnesses and config.store.mark_file is None:
-        yield "audit.witnesses: go with store.mark_file, beside which checkpoints are kept"
-    if audit.ca_file is not None and not audit.witnesses:
-        yield "audit.ca_file: goes with audit.witnesses"
-    for witness in audit.witnesses:
-        if not re.match(r"https?://[^/]", witness.url):
-            yield f"audit.witnesses: {witness.url!r} is not a URL; say for example https://witness.example/"
-        yield from _raised(partial(Verifier.of_witness, witness.key), "audit.witnesses: ")
 
 
 def _address(key: str, text: str) -> tuple[str, int]:

@@ -16,8 +16,6 @@ from chutes_proto.errors import LogError
 
 HASH_SIZE: Final = 32
 """Bytes of a hash."""
-MOST_HASHES: Final = 63
-"""The most hashes of a proof: no tree has more levels (tlog-witness)."""
 EMPTY_ROOT: Final = hashlib.sha256().digest()
 """The root hash of a tree without leaves."""
 
@@ -63,7 +61,7 @@ def inclusion_proof(read: Read, index: int, size: int) -> tuple[bytes, ...]:
 def consistency_proof(read: Read, old: int, new: int) -> tuple[bytes, ...]:
     """Return the proof that the tree of ``new`` leaves begins with that of ``old``; RFC 6962, section 2.1.2.
 
-    It is empty for ``old`` 0, as witnesses want it. Raises `LogError` if the new tree is the smaller one.
+    It is empty for ``old`` 0. Raises `LogError` if the new tree is the smaller one.
     """
     if not 0 <= old <= new:
         raise LogError(f"a log of {new} entries does not extend one of {old}")

@@ -1,4 +1,4 @@
-"""Signed notes and checkpoints: c2sp.org/signed-note, tlog-checkpoint and, of witnesses, tlog-cosignature.
+"""Signed notes and checkpoints: c2sp.org/signed-note and tlog-checkpoint.
 
 Keys are Ed25519. The *verifier key*, ``name+id+base64``, has the name and the public key, which is all that somebody
 needs who verifies. A checkpoint here has no extension lines, since no monitor can audit those.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable
 from typing import Final
 
 from attrs import field, frozen
@@ -28,7 +27,6 @@ LARGEST_SIZE: Final = (1 << 63) - 1
 """The most entries of a log."""
 
 _ED25519: Final = 1
-_COSIGNATURE: Final = 4
 _NAME: Final = re.compile(r"[^\s+\x00-\x1f\x7f]{1,255}")
 _VERIFIER: Final = re.compile(r"(?P<name>[^+]+)\+(?P<id>[0-9a-f]{8})\+(?P<key>[A-Za-z0-9+/]+=*)")
 _SIGNATURE: Final = re.compile("\N{EM DASH} (?P<name>[^ ]+) (?P<bytes>[A-Za-z0-9+/]+=*)")
@@ -41,71 +39,52 @@ def check_name(name: str) -> None:
         raise ConfigurationError('a name of a log is one word without +, for example "keys.example/audit"')
 
 
-def _identifier(name: str, kind: int, key: bytes) -> bytes:
-    return hashlib.sha256(name.encode() + b"\n" + bytes([kind]) + key).digest()[:4]
+def _identifier(name: str, key: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\n" + bytes([_ED25519]) + key).digest()[:4]
 
 
 @frozen
 class Verifier:
-    """The public key of a log, or of a witness (``is_witness``), and its name."""
+    """The public key of a log, and its name."""
 
     name: str
     key: bytes
-    is_witness: bool = False
 
     @property
     def identifier(self) -> bytes:
         """Four bytes that tell keys of a name apart."""
-        return _identifier(self.name, self._kind, self.key)
-
-    @property
-    def _kind(self) -> int:
-        return _COSIGNATURE if self.is_witness else _ED25519
+        return _identifier(self.name, self.key)
 
     def __str__(self) -> str:
         """The verifier key, in the form of C2SP."""
-        return f"{self.name}+{self.identifier.hex()}+{_base64(bytes([self._kind]) + self.key)}"
+        return f"{self.name}+{self.identifier.hex()}+{_base64(bytes([_ED25519]) + self.key)}"
 
     @classmethod
     def parse(cls, text: str) -> Verifier:
         """Read a verifier key. Raises `ConfigurationError`."""
         found = _VERIFIER.fullmatch(text)
         data = b"" if found is None else _bytes(found["key"])
-        if found is None or data is None or len(data) != 1 + HASH_SIZE or data[0] not in (_ED25519, _COSIGNATURE):
+        if found is None or data is None or len(data) != 1 + HASH_SIZE or data[0] != _ED25519:
             raise ConfigurationError("not a verifier key of Ed25519; it has the form name+hex+base64")
         check_name(found["name"])
-        made = cls(found["name"], data[1:], is_witness=data[0] == _COSIGNATURE)
+        made = cls(found["name"], data[1:])
         if made.identifier.hex() != found["id"]:
             raise ConfigurationError(f"verifier key {found['name']}: the id is not the one of this name and key")
         return made
 
-    @classmethod
-    def of_witness(cls, text: str) -> Verifier:
-        """Read the verifier key of a witness. Raises `ConfigurationError`, for the key of a log, too."""
-        made = cls.parse(text)
-        if not made.is_witness:
-            raise ConfigurationError(f"verifier key {made.name}: it is the key of a log, and not of a witness")
-        return made
-
-    def verify(self, note: Note) -> int | None:
-        """Verify the note's signature of this key; return the time of a witness's, in unix seconds.
+    def verify(self, note: Note) -> None:
+        """Verify the note's signature of this key.
 
         Raises `LogError` if the note has none, or one that does not verify.
         """
         mine = [each for each in note.signatures if (each.name, each.identifier) == (self.name, self.identifier)]
         if not mine:
             raise LogError(f"no signature of {self.name}+{self.identifier.hex()}")
-        at: int | None = None
         for each in mine:
-            text, signature = note.text.encode(), each.value
-            if self.is_witness:
-                at = int.from_bytes(signature[:8], "big")
-                text, signature = f"cosignature/v1\ntime {at}\n".encode() + text, signature[8:]
             try:
-                Ed25519PublicKey.from_public_bytes(self.key).verify(signature, text)
+                Ed25519PublicKey.from_public_bytes(self.key).verify(each.value, note.text.encode())
             except (InvalidSignature, ValueError):
                 raise LogError(f"the signature of {self.name}+{self.identifier.hex()} does not verify") from None
-        return at
 
 
 @frozen
@@ -159,10 +138,6 @@ class Note:
     def __str__(self) -> str:
         return f"{self.text}\n{''.join(map(str, self.signatures))}"
 
-    def with_signatures(self, more: Iterable[Signature]) -> Note:
-        """The note with further signatures."""
-        return Note(self.text, (*self.signatures, *more))
-
     @classmethod
     def parse(cls, data: bytes) -> Note:
         """Read a note. Raises `LogError` for bytes that are not one."""
@@ -215,25 +190,12 @@ def open_checkpoint(data: bytes, verifier: Verifier) -> tuple[Checkpoint, Note]:
     checkpoint = Checkpoint.of(note)
     if checkpoint.origin != verifier.name:
         raise LogError("it is a checkpoint of another log: its origin is not the name of the key")
-    _ = verifier.verify(note)
+    verifier.verify(note)
     return checkpoint, note
 
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def decode_hash(text: str) -> bytes:
-    """Return the hash that a line has in base64. Raises `LogError`."""
-    data = _bytes(text)
-    if data is None or len(data) != HASH_SIZE:
-        raise LogError("not a hash in base64")
-    return data
-
-
-def encode_hash(value: bytes) -> str:
-    """Return a hash in base64."""
-    return _base64(value)
 
 
 def _bytes(text: str) -> bytes | None:

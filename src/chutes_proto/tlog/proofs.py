@@ -7,7 +7,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.tlog.notes import Note, encode_hash
+from chutes_proto.tlog.notes import Note
 
 FORM: Final = "c2sp.org/tlog-proof@v1"
 
@@ -22,6 +22,6 @@ class Proof:
     note: Note
 
     def __str__(self) -> str:
-        extra = base64.b64encode(self.entry).decode("ascii")
-        hashes = "".join(f"{encode_hash(each)}\n" for each in self.path)
-        return f"{FORM}\nextra {extra}\nindex {self.index}\n{hashes}\n{self.note}"
+        extra, *hashes = (base64.b64encode(each).decode("ascii") for each in (self.entry, *self.path))
+        lines = "".join(f"{each}\n" for each in hashes)
+        return f"{FORM}\nextra {extra}\nindex {self.index}\n{lines}\n{self.note}"

@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 from attrs import define, evolve, field, frozen
@@ -410,16 +410,6 @@ class Written(Unit[WrittenPage]):
         numbers = {number for number, _ in written}
         others = tuple(number for number, _ in found if number not in numbers)
         return WrittenPage(tuple(written), others, found[-1][0] if found else None)
-
-
-@frozen
-class FromTiles(Unit[T], Generic[T]):
-    """Compute something from hashes of the tree. Raises `LogError` where a tile lacks one."""
-
-    compute: Callable[[Read], T]
-
-    def script(self) -> Script[T]:
-        return (yield from from_tiles(self.compute))
 
 
 @frozen

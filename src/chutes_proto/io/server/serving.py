@@ -38,11 +38,9 @@ from chutes_proto.io.server.store_setup import (
     erasures_file,
     find_differences,
     read_sinks,
-    read_witnesses,
     store_findings,
 )
 from chutes_proto.io.server.watching import watching
-from chutes_proto.io.server.witnesses import witnessing
 from chutes_proto.io.server.workers import (
     STOP_AT_ONCE,
     STOP_HANDED_OVER,
@@ -118,17 +116,13 @@ def open_store(running: Running, worker: Given | None = None) -> Generator[tuple
             repeated = keep_erasures(store, erasures_file(setup.config), setup.service.vault)
             store.keep_mark()
             file = setup.checkpoint_file
-            witnesses = read_witnesses(setup.config, setup.base, store, file)
 
             def signed(note: Note) -> None:
                 store.hold_checkpoint(Checkpoint.of(note))
                 if copies is not None:
                     copies.checkpoint(str(note))
 
-            with (
-                sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed),
-                witnessing(witnesses, store.add_note),
-            ):
+            with sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed):
                 if worker is None:
                     record_start(store, setup)
                 found = [f"erasures: {repeated}"] if repeated else []

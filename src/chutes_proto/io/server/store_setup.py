@@ -24,7 +24,6 @@ from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteError,
 from chutes_proto.io.files import Files, check_private, is_credential, is_there
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.sinks import FileSink, JournalSink, Sink, Sinks
-from chutes_proto.io.server.witnesses import Witness, Witnesses
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import file_beside
 from chutes_proto.io.stores.marks import NO_FILE
@@ -35,7 +34,6 @@ from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan, Times
 from chutes_proto.store.sql import SCHEMA_VERSION
-from chutes_proto.tlog.notes import Verifier
 from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
@@ -201,16 +199,6 @@ def copy_audit(config: ServerConfig, base: Path, store: DurableStore) -> None:
     if sinks := read_sinks(config, base):
         made = Sinks(sinks, required=config.audit.required, tell=store.add_note, copies=store.copies)
         store.copy_rows(made.rows, waits=True)
-
-
-def read_witnesses(config: ServerConfig, base: Path, store: Store, file: Path | None) -> Witnesses | None:
-    """The witnesses of a configuration for the checkpoint in ``file``. Raises `ConfigurationError`."""
-    audit = config.audit
-    if file is None or not audit.witnesses:
-        return None
-    ca_file = None if audit.ca_file is None else base / audit.ca_file
-    witnesses = [Witness(each.url, Verifier.of_witness(each.key)) for each in audit.witnesses]
-    return Witnesses(store, witnesses, file, ca_file)
 
 
 # --- the parts ---

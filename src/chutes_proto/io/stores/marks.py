@@ -45,7 +45,7 @@ _SAME_SECONDS: Final = 3600
 _WATCHED: Final = 100_000
 """The most rows that a process remembers until they are in the log."""
 _NOTES: Final = 1000
-"""The most findings that are kept, the newest: a fail-over may lose many rows, and a witness says what it wants."""
+"""The most findings that are kept, the newest: a fail-over may lose many rows."""
 _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
