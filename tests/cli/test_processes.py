@@ -31,7 +31,7 @@ from chutes_proto.keys.vault import Address
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import BootRow, GenerationRow, ReadAudit, Scan
+from chutes_proto.store.rows import BootRow, GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import entropy
 from chutes_proto.wire import codec, vms
@@ -40,11 +40,9 @@ from chutes_proto_trio import BootAgent, HttpxSender, Performer, Quoter, client_
 from tests.cli.conftest import HOTKEY, Server
 from tests.conftest import SOAK
 from tests.store.test_processes import nothing_is_half_done
-from tests.waiting import async_wait_until
 
 PLATFORM = SimulatedPlatform(bytes(32))
 KILLS = 200 if SOAK else 4
-EVERY = 1_000_000
 VOLUMES = ("storage", "tdx-cache")
 
 Start = Callable[..., Server]
@@ -187,12 +185,10 @@ class Fleet:
 async def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
     start: Start, site: Path, figure: Callable[[str], None]
 ) -> None:
-    """Killed alternately in the middle of syncs and of rotations: every disk opens, and every audit row is copied."""
+    """Killed alternately in the middle of syncs and of rotations: every disk opens."""
     fleet, setup = Fleet(), make_setup(ServerConfig.load(site / "server.toml"))
-    text = (site / "server.toml").read_text().replace('store = "', 'audit.file = "audit.jsonl"\nstore.url = "')
+    text = (site / "server.toml").read_text().replace('store = "', 'store.url = "')
     configuration = f'rotate_after_hours = 0\nstore.mark_file = "mark"\n{text}'
-    with closing(setup.store.open()) as store:
-        before = {number for number, _ in store.transact(Ask(ReadAudit(0, EVERY)))}
 
     def served(exchange: str) -> Server:
         """A new process, which serves all boots so."""
@@ -239,12 +235,4 @@ async def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
     server = served("two-phase")
     for index in range(6):
         assert [await fleet.rotate(server, f"end {index} {turn}", index) for turn in range(3)][-2:] == [True, True]
-    with closing(setup.store.open()) as store:
-        rows = {number for number, _ in store.transact(Ask(ReadAudit(0, EVERY)))} - before
-    lines = {f'{{"audit":{number}' for number in rows}
-
-    def are_copied() -> bool:
-        return lines <= {line.split(",")[0] for line in (site / "audit.jsonl").read_text().splitlines()}
-
-    await async_wait_until(are_copied)
     figure(f"{KILLS} kills, {len(fleet.answered)} passphrases answered, {fleet.rotations} rotations")

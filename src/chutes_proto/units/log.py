@@ -370,49 +370,6 @@ def require_entries(state: store.LogStateRow, tile: int) -> Script[None]:
 
 
 @frozen
-class WrittenPage:
-    """Audit rows as units wrote them, each with its number; the numbers of ``others``, and the last of all numbers.
-
-    ``last`` is None after the last page.
-    """
-
-    rows: tuple[tuple[int, store.AuditRow], ...]
-    others: tuple[int, ...]
-    last: int | None
-
-
-@frozen
-class Written(Unit[WrittenPage]):
-    """The next ``limit`` audit rows after the number ``beyond``, without those that are not as a unit wrote them.
-
-    Until a row of a sealed store has its place, its MAC says that; from then on, its hash in the log's tree.
-    """
-
-    beyond: int
-    limit: int
-
-    def script(self) -> Script[WrittenPage]:
-        found = yield from store.ReadAudit(self.beyond, self.limit)
-        state = yield from store.Read(store.LogStateRow, LOG)
-        size = 0 if state is None else state.size
-        held: dict[int, bytes] = {}
-        written: list[tuple[int, store.AuditRow]] = []
-        for number, row in found:
-            if row.idx is not None and 0 <= row.idx < size:
-                tile, at = divmod(row.idx, tiles.WIDTH)
-                if tile not in held:
-                    held[tile] = yield from _tile(0, tile)
-                at *= merkle.HASH_SIZE
-                if held[tile][at : at + merkle.HASH_SIZE] == leaf_of(row):
-                    written.append((number, row))
-            elif row.idx is None:
-                written.append((number, row))
-        numbers = {number for number, _ in written}
-        others = tuple(number for number, _ in found if number not in numbers)
-        return WrittenPage(tuple(written), others, found[-1][0] if found else None)
-
-
-@frozen
 class ReadCheckpoint(Unit[Checkpoint | None]):
     """The present state of the log, None if it has not begun. Raises `LogError` if it does not extend ``held``."""
 

@@ -112,15 +112,14 @@ def open_store(running: Running, worker: Given | None = None) -> Generator[tuple
         if different and setup.config.store.different_configuration == "refuse":
             raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}{WARN_MEANWHILE}")
         sinks, required = read_sinks(setup.config, setup.base), setup.config.audit.required
-        with copying(store, sinks, required=required, mark_file=setup.store.mark_file) as copies:
+        with copying(store, sinks, required=required) as copy_checkpoint:
             repeated = keep_erasures(store, erasures_file(setup.config), setup.service.vault)
             store.keep_mark()
             file = setup.checkpoint_file
 
             def signed(note: Note) -> None:
                 store.hold_checkpoint(Checkpoint.of(note))
-                if copies is not None:
-                    copies.checkpoint(str(note))
+                copy_checkpoint(str(note))
 
             with sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, file, signed):
                 if worker is None:

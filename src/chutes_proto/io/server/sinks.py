@@ -124,10 +124,7 @@ def checkpoint_line(note: str) -> str:
 
 
 class Sinks:
-    """Sinks, whose state is in ``copies``. May be used from several threads.
-
-    ``is_caught_up``: somebody copies later what they did not take.
-    """
+    """Sinks, whose state is in ``copies``. May be used from several threads."""
 
     def __init__(
         self,
@@ -136,13 +133,11 @@ class Sinks:
         required: bool,
         tell: Callable[[str], object],
         copies: Copies | None = None,
-        is_caught_up: bool = False,
     ) -> None:
         self._copies = Copies() if copies is None else copies
         self._sinks = sinks
         self._required = required
         self._tell = tell
-        self._later = "are copied now" if is_caught_up else "are not in it: see `audit export`"
         self._one_at_a_time = threading.Lock()
         self._of_state = threading.Lock()
 
@@ -184,5 +179,5 @@ class Sinks:
         with self._of_state:
             since, count = self._copies.failing.pop(name, (0, 0))
         if count:
-            now = rfc3339(int(time.time()))
-            _ = self._tell(f"{name}: it takes lines again; {count} of {rfc3339(since)} to {now} {self._later}")
+            during = f"{rfc3339(since)} to {rfc3339(int(time.time()))}"
+            _ = self._tell(f"{name}: it takes lines again; {count} of {during} are not in it: see `audit export`")
