@@ -62,7 +62,7 @@ def test_collateral_of_services_loads():
     assert len(options.upstreams) == 1
     assert options.cache == "cache"
     default = CollateralOptions()
-    for name in ("update", "grace_seconds", "refresh_seconds", "fetches_per_minute"):
+    for name in ("update", "grace_seconds", "fetches_per_minute"):
         assert getattr(options, name) == getattr(default, name)
 
 

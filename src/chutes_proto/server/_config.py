@@ -83,7 +83,6 @@ class CollateralOptions:
     ca_file: str | None = None
     update: Literal["standard", "early"] = "standard"
     grace_seconds: int = 0
-    refresh_seconds: int = 86400
     fetches_per_minute: int = 30
 
 
@@ -94,15 +93,12 @@ class StoreOptions:
     A server refuses a database whose clock differs from its own by more than ``clock_difference_seconds``, and with
     ``require_synchronous`` one without a synchronous standby. ``mark_file`` keeps what it last saw of the store, so
     that it refuses a store that went back, or that is no longer sealed; without it, it forgets that when it ends.
-    ``different_configuration`` is for a server that starts beside another one on this store whose configuration differs
-    where it must not.
     """
 
     url: str = field(repr=False)  # it may hold a password
     clock_difference_seconds: int = 5
     require_synchronous: bool = False
     mark_file: str | None = None
-    different_configuration: Literal["warn", "refuse"] = "warn"
 
 
 def _store_options(given: StoreOptions | str) -> StoreOptions:
@@ -111,10 +107,9 @@ def _store_options(given: StoreOptions | str) -> StoreOptions:
 
 @frozen
 class NonceOptions:
-    """Options of nonces; ``expected_key_ids`` are ids of MAC keys that other processes of this server use already."""
+    """Options of nonces."""
 
     bind_address: bool = False
-    expected_key_ids: tuple[int, ...] = ()
 
 
 @frozen
@@ -415,7 +410,6 @@ _LEAST: Final = {
     "boot_days": (1, ""),
     "runtime.fresh_seconds": (1, ""),
     "collateral.grace_seconds": (0, ""),
-    "collateral.refresh_seconds": (60, ""),
     "collateral.fetches_per_minute": (2, ""),
     "store.clock_difference_seconds": (1, ", because times are whole seconds"),
     "limits.connections": (1, ", or nobody is served"),
@@ -483,8 +477,6 @@ def _problems(config: ServerConfig) -> Iterator[str]:
         yield from _gpu_problems(name, gpu)
     yield from _collateral_problems(config.collateral)
     yield from _gpu_evidence_problems(config.gpu_evidence)
-    if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
-        yield "nonce.expected_key_ids: ids are 0 to 63"
     if (origin := config.audit.origin) is not None:
         yield from _raised(lambda: check_name(origin), "audit.origin: ")
     yield from _audit_problems(config)
@@ -600,7 +592,7 @@ def _collateral_problems(options: CollateralOptions) -> Iterator[str]:
     if (options.directory is None) == (not options.upstreams):
         yield 'collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }'
     if options.directory is not None:
-        names = "cache ca_file update refresh_seconds fetches_per_minute"
+        names = "cache ca_file update fetches_per_minute"
         yield from _not_default("collateral", options, "collateral.upstreams", names)
     for service in options.upstreams:
         yield from _raised(partial(Upstream.parse, service.url, service.root_ca_crl), "collateral.upstreams: ")

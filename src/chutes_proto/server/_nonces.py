@@ -28,7 +28,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from chutes_proto.errors import Refused, Unavailable
+from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
 from chutes_proto.server._tags import TagKey
@@ -62,16 +62,13 @@ class NonceMint:
 
     keys: tuple[MacKey, ...]
     bind_address: bool = False
-    expected_key_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def of(
-        cls, vault: Vault, *, bind_address: bool = False, expected_key_ids: frozenset[int] = frozenset()
-    ) -> NonceMint:
+    def of(cls, vault: Vault, *, bind_address: bool = False) -> NonceMint:
         """The mint whose MAC keys come from the live key-encryption keys of ``vault``."""
         derived = [key.reveal() for _, key in vault.derive(_LABEL, 33)]
         keys = tuple(MacKey(material[32] & _KEY_ID, TagKey(Secret(material[:32]))) for material in derived)
-        return cls(keys, bind_address=bind_address, expected_key_ids=expected_key_ids)
+        return cls(keys, bind_address=bind_address)
 
     def issue(
         self,
@@ -102,7 +99,7 @@ class NonceMint:
     ) -> Nonce:
         """Check ``text``, a nonce in hex.
 
-        Raises `Refused`, and `Unavailable` for one under a key that is expected to come, or from the future.
+        Raises `Refused`, and `Unavailable` for one from the future.
         """
         if text is None or not HEX_32.fullmatch(text):
             raise _invalid("missing or not 64 lowercase hex digits")
@@ -111,9 +108,6 @@ class NonceMint:
         key_id = head[0] & _KEY_ID
         candidates = [key for key in self.keys if key.key_id == key_id]
         if not candidates:
-            if key_id in self.expected_key_ids:
-                reason = f"nonce under key id {key_id}, which nonce.expected_key_ids names and no KEK here has"
-                raise Unavailable(Code.KEY_UNAVAILABLE, "A key of this server is not loaded yet", reason=reason)
             raise _invalid(f"made under key id {key_id}, which is not one of this server's")
         bound_hotkey = hotkey if head[0] & _HOTKEY_BOUND else None
         bound_address = address if head[0] & _ADDRESS_BOUND else ""

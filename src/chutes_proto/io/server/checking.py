@@ -69,8 +69,7 @@ def _check_store(
     config: ServerConfig, place: StorePlace, vault: Vault, alike: Alike | None = None
 ) -> Iterator[Finding]:
     try:
-        must_be_alike = config.store.different_configuration == "refuse"
-        yield from check_store(place, vault, alike, must_be_alike=must_be_alike)
+        yield from check_store(place, vault, alike)
     except (ConfigurationError, StoreError) as exc:
         found = Finding.of_problem(str(exc))
         whole = f"{found.remedy} --config {shlex.quote(str(config.path))}"  # a store knows no configuration

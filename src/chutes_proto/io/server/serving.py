@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 import anyio
 
 from chutes_proto import __version__
-from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.drivers.sync import log_record
@@ -32,8 +32,6 @@ from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.sockets import Listening, allowed_connections
 from chutes_proto.io.server.store_setup import (
-    MAKE_ALIKE,
-    WARN_MEANWHILE,
     check_keys,
     erasures_file,
     find_differences,
@@ -109,8 +107,6 @@ def open_store(running: Running, worker: Given | None = None) -> Generator[tuple
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
         different = [str(each) for each in find_differences(store, setup.alike)]
-        if different and setup.config.store.different_configuration == "refuse":
-            raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}{WARN_MEANWHILE}")
         sinks, required = read_sinks(setup.config, setup.base), setup.config.audit.required
         with copying(store, sinks, required=required) as copy_checkpoint:
             repeated = keep_erasures(store, erasures_file(setup.config), setup.service.vault)

@@ -217,9 +217,7 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
         _check_gpu_sources(config.gpu_evidence, gpu_policy, demanding[0].measurements.name)
     service = Service(
         vault=vault,
-        mint=NonceMint.of(
-            vault, bind_address=config.nonce.bind_address, expected_key_ids=frozenset(config.nonce.expected_key_ids)
-        ),
+        mint=NonceMint.of(vault, bind_address=config.nonce.bind_address),
         root=root,
         trust=trust(root, config.roots),
         policies=policies,
@@ -365,11 +363,7 @@ def _collateral(
     cache = PlatformCache(
         [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
         root=root,
-        policy=CachePolicy(
-            grace=grace,
-            refresh=options.refresh_seconds,
-            fetches_per_minute=options.fetches_per_minute,
-        ),
+        policy=CachePolicy(grace=grace, fetches_per_minute=options.fetches_per_minute),
         update=options.update,
         seed=os.urandom(16),
     )

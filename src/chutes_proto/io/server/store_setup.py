@@ -38,11 +38,6 @@ from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
 
-MAKE_ALIKE = "make them equal, or stop that server and wait a minute"
-"""The remedy for servers of one store that differ."""
-WARN_MEANWHILE = '; to change a setting of all servers, say store.different_configuration = "warn" meanwhile'
-"""The rest of it, where a server does not start beside one that differs."""
-
 
 @frozen
 class StoreSetup:
@@ -95,12 +90,8 @@ def erasures_file(config: ServerConfig) -> Path | None:
     return None if config.store.mark_file is None else file_beside(base / config.store.mark_file)
 
 
-def check_store(
-    place: StorePlace, vault: Vault, alike: Alike | None = None, *, must_be_alike: bool = False
-) -> Iterator[Finding]:
+def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> Iterator[Finding]:
     """Describe the store, without making or changing it; with ``alike``, compare the servers that use it, too.
-
-    With ``must_be_alike`` a difference is a problem, because a server does not start beside it.
 
     Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
     """
@@ -123,8 +114,7 @@ def check_store(
             )
             yield Finding("note", "store.mark_file", detail)
         for each in find_differences(store, alike) if alike is not None else ():
-            detail = f"{each}; {MAKE_ALIKE}{WARN_MEANWHILE if must_be_alike else ''}"
-            yield Finding("problem" if must_be_alike else "note", "configuration", detail)
+            yield Finding("note", "configuration", f"{each}; make them equal, or stop that server and wait a minute")
 
 
 def store_findings(store: DurableStore) -> Iterator[Finding]:
