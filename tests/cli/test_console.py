@@ -84,7 +84,7 @@ def test_every_time_to_judge_at_is_said_in_the_same_forms(
         assert "--at" not in command(*words, "--at", at).err
 
 
-@pytest.mark.parametrize("words", [("openapi",), ("--help",), ("demo", "--help")], ids=" ".join)
+@pytest.mark.parametrize("words", [("simulate", "--list-faults"), ("--help",)], ids=" ".join)
 def test_a_full_disk_behind_standard_output_is_told(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

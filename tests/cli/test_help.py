@@ -141,15 +141,6 @@ def check_json(words: list[str], printed: str) -> None:
     assert members <= always | sometimes or name in _OF_A_QUOTE
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_is_one_of_its_shell(
-    command: Callable[..., Ended], shell: str, require_program: Callable[[str], str]
-) -> None:
-    script = command("completion", shell).out
-    assert "_CHUTES_PROTO_COMPLETE" in script
-    assert subprocess.run([require_program(shell), "-n"], input=script, text=True, check=False).returncode == 0
-
-
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -157,7 +148,6 @@ def test_a_completion_script_is_one_of_its_shell(
         ("vm re", {"rebind", "revoke"}),
         ("agent ", {"run", "resume"}),
         ("keys purge --y", {"--yes"}),
-        ("completion z", {"zsh"}),
         ("agent run --d", {"--dry-run"}),
         ("agent resume --", {"--help", "--config", "--images", "--json"}),
         ("agent run --config a", {"file,a"}),
@@ -189,7 +179,6 @@ def test_commands_and_options_are_completed(
         ("zzz", "no such command 'zzz'; see chutes-proto --help"),
         ("agent", "the following arguments are required: ACTION; see chutes-proto agent --help"),
         ("agent run", "the following arguments are required: --config; see chutes-proto agent run --help"),
-        ("completion", "missing argument 'SHELL'. Choose from: bash, zsh, fish; see chutes-proto completion --help"),
     ],
 )
 def test_a_wrong_word_is_told_in_one_line(command: Callable[..., Ended], words: str, told: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -313,24 +312,6 @@ def test_long_operations_say_how_far_they_are(command: Callable[..., Ended], tmp
 def test_an_error_refers_to_the_help_of_the_whole_command(terminal: Shown) -> None:
     assert main(["vm", "list", "--config", "/none"]) == 2
     assert terminal().splitlines()[-1] == "  see chutes-proto vm list --help"
-
-
-def test_watching_shows_it_again_until_it_is_interrupted(tmp_path: Path) -> None:
-    """On a real terminal, with a real SIGINT."""
-    controller, device = pty.openpty()
-    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
-    configuration = str(tmp_path / "server.toml")
-    assert main(["store", "migrate", "--config", configuration]) == 0
-    watching = [*PROGRAM, "vm", "list", "--watch", "--config", configuration]
-    with subprocess.Popen(watching, stdin=device, stdout=device, stderr=device) as process:
-        os.close(device)
-        shown = b""
-        while shown.count(b"no VMs") < 2:
-            shown += os.read(controller, 4096)
-        process.send_signal(2)
-        assert process.wait(60) == 130
-    assert b"\x1b[3J" not in shown  # what the operator read before can be scrolled back to
-    os.close(controller)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -18,7 +18,6 @@ from chutes_proto import __version__
 from chutes_proto.cli.main import main
 from chutes_proto.testing._faults import FAULTS, Fault
 from chutes_proto.testing._gpu_faults import GPU_FAULTS, GpuFault
-from chutes_proto.wire import openapi
 
 REPORT_DATA = bytes(range(64))
 FILES = {"quote.bin", "collateral.json", "now.txt", "root.der"}
@@ -154,11 +153,6 @@ def test_the_faults_are_listed_as_json(
     for options in (["--list-faults", "--json"], ["--json", "--list-faults"]):
         assert main([*words, *options]) == 0
         assert json.loads(capsys.readouterr().out) == {"faults": listed}
-
-
-def test_the_api_is_what_the_server_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["openapi"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(openapi.document())
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,8 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
   exit code, and whose ``exits`` says what the codes mean.
 * A shell completes the names of files where a metavar is of those words that stand for one.
 * Options: ``parsed(convert)`` makes a callback of a function that raises `ValueError` with a text for people.
-  `json_option`, `plain_option`, `full_option` and `watch_option` are not passed to the function: ask `wants`, for
-  example `wants("json")`; `answer` prints a result as JSON or for people. `table_options` is the first three.
+  `json_option` and `full_option` are not passed to the function: ask `wants`, for example `wants("json")`; `answer`
+  prints a result as JSON or for people. `table_options` is both.
 * Examples are complete command lines; tests/cli/test_help.py runs each in a folder that has the files they name.
 * Import what needs an extra inside the function, everything else at the top: a command's module is imported for its
   help. A missing extra needs no code: `chutes_proto.cli.main` names it.
@@ -206,14 +206,12 @@ def _flag(what: str, told: str) -> Decorator:
 
 
 json_option: Decorator = _flag("json", "print one JSON object instead of lines for people")
-plain_option: Decorator = _flag("plain", "print neither colour nor frames, as into a pipe")
-watch_option: Decorator = _flag("watch", "print it again every 2 seconds, until interrupted")
 full_option: Decorator = _flag("full", "print digests, keys and names whole")
 
 
 def table_options(function: F) -> F:
     """The options of a command that prints a table."""
-    return json_option(full_option(plain_option(function)))
+    return json_option(full_option(function))
 
 
 def parsed(convert: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, Any], Any]:

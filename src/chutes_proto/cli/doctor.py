@@ -9,7 +9,7 @@ import attrs
 import click
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Command, answer, json_option, plain_option
+from chutes_proto.cli.base import Command, answer, json_option
 from chutes_proto.cli.describe import exits
 from chutes_proto.errors import ConfigurationError, FileUnavailable
 from chutes_proto.io.finding import Finding
@@ -29,7 +29,6 @@ _COLOURS: Final[dict[str, output.State]] = {"ok": "good", "note": "warn", "probl
 )
 @click.option("--config", metavar="FILE", help="look at a key server's configuration instead")
 @json_option
-@plain_option
 def command(roles: tuple[str, ...], config: str | None) -> int:
     """Find what a machine or a configuration lacks, and the commands that mend it.
 

@@ -2,7 +2,7 @@
 
 Rules kept here:
 
-* on a terminal rich draws; in a pipe, or with ``--plain``, columns of whole values stand side by side;
+* on a terminal rich draws; in a pipe columns of whole values stand side by side;
 * every text is cleaned and none is markup, so a peer or a file neither steers a terminal nor adds a line;
 * colour is for the word that says a state, and for nothing else; ``NO_COLOR`` turns it off.
 """
@@ -42,7 +42,6 @@ _DAY = 86_400
 _AGES = ((_DAY * 365, "y"), (_DAY, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _SHOWN_AFTER = 1.0
 _LINE_SECONDS = 30.0
-_WATCH_SECONDS = 2.0
 
 
 class Cell(NamedTuple):
@@ -54,8 +53,8 @@ class Cell(NamedTuple):
 
 
 def draws() -> bool:
-    """Whether standard output is a terminal that takes more than plain lines."""
-    return sys.stdout.isatty() and not wants("plain")
+    """Whether standard output is a terminal, which takes more than plain lines."""
+    return sys.stdout.isatty()
 
 
 Columns = Mapping[str, Callable[[Any], str | Cell]]
@@ -223,7 +222,7 @@ def progress(doing: str, total: int | None = None) -> Generator[Advance]:
 
     On a terminal it is a bar with an estimate that appears after a second, elsewhere a line each time that it changes.
     """
-    if not sys.stderr.isatty() or wants("plain"):
+    if not sys.stderr.isatty():
         told: set[str] = set()
 
         def tell(done: int, new_total: int | None = None) -> None:
@@ -284,16 +283,6 @@ def _now_and_then(doing: str, total: int | None) -> Advance:
 def untold(done: int, total: int | None = None, /) -> None:
     """Takes how much is done, and tells nobody."""
     del done, total
-
-
-def watching(draw: Callable[[], int]) -> int:
-    """Run ``draw`` once, or with ``--watch`` until SIGINT, on a terminal each time on an empty screen."""
-    while wants("watch"):
-        if draws():
-            console.out("\x1b[H\x1b[J", end="")  # the screen alone: what was read before stays in the terminal
-        _ = draw()
-        time.sleep(_WATCH_SECONDS)
-    return draw()
 
 
 def _console(*, stderr: bool = False) -> Console:

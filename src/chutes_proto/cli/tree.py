@@ -37,7 +37,6 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "policy": ("operator.policy", "Check an appraisal policy, say what it accepts, and try it on the fleet"),
         "profiles": ("operator.profiles", "Show when reference values count, and take over published ones"),
         "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
-        "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
     },
     "Run servers as a miner": {
         "boot": ("miner.boot", "Boot against a running server, as a VM without disks"),
@@ -62,7 +61,6 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "gpu": ("verifier.gpu", "Verify the evidence of NVIDIA GPUs, and show it"),
         "simulate": ("verifier.simulate", "Make a quote and collateral of a simulated platform"),
     },
-    "This command": {"completion": ("completion", "Print the completion script of a shell")},
 }
 """By heading and name: the module under ``chutes_proto.cli``, with the attribute where it is not ``command``, and the
 first sentence of the help."""

@@ -9,7 +9,7 @@ import attrs
 import click
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Group, answer, full_option, plain_option, watch_option
+from chutes_proto.cli.base import Argument, Group, answer, full_option
 from chutes_proto.cli.miner.asking import Asker, MinerCommand, open_quoter, quoter_options
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import read_file
@@ -72,7 +72,6 @@ servers: Group = Group(
 
 
 @servers.command("list")
-@plain_option
 @full_option
 @click.pass_obj
 def list_servers(asker: Asker) -> int:
@@ -90,7 +89,6 @@ def list_servers(asker: Asker) -> int:
 
 @servers.command("show")
 @_id_argument
-@plain_option
 @full_option
 @click.pass_obj
 def show_server(asker: Asker, server_id: str) -> int:
@@ -195,7 +193,6 @@ def attest(asker: Asker, server_id: str, quoter: str, platform: str | None, gpu_
 
 @click.command("status", cls=MinerCommand)
 @_id_argument
-@watch_option
 @click.pass_obj
 def status(asker: Asker, server_id: str) -> int:
     """Show the newest runtime attestation of a server, and whether it still counts.
@@ -206,12 +203,8 @@ def status(asker: Asker, server_id: str) -> int:
 
     See also: attest, servers show
     """
-
-    def draw() -> int:
-        found = asker.ask(lambda who: flows.read_status(who, server_id))
-        return answer({"granted": True, **console.plain(found)}, lambda: _say_status(found))
-
-    return output.watching(draw)
+    found = asker.ask(lambda who: flows.read_status(who, server_id))
+    return answer({"granted": True, **console.plain(found)}, lambda: _say_status(found))
 
 
 def _say_status(found: flows.AttestationStatus) -> None:

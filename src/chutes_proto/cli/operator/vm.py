@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Group, answer, one_of, watch_option
+from chutes_proto.cli.base import Group, answer, one_of
 from chutes_proto.cli.operator import operating, revoking
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.cli.output import Cell
@@ -98,7 +98,6 @@ _UNDER = {"VERSION": "PROFILE", "ADVISORIES": "TCB STATUS", "EXCHANGE": "PLATFOR
 
 
 @command.command("list")
-@watch_option
 @operating.shows
 def listing(config: str) -> int:
     """List all VMs.
@@ -112,10 +111,6 @@ def listing(config: str) -> int:
 
     See also: keys history, audit list
     """
-    return output.watching(lambda: _list(config))
-
-
-def _list(config: str) -> int:
     with operating.opened(config) as (_, store):
         unbound = operating.listing(store, lambda after: ReadUnclaimed(after, operating.PAGE))
         everyone: Iterator[_Bound | Vm] = chain(_claims(store), unbound)
