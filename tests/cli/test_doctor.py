@@ -1,4 +1,4 @@
-"""`doctor`: what a machine or a configuration lacks, each with the command that mends it."""
+"""`doctor` and `serve --check`: what a machine or a configuration lacks, each with the command that mends it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_outside_a_td_there_is_no_quote(command: Command) -> None:
 
 
 def test_a_good_configuration_lacks_nothing(command: Command, site: Path) -> None:
-    ended = command("doctor", "--config", site / "server.toml")
+    ended = command("serve", "--check", "--config", site / "server.toml")
     assert ended.code == 0
     assert "certificate: " in ended.out
     assert "server.pem expires in " in ended.out
@@ -75,29 +75,28 @@ def test_a_good_configuration_lacks_nothing(command: Command, site: Path) -> Non
 
 def test_permissions_that_are_too_open(command: Command, site: Path) -> None:
     (site / "kek").chmod(0o644)
-    ended = command("doctor", "--config", site / "server.toml")
+    ended = command("serve", "--check", "--config", site / "server.toml")
     assert ended.code == 1
-    problem, remedy, rest = ended.out.splitlines()
-    assert problem.startswith(f"problem  kek_file: {site}/kek: ")
-    assert remedy.split() == ["run:", "chmod", "600", f"{site}/kek"]
-    assert rest == "note     configuration: the rest is looked at once these problems are mended"
+    assert ended.err.startswith(f"chutes-proto: kek_file: {site}/kek: ")
+    assert ended.err.endswith(f"; run chmod 600 {site}/kek\n")
+    assert ended.out == "configuration: the rest is looked at once these problems are mended\n"
 
 
 def test_the_store_is_looked_at_beside_a_configuration_that_serves_nobody(command: Command, site: Path) -> None:
     SqliteStore(site / "keys.db").close()
     (site / "server.pem").unlink()
-    ended = command("doctor", "--config", site / "server.toml", "--json")
+    ended = command("serve", "--check", "--config", site / "server.toml", "--json")
     assert (ended.code, found(ended)["tls"]["state"]) == (1, "problem")
     assert found(ended)["store"]["detail"].startswith(f"{site}/keys.db: sealed keys: ")
     with closing(sqlite3.connect(site / "keys.db", isolation_level=None)) as database:
         database.execute("UPDATE fact SET value = 1 WHERE name = 'schema_version'")
-    ended = command("doctor", "--config", site / "server.toml", "--json")
+    ended = command("serve", "--check", "--config", site / "server.toml", "--json")
     assert found(ended)["tls"]["state"] == found(ended)[f"store {site}/keys.db"]["state"] == "problem"
 
 
 def test_a_configuration_that_cannot_be_read_is_all_there_is(command: Command, site: Path) -> None:
     (site / "server.toml").write_text("kek = 1\n")
-    ended = command("doctor", "--config", site / "server.toml", "--json")
+    ended = command("serve", "--check", "--config", site / "server.toml", "--json")
     assert {finding["state"] for finding in ended.json["findings"]} == {"problem"}
 
 
@@ -106,7 +105,7 @@ def test_a_remedy_is_for_a_shell(command: Command, tmp_path: Path) -> None:
     folder.mkdir()
     write_server(folder, PLATFORM, int(time.time()))
     (folder / "kek").chmod(0o644)
-    wrong = command("doctor", "--config", folder / "server.toml", "--json")
+    wrong = command("serve", "--check", "--config", folder / "server.toml", "--json")
     assert found(wrong)["kek_file"]["remedy"] == f"chmod 600 '{folder}/kek'"
     (folder / "kek").chmod(0o600)
     (path,) = (folder / "collateral").iterdir()
@@ -114,7 +113,7 @@ def test_a_remedy_is_for_a_shell(command: Command, tmp_path: Path) -> None:
     SqliteStore(folder / "keys.db").close()
     with closing(sqlite3.connect(folder / "keys.db", isolation_level=None)) as database:
         database.execute("UPDATE fact SET value = 1 WHERE name = 'schema_version'")
-    wrong = command("doctor", "--config", folder / "server.toml", "--json")
+    wrong = command("serve", "--check", "--config", folder / "server.toml", "--json")
     assert found(wrong)["collateral"]["remedy"].endswith(f" --out '{folder}/collateral'")
     assert found(wrong)[f"store {folder}/keys.db"]["remedy"].endswith(f" --config '{folder}/server.toml'")
 
@@ -122,23 +121,24 @@ def test_a_remedy_is_for_a_shell(command: Command, tmp_path: Path) -> None:
 def test_collateral_that_has_expired(command: Command, site: Path) -> None:
     (path,) = (site / "collateral").iterdir()
     path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS - 60))
-    ended = command("doctor", "--config", site / "server.toml")
-    assert ended.code == 1
-    assert f"problem  collateral: {path}: " in ended.out
-    fetch = f"run: chutes-proto collateral fetch --quote QUOTE --upstream URL --out {site}/collateral"
-    assert fetch in ended.out
+    ended = command("serve", "--check", "--config", site / "server.toml", "--json")
+    (problem,) = [each for each in ended.json["findings"] if each["state"] == "problem"]
+    assert (ended.code, problem["what"]) == (1, "collateral")
+    assert problem["remedy"] == f"chutes-proto collateral fetch --quote QUOTE --upstream URL --out {site}/collateral"
 
 
 def test_collateral_that_soon_expires(command: Command, site: Path) -> None:
     (path,) = (site / "collateral").iterdir()
     path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS + 3 * 86_400 + 60))
-    ended = command("doctor", "--config", site / "server.toml", "--json")
+    ended = command("serve", "--check", "--config", site / "server.toml", "--json")
     assert (ended.code, found(ended)["collateral"]["state"]) == (0, "note")
     assert "expires in 3 days" in found(ended)["collateral"]["detail"]
     fetch = f"chutes-proto collateral fetch --fmspc {PLATFORM.fmspc.hex()} --ca platform --tee TDX --upstream URL"
     assert found(ended)["collateral"]["remedy"] == f"{fetch} --out {site}/collateral"
 
 
-@pytest.mark.parametrize("words", [("--config", "nowhere.toml"), ("--for", "x"), ("--for", "vm", "--config", "x")])
+@pytest.mark.parametrize(
+    "words", [("serve", "--check", "--config", "nowhere.toml"), ("serve", "--dev", "--json"), ("doctor", "--for", "x")]
+)
 def test_usage(command: Command, words: tuple[str, ...]) -> None:
-    assert command("doctor", *words).code == 2
+    assert command(*words).code == 2

@@ -78,7 +78,7 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     monkeypatch.setattr(marks, "FIRST_CHECKPOINT_SECONDS", 0)  # the key of the log is not as old yet
     found = command("store", "check", "--config", site, "--json")
     assert "store.mark.checkpoint is missing beside the mark" in found.json["mark"]
-    assert "store.mark.checkpoint is missing beside the mark" in command("doctor", "--config", site).out
+    assert "store.mark.checkpoint is missing beside the mark" in command("serve", "--check", "--config", site).out
     rows = command("audit", "list", "--config", site, "--json").json["rows"]
     events = [row["event"] for row in rows if row["event"] != "log key made"]
     assert events[-1] == {"restored": "store restored", "accept-loss": "loss accepted"}[decision]

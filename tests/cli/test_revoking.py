@@ -153,7 +153,7 @@ def test_a_file_of_erasures_that_cannot_be_used_is_told_with_what_was_changed(
     site.boot("1")
     file = site.directory / "store.mark.erasures"
     file.mkdir()
-    for words in (("serve", "--check"), ("doctor",), ("serve",)):  # a check says what a start would
+    for words in (("serve", "--check"), ("serve",)):  # a check says what a start would
         ended = site.do(*words)
         assert (ended.code, f"{file}: cannot be read: not a plain file" in ended.out + ended.err) == (1, True), words
 

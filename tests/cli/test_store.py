@@ -105,7 +105,8 @@ def test_a_server_works_only_in_a_schema_that_was_made(
         assert "it is empty, as only a new one may be; run `chutes-proto store migrate`" in end.err
     remedy = f"chutes-proto store migrate --config {site}/server.toml"
     assert f"it is empty, as only a new one may be; nothing in it was changed; run {remedy}" in ends[2].err
-    (problem,) = [each for each in command("doctor", *config, "--json").json["findings"] if each["state"] == "problem"]
+    findings = command("serve", "--check", *config, "--json").json["findings"]
+    (problem,) = [each for each in findings if each["state"] == "problem"]
     assert problem["detail"] == "it is empty, as only a new one may be; nothing in it was changed"
     assert problem["remedy"] == remedy
     made = command("store", "migrate", *config)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
     "Try it": {
         "demo": ("demo", "Show a VM that boots and receives its keys, end to end on this machine"),
-        "doctor": ("doctor", "Find what a machine or a configuration lacks, and the commands that mend it"),
+        "doctor": ("doctor", "Find what a machine lacks, and the commands that mend it"),
     },
     "In the VM": {"agent": ("agent.command", "Attest a VM at boot, open its disks and rotate their keys")},
     "Operate a key server": {

@@ -1,4 +1,4 @@
-"""A finding of `doctor`."""
+"""A finding of `doctor` and of `serve --check`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def command(directory: str, name: str, state: str | None) -> int:
       chutes-proto init keys --name keys.example
       chutes-proto init etc --name 192.0.2.7 --state /var/lib/chutes-proto
 
-    See also: serve, doctor, profile
+    See also: serve, profile
     """
     from chutes_proto.io.server.initial import write_initial
 

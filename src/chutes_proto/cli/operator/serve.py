@@ -12,11 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
 import click
 from attrs import evolve
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Command, one_of, platform_option
+from chutes_proto.cli.base import Command, answer, json_option, one_of, platform_option, wants
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.extras import need
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
@@ -26,7 +27,6 @@ from chutes_proto.server import ServerConfig
 if TYPE_CHECKING:
     from chutes_proto.io.collateral.upstream import UpstreamCollateral
     from chutes_proto.io.drivers.sync import CollateralSource
-    from chutes_proto.io.finding import Finding
     from chutes_proto.io.server.serving import Transport
     from chutes_proto.io.server.setup import ServerSetup
     from chutes_proto.io.server.workers import Given
@@ -41,12 +41,13 @@ _EXITS = exits(
 @click.command("serve", cls=Command, exits=_EXITS)
 @click.option("--config", metavar="FILE", help="the configuration file (TOML)")
 @click.option("--dev", is_flag=True, help="a server for development, on loopback")
-@click.option("--check", is_flag=True, help="check files, store and keys, report, and stop")
+@click.option("--check", is_flag=True, help="check files, store, keys and expiry, report, and stop")
 @click.option("--transport", type=click.Choice(["trio", "asyncio"]), help="the event loop (default: trio if installed)")
 @click.option(
     "--workers", metavar="N", type=click.IntRange(1, 256), default=1, help="processes that serve (default: 1)"
 )
 @platform_option
+@json_option
 def command(
     config: str | None, dev: bool, check: bool, transport: Transport | None, workers: int, platform: str | None
 ) -> int:
@@ -69,6 +70,10 @@ def command(
     With --workers, several processes serve on the same sockets, one for each core. A worker that ends is replaced. Each
     has its share of the limits on connections, verifications, requests and store connections. A store in SQLite has one
     writer at a time, so more workers help with a store in PostgreSQL.
+
+    --check looks at everything that a start needs, at the permissions of secrets, and at what expires and when; where
+    a file stops the start, at the store besides. With --json it prints "ok" and "findings", each with "state" ("ok",
+    "note" or "problem"), "what", "detail" and "remedy" (a command, or empty).
 
     Give one of --config and --dev. With --dev it serves at once on a free loopback port, with a store that ends with
     it: it trusts the simulated platform that `boot` and `simulate` use, and accepts any hotkey. Never expose it.
@@ -97,14 +102,17 @@ def command(
     Examples:
       chutes-proto serve --dev
       chutes-proto serve --config server.toml --check
+      chutes-proto serve --config server.toml --check --json
       chutes-proto serve --config server.toml --workers 4
       chutes-proto serve --config server.toml
 
-    See also: reload, doctor, store migrate, boot, collateral fetch, profile
+    See also: reload, store migrate, boot, collateral fetch, profile
     """
     one_of(config=config, dev=dev)
     if check and dev:
         raise ConfigurationError("--check goes with --config")
+    if wants("json") and not check:
+        raise ConfigurationError("--json goes with --check; a server's log is JSON")
     if workers > 1 and dev:
         raise ConfigurationError("--workers goes with --config")
     if platform and not dev:
@@ -118,6 +126,8 @@ def command(
     from chutes_proto.io.server.setup import load_config, make_setup
     from chutes_proto.io.server.workers import given_by_supervisor
 
+    if check:
+        return _check(str(config))
     given = given_by_supervisor(os.environ)
     try:
         files = Files() if given is None else given.files
@@ -130,8 +140,6 @@ def command(
     except ConfigurationError as exc:
         console.complain(str(exc))
         return console.REFUSED
-    if check:
-        return _check(setup)
     if workers > 1:
         from chutes_proto.io.server.serving import supervise_until_stopped
 
@@ -139,19 +147,22 @@ def command(
     return _serve(transport, setup, setup.collateral, _announce, given=given)
 
 
-def _check(setup: ServerSetup) -> int:
+def _check(config: str) -> int:
     """Report what there is; 1 if something of it cannot work."""
-    from chutes_proto.io.server.checking import check_ends, check_setup
+    from chutes_proto.io.server.checking import check_start
 
-    faults: list[Finding] = []
-    for finding in (*check_setup(setup), *(end for end in check_ends(setup) if end.state != "ok")):
-        if finding.state == "problem":
-            faults.append(finding)
-        else:
-            output.prose(str(finding), "warn" if finding.state == "note" else "")
-    for fault in faults:
-        console.complain(str(fault))
-    return console.REFUSED if faults else console.GRANTED
+    findings = [*check_start(config)]
+    faults = [finding for finding in findings if finding.state == "problem"]
+
+    def people() -> None:
+        for finding in findings:
+            if finding.state != "problem":
+                output.prose(str(finding), "warn" if finding.state == "note" else "")
+        for fault in faults:
+            console.complain(str(fault))
+
+    report = {"ok": not faults, "findings": [attrs.asdict(finding) for finding in findings]}
+    return answer(report, people, ok=not faults)
 
 
 def _serve(

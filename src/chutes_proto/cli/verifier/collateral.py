@@ -280,7 +280,7 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
       chutes-proto collateral check collateral --root sim/root.der
       chutes-proto collateral check collateral --root sim/root.der --at $(( $(date +%s) + 7 * 86400 )) --json
 
-    See also: collateral show, collateral fetch, doctor
+    See also: collateral show, collateral fetch, serve
     """
     now = int(time.time()) if at is None else at
     reports = [{"file": name, **forecast(content, now, grace)} for name, content in _read_all(paths, root)]

@@ -1,4 +1,4 @@
-"""Everything that a key server's configuration lacks, for `serve --check` and `doctor`."""
+"""Everything that a key server's configuration lacks, for `serve --check`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Final
 
 from attrs import evolve
 
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.ends import check_profiles, ends_of, fetch_command
-from chutes_proto.io.server.setup import ServerSetup
+from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.store_setup import check_store, erasures_file, make_store_setup, store_place
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.erasures import check_file
@@ -25,8 +25,26 @@ from chutes_proto.server._alike import Alike
 from chutes_proto.server._config import ServerConfig
 
 
-def check_setup(setup: ServerSetup) -> Iterator[Finding]:
-    """Everything that `serve --check` reports."""
+def check_start(path: str) -> Iterator[Finding]:
+    """Everything that `serve --check` reports. Raises `FileUnavailable` for the configuration itself."""
+    config = None
+    try:
+        config = ServerConfig.load(path)
+        setup = make_setup(config)
+    except FileUnavailable:
+        raise
+    except ConfigurationError as exc:
+        yield from map(Finding.of_problem, str(exc).splitlines())
+        if config is not None:
+            yield from _check_store_alone(config)
+            yield Finding("note", "configuration", "the rest is looked at once these problems are mended")
+        return
+    yield from _check_setup(setup)
+    yield from check_ends(setup)
+
+
+def _check_setup(setup: ServerSetup) -> Iterator[Finding]:
+    """Everything of files and store."""
     yield Finding("ok", "root", str(setup.service.trust))
     for profile in setup.service.policy.profiles:
         yield Finding("ok", "measurements", f"{profile.name}, version {profile.version}")
@@ -55,7 +73,7 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         yield Finding("note", "warning", warning)
 
 
-def check_store_alone(config: ServerConfig) -> Iterator[Finding]:
+def _check_store_alone(config: ServerConfig) -> Iterator[Finding]:
     """Findings about the store of a configuration that no server can be made of; none if the KEK cannot be used."""
     try:
         setup = make_store_setup(config)

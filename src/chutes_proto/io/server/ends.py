@@ -1,6 +1,6 @@
 """When the things end that a server serves by, and from when on that is worth a word.
 
-`--check`, `doctor`, the log, the metrics, ``/readyz`` and the page all ask here, so they say the same.
+`--check`, the log, the metrics, ``/readyz`` and the page all ask here, so they say the same.
 
 Rules kept here:
 
