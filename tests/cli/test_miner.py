@@ -97,14 +97,13 @@ def test_the_life_of_a_server(
     told = miner("status", "n1", "--json", "--signatures", "request").json
     assert (told["is_fresh"], told["last"]["error"]) == (True, None)
     assert datetime.fromisoformat(told["last"]["created_at"]).utcoffset() == timedelta(0)
-    shown = miner("servers", "show", "n1", "--json").json
-    assert (shown["granted"], shown["name"]) == (True, "vm-1")
+    assert [one["name"] for one in miner("servers", "list", "--json").json["servers"]] == ["vm-1"]
     renamed = miner("servers", "rename", "n1", "vm-2", "--json").json
     assert (renamed["granted"], renamed["name"]) == (True, "vm-2")
     assert [one["name"] for one in miner("servers", "list", "--json").json["servers"]] == ["vm-2"]
     again = register("--id", "n1", "--host", "1.2.3.4", "--json", hotkey="other")
     assert (again.code, again.json["granted"], again.json["status"]) == (console.REFUSED, False, 409)
-    for arguments in (("servers", "show", "n1"), ("servers", "remove", "vm-2"), ("status", "n1")):
+    for arguments in (("servers", "rename", "n1", "vm-3"), ("servers", "remove", "vm-2"), ("status", "n1")):
         ended = miner(*arguments, hotkey="other")
         assert ended.code == console.REFUSED
         assert ended.out.startswith("refused: Server ")
@@ -142,7 +141,7 @@ def test_hotkey_files_and_servers_that_are_not_there(miner: Command, folder: Pat
     assert miner("servers", "list", url="https://127.0.0.1:9").code == console.USAGE
     ended = command("servers", "list", "https://127.0.0.1:9", "--hotkey-file", folder / "nothing")
     assert (ended.code, "nothing" in ended.err) == (console.USAGE, True)
-    assert miner("servers", "show", "..").code == console.USAGE
+    assert miner("status", "..").code == console.USAGE
 
 
 def test_hotkeys(command: Command, tmp_path: Path) -> None:

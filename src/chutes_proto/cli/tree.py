@@ -41,7 +41,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
     "Run servers as a miner": {
         "boot": ("miner.boot", "Boot against a running server, as a VM without disks"),
         "register": ("miner.servers:register", "Register a server with its GPUs"),
-        "servers": ("miner.servers:servers", "List, show, rename and remove your servers"),
+        "servers": ("miner.servers:servers", "List, rename and remove your servers"),
         "attest": ("miner.servers:attest", "Attest a registered server at runtime"),
         "status": (
             "miner.servers:status",

@@ -233,16 +233,6 @@ def _size(rows: Iterable[store.HostProfileRow]) -> int:
 
 
 @frozen
-class FindHost(Unit[store.HostProfileRow]):
-    """The one host profile whose fingerprint begins so. Raises `Refused`."""
-
-    prefix: str
-
-    def script(self) -> Script[store.HostProfileRow]:
-        return (yield from _host(self.prefix))
-
-
-@frozen
 class NameHost(Unit[store.HostProfileRow]):
     """An operator says which published profiles such hosts are; None for the name takes that back. Raises `Refused`."""
 

@@ -60,11 +60,11 @@ def register(asker: Asker, server_id: str, name: str | None, host: str, gpus: st
 servers: Group = Group(
     "servers",
     of=MinerCommand,
-    help="""List, show, rename and remove your servers.
+    help="""List, rename and remove your servers.
 
     Examples:
       chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey
-      chutes-proto servers show https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
+      chutes-proto servers remove https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
 
     See also: register, attest, status
     """,
@@ -81,26 +81,10 @@ def list_servers(asker: Asker) -> int:
       chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey
       chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --json
 
-    See also: servers show, register
+    See also: status, register
     """
     found = asker.ask(flows.list_servers)
     return answer({"granted": True, "servers": [console.plain(row) for row in found]}, lambda: _say(found))
-
-
-@servers.command("show")
-@_id_argument
-@full_option
-@click.pass_obj
-def show_server(asker: Asker, server_id: str) -> int:
-    """Show one server.
-
-    Examples:
-      chutes-proto servers show https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
-      chutes-proto servers show https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
-
-    See also: servers list, status
-    """
-    return _answer(asker.ask(lambda who: flows.read_server(who, server_id)))
 
 
 @servers.command("rename")
@@ -114,7 +98,7 @@ def rename_server(asker: Asker, server_id: str, name: str) -> int:
       chutes-proto servers rename https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 vm-2
       chutes-proto servers rename https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 vm-2 --json
 
-    See also: servers show
+    See also: servers list
     """
     return _answer(asker.ask(lambda who: flows.rename_server(who, server_id, name)))
 
@@ -201,7 +185,7 @@ def status(asker: Asker, server_id: str) -> int:
       chutes-proto status https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
       chutes-proto status https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
 
-    See also: attest, servers show
+    See also: attest, servers list
     """
     found = asker.ask(lambda who: flows.read_status(who, server_id))
     return answer({"granted": True, **console.plain(found)}, lambda: _say_status(found))

@@ -7,13 +7,13 @@ import re
 
 import click
 
-from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Group, answer, json_option, parsed
+from chutes_proto.cli import output
+from chutes_proto.cli.base import Argument, Group, answer, parsed
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import HostProfileRow, ReadHostProfiles
-from chutes_proto.units.fleet import HOSTS, FindHost, NameHost, RemoveHost
+from chutes_proto.units.fleet import HOSTS, NameHost, RemoveHost
 
 command: Group = Group(
     "hosts",
@@ -66,18 +66,21 @@ _fingerprint = click.argument(
 @command.command("list")
 @operating.shows
 def listing(config: str) -> int:
-    """List all host profiles, oldest first.
+    """List all host profiles, oldest first; with --json also the hardware that each describes.
 
     Examples:
       chutes-proto hosts list --config server.toml
       chutes-proto hosts list --config server.toml --json
 
-    See also: hosts name, hosts show
+    See also: hosts name
     """
     with operating.opened(config) as (_, store):
         rows = store.transact(Ask(ReadHostProfiles(HOSTS)))
-    names = "fingerprint hotkey name published created_at"
-    return operating.answer_rows("hosts", rows, lambda row: operating.members(row, names), _COLUMNS, "no host profiles")
+    return operating.answer_rows("hosts", rows, _members, _COLUMNS, "no host profiles")
+
+
+def _members(row: HostProfileRow) -> dict[str, object]:
+    return operating.members(row, "fingerprint hotkey name published created_at") | {"profile": json.loads(row.profile)}
 
 
 _COLUMNS: output.Columns = {
@@ -87,26 +90,6 @@ _COLUMNS: output.Columns = {
     "PUBLISHED": lambda row: "" if row.published is None else output.short(row.published),
     "SINCE": lambda row: output.when(row.created_at),
 }
-
-
-@command.command()
-@_fingerprint
-@operating.config_option
-@json_option
-def show(fingerprint: str, config: str) -> int:
-    """Show the hardware that a host profile describes.
-
-    Examples:
-      chutes-proto hosts show 3f9a --config server.toml
-      chutes-proto hosts show 3f9a --config server.toml --json
-
-    See also: hosts list, hosts name
-    """
-    with operating.opened(config) as (_, store):
-        row = store.transact(FindHost(fingerprint))
-    profile = json.loads(row.profile)
-    said = {"ok": True, "fingerprint": row.fingerprint, "name": row.name, "profile": profile}
-    return answer(said, lambda: console.say(json.dumps(profile, indent=2)))
 
 
 @command.command()

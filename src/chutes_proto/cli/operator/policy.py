@@ -49,7 +49,6 @@ command: Group = Group(
 
     Examples:
       chutes-proto policy check policy.toml
-      chutes-proto policy explain policy.toml
       chutes-proto policy try policy.toml --config server.toml
 
     See also: verify, serve, profiles import
@@ -77,54 +76,36 @@ class _FileCommand(Command):
 @click.argument("file", cls=Argument, metavar="FILE", help="the policy, in TOML")
 @json_option
 def check_command(file: str) -> int:
-    """Check a policy file.
+    """Check a policy file, and say in plain words what it accepts.
 
     Reads the whole file, with every combination of its exceptions for profiles and hotkeys, and tells what is wrong:
     unknown keys with the nearest known one, values of another type, keys that contradict each other. Notes say what is
     probably not meant, for example a date in the future that refuses every platform. Whether a server has the profiles
     and hotkeys that the file names, `chutes-proto serve --check` says.
 
+    Then there is one sentence for each rule, the defaults too. For a profile or hotkey with an exception: the sentences
+    that differ.
+
     Examples:
       chutes-proto policy check policy.toml
       chutes-proto policy check policy.toml --json
 
-    See also: policy explain, serve
+    See also: policy try, serve, verify
     """
     policies = _read(file)
-    notes = policy_notes(policies, int(time.time()))
+    notes, parts = policy_notes(policies, int(time.time())), explain_set(policies)
 
     def people() -> None:
         console.say(f"{file}: a policy{_exceptions(policies)}")
         for note in notes:
             output.prose(f"note: {note}", "warn")
-
-    return answer({"ok": True, "notes": list(notes)}, people)
-
-
-@command.command("explain", cls=_FileCommand)
-@click.argument("file", cls=Argument, metavar="FILE", help="the policy, in TOML")
-@json_option
-def explain_command(file: str) -> int:
-    """Say in plain words what a policy accepts.
-
-    One sentence for each rule, the defaults too. For a profile or hotkey with an exception: the sentences that differ.
-
-    Examples:
-      chutes-proto policy explain policy.toml
-      chutes-proto policy explain policy.toml --json
-
-    See also: policy check, verify
-    """
-    parts = explain_set(_read(file))
-
-    def people() -> None:
         for title, sentences in parts:
             output.prose(f"{title}:")
             for sentence in sentences:
                 output.prose(f"  {sentence}", rest=4)
 
     listed = [{"applies_to": title, "rules": list(sentences)} for title, sentences in parts]
-    return answer({"ok": True, "policies": listed}, people)
+    return answer({"ok": True, "notes": list(notes), "policies": listed}, people)
 
 
 _STATES: dict[str, output.State] = {"granted": "good", "warned": "warn", "refused": "bad", "not judged": "warn"}
@@ -189,7 +170,7 @@ def try_command(
       chutes-proto policy try --config server.toml
       chutes-proto policy try policy.toml --at 2026-12-24 --config server.toml --json
 
-    See also: policy check, policy explain, collateral fetch, vm list
+    See also: policy check, collateral fetch, vm list
     """
     wanted = ServerConfig.load(config)
     if file is not None:
