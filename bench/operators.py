@@ -122,7 +122,6 @@ COMMANDS: Final = (
     "audit purge --yes",
     "store migrate",
     "store restored",
-    "store accept-loss",
     COPY,
     COMPARE,
 )

@@ -24,12 +24,10 @@ from tests.waiting import wait_until
 PLATFORM = SimulatedPlatform(bytes(32))
 
 
-@pytest.mark.parametrize("decision", ["restored", "accept-loss"])
 def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operator_decides(
     start: Callable[..., Server],
     command: Callable[..., Ended],
     tmp_path: Path,
-    decision: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_server(tmp_path, PLATFORM, int(time.time()))
@@ -54,7 +52,7 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
         for words in (["serve"], ["serve", "--check"]):
             refused = command(*words, "--config", site)
             assert refused.code == 1
-            for text in ("it lacks audit row 4 of", "store restored", "store accept-loss"):
+            for text in ("it lacks audit row 4 of", "store restored"):
                 assert text in refused.err
                 assert text in said
         found = command("store", "check", "--config", site, "--json")
@@ -62,7 +60,7 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
         assert "servers refuse the store: " in found.json["mark"]
         assert "it lacks audit row 4 of" in found.json["mark"]
         assert (tmp_path / "store.mark").read_bytes() == mark
-        decided = command("store", decision, "--config", site, "--reason", "an older file", "--json")
+        decided = command("store", "restored", "--config", site, "--reason", "an older file", "--json")
         assert decided.code == 0, decided.err
     server = start("--config", site, ca=tmp_path / "ca.pem")
     assert is_ready(server)
@@ -81,7 +79,7 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     assert "store.mark.checkpoint is missing beside the mark" in command("serve", "--check", "--config", site).out
     rows = command("audit", "list", "--config", site, "--json").json["rows"]
     events = [row["event"] for row in rows if row["event"] != "log key made"]
-    assert events[-1] == {"restored": "store restored", "accept-loss": "loss accepted"}[decision]
+    assert events[-1] == "store restored"
 
 
 @pytest.mark.parametrize("state", [0, 2])
@@ -96,7 +94,7 @@ def test_a_command_believes_no_sealed_store_that_says_it_is_not(
     _ = start("--config", site, ca=tmp_path / "ca.pem").stop(signal.SIGTERM)
     with closing(sqlite3.connect(path)) as attacker, attacker:
         _ = attacker.execute("UPDATE fact SET value = ? WHERE name = 'seal'", (state,))
-    for words in (["store", "seal"], ["hotkey", "revoke", HOTKEY], ["store", "restored"], ["store", "accept-loss"]):
+    for words in (["store", "seal"], ["hotkey", "revoke", HOTKEY], ["store", "restored"]):
         refused = command(*words, "--config", site, "--reason", "test")
         assert refused.code == 1, words
         assert "it says that it is not sealed, and it was: somebody changed it" in refused.err

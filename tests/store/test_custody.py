@@ -1171,7 +1171,7 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
         for set_back in back:
             set_back()
         run(place, f"DELETE FROM audit WHERE id > {last}")
-        with pytest.raises(StoreError, match="accept-loss"):
+        with pytest.raises(StoreError, match="store restored"):
             server.transact(granted("last", A, 2000))
         run(place, f"INSERT INTO fact (name, value) VALUES ('loss_decided_at', {NOW + 1000})")
         with pytest.raises(RowNotAuthentic, match="loss_decided_at of table fact"):
@@ -1183,7 +1183,7 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
         with closing(unmarked.open()) as store, pytest.raises(RowNotAuthentic, match="table fact"):
             store.transact(Ask(rows.ReadLossDecided()))  # by it a log that lost entries goes on under another key
         run(place, "DELETE FROM fact WHERE name = 'loss_decided_at'")
-        with closing(unmarked.open()) as store:  # as `store accept-loss` does
+        with closing(unmarked.open()) as store:  # as `store restored` does
             store.transact(Ask(rows.DecideLoss(NOW + 1000)))
         server.transact(granted("last", A, 2000))  # though it has seen newer rows
     with closing(place.open()) as store:

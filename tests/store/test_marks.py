@@ -90,8 +90,7 @@ def backup_of(path: Path) -> bytes:
     return copy.read_bytes()
 
 
-@pytest.mark.parametrize("event", ["store restored", "loss accepted"])
-def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: StorePlace, event: str) -> None:
+def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: StorePlace) -> None:
     path = place.base / "keys.db"
     with keeping(place) as running:
         assert running.notes == [f"store.mark_file: {place.mark_file} did not exist; a mark of the store begins now"]
@@ -105,7 +104,7 @@ def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: S
     refused(place.open, missing)
     assert path.read_bytes() == content
     with closing(StorePlace(place.address, place.base).open()) as operator:  # as its command opens it
-        operator.transact(StoreRestored(NOW + 10, "disk failure", event))  # type: ignore[arg-type]
+        operator.transact(StoreRestored(NOW + 10, "disk failure"))
     with keeping(place) as again:
         assert again.notes == [note for note in again.notes if note.endswith("; an operator has decided to go on")]
         again.transact(boot("6", now=NOW + 100))
@@ -488,12 +487,12 @@ def test_a_fail_over_that_lost_grants_and_an_old_primary_are_refused(
         primary.stop(signal.SIGQUIT)
         standby.start()
         ask(standby.url(), "SELECT pg_promote()")
-        lost = "it lacks audit row 3 of .*; the mark in .* is of timeline 1; mend the fail-over, or say what happened"
+        lost = "it lacks audit row 3 of .*; the mark in .* is of timeline 1; mend the fail-over, or go on without them"
         _ = wait_until(lambda: is_refused(store, "it lacks audit row 3"))
         refused(lambda: store.transact(boot("4")), lost)
     refused(place.open, lost)
     with closing(PostgresStore(standby.url())) as operator:
-        operator.transact(StoreRestored(NOW + 5, "the standby was behind", "loss accepted"))
+        operator.transact(StoreRestored(NOW + 5, "the standby was behind"))
     with keeping(place) as store:
         assert Mark.from_bytes(written(place)).timeline == 2
         # The old primary comes back, and is writable; the new one is away.

@@ -14,7 +14,7 @@ A command that cannot be carried out raises `Refused` and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 from attrs import evolve, frozen
 
@@ -410,7 +410,7 @@ class Restored:
 class StoreRestored(Unit[Restored]):
     """Void all nonces and tokens of a store that lacks rows: those consumed since then are unknown. Servers go on.
 
-    Rows are lost by a restore from a backup, or by a fail-over: then the audit row has the event ``loss accepted``.
+    Rows are lost by a restore from a backup, or by a fail-over.
 
     So are the rotations since then. Each candidate is now provisional: a disk may have no other key.
 
@@ -421,7 +421,6 @@ class StoreRestored(Unit[Restored]):
 
     now: int
     reason: str = ""
-    event: Literal["store restored", "loss accepted"] = "store restored"
 
     def script(self) -> Script[Restored]:
         times = yield from store.ReadTimes()
@@ -437,7 +436,7 @@ class StoreRestored(Unit[Restored]):
         faults = yield from store.DoubtCandidates()
         moved = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
         yield from store.DecideLoss(self.now)
-        yield from _audit(self.now, self.event, self.reason, keys=moved)
+        yield from _audit(self.now, "store restored", self.reason, keys=moved)
         return Restored(before, horizon, faults)
 
 

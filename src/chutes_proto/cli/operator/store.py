@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 from attrs import evolve
@@ -280,50 +280,24 @@ def seal(reason: str, config: str) -> int:
 @operating.reason_option
 @_which
 def restored(reason: str, config: str | None, store: str | None) -> int:
-    """Tell the server that its store came back from a backup.
+    """Go on with a store that came back from a backup, or lost rows in a fail-over.
 
-    Run it after a restore. Servers that keep a mark refuse the store until then, because it lacks rows that they saw.
-    Tokens that were redeemed since the backup are unknown, so all earlier nonces and tokens become void. VMs boot
-    again; no key is changed.
+    Servers that keep a mark refuse the store until then, because it lacks rows that they saw. Tokens that were redeemed
+    since are unknown, so all earlier nonces and tokens become void. VMs boot again; no key is changed.
+
+    Run it after a restore. After a fail-over to a standby that was behind, first make sure that this is the primary,
+    and that the old one cannot come back: what the log of the servers names is lost for good. Keys that were made in
+    that time do not open the disks that were formatted with them. Servers begin a new mark.
 
     Run it also after a clock was ahead and boots wait for a time in the future, once all clocks are right. It sets the
     time from which nonces count, forward or back: by the clock of PostgreSQL, and with SQLite by this machine's.
 
     Examples:
-      chutes-proto store restored --config server.toml --reason 'disk failure on db1'
+      chutes-proto store restored --config server.toml --reason 'fail-over of 3 May, standby was behind'
       chutes-proto store restored --config server.toml --json
 
-    See also: store accept-loss, store check, audit list
+    See also: store check, audit list
     """
-    return _decided("store restored", reason, config, store)
-
-
-@command.command("accept-loss", exits=exits("done", "the store cannot be written"))
-@operating.reason_option
-@_which
-def accept_loss(reason: str, config: str | None, store: str | None) -> int:
-    """Go on with a store that lost rows in a fail-over.
-
-    Run it when servers refuse the store because it lacks audit rows that they saw, and those rows are gone for good:
-    the database failed over to a standby that was behind. First make sure that this is the primary, and that the old
-    one cannot come back: what the log of the servers names is lost. Keys that were made in that time do not open the
-    disks that were formatted with them. Servers then go on and begin a new mark.
-
-    Tokens that were redeemed meanwhile are unknown, so all earlier nonces and tokens become void, as after a restore.
-    VMs boot again; no key is changed.
-
-    Examples:
-      chutes-proto store accept-loss --config server.toml --reason 'fail-over of 3 May, standby was behind'
-      chutes-proto store accept-loss --config server.toml --json
-
-    See also: store restored, store check, audit list
-    """
-    return _decided("loss accepted", reason, config, store)
-
-
-def _decided(
-    event: Literal["store restored", "loss accepted"], reason: str, config: str | None, store: str | None
-) -> int:
     place, vault = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
@@ -333,7 +307,7 @@ def _decided(
         if given is not None and is_of_sealed(make_store_setup(given).mark_file):
             opened.custody.require_seal(1)
         repeated = keep_erasures(opened, path, vault)
-        done = opened.transact(StoreRestored(operating.now(), reason, event))
+        done = opened.transact(StoreRestored(operating.now(), reason))
         operating.require_kept(opened, ReadTimes())
     again = f"boots are granted again after {rfc3339(done.horizon)}"
     for fault in done.faults:
@@ -341,7 +315,7 @@ def _decided(
     return _told(
         {
             "store": opened.name,
-            "restored" if event == "store restored" else "accepted": f"all earlier nonces and tokens are void; {again}",
+            "restored": f"all earlier nonces and tokens are void; {again}",
             "nonce_horizon": rfc3339(done.horizon),
             "nonce_horizon_before": rfc3339(done.before),
             "vms_erased_again": repeated.vms,

@@ -237,8 +237,8 @@ class MarkKeeper:
                 f"its rows are of epoch {view.epoch}, and rows of epoch {mark.epoch} were seen: it is from before a"
                 " key-encryption key (KEK) was rotated",
                 "restore a newer backup, or, if this one is right, as after a fail-over that lost the rotation, stop"
-                " all servers, move that file alone away on each, and not those beside it, say what happened with"
-                " `chutes-proto store restored` or `chutes-proto store accept-loss`, start them and rotate again",
+                " all servers, move that file alone away on each, and not those beside it, go on by"
+                " `chutes-proto store restored`, start them and rotate again",
             )
         loss = None if mark is None else find_loss(mark, view, now)
         if loss is None:
@@ -249,8 +249,7 @@ class MarkKeeper:
             raise self._refused(
                 mark,
                 f"{loss.why}; it was restored, or a fail-over lost them",
-                "mend the fail-over, or say what happened with `chutes-proto store restored` or `chutes-proto store"
-                " accept-loss`",
+                "mend the fail-over, or go on without them by `chutes-proto store restored`",
             )
         if loss is not None:
             self._check_decision(ask, view)
@@ -288,8 +287,8 @@ class MarkKeeper:
         with self._lock:
             self._is_behind = True
         raise StoreError(
-            f"store {self._name}: {why}; find what was changed with `chutes-proto audit verify`, and say what happened"
-            " with `chutes-proto store restored` or `chutes-proto store accept-loss`; nothing was changed"
+            f"store {self._name}: {why}; find what was changed with `chutes-proto audit verify`, and go on by"
+            " `chutes-proto store restored`; nothing was changed"
         )
 
     def _tell_of_checkpoint(self, ask: Ask) -> None:
