@@ -98,7 +98,7 @@ def test_a_name_of_a_file_adds_no_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_text_of_a_row_adds_no_line(terminal: Shown, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     row = AuditRow(1, "vm", "boot", "refused", "x\ngranted", Vm("5G", "a\nb"))
-    cells: output.Columns = {"VM": lambda row: output.vm(row.vm), "REASON": lambda row: row.reason}
+    cells: output.Columns = {"VM": lambda row: output.vm(row.vm.hotkey, row.vm.name), "REASON": lambda row: row.reason}
     output.table(cells, [row], empty="none")
     output.prose(row.reason, "bad")
     shown = terminal()

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from chutes_proto.store.rows import Vm
-
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
 _DIGEST = re.compile(r"\b[0-9a-f]{40,}\b")
@@ -58,7 +56,7 @@ def draws() -> bool:
 
 
 Columns = Mapping[str, Callable[[Any], str | Cell]]
-"""The columns of a table: by heading, the function that makes a row's cell."""
+"""The columns of a table: by heading, the function that makes the cell of a row, which is the row's object in JSON."""
 
 
 def table(columns: Columns, rows: Iterable[object], *, empty: str, under: Mapping[str, str] | None = None) -> None:
@@ -174,10 +172,10 @@ def short(text: str | None) -> str:
     return text if len(value) <= _SHORT + 1 else f"{kind}{colon}{value[:_SHORT]}…"
 
 
-def vm(named: Vm) -> Cell:
+def vm(hotkey: str, name: str) -> Cell:
     """A VM: its hotkey, of which a terminal shows the beginning, and its name; in a narrow one below each other."""
-    hotkey = short(named.hotkey)
-    return Cell(named.name, below=hotkey) if _is_narrow() else Cell(f"{hotkey}/{named.name}")
+    begin = short(hotkey)
+    return Cell(name, below=begin) if _is_narrow() else Cell(f"{begin}/{name}")
 
 
 def when(at: int | None, why: str | None = None) -> Cell:

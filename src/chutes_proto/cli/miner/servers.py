@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import datetime
-
-import attrs
 import click
 
 from chutes_proto.cli import console, output
@@ -83,8 +79,8 @@ def list_servers(asker: Asker) -> int:
 
     See also: status, register
     """
-    found = asker.ask(flows.list_servers)
-    return answer({"granted": True, "servers": [console.plain(row) for row in found]}, lambda: _say(found))
+    found = [*map(console.plain, asker.ask(flows.list_servers))]
+    return answer({"granted": True, "servers": found}, lambda: output.table(_COLUMNS, found, empty="no servers"))
 
 
 @servers.command("rename")
@@ -100,7 +96,8 @@ def rename_server(asker: Asker, server_id: str, name: str) -> int:
 
     See also: servers list
     """
-    return _answer(asker.ask(lambda who: flows.rename_server(who, server_id, name)))
+    renamed = console.plain(asker.ask(lambda who: flows.rename_server(who, server_id, name)))
+    return answer({"granted": True, **renamed}, lambda: output.table(_COLUMNS, [renamed], empty=""))
 
 
 @servers.command("remove")
@@ -119,23 +116,13 @@ def remove_server(asker: Asker, server: str) -> int:
     return answer({"granted": True, "removed": removed}, f"removed: {removed}; the keys of its VM are kept")
 
 
-def _answer(server: flows.Server) -> int:
-    return answer({"granted": True, **console.plain(server)}, lambda: _say([server]))
-
-
-def _say(found: Sequence[flows.Server]) -> None:
-    output.table(_COLUMNS, found, empty="no servers")
-
-
-def _column(member: str) -> Callable[[flows.Server], str | output.Cell]:
-    def cell(server: flows.Server) -> str | output.Cell:
-        value: str | datetime | None = getattr(server, member)
-        return output.when(int(value.timestamp())) if isinstance(value, datetime) else value or "-"
-
-    return cell
-
-
-_COLUMNS: output.Columns = {field.name.upper(): _column(field.name) for field in attrs.fields(flows.Server)}
+_COLUMNS: output.Columns = {
+    "SERVER_ID": lambda row: row["server_id"],
+    "NAME": lambda row: row["name"],
+    "HOST": lambda row: row["host"],
+    "CREATED_AT": lambda row: output.when(console.moment(row["created_at"])),
+    "UPDATED_AT": lambda row: output.when(row["updated_at"] and console.moment(row["updated_at"])),
+}
 
 
 # --- runtime attestation ---

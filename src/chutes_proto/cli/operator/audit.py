@@ -47,14 +47,14 @@ _EXPORTS = 3
 _SHOWN = 1000
 _STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
 _COLUMNS: output.Columns = {
-    "ENTRY": lambda row: "forged" if row.is_forged else "-" if row.idx is None else str(row.idx),
-    "TIME": lambda row: output.when(row.at),
-    "ACTOR": lambda row: row.actor,
-    "EVENT": lambda row: row.event,
-    "VM": lambda row: output.vm(row.vm) if row.vm else "-",
-    "DECISION": lambda row: output.Cell(row.decision, _STATES.get(row.decision, "")),
-    "KEYS": lambda row: row.keys or "-",
-    "REASON": lambda row: row.reason or "-",
+    "ENTRY": lambda row: "-" if row["idx"] is None else "forged" if row["idx"] < 0 else str(row["idx"]),
+    "TIME": lambda row: output.when(row["at"]),
+    "ACTOR": lambda row: row["actor"],
+    "EVENT": lambda row: row["event"],
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]) if row["vm"] else "-",
+    "DECISION": lambda row: output.Cell(row["decision"], _STATES.get(row["decision"], "")),
+    "KEYS": lambda row: row["keys"] or "-",
+    "REASON": lambda row: row["reason"] or "-",
 }
 _UNDER = {"ACTOR": "EVENT", "REASON": "DECISION", "KEYS": "DECISION"}
 
@@ -136,7 +136,7 @@ def listing(
             known = sorted({row.event for row in _newest(store, ReadAuditPage(), operating.PAGE)})
             if event not in known:
                 console.tell(f"no row has the event {event!r} here; the newest rows have: {', '.join(known) or 'none'}")
-    return operating.answer_rows("rows", rows, _members, _COLUMNS, "no audit rows", _UNDER)
+    return operating.answer_rows("rows", map(_members, rows), _COLUMNS, "no audit rows", _UNDER)
 
 
 @command.command()

@@ -76,7 +76,7 @@ def listing(config: str) -> int:
     """
     with operating.opened(config) as (_, store):
         rows = store.transact(Ask(ReadHostProfiles(HOSTS)))
-    return operating.answer_rows("hosts", rows, _members, _COLUMNS, "no host profiles")
+    return operating.answer_rows("hosts", map(_members, rows), _COLUMNS, "no host profiles")
 
 
 def _members(row: HostProfileRow) -> dict[str, object]:
@@ -84,11 +84,11 @@ def _members(row: HostProfileRow) -> dict[str, object]:
 
 
 _COLUMNS: output.Columns = {
-    "FINGERPRINT": lambda row: output.short(row.fingerprint),
-    "HOTKEY": lambda row: output.short(row.hotkey),
-    "NAME": lambda row: output.Cell("pending", "warn") if row.name is None else output.Cell(row.name, "good"),
-    "PUBLISHED": lambda row: "" if row.published is None else output.short(row.published),
-    "SINCE": lambda row: output.when(row.created_at),
+    "FINGERPRINT": lambda row: output.short(row["fingerprint"]),
+    "HOTKEY": lambda row: output.short(row["hotkey"]),
+    "NAME": lambda row: output.Cell("pending", "warn") if row["name"] is None else output.Cell(row["name"], "good"),
+    "PUBLISHED": lambda row: "" if row["published"] is None else output.short(row["published"]),
+    "SINCE": lambda row: output.when(row["created_at"]),
 }
 
 
@@ -123,7 +123,7 @@ def name(fingerprint: str, name: str | None, published: str | None, reason: str,
     with operating.opened(config) as (_, store):
         row = store.transact(NameHost(operating.now(), fingerprint, name, published, reason))
     told = "named nothing" if row.name is None else f"named {row.name}"
-    return answer({"ok": True, **_named(row)}, f"{row.fingerprint}: {told}")
+    return answer({"ok": True, **operating.members(row, "fingerprint name published")}, f"{row.fingerprint}: {told}")
 
 
 @command.command()
@@ -141,7 +141,3 @@ def remove(fingerprint: str, reason: str, config: str) -> int:
     with operating.opened(config) as (_, store):
         row = store.transact(RemoveHost(operating.now(), fingerprint, reason))
     return answer({"ok": True, "removed": row.fingerprint}, f"removed: {row.fingerprint}")
-
-
-def _named(row: HostProfileRow) -> dict[str, object]:
-    return {"fingerprint": row.fingerprint, "name": row.name, "published": row.published}

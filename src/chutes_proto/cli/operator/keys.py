@@ -12,7 +12,7 @@ import click
 from cryptography.fernet import Fernet
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Group, answer, parsed, wants
+from chutes_proto.cli.base import Argument, Group, answer, parsed
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError, Refused, RowNotAuthentic
@@ -43,20 +43,20 @@ BATCH = 50
 _LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
 _STATES: dict[str, output.State] = {"active": "good", "purged": "bad"}
 _COLUMNS: output.Columns = {
-    "KEY": lambda row: f"{row.volume}/{row.generation}",
+    "KEY": lambda row: f"{row['volume']}/{row['generation']}",
     "STATE": lambda row: output.Cell(
-        f"{row.state}{', provisional' if row.provisional else ''}", _STATES.get(row.state, "")
+        f"{row['state']}{', provisional' if row['provisional'] else ''}", _STATES.get(row["state"], "")
     ),
-    "ORIGIN": lambda row: output.short(row.origin),
-    "MADE": lambda row: output.when(row.created_at),
-    "HANDED OUT": lambda row: output.when(row.delivered_at) if row.delivered_at else "never",
-    "RETIRED": lambda row: output.when(row.retired_at, row.retirement),
-    "KEK": lambda row: output.short(row.kek_id),
+    "ORIGIN": lambda row: output.short(row["origin"]),
+    "MADE": lambda row: output.when(row["created_at"]),
+    "HANDED OUT": lambda row: output.when(row["delivered_at"]) if row["delivered_at"] else "never",
+    "RETIRED": lambda row: output.when(row["retired_at"], row["retirement"]),
+    "KEK": lambda row: output.short(row["kek_id"]),
 }
 _PURGED: output.Columns = {
-    "VM": lambda row: output.vm(row.vm),
-    "KEY": lambda row: f"{row.volume}/{row.generation}",
-    "RETIRED": lambda row: output.when(row.retired_at),
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]),
+    "KEY": lambda row: f"{row['volume']}/{row['generation']}",
+    "RETIRED": lambda row: output.when(row["retired_at"]),
 }
 
 command: Group = Group(
@@ -111,15 +111,16 @@ def history(vm: str, config: str) -> int:
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm)
         rows, volumes = store.transact(History(named))
-    known = [{"volume": row.volume, "in_use": row.in_use, "format_allowed": row.format_allowed} for row in volumes]
-    told = {"hotkey": named.hotkey, "vm": named.name, "generations": [_members(row) for row in rows], "volumes": known}
+    generations = [*map(_members, rows)]
+    known = [operating.members(row, "volume in_use format_allowed") for row in volumes]
 
     def people() -> None:
-        output.table(_COLUMNS, rows, empty="no keys")
-        for volume in volumes:
-            used = "in use" if volume.in_use else "not known to be in use"
-            console.say(f"{volume.volume}: {used}{'; one format is permitted' if volume.format_allowed else ''}")
+        output.table(_COLUMNS, generations, empty="no keys")
+        for volume in known:
+            used = "in use" if volume["in_use"] else "not known to be in use"
+            console.say(f"{volume['volume']}: {used}{'; one format is permitted' if volume['format_allowed'] else ''}")
 
+    told = {"hotkey": named.hotkey, "vm": named.name, "generations": generations, "volumes": known}
     return answer({"ok": True, **told}, people)
 
 
@@ -194,20 +195,17 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
                 done += len(some)
                 tell(done, total)
 
-        if wants("json"):
-            told = {"purged": yes, "older_than_days": days}
-            members = ({"hotkey": row.vm.hotkey, "vm": row.vm.name, **_members(row)} for row in purged())
-            console.say_json_list(told, "generations", members)
-            return console.GRANTED
-        output.table(_PURGED, purged(), empty="nothing to purge")
-    if not found:
-        said = f"no passphrase that may be deleted was retired {days} days ago or earlier"
-    elif yes:
-        said = f"{found} passphrases deleted that were retired {days} days ago or earlier"
-    else:
-        said = f"{found} passphrases were retired {days} days ago or earlier; with --yes they are deleted"
-    console.say(said)
-    return console.GRANTED
+        def people() -> None:
+            if not found:
+                console.say(f"no passphrase that may be deleted was retired {days} days ago or earlier")
+            elif yes:
+                console.say(f"{found} passphrases deleted that were retired {days} days ago or earlier")
+            else:
+                console.say(f"{found} passphrases were retired {days} days ago or earlier; with --yes they are deleted")
+
+        members = ({"hotkey": row.vm.hotkey, "vm": row.vm.name, **_members(row)} for row in purged())
+        told = {"purged": yes, "older_than_days": days}
+        return operating.answer_rows("generations", members, _PURGED, "nothing to purge", before=told, after=people)
 
 
 @command.command()

@@ -165,21 +165,24 @@ def listing(store: Store, read: Callable[[T | None], StoreOp[tuple[T, ...]]]) ->
 
 def answer_rows(
     name: str,
-    rows: Iterable[T],
-    members: Callable[[T], object],
+    rows: Iterable[Mapping[str, Any]],
     columns: output.Columns,
     empty: str,
     under: Mapping[str, str] | None = None,
+    *,
+    before: Mapping[str, object] | None = None,
+    after: Callable[[], object] = lambda: None,
     ok: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Print rows while they are read: ``members`` of each in the list ``name`` with ``--json``, else a table.
+    """Print rows while they are read: with ``--json`` as the list ``name``, after the members ``before``, else a table.
 
-    ``ok`` is asked after the last.
+    After the last, ``after`` says more to people, and ``ok`` is asked.
     """
     if wants("json"):
-        console.say_json_list({}, name, map(members, rows), ok)
+        console.say_json_list(before or {}, name, rows, ok)
     else:
         output.table(columns, rows, empty=empty, under=under)
+        _ = after()
     return console.GRANTED if ok() else console.REFUSED
 
 

@@ -110,11 +110,13 @@ def check_command(file: str) -> int:
 
 _STATES: dict[str, output.State] = {"granted": "good", "warned": "warn", "refused": "bad", "not judged": "warn"}
 _TRIED: output.Columns = {
-    "VM": lambda each: output.vm(each.vm),
-    "STATE": lambda each: output.Cell(each.state, _STATES[each.judged.state]),
-    "REFUSED FROM": lambda each: "-" if each.judged.refused_from is None else output.when(each.judged.refused_from),
-    "CODE": lambda each: each.judged.code or "-",
-    "REASON": lambda each: each.judged.reason or "-",
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]),
+    "STATE": lambda row: output.Cell(
+        f"{row['state']}{', was refused' if row['was_refused'] else ''}", _STATES[row["state"]]
+    ),
+    "REFUSED FROM": lambda row: output.when(row["refused_from"]),
+    "CODE": lambda row: row["code"] or "-",
+    "REASON": lambda row: row["reason"] or "-",
 }
 _REASON_LENGTH = 400
 _BAR = 40
@@ -126,10 +128,6 @@ class _Tried:
     vm: Vm
     was_refused: bool
     judged: Judged
-
-    @property
-    def state(self) -> str:
-        return f"{self.judged.state}{', was refused' if self.was_refused else ''}"
 
 
 @command.command("try", cls=OperatorCommand)
@@ -236,17 +234,16 @@ def try_command(
         store.transact(Ask(NoteWhatIf(WhatIf(now, json.encode(noted).decode()))))
     told |= {"changes": _dated(changes)}
 
-    if wants("json"):
-        console.say_json_list(told, "vms", map(_tried, tried), lambda: is_fine)
-        return console.GRANTED if is_fine else console.REFUSED
+    def people() -> None:
+        parts = [f"{counts[name]} {name}" for name in _STATES if counts[name]]
+        console.say(f"{judged_vms} VMs judged at {rfc3339(date)}: {', '.join(parts) or 'none'}; {later} refused later")
+        if total > judged_vms:
+            console.say(f"{total - judged_vms} VMs have no evidence yet: they have not booted since it is kept")
+        _plot(changes, judged_vms)
+
     empty = "every VM is granted" if judged_vms else "no VM has evidence to be judged"
-    output.table(_TRIED, tried, empty=empty, under={"REASON": "CODE"})
-    parts = [f"{counts[name]} {name}" for name in _STATES if counts[name]]
-    console.say(f"{judged_vms} VMs judged at {rfc3339(date)}: {', '.join(parts) or 'none'}; {later} refused later")
-    if total > judged_vms:
-        console.say(f"{total - judged_vms} VMs have no evidence yet: they have not booted since it is kept")
-    _plot(changes, judged_vms)
-    return console.GRANTED if is_fine else console.REFUSED
+    rows, under = map(_tried, tried), {"REASON": "CODE"}
+    return operating.answer_rows("vms", rows, _TRIED, empty, under, before=told, after=people, ok=lambda: is_fine)
 
 
 _PAGE = 200

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import click
-from attrs import frozen
 
 from chutes_proto._converter import load_toml
 from chutes_proto.cli import console, output
@@ -25,7 +24,7 @@ from chutes_proto.io.server.setup import read_profiles
 from chutes_proto.io.server.store_setup import Problems, make_store_setup
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote import PolicyError, Profile
-from chutes_proto.quote._measurements import REGISTERS, Schedule
+from chutes_proto.quote._measurements import REGISTERS
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
@@ -51,22 +50,12 @@ command: Group = Group(
 )
 
 
-@frozen
-class _Change:
-    """A profile that the import adds, removes or changes; ``parts`` say what differs."""
-
-    change: str
-    name: str
-    version: str
-    parts: str = ""
-
-
 _STATES: Final[dict[str, output.State]] = {"added": "good", "removed": "bad", "changed": "warn"}
 _COLUMNS: Final[output.Columns] = {
-    "CHANGE": lambda row: Cell(row.change, _STATES[row.change]),
-    "PROFILE": lambda row: row.name,
-    "VERSION": lambda row: row.version,
-    "WHAT": lambda row: row.parts,
+    "CHANGE": lambda row: Cell(row["change"], _STATES[row["change"]]),
+    "PROFILE": lambda row: row["name"],
+    "VERSION": lambda row: row["version"],
+    "WHAT": lambda row: row["parts"],
 }
 
 
@@ -103,10 +92,7 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     _require_form(into, data)
     old = _replaced(into) if is_there(into) else ProfileFile(())
     changes = _changes(old, new) if new.profiles else []
-    members: dict[str, object] = {
-        "changes": [console.plain(change) for change in changes],
-        "not_served": list(new.not_served),
-    }
+    members: dict[str, object] = {"changes": changes, "not_served": list(new.not_served)}
     if not new.profiles:  # imported, it would take all profiles from the servers
         told = [f"not served: {what}" for what in new.not_served]
         told.append(f"nothing was imported: no image of {source} is for Intel TDX")
@@ -114,7 +100,9 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     if not changes and is_there(into):
         return answer({"ok": True, "imported": False, **members}, f"{into} has these values already")
     if not wants("json"):
-        _show(changes, new)
+        output.table(_COLUMNS, changes, empty="no profile changes")
+        for what in new.not_served:
+            console.say(f"not served: {what}")
     if not yes and not _is_confirmed(into):
         return answer({"ok": False, "imported": False, **members}, "nothing was changed", ok=False)
     write_file(into, data)
@@ -133,25 +121,14 @@ _STATE_COLOURS: Final[dict[str, output.State]] = {
 }
 
 
-@frozen
-class _Listed:
-    """A profile of the configuration, and the number of VMs whose last boot ran it; None if that was not counted."""
-
-    name: str
-    version: str
-    schedule: Schedule
-    state: str
-    vms: int | None
-
-
 _LISTED: Final[output.Columns] = {
-    "PROFILE": lambda row: row.name,
-    "VERSION": lambda row: row.version,
-    "STATE": lambda row: Cell(row.state, _STATE_COLOURS[row.state]),
-    "FROM": lambda row: _when(row.schedule.not_before),
-    "UNTIL": lambda row: _when(row.schedule.not_after),
-    "GRACE UNTIL": lambda row: _when(row.schedule.end if row.schedule.retirement_grace else None),
-    "VMS": lambda row: "-" if row.vms is None else str(row.vms),
+    "PROFILE": lambda row: row["name"],
+    "VERSION": lambda row: row["version"],
+    "STATE": lambda row: Cell(row["state"], _STATE_COLOURS[row["state"]]),
+    "FROM": lambda row: _when(row["not_before"]),
+    "UNTIL": lambda row: _when(row["not_after"]),
+    "GRACE UNTIL": lambda row: "-" if row["ends_at"] == row["not_after"] else _when(row["ends_at"]),
+    "VMS": lambda row: "-" if row["vms"] is None else str(row["vms"]),
 }
 
 
@@ -183,29 +160,26 @@ def list_command(config: str, at: int | None) -> int:
     if make_store_setup(loaded).store.is_made():
         counts = Counter((vm.profile_name, vm.profile_version) for vm in _fleet(config))
     rows = [
-        _Listed(
-            one.name,
-            one.version,
-            one.schedule,
-            one.schedule.state(now),
-            None if counts is None else counts[one.identity],
-        )
+        {
+            "name": one.name,
+            "version": one.version,
+            "state": one.schedule.state(now),
+            "not_before": one.schedule.not_before,
+            "not_after": one.schedule.not_after,
+            "ends_at": one.schedule.end,
+            "vms": None if counts is None else counts[one.identity],
+        }
         for one in profiles
     ]
-    return operating.answer_rows("profiles", rows, _listed_members, _LISTED, "no profiles")
-
-
-def _listed_members(row: _Listed) -> dict[str, object]:
-    schedule = {"not_before": row.schedule.not_before, "not_after": row.schedule.not_after, "ends_at": row.schedule.end}
-    return {"name": row.name, "version": row.version, "state": row.state, **schedule, "vms": row.vms}
+    return operating.answer_rows("profiles", rows, _LISTED, "no profiles")
 
 
 _VMS: Final[output.Columns] = {
-    "VM": lambda row: output.vm(row[0].vm),
-    "PROFILE": lambda row: row[0].profile_name,
-    "VERSION": lambda row: row[0].profile_version,
-    "STATE": lambda row: Cell(row[1], _STATE_COLOURS[row[1]]),
-    "LAST BOOT": lambda row: output.when(row[0].last_boot_at),
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]),
+    "PROFILE": lambda row: row["profile"],
+    "VERSION": lambda row: row["version"],
+    "STATE": lambda row: Cell(row["state"], _STATE_COLOURS[row["state"]]),
+    "LAST BOOT": lambda row: output.when(row["last_boot_at"]),
 }
 
 
@@ -228,20 +202,16 @@ def vms_command(config: str, at: int | None) -> int:
     now = operating.now() if at is None else at
     states = {one.identity: one.schedule.state(now) for one in _configured(ServerConfig.load(config))}
 
-    def found() -> Iterator[tuple[FleetVm, str]]:
+    def found() -> Iterator[dict[str, Any]]:
         for vm in _fleet(config):
             if vm.profile_name is not None and vm.profile_version is not None:
                 state = states.get((vm.profile_name, vm.profile_version), "removed")
                 if state != "enforced":
-                    yield vm, state
+                    names = {"hotkey": vm.vm.hotkey, "vm": vm.vm.name}
+                    ran = {"profile": vm.profile_name, "version": vm.profile_version}
+                    yield {**names, **ran, "state": state, "last_boot_at": vm.last_boot_at}
 
-    return operating.answer_rows("vms", found(), _vm_members, _VMS, "no VM runs a profile that is to be replaced")
-
-
-def _vm_members(row: tuple[FleetVm, str]) -> dict[str, object]:
-    vm, state = row
-    ran = {"profile": vm.profile_name, "version": vm.profile_version}
-    return {"hotkey": vm.vm.hotkey, "vm": vm.vm.name, **ran, "state": state, "last_boot_at": vm.last_boot_at}
+    return operating.answer_rows("vms", found(), _VMS, "no VM runs a profile that is to be replaced")
 
 
 def _configured(config: ServerConfig) -> list[Profile]:
@@ -274,12 +244,6 @@ def _is_confirmed(into: str) -> bool:
     return click.confirm(f"Write them into {into}?", err=True)
 
 
-def _show(changes: list[_Change], new: ProfileFile) -> None:
-    output.table(_COLUMNS, changes, empty="no profile changes")
-    for what in new.not_served:
-        console.say(f"not served: {what}")
-
-
 def _parsed(name: str, data: bytes) -> ProfileFile:
     try:
         return parse_profile_file(data, read_yaml, extra_keys=EXTRA_KEYS)
@@ -305,19 +269,25 @@ def _require_form(into: str, data: bytes) -> None:
         raise ConfigurationError(told) from None
 
 
-def _changes(old: ProfileFile, new: ProfileFile) -> list[_Change]:
+def _changes(old: ProfileFile, new: ProfileFile) -> list[dict[str, str]]:
     before = {profile.identity: (profile, extras) for profile, extras in old.profiles}
     after = {profile.identity: (profile, extras) for profile, extras in new.profiles}
-    changes: list[_Change] = []
+    changes: list[dict[str, str]] = []
     for identity in dict.fromkeys((*before, *after)):
         if identity not in after:
-            changes.append(_Change("removed", *identity))
+            changes.append(_change("removed", identity))
         elif identity not in before:
-            changes.append(_Change("added", *identity, ", ".join(_without_value(after[identity][0]))))
+            changes.append(_change("added", identity, _without_value(after[identity][0])))
         elif before[identity] != after[identity]:
             parts = _differing(before[identity][0], after[identity][0])
-            changes.append(_Change("changed", *identity, ", ".join(parts) or "options"))
+            changes.append(_change("changed", identity, parts or ["options"]))
     return changes
+
+
+def _change(change: str, identity: tuple[str, str], parts: Iterable[str] = ()) -> dict[str, str]:
+    """A profile that the import adds, removes or changes; ``parts`` say what differs."""
+    name, version = identity
+    return {"change": change, "name": name, "version": version, "parts": ", ".join(parts)}
 
 
 _BESIDE: Final = ("expected_gpus", "gpu_count", "fingerprints", "schedule", "attributes", "rules")

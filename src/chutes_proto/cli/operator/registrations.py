@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Group, answer
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.store.rows import ReadPage, ServerRow, Vm
+from chutes_proto.store.rows import ReadPage, ServerRow
 from chutes_proto.units.operator import RemoveRegistration
 
 command: Group = Group(
@@ -43,27 +45,28 @@ def listing(config: str) -> int:
     """
     with operating.opened(config) as (_, store):
         rows = operating.listing(store, lambda after: ReadPage(ServerRow, after, operating.PAGE))
-        names = "server_id hotkey name host address boot_id platform created_at"
-        return operating.answer_rows(
-            "registrations", rows, lambda row: operating.members(row, names), _COLUMNS, "no registrations"
-        )
+        return operating.answer_rows("registrations", map(_members, rows), _COLUMNS, "no registrations")
 
 
-def _evidence(row: ServerRow) -> output.Cell:
-    if row.boot_id:
-        return output.Cell(f"boot {output.short(row.boot_id)}", "good")
-    if row.pin:
-        return output.Cell(f"attested from {output.short(str(row.pin))}", "good")
+def _members(row: ServerRow) -> dict[str, Any]:
+    return operating.members(row, "server_id hotkey name host address boot_id platform created_at")
+
+
+def _evidence(row: dict[str, Any]) -> output.Cell:
+    if row["boot_id"]:
+        return output.Cell(f"boot {output.short(row['boot_id'])}", "good")
+    if row["platform"]:
+        return output.Cell(f"attested from {output.short(row['platform'])}", "good")
     return output.Cell("none", "warn")
 
 
 _COLUMNS: output.Columns = {
-    "ID": lambda row: row.server_id,
-    "SERVER": lambda row: output.vm(Vm(row.hotkey, row.name)),
-    "HOST": lambda row: row.host,
-    "ADDRESS": lambda row: row.address,
+    "ID": lambda row: row["server_id"],
+    "SERVER": lambda row: output.vm(row["hotkey"], row["name"]),
+    "HOST": lambda row: row["host"],
+    "ADDRESS": lambda row: row["address"],
     "EVIDENCE": _evidence,
-    "SINCE": lambda row: output.when(row.created_at),
+    "SINCE": lambda row: output.when(row["created_at"]),
 }
 
 

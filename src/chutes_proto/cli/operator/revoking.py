@@ -19,15 +19,15 @@ from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.server.store_setup import erasures_file
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Pin, ReadRevocation, ReadRevoked, ReadTimes, Revocable, RevocationRow, VmRow
+from chutes_proto.store.rows import Pin, ReadRevocation, ReadRevoked, ReadTimes, Revocable, RevocationRow
 from chutes_proto.units.revocations import Allow, ReadParty, Revoke, is_in_force, told_end
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MAY_RUN: output.Columns = {
-    "VM": lambda row: output.vm(row.vm),
-    "PLATFORM": lambda row: output.short(str(row.pin)),
-    "LAST BOOT": lambda row: output.when(row.last_boot_at) if row.last_boot_at else "not since it was bound",
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]),
+    "PLATFORM": lambda row: output.short(row["platform"]),
+    "LAST BOOT": lambda row: output.when(row["last_boot_at"]) if row["last_boot_at"] else "not since it was bound",
 }
 
 
@@ -63,7 +63,7 @@ def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, rea
     with operating.opened(config) as (setup, store):
         store.transact(Revoke(now, new_version(), kind, subject, until, reason))
         operating.require_kept(store, ReadTimes(), ReadRevocation(kind, subject))
-        running = store.transact(who)
+        running = [operating.members(row, "hotkey vm platform last_boot_at") for row in store.transact(who)]
         file = erasures_file(setup.config)
         with told_with(f"{kind} {subject} is revoked, but {_UNNOTED}", _LATER):
             _ = keep_erasures(store, file, setup.vault)
@@ -77,7 +77,7 @@ def revoke(kind: Revocable, subject: str, who: ReadParty, until: int | None, rea
 
     told = {"ok": True, "kind": kind, "subject": subject, "ends_at": until}
     told["recorded_in"] = None if file is None else str(file)
-    return answer({**told, "vms": [*map(_claim, running)]}, people)
+    return answer({**told, "vms": running}, people)
 
 
 def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
@@ -92,10 +92,6 @@ def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
         with told_with(f"{kind} {subject} may boot again, but {_UNNOTED}", _LATER):
             _ = keep_erasures(store, file, setup.vault)
     return operating.done(f"{kind} {subject} may boot again; start its VMs that were refused")
-
-
-def _claim(row: VmRow) -> dict[str, object]:
-    return operating.members(row, "hotkey vm platform last_boot_at")
 
 
 # --- platforms, and the list of all ---
@@ -169,12 +165,12 @@ def allow_platform(ppid: bytes | None, instance: bytes | None, reason: str, conf
 
 
 _COLUMNS: output.Columns = {
-    "KIND": lambda row: row.kind,
-    "SUBJECT": lambda row: row.subject,
-    "SINCE": lambda row: output.when(row.created_at),
-    "ENDS": lambda row: "never" if row.ends_at is None else output.when(row.ends_at),
-    "STATE": lambda row: Cell("in force", "bad") if is_in_force(row, operating.now()) else Cell("ended"),
-    "REASON": lambda row: row.reason,
+    "KIND": lambda row: row["kind"],
+    "SUBJECT": lambda row: row["subject"],
+    "SINCE": lambda row: output.when(row["created_at"]),
+    "ENDS": lambda row: "never" if row["ends_at"] is None else output.when(row["ends_at"]),
+    "STATE": lambda row: Cell("in force", "bad") if row["in_force"] else Cell("ended"),
+    "REASON": lambda row: row["reason"],
 }
 
 
@@ -193,7 +189,8 @@ def revocations(config: str) -> int:
     """
     with operating.opened(config) as (_, store):
         rows = store.transact(Ask(ReadRevoked()))
-    return operating.answer_rows("revocations", rows, _members, _COLUMNS, "nothing is revoked", {"REASON": "STATE"})
+    listed = map(_members, rows)
+    return operating.answer_rows("revocations", listed, _COLUMNS, "nothing is revoked", {"REASON": "STATE"})
 
 
 def _members(row: RevocationRow) -> dict[str, object]:

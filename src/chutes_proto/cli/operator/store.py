@@ -380,7 +380,7 @@ def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> 
 
     with _readable(places[0], places[1], vault) as (older, newer), operating.resumable() if take else nullcontext():
         return operating.answer_rows(
-            "volumes", rows(older, newer), _difference, _DIFFERENCES, "no key is missing", ok=lambda: not wrong
+            "volumes", map(_difference, rows(older, newer)), _DIFFERENCES, "no key is missing", ok=lambda: not wrong
         )
 
 
@@ -404,10 +404,10 @@ def _batches(newer: Store) -> Iterator[tuple[Newer, ...]]:
 
 
 _DIFFERENCES: output.Columns = {
-    "VM": lambda row: output.vm(row.vm),
-    "VOLUME": lambda row: row.volume,
-    "GENERATIONS": lambda row: ", ".join(map(str, row.generations)),
-    "STATE": lambda row: output.Cell(row.state, "good" if row.state == "taken" else "warn"),
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]),
+    "VOLUME": lambda row: row["volume"],
+    "GENERATIONS": lambda row: ", ".join(map(str, row["generations"])),
+    "STATE": lambda row: output.Cell(row["state"], "good" if row["state"] == "taken" else "warn"),
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import click
-from attrs import evolve, frozen
+from attrs import evolve
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import console, output
@@ -39,7 +40,6 @@ from chutes_proto.store.rows import (
     ReadRevoked,
     ReadTimes,
     ReadUnclaimed,
-    Vm,
     VmRow,
     VolumeRow,
 )
@@ -65,35 +65,28 @@ command: Group = Group(
 )
 
 
-@frozen
-class _Bound:
-    """A name that is bound to a platform, and what its last boot ran on."""
-
-    row: VmRow
-    ran: FleetVm
-
-
-def _bound(cell: Callable[[VmRow], str | Cell], otherwise: str | Cell = "-") -> Callable[[_Bound | Vm], str | Cell]:
-    """The cell of a name that is bound to a platform, and ``otherwise`` of one that only holds keys."""
-    return lambda each: cell(each.row) if isinstance(each, _Bound) else otherwise
-
-
-def _ran(name: str) -> Callable[[_Bound | Vm], str]:
-    """The cell of what the last boot of a name ran on."""
-    return lambda each: (getattr(each.ran, name) if isinstance(each, _Bound) else None) or "-"
+def _bound(member: str, otherwise: str | Cell = "-") -> Callable[[Mapping[str, Any]], str | Cell]:
+    """The cell of a member that only a name has which is bound to a platform."""
+    return lambda row: row.get(member) or otherwise
 
 
 _COLUMNS: output.Columns = {
-    "VM": lambda each: output.vm(each.row.vm if isinstance(each, _Bound) else each),
-    "PLATFORM": _bound(lambda row: output.short(str(row.pin)), Cell("not bound, holds keys", "warn")),
-    "PROFILE": _ran("profile_name"),
-    "VERSION": _ran("profile_version"),
-    "TCB STATUS": _ran("tcb_status"),
-    "ADVISORIES": _ran("advisories"),
-    "EXCHANGE": _bound(lambda row: row.exchange),
-    "HOTKEY PROVEN": _bound(lambda row: Cell("yes", "good") if row.proven else "no"),
-    "LAST BOOT": _bound(lambda row: output.when(row.last_boot_at) if row.last_boot_at else "not since it was bound"),
+    "VM": lambda row: output.vm(row["hotkey"], row["vm"]),
+    "PLATFORM": lambda row: output.short(row["platform"]) if row["platform"] else Cell("not bound, holds keys", "warn"),
+    "PROFILE": _bound("profile_name"),
+    "VERSION": _bound("profile_version"),
+    "TCB STATUS": _bound("tcb_status"),
+    "ADVISORIES": lambda row: " ".join(row.get("advisories") or ()) or "-",
+    "EXCHANGE": _bound("exchange"),
+    "HOTKEY PROVEN": lambda row: "-" if "proven" not in row else Cell("yes", "good") if row["proven"] else "no",
+    "LAST BOOT": lambda row: "-" if "last_boot_at" not in row else _last_boot(row["last_boot_at"]),
 }
+
+
+def _last_boot(at: int | None) -> str | Cell:
+    return output.when(at) if at else "not since it was bound"
+
+
 _UNDER = {"VERSION": "PROFILE", "ADVISORIES": "TCB STATUS", "EXCHANGE": "PLATFORM"}
 
 
@@ -113,28 +106,26 @@ def listing(config: str) -> int:
     """
     with operating.opened(config) as (_, store):
         unbound = operating.listing(store, lambda after: ReadUnclaimed(after, operating.PAGE))
-        everyone: Iterator[_Bound | Vm] = chain(_claims(store), unbound)
-        return operating.answer_rows("vms", everyone, _members, _COLUMNS, "no VMs", _UNDER)
+        names = ({"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound)
+        return operating.answer_rows("vms", chain(_claims(store), names), _COLUMNS, "no VMs", _UNDER)
 
 
-def _claims(store: DurableStore) -> Iterator[_Bound]:
-    """All names that are bound, of which a page at a time is in memory."""
+def _claims(store: DurableStore) -> Iterator[dict[str, Any]]:
+    """All names that are bound, and what their last boots ran on, of which a page at a time is in memory."""
     after: VmRow | None = None
     while page := store.transact(Ask(ReadPage(VmRow, after, operating.PAGE))):
         ran = store.transact(Ask(ReadFleet(None if after is None else after.vm, operating.PAGE)))
         found = {each.vm: each for each in ran}
-        yield from (_Bound(row, found.get(row.vm, FleetVm(row.vm, row.last_boot_at))) for row in page)
+        for row in page:
+            yield _claim(row, found.get(row.vm, FleetVm(row.vm, row.last_boot_at)))
         after = page[-1]
 
 
-def _members(each: _Bound | Vm) -> dict[str, object]:
-    if isinstance(each, Vm):
-        return {"hotkey": each.hotkey, "vm": each.name, "platform": None}
-    names = "hotkey vm platform ppid proven exchange created_at last_boot_at"
-    ran = {name: getattr(each.ran, name) for name in ("profile_name", "profile_version", "tcb_status")}
-    advisories = None if each.ran.advisories is None else each.ran.advisories.split()
-    told = operating.members(each.row, names) | {"last_boot_at": each.row.last_boot_at or None}
-    return {**told, **ran, "advisories": advisories}
+def _claim(row: VmRow, ran: FleetVm) -> dict[str, Any]:
+    members = operating.members(row, "hotkey vm platform ppid proven exchange created_at last_boot_at")
+    members |= {"last_boot_at": row.last_boot_at or None, "tcb_status": ran.tcb_status}
+    members |= {"profile_name": ran.profile_name, "profile_version": ran.profile_version}
+    return members | {"advisories": None if ran.advisories is None else ran.advisories.split()}
 
 
 @command.command()
@@ -289,10 +280,10 @@ def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> 
 
 
 _ERASED: output.Columns = {
-    "KEY": lambda row: f"{row.volume}/{row.generation}",
-    "STATE": lambda row: row.state,
-    "MADE": lambda row: output.when(row.created_at),
-    "HANDED OUT": lambda row: output.when(row.delivered_at) if row.delivered_at else "never",
+    "KEY": lambda row: f"{row['volume']}/{row['generation']}",
+    "STATE": lambda row: row["state"],
+    "MADE": lambda row: output.when(row["created_at"]),
+    "HANDED OUT": lambda row: output.when(row["delivered_at"]) if row["delivered_at"] else "never",
 }
 
 
@@ -338,8 +329,9 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
     used = [row.volume for row in disks if row.in_use]
     told: dict[str, object] = {"ok": not left, "erased": yes, "hotkey": named.hotkey, "vm": named.name}
     told["platform"] = None if done.claim is None else str(done.claim.pin)
-    told["keys"] = [operating.members(row, "volume generation state") for row in done.keys]
+    keys = [operating.members(row, "volume generation state created_at delivered_at") for row in done.keys]
     told |= {
+        "keys": keys,
         "quotes": len(done.evidence),
         "in_use": used,
         "recorded_in": str(path) if yes and path else None,
@@ -347,7 +339,7 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
     }
 
     def people() -> None:
-        output.table(_ERASED, done.keys, empty="no keys")
+        output.table(_ERASED, keys, empty="no keys")
         disks = f"; disks in use: {', '.join(used)}" if used else ""
         if not yes:
             count = f"{len(done.keys)} keys of {named.hotkey}/{named.name}"
