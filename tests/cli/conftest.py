@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from fcntl import F_SETPIPE_SZ, fcntl, ioctl
 from pathlib import Path
 from struct import unpack
@@ -17,7 +16,6 @@ from typing import IO, Any
 import pytest
 from attrs import define, frozen
 
-from chutes_proto.cli import output
 from chutes_proto.cli.main import main
 from tests.waiting import wait_until
 
@@ -52,23 +50,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
         return Ended(code, captured.out, captured.err)
 
     return run
-
-
-Told = tuple[str, int, int | None]
-"""An operation, how much of it is done, and how much there is."""
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
-    """How far long operations say that they are."""
-    found: list[Told] = []
-
-    @contextmanager
-    def waiting(doing: str, total: int | None = None) -> Generator[output.Advance]:
-        yield lambda done, new_total=None: found.append((doing, done, new_total or total))
-
-    monkeypatch.setattr(output, "waiting", waiting)
-    return found
 
 
 _LINE = 40

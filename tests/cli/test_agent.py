@@ -51,14 +51,6 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize("action", [[], ["run"], ["resume"]], ids=str)
-def test_help_has_examples_and_exit_codes(command: Command, action: list[str]) -> None:
-    ended = command("agent", *action, "--help")
-    assert ended.code == 0
-    assert "Examples:\n  chutes-proto agent " in ended.out
-    assert "Exit codes:\n  0    done\n  1    refused" in ended.out
-
-
 @pytest.mark.parametrize("arguments", [[], ["halt"], ["run"], ["resume", "--config", "a", "--dry-run"]], ids=str)
 def test_wrong_usage(command: Command, arguments: list[str]) -> None:
     assert command("agent", *arguments).code == 2

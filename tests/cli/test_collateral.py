@@ -219,30 +219,6 @@ def test_serve_where_it_cannot_listen(command: Command, serve: Any) -> None:
 END = "2027-02-14T08:00:00Z"
 
 
-@pytest.mark.parametrize(
-    ("at", "verifies"),
-    [
-        ("2027-01-15", False),
-        ("2027-01-15T08:00:00Z", True),
-        ("2027-02-14", True),
-        (END, True),
-        ("2027-02-14T08:00:01Z", False),
-        (MADE + COLLATERAL_SECONDS, True),
-        (MADE + COLLATERAL_SECONDS + 1, False),
-        ("2060-01-01", False),
-    ],
-)
-def test_check_tells_the_date(command: Command, collected: Path, root: Path, at: object, verifies: bool) -> None:
-    ended = command("collateral", "check", collected, "--root", root, "--at", at, "--json")
-    assert ended.code == (0 if verifies else 1)
-    (report,) = ended.json["files"]
-    assert report["verifies"] is verifies
-    assert (report["verifies_from"], report["verifies_until"]) == ("2027-01-15T08:00:00Z", END)
-    assert report["first_to_end"] == "PCK CRL"
-    assert [piece["piece"] for piece in report["pieces"]][:4] == ["PCK CRL", "QE identity", "TCB info", "root CRL"]
-    assert verifies == all(piece["verifies"] for piece in report["pieces"])
-
-
 def test_check_tells_of_each_piece(command: Command, collected: Path, root: Path, platform: SimulatedPlatform) -> None:
     ended = command("collateral", "check", collected, "--root", root, "--at", "2027-03-01")
     lines = ended.out.splitlines()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from chutes_proto.cli.console import moment, say_json, say_json_lines, say_json_list
-from tests.cli.conftest import PROGRAM, Ended
+from tests.cli.conftest import PROGRAM
 
 
 @pytest.mark.parametrize(
@@ -67,21 +66,6 @@ def test_times(text: str, seconds: int) -> None:
 def test_what_is_no_time_is_told_both_forms(text: str) -> None:
     with pytest.raises(ValueError, match=r"2026-05-28, 2026-05-28T20:26:40Z or 1780000000"):
         _ = moment(text)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [("verify", "quote", "--collateral", "file"), ("simulate",), ("collateral", "check", "file")],
-    ids=lambda words: words[0],
-)
-def test_every_time_to_judge_at_is_said_in_the_same_forms(
-    command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    wrong = command(*words, "--at", "yesterday")
-    assert (wrong.code, "'--at': a time is a date or" in wrong.err) == (2, True)
-    for at in ("2026-11-28", "2026-11-28T00:00:00Z", 1_780_000_000):
-        assert "--at" not in command(*words, "--at", at).err
 
 
 @pytest.mark.parametrize("words", [("simulate", "--list-faults"), ("--help",)], ids=" ".join)

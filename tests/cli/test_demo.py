@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -14,7 +12,6 @@ import pytest
 
 from chutes_proto.cli.page import Page, make_console
 from chutes_proto.io import demonstration as show
-from chutes_proto.io.clients.aio import BootAgent
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended
 
@@ -34,27 +31,6 @@ REFUSED = {
 def no_cryptsetup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(show, "find_cryptsetup", lambda: None)
     monkeypatch.setenv("COLUMNS", "100")
-
-
-def in_terminal(columns: int, *arguments: str, **environment: str) -> str:
-    """Everything that `demo` shows in a terminal of so many columns."""
-    controller, terminal = pty.openpty()
-    known = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    environment = {**known, "COLUMNS": str(columns), "TERM": "xterm-256color", "PYTHONUTF8": "1", **environment}
-    process = subprocess.Popen([*PROGRAM, "demo", *arguments], stdout=terminal, env=environment)
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(controller, 65536)
-        except OSError:  # the other end is closed
-            break
-        shown += piece
-        if not piece:
-            break
-    os.close(controller)
-    assert process.wait(timeout=60) == 0
-    return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("lines", [1, 9])
@@ -107,21 +83,6 @@ def flat(shown: str) -> str:
     return " ".join(re.sub(r" [0-9.]+ s *$", "", line).strip() for line in shown.splitlines())
 
 
-def test_in_a_terminal_it_has_colour_and_fits() -> None:
-    shown = in_terminal(80)
-    assert "\x1b[32m✓\x1b[0m" in shown
-    assert {int(each) for each in re.findall(r"\x1b\[(?:\d+;)*(3\d)m", shown)} <= {31, 32}  # colour is for state
-    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())) <= 80
-
-
-def test_no_color_and_plain(require_program: Callable[[str], str]) -> None:
-    uncoloured = in_terminal(120, NO_COLOR="1")
-    assert ("\x1b" in uncoloured, "   ✓ " in uncoloured) == (False, True)
-    assert max(map(len, uncoloured.splitlines())) <= 100
-    plain = in_terminal(80, "--plain")
-    assert ("\x1b" in plain, plain.isascii(), "   ok " in plain) == (False, True, True)
-
-
 @pytest.mark.usefixtures("no_cryptsetup")
 def test_without_cryptsetup_it_says_so_and_how_to_get_it(command: Callable[..., Ended]) -> None:
     ended = command("demo")
@@ -139,45 +100,6 @@ def test_an_attack_that_succeeds_is_a_failure(command: Callable[..., Ended], mon
     assert re.search(r"NO  altered kernel +none; expected 403 measurement_mismatch +NOT refused", ended.out)
     assert re.search(r"ok  replayed nonce", ended.out)
     assert re.search(r"^NO \d of \d+ checks FAILED", ended.out, re.MULTILINE)
-
-
-@pytest.mark.usefixtures("no_cryptsetup")
-def test_a_refusal_for_another_reason_is_a_failure(
-    command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    having = SimulatedPlatform.having
-    monkeypatch.setattr(SimulatedPlatform, "having", lambda platform, name: having(platform, name.replace("1", "2")))
-    ended = command("demo")
-    assert ended.code == 1
-    assert "NO  altered kernel" in ended.out
-    assert "expected 403 measurement_mismatch and 'RTMR1'" in " ".join(ended.out.split())
-
-
-@pytest.mark.usefixtures("no_cryptsetup")
-def test_other_keys_after_the_reboot_are_a_failure(
-    command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = iter(["vm-1", "vm-9"])
-    agent = BootAgent
-    monkeypatch.setattr(show, "BootAgent", lambda url, **settings: agent(url, **settings | {"vm_name": next(names)}))
-    ended = command("demo")
-    assert ended.code == 1
-    assert re.search(r"NO  storage +[0-9a-f]{8}\.\.  !=  [0-9a-f]{8}\.\.", ended.out)
-
-
-def test_a_disk_that_does_not_open_is_a_failure(
-    command: Callable[..., Ended],
-    require_program: Callable[[str], str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    program = tmp_path / "cryptsetup"
-    _ = program.write_text(f'#!/bin/sh\n[ "$1" = luksFormat ] || exit 2\nexec {require_program("cryptsetup")} "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setattr(show, "find_cryptsetup", lambda: str(program))
-    ended = command("demo")
-    assert ended.code == 1
-    assert re.search(r"NO stopped .*nothing was written", " ".join(ended.out.split()))
 
 
 def test_its_pictures_load_nothing_from_elsewhere(tmp_path: Path) -> None:

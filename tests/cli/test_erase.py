@@ -63,6 +63,7 @@ def held(site: Site, values: list[bytes]) -> list[str]:
     return [file.name for file in files if any(value in file.read_bytes() for value in values)]
 
 
+@test_operating.BOTH
 def test_all_keys_are_destroyed_in_two_steps(site: Site) -> None:
     file = marked(site)
     for label in "123":
@@ -128,6 +129,7 @@ def evidence(place: int, quote: bytes, vm: str) -> EvidenceRow:
     return EvidenceRow(name, Vm(HOTKEY, vm), "a", "tcb_rejected" if place else None, quote, "{}", NOW - 9)
 
 
+@test_operating.BOTH
 def test_an_erasure_that_was_cut_short_is_run_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keys are gone by then, but not what the command does after that."""
     file = marked(site)

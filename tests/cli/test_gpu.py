@@ -80,18 +80,6 @@ def test_a_grace_and_a_policy_are_used(tmp_path: Path, verify: Callable[..., tup
         assert verify(policy=str(policy))[0] == 2, text
 
 
-def test_pinned_values_come_from_the_policy(tmp_path: Path, verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
-    policy = tmp_path / "policy.toml"
-    head = '[[pinned]]\nchip = "GH100"\ndriver = "600.10.01"\nvbios = "96.00.FF.00.01"\n'
-    _ = policy.write_text(f'revocation = "off"\n{head}values = {{ 9 = "00" }}')
-    code, report = verify(rim="", policy=str(policy), revocation="off")
-    mismatches = [(one["index"], one["source"], one["shared"]) for one in report["gpus"][0]["mismatches"]]
-    assert (code, mismatches) == (1, [(9, "pinned", True)])
-    for values in ('{ nine = "00" }', '{ 9 = "zz" }', "{}"):
-        _ = policy.write_text(f"{head}values = {values}")
-        assert verify(policy=str(policy))[0] == 2, values
-
-
 def test_every_mismatch_is_in_the_answer(verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
     code, report = verify("measurement", "measurement_vbios")
     assert code == 1
@@ -199,20 +187,6 @@ def test_older_answers_and_rims_replace_none_that_verify(tmp_path: Path, command
             assert all("is left as it is: " in problem and why in problem for problem in ended.json["problems"])
     check = command("gpu", "check", tmp_path / "bundle", "--roots", tmp_path, "--json")
     assert check.json["problems"] == []
-
-
-def test_roots_are_named_where_evidence_and_rims_are_under_others(
-    tmp_path: Path, command: Callable[..., Ended]
-) -> None:
-    gpus, nothing = tmp_path / "gpus", tmp_path / "nothing"
-    assert command("gpu", "simulate", "--nonce", NONCE.hex(), "--out", gpus).code == 0
-    for words in (("fetch", gpus / "evidence.json", "--out", nothing), ("check", gpus)):
-        refused = command("gpu", *words)
-        said = refused.out + refused.err
-        assert (refused.code, said.count("root certificate: untrusted")) == (1, 2)
-        assert said.count("or than that of --roots, which names others to trust") == 1
-        assert "--roots" in command("gpu", *words, "--json").json["hint"]
-    assert not nothing.exists()
 
 
 @pytest.mark.skipif(not GPU.is_dir(), reason=ABSENT)

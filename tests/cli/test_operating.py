@@ -30,7 +30,6 @@ from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Address, FreshKey, KeyEncryptionKey, Vault
-from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask, Script, Unit
@@ -44,14 +43,12 @@ from chutes_proto.store.rows import (
     HostProfileRow,
     Insert,
     InsertAll,
-    ReadTimes,
     RewrapGenerations,
     Scan,
-    SetHorizon,
     Vm,
 )
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import DAY, boot, sync
+from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.fleet import RegisterHost
 from chutes_proto.units.servers import RegisterServer
@@ -104,11 +101,14 @@ class Site:
             return store.transact(Ask(Scan(GenerationRow)))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+BOTH = pytest.mark.parametrize("site", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture
 def site(request: pytest.FixtureRequest, tmp_path: Path, command: Callable[..., Ended]) -> Iterator[Site]:
     write_server(tmp_path, PLATFORM, NOW)
     site = Site(tmp_path, command, [], [])
-    if request.param == "postgresql":
+    if getattr(request, "param", "sqlite") == "postgresql":
         text = site.configuration.read_text()
         site.configuration.write_text(text.replace("sqlite:keys.db", request.getfixturevalue("migrated_schema")))
     yield site
@@ -137,6 +137,7 @@ def test_a_rekeyed_key_is_restored(site: Site) -> None:
     assert site.do("keys", "restore", "vm-1", "storage", 10**17).code == 1
 
 
+@BOTH
 def test_a_purge_says_first_what_it_would_do(site: Site) -> None:
     for label in "12345":
         site.boot(label, rekey=("storage",), at=NOW - 100 * 86_400)
@@ -153,6 +154,7 @@ def test_a_purge_says_first_what_it_would_do(site: Site) -> None:
     assert (gone.code, "it is purged" in gone.err) == (1, True)
 
 
+@BOTH
 def test_of_many_vms_one_at_a_time_is_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("vm-1", "vm-2"):
         for label in "12345":
@@ -179,6 +181,7 @@ def new_key(site: Site) -> str:
     return text
 
 
+@BOTH
 def test_a_new_key_encryption_key(site: Site) -> None:
     first = site.boot("1")
     text = new_key(site)
@@ -189,6 +192,7 @@ def test_a_new_key_encryption_key(site: Site) -> None:
     assert site.boot("2") == first
 
 
+@BOTH
 def test_a_rewrap_that_was_killed_goes_on_with_the_keys_that_are_left(site: Site) -> None:
     """Meanwhile keys are under two KEKs, and a server opens them all."""
     old = KeyEncryptionKey.from_bytes((site.directory / "kek").read_bytes())
@@ -210,6 +214,7 @@ def test_a_rewrap_that_was_killed_goes_on_with_the_keys_that_are_left(site: Site
     assert opened(Vault(new), site.rows()) == opened(Vault(old), keys)
 
 
+@BOTH
 def test_a_rewrap_whose_store_is_taken_away_says_to_run_it_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.boot("1")
     new_key(site)
@@ -298,14 +303,6 @@ def test_a_rotation_before_the_last_one_has_ended_changes_nothing(site: Site) ->
     assert (site.boot("3"), site.boot("4", vm=Vm(HOTKEY, "vm-2"))) == (first, other)
 
 
-@pytest.mark.parametrize("words", [("restore", "vm-1", "sto\nrage", 1), ("allow-format", "vm-1", "sto\nrage")])
-def test_a_volume_is_named_as_volumes_are(site: Site, words: tuple[object, ...]) -> None:
-    site.boot("1")
-    ended = site.do("keys", *words)
-    assert (ended.code, "a volume's name has letters" in ended.err) == (2, True)
-    assert "sto\nrage" not in ended.err + ended.out
-
-
 def test_one_format_is_allowed(site: Site) -> None:
     site.boot("1")
     assert site.do("keys", "allow-format", "vm-1", "storage").code == 0
@@ -361,6 +358,7 @@ def importing(site: Site, files: dict[str, Path], *more: object) -> Ended:
     return site.do("keys", "import-fernet", files["rows"], "--fernet-key-file", files["key"], *more)
 
 
+@BOTH
 def test_an_import(site: Site, reference: dict[str, Path]) -> None:
     done = importing(site, reference, "--json").json
     assert (done["ok"], done["imported"], done["there_already"]) == (True, 2, 0)
@@ -382,13 +380,10 @@ def test_an_import(site: Site, reference: dict[str, Path]) -> None:
         (lambda files: files["key"].write_bytes(b"x"), "key: not a Fernet key, which is 44 characters"),
         (lambda files: files["key"].chmod(0o644), "which is too open"),
         (lambda files: files["rows"].write_text("\n"), "holds no rows"),
-        (lambda files: files["rows"].write_text("[]\n"), "not a JSON object"),
-        (lambda files: files["rows"].write_text("{\n"), "line 1"),
         (lambda files: files["rows"].write_text('{"miner_hotkey":1}\n'), "it takes the texts"),
         (lambda files: files["rows"].write_text('{"volume_passphrases":' + "[" * 9000), "line 1: "),
         (lambda files: files["rows"].write_bytes(b"x" * 2**20), "a line: has more than"),
         (lambda files: rename(files, "vm_name", "a/b"), "vm_name 'a/b': no boot can be of this name"),
-        (lambda files: rename(files, "vm_name", "x" * 10_000), "no boot can be of this name"),
         (lambda files: rename(files, "vm_name", "\0"), "no boot can be of this name"),
         (lambda files: rename(files, "miner_hotkey", HOTKEY + "1"), "is not a hotkey"),
         (lambda files: rename(files, "volume_passphrases", {"x" * 10_000: ""}), "not among the server's volumes"),
@@ -427,6 +422,7 @@ def test_an_import_over_other_keys(site: Site, reference: dict[str, Path]) -> No
 # --- names, audit, store ---
 
 
+@BOTH
 def test_vms_are_listed_and_rebound(site: Site) -> None:
     first = site.boot("1")
     assert f"{HOTKEY}/vm-1  instance:" in site.do("vm", "list").out
@@ -452,20 +448,6 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
         for words in (("history", nobody), ("restore", nobody, "storage", 1), ("purge", nobody)):
             ended = site.do("keys", *words)
             assert (ended.code, f"VM '{nobody}' does not exist" in ended.err) == (1, True)
-
-
-def test_a_horizon_in_the_future_is_set_back_and_the_one_in_force_is_shown(site: Site) -> None:
-    """It may come from an older release, or from a clock that was ahead and is right now."""
-    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
-        store.transact(Ask(SetHorizon(NOW + 10 * DAY)))
-    began = int(time.time())
-    told = site.json("store", "restored", "--reason", "the clock was ahead")
-    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
-        horizon = store.transact(Ask(ReadTimes())).horizon
-    assert began + 60 <= horizon <= time.time() + 60
-    assert told["restored"].endswith(f"boots are granted again after {rfc3339(horizon)}")
-    assert (told["nonce_horizon"], told["nonce_horizon_before"]) == (rfc3339(horizon), rfc3339(NOW + 10 * DAY))
-    assert f"nonce horizon from {rfc3339(NOW + 10 * DAY)} to {rfc3339(horizon)}" in site.do("audit", "list").out
 
 
 def test_the_audit_rows(site: Site) -> None:
@@ -508,6 +490,7 @@ def refuse(site: Site, label: str, vm: Vm) -> None:
         assert store.transact(refusal)
 
 
+@BOTH
 def test_the_audit_rows_of_a_vm_that_was_only_ever_refused(site: Site) -> None:
     site.boot("1")
     refuse(site, "a", Vm(HOTKEY, "vm-9"))
@@ -544,6 +527,7 @@ class Flood(Unit[None]):
             yield from Insert(AuditRow(self.at, "vm", f"event {number}", "granted", reason="x" * 2000))
 
 
+@BOTH
 def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
     """An export has a part of them in memory at a time; a list has the newest."""
     size = 14_000_000
@@ -565,6 +549,7 @@ def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
     assert site.json("audit", "list", "--last", 1001, "--event", "event 3")["rows"] == exported[3:4]
 
 
+@BOTH
 def test_audit_rows_are_purged_some_at_a_time(site: Site) -> None:
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
         now = int(time.time())
@@ -591,6 +576,7 @@ def test_audit_rows_are_purged_some_at_a_time(site: Site) -> None:
     assert (early.code, "audit_days" in early.err) == (1, True)
 
 
+@BOTH
 def test_old_boots_are_purged_but_each_vms_newest(site: Site) -> None:
     for label, days in (("1", 300), ("2", 200), ("3", 100)):
         site.boot(label, at=int(time.time()) - days * 86_400)
@@ -636,9 +622,7 @@ def test_a_name_is_bound_before_it_boots(site: Site) -> None:
     assert (refused.code, "is not a hotkey" in refused.err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "/", "a/", "/a", "a/..", "a b", "a\0", "x" * 10_000, "a/b\udcff", "h\u00e9/b", "a\n"]
-)
+@pytest.mark.parametrize("text", ["", "/a", "a/..", "a\0", "x" * 10_000, "a/b\udcff"])
 def test_what_is_no_vm(site: Site, text: str) -> None:
     commands: list[list[object]] = [
         ["keys", "history", text],
@@ -688,7 +672,6 @@ def test_another_volumes_name_is_only_not_there(site: Site) -> None:
     assert site.rows() == before
 
 
-@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
 def test_there_must_be_a_store(site: Site) -> None:
     for arguments in (("vm", "list"), ("audit", "export"), ("keys", "rewrap"), ("store", "restored")):
         ended = site.do(*arguments)
@@ -712,13 +695,6 @@ def register(site: Site, server_id: str, address: str) -> None:
     )
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
         store.transact(unit)
-
-
-def test_an_empty_list_says_so(site: Site) -> None:
-    make_setup(ServerConfig.load(site.configuration)).store.open().close()
-    assert site.do("vm", "list").out == "no VMs\n"
-    assert site.do("registrations", "list").out == "no registrations\n"
-    assert site.do("audit", "list").out == "no audit rows\n"
 
 
 def test_what_a_miner_holds_wrongly_is_free_again(site: Site) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,10 +16,8 @@ from chutes_proto.cli.extras import extra_of
 from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import StoreError
-from chutes_proto.io.server.development import write_server
 from chutes_proto.store.rows import AuditRow, Vm
-from chutes_proto.testing._platform import SimulatedPlatform
-from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Told
+from tests.cli.conftest import PROGRAM, Ended
 from tests.waiting import wait_until
 
 Shown = Callable[[], str]
@@ -41,7 +36,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 ROWS = [("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-1", Cell("refused", "bad"), "a word " * 30)]
 COLUMNS: output.Columns = {"VM": lambda row: row[0], "STATE": lambda row: row[1], "REASON": lambda row: row[2]}
-UNDER = {"REASON": "STATE"}
 
 
 def test_a_table_fits_the_terminal_and_colours_a_state(terminal: Shown) -> None:
@@ -49,24 +43,6 @@ def test_a_table_fits_the_terminal_and_colours_a_state(terminal: Shown) -> None:
     shown = terminal()
     assert "\x1b[31mrefused" in shown
     assert max(map(len, shown.replace("\x1b[31m", "").replace("\x1b[0m", "").replace("\x1b[1m", "").splitlines())) <= 80
-
-
-def test_columns_stand_under_each_other_where_the_terminal_is_too_narrow(terminal: Shown) -> None:
-    shown: list[str] = []
-    for reason in ("a word", "a word " * 30):
-        rows = [("vm-1", Cell("refused"), reason), ("vm-2", Cell("granted"), "-")]
-        output.table(COLUMNS, rows, empty="none", under=UNDER)
-        shown.append(terminal())
-    assert [text.count("REASON") for text in shown] == [1, 0]
-    assert [text.count("-") for text in shown] == [3, 2]  # two of the names
-
-
-def test_rows_are_lists_where_words_do_not_fit(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    output.table(COLUMNS, [("vm-" + "1" * 30, Cell("refused"), "because")] * 2, empty="none")
-    shown = re.sub(r"\x1b\[[0-9]*m", "", terminal())
-    assert max(map(len, shown.splitlines())) <= 40
-    assert shown.count("REASON") == 2
 
 
 def test_no_colour_where_it_is_not_wanted(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +56,6 @@ def test_a_pipe_gets_whole_values_in_columns(capsys: pytest.CaptureFixture[str])
     heads, row = capsys.readouterr().out.splitlines()
     assert heads.split() == [*COLUMNS]
     assert row == f"{ROWS[0][0]}  refused  {ROWS[0][2]}".rstrip()
-
-
-def test_colour_is_for_the_word_that_says_the_state(terminal: Shown) -> None:
-    output.prose("REFUSED: the quote does not verify", "bad")
-    output.prose("  ok  TCB info", "good")
-    assert terminal() == "\x1b[31mREFUSED\x1b[0m: the quote does not verify\n  \x1b[32mok\x1b[0m  TCB info\n"
 
 
 def test_a_name_of_a_file_adds_no_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,35 +88,22 @@ def test_no_text_steers_a_terminal(terminal: Shown, hostile: str) -> None:
     assert hostile.isprintable() == (hostile in shown)
 
 
-def test_times_and_digests_are_short_on_a_terminal(terminal: Shown) -> None:
-    now = int(time.time())
-    assert output.short("ppid:00112233445566778899aabbccddeeff") == "ppid:00112233…"
-    assert output.when(now - 7300).below == "2 h ago"
-    assert output.when(now - 200 * 86_400, "rekey").below == "200 d ago, rekey"
-    assert output.age(now + 100) == "in 1 min"
-    assert terminal() == ""
-
-
 ERROR = "kek: permissions are 0644, which is too open; run chmod 600 kek"
 
 
-def test_an_error_has_a_line_for_each_part_on_a_terminal(terminal: Shown) -> None:
-    console.complain(ERROR)
-    assert terminal() == "chutes-proto: kek:\n  permissions are 0644, which is too open\n  run chmod 600 kek\n"
-
-
-def test_a_long_error_is_broken_between_words(terminal: Shown) -> None:
-    console.complain(f"kek: {'a word ' * 30}; {'a remedy ' * 30}")
-    shown = terminal().splitlines()
-    assert max(map(len, shown)) < 80
-    assert all(line.startswith("  ") and line.endswith(("a", "word", "remedy")) for line in shown[1:])
-
-
 @pytest.mark.parametrize(
-    "words",
-    ["--help", "vm --help", "vm list", "no-such-command", "agent --help", "serve --help", "collateral serve --help"],
+    ("words", "closed"),
+    [
+        ("--help", ">&-"),
+        ("vm --help", "2>&-"),
+        ("vm list", "<&- >&-"),
+        ("no-such-command", ">&- 2>&-"),
+        ("agent --help", ">&- 2>&-"),
+        ("serve --help", ">&-"),
+        ("collateral serve --help", "<&- >&-"),
+        ("agent --help", "<&-"),
+    ],
 )
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&-"])
 def test_a_stream_that_is_closed_is_a_fault_only_where_it_had_the_result(words: str, closed: str) -> None:
     """A server, and a boot in an initramfs, may be started without one: they do their work."""
     done = subprocess.run(
@@ -177,9 +134,9 @@ def test_no_file_gets_the_descriptor_of_a_stream_that_is_closed(closed: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [("no-such-command", 2), ("vm", 2), ("vm list --config /none", 2), ("hotkey inspect 5F", 1)]
+    ("words", "code", "is_full"),
+    [("no-such-command", 2, True), ("vm list --config /none", 2, False), ("hotkey inspect 5F", 1, True)],
 )
-@pytest.mark.parametrize("is_full", [True, False], ids=["full disk", "ended reader"])
 def test_an_error_that_cannot_be_written_has_its_own_exit_code(words: str, code: int, is_full: bool) -> None:
     heard, said = os.pipe()
     os.close(heard)
@@ -213,67 +170,9 @@ def test_a_line_that_is_not_taken_hides_no_later_one(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().endswith("error\n")
 
 
-@pytest.mark.parametrize("where", [">&-", ">/dev/full"])
-def test_a_demo_names_the_output_that_it_cannot_write_to(where: str) -> None:
-    words = ["bash", "-c", f'"$@" {where}', "bash", *PROGRAM, "demo"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr[:31]) == (2, "chutes-proto: standard output: ")
-
-
-@pytest.mark.parametrize("columns", ["-5", "0", "1", "x"])
-def test_no_width_is_too_small_for_a_help(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
-    assert main(["vm", "--help"]) == 0
-
-
 def test_an_error_is_one_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     console.complain(ERROR)
     assert capsys.readouterr().err == f"chutes-proto: {ERROR}\n"
-
-
-def test_progress_appears_after_a_second(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
-    with output.progress("keys wrapped", 10) as tell:
-        tell(5)
-    assert terminal() == ""
-    monkeypatch.setattr(output, "_SHOWN_AFTER", 0.0)
-    shown = ""
-
-    def is_shown() -> bool:
-        nonlocal shown
-        shown += terminal()
-        return "keys wrapped" in shown
-
-    with output.progress("keys wrapped", 10) as tell:
-        tell(5)
-        _ = wait_until(is_shown)
-
-
-def test_a_log_is_told_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress("rows", 10) as tell:
-        for done in (5, 5, 6, 6):
-            tell(done)
-    assert capsys.readouterr().err.splitlines() == ["rows: 5 of 10", "rows: 6 of 10"]
-
-
-def test_a_log_is_told_now_and_then_how_long_it_may_take(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = 0.0
-    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock))
-    with output.waiting("rows", 1000) as tell:
-        for done in (*range(0, 1000, 10), *range(0, 1000, 25)):  # two passes, the second one faster
-            tell(done)
-            clock += 1
-    assert capsys.readouterr().err.splitlines() == [
-        "rows: 300 of 1000, about 1 min left",
-        "rows: 600 of 1000, about 40 s left",
-        "rows: 900 of 1000, about 10 s left",
-        "rows: 500 of 1000, about 20 s left",
-    ]
-    with output.waiting("rows") as tell:
-        clock += 30
-        tell(5)
-    assert capsys.readouterr().err == "rows: 5\n"
 
 
 def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,27 +190,6 @@ def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkey
         _ = wait_until(is_shown)
         console.say("a result")
     assert capsys.readouterr().out == "a result\n"
-
-
-def test_long_operations_say_how_far_they_are(command: Callable[..., Ended], tmp_path: Path, told: list[Told]) -> None:
-    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
-    configuration = tmp_path / "server.toml"
-    assert command("store", "migrate", "--config", configuration).code == 0
-    for name in ("vm-1", "vm-2"):
-        bound = command("vm", "bind", f"{HOTKEY}/{name}", "--ppid", "00" * 16, "--config", configuration)
-        assert bound.code == 0, bound.err
-    assert len(command("audit", "export", "--config", configuration).out.splitlines()) == 2
-    assert told.pop(0) == ("audit rows looked at", 2, 2)
-    new = tmp_path / "new.toml"
-    _ = new.write_text(configuration.read_text().replace("keys.db", "new.db"))
-    copied = command("store", "copy", "--from", f"sqlite:{tmp_path}/keys.db", "--config", new, "--json")
-    count = sum(copied.json["rows"].values()) - 2  # the audit row of the copy is new, and the key of its MACs
-    assert told[-1] == ("rows copied", count, count)
-
-
-def test_an_error_refers_to_the_help_of_the_whole_command(terminal: Shown) -> None:
-    assert main(["vm", "list", "--config", "/none"]) == 2
-    assert terminal().splitlines()[-1] == "  see chutes-proto vm list --help"
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import subprocess
@@ -77,25 +76,6 @@ def test_an_operator_at_a_terminal_is_asked(tmp_path: Path, into: Path, said: by
     assert (done.returncode, into.exists()) == (code, code == 0)
 
 
-def test_the_difference_names_the_registers(command: Command, tmp_path: Path, into: Path) -> None:
-    source = tmp_path / "published.yaml"
-    _ = into.write_text(FLAT)
-    _ = source.write_text(BY_PLATFORM.replace(RTMR1, "ee" * 48, 1).partition('- version: "1.11"')[0])
-    done = command("profiles", "import", str(source), "--into", str(into), "--yes", "--json")
-    found = json.loads(done.out)
-    assert found == {
-        "ok": True,
-        "imported": True,
-        "changes": [
-            {"change": "changed", "name": "8xh200", "version": "1.10", "parts": "RTMR1 (boot), RTMR1 (runtime)"},
-            {"change": "changed", "name": "8xb200", "version": "1.10", "parts": "RTMR1 (boot), RTMR1 (runtime)"},
-            {"change": "removed", "name": "8xh200", "version": "1.11", "parts": ""},
-        ],
-        "not_served": ["8xh200 1.10: SEV-SNP"],
-    }
-    assert into.read_text() == source.read_text()  # SEV-SNP stays in the file
-
-
 def test_an_image_for_amd_alone_does_not_keep_the_others_out(command: Command, tmp_path: Path, into: Path) -> None:
     source = tmp_path / "published.yaml"
     _ = source.write_text(BY_PLATFORM + image(tdx=NO_TDX, snp=AMD))
@@ -124,21 +104,6 @@ def test_a_file_for_amd_alone_is_not_imported(command: Command, tmp_path: Path, 
             {"ok": False, "imported": False, "changes": [], "not_served": ["8xpro6000 1.12: SEV-SNP"]},
         )
         assert (into.read_text() if into.exists() else None) == before
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", ""])
-def test_a_file_to_replace_that_has_no_profiles_is_told(
-    command: Command, tmp_path: Path, into: Path, text: str
-) -> None:
-    source = tmp_path / "published.json"
-    _ = source.write_bytes(published(upper=True))
-    _ = into.write_text(text)
-    ended = command("profiles", "import", str(source), "--into", str(into), "--yes")
-    assert (ended.code, into.read_text()) == (2, text)
-    assert f"--into: {into}: the" in ended.err
-    assert "; expected " in ended.err
-    assert "add a [[profile]]" not in ended.err
-    assert "a file that does not exist yet" in ended.err
 
 
 def test_registers_that_anybodys_image_matches_are_shown(command: Command, tmp_path: Path, into: Path) -> None:

@@ -29,45 +29,10 @@ def lines(capsys: pytest.CaptureFixture[str], event: str, **fields: Any) -> list
     return [line.removeprefix("  100s ").strip() for line in err.splitlines()]
 
 
-def test_a_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lines(capsys, "boot_step", **STEP) == ["asking https://a for a nonce (attempt 2/30)"]
-    assert lines(capsys, "boot_step", **{**STEP, "step": "new"}) == ["new (attempt 2/30)"]
-
-
-def test_a_failure_that_may_pass_says_why_and_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lines(capsys, "boot_delayed", **STEP, **WHY, wait=1.5) == [
-        "RETRY LATER: later (busy, request r-1)",
-        "trying again in 1.5 s",
-    ]
-    assert lines(capsys, "boot_delayed", **STEP, reason="cut", error="TransportError", wait=1.5, next_server="b") == [
-        "RETRY LATER: cut",
-        "trying again in 1.5 s at b",
-    ]
-    assert lines(capsys, "boot_stopped", **STEP, **WHY) == ["STOPPED: later (busy, request r-1)"]
-
-
-def test_what_becomes_of_keys_and_disks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lines(capsys, "volumes_received", volumes=["a", "b"], in_use=["b"]) == [
-        "keys received for a, b; known to hold data: b"
-    ]
-    assert lines(capsys, "keys_received", volumes=["a"], in_use=[]) == ["keys received for a"]
-    assert lines(capsys, "disk_opened", volume="a", device="/dev/a", key="next") == ["a: open, by the next key"]
-    assert lines(capsys, "disk_failed", volume="a", device="/dev/a", reason="kind", text="no") == ["a: FAILED: no"]
-    assert lines(capsys, "disk_closed", mapping="a") == ["closed again: a"]
-    assert lines(capsys, "disk_left_open", mapping="a", text="no") == ["could not be closed: /dev/mapper/a: no"]
-    assert lines(capsys, "disks_looked_at", devices=["/dev/a", "/dev/b"]) == ["looking at /dev/a, /dev/b"]
-    undecided = " ".join(lines(capsys, "rotation_undecided", volumes=["a"], reason="cut", error="TransportError"))
-    assert "old and new keys stay on the disks; the next boot decides" in undecided
-
-
 def test_the_longest_text_of_a_peer_leaves_a_slow_console_to_what_follows(capsys: pytest.CaptureFixture[str]) -> None:
     """The result of a volume is any text of at most a mebibyte; a console of 115,200 baud takes 90 s for that."""
     said = lines(capsys, "rotation_confirmed", volumes=["storage: " + "x " * 500_000])
     assert len(" ".join(said)) < 2 * LONGEST
-
-
-def test_an_event_of_another_version_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert " ".join(lines(capsys, "new_event", a=["x"], b=None)).startswith("new_event")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

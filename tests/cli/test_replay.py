@@ -89,16 +89,6 @@ def test_where_a_boot_went_another_way(replay: Callable[..., Ended]) -> None:
     assert [r["code"] for r in shorter.json["refusals"]] == ["event_log_difference", "event_log_mismatch"]
 
 
-@pytest.mark.parametrize(
-    ("data", "quote", "code"),
-    [(b"", QUOTE, "event_log_format"), (GOOD, b"", "quote_too_short"), (GOOD, QUOTE[:900], "quote_structure")],
-)
-def test_files_that_are_none(replay: Callable[..., Ended], data: bytes, quote: bytes, code: str) -> None:
-    said = replay(data, quote, "--json")
-    assert (said.code, [r["code"] for r in said.json["refusals"]]) == (1, [code])
-    assert (said.json["parsed"], said.json["replayed"]) == (False, False)
-
-
 def test_each_file_that_is_none_is_named(replay: Callable[..., Ended], tmp_path: Path) -> None:
     headline = "REFUSED: nothing was compared, because a file does not parse\n"
     told = replay(GOOD, quote_of(GOOD), good=GOOD[:300]).out
@@ -111,7 +101,3 @@ def test_each_file_that_is_none_is_named(replay: Callable[..., Ended], tmp_path:
         ["quote_too_short", f"{tmp_path}/quote"],
         ["event_log_format", f"{tmp_path}/good"],
     ]
-
-
-def test_a_file_that_is_not_there(command: Callable[..., Ended], tmp_path: Path) -> None:
-    assert command("replay", tmp_path / "none", "--quote", tmp_path / "none").code == 2

@@ -31,6 +31,7 @@ site = test_operating.site
 reference = test_operating.reference
 
 
+@test_operating.BOTH
 def test_a_vm_is_shut_out_and_allowed_again(site: Site) -> None:
     site.boot("1")
     told = site.json("vm", "revoke", "vm-1", "--until", "2126-12-24", "--reason", "owner left")
@@ -183,6 +184,7 @@ def test_a_file_of_erasures_that_cannot_be_used_is_told_with_what_was_changed(
     assert site.json("revocations")["revocations"] == []
 
 
+@test_operating.BOTH
 def test_each_change_counts_as_later_than_the_one_before(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in one second, and where the clock of another machine is behind."""
     _ = marked(site)
@@ -227,6 +229,7 @@ def execute(site: Site, *statements: str) -> None:
 WHOLE = ("store_head", "revocation", "fact")
 
 
+@test_operating.BOTH
 @pytest.mark.parametrize(
     ("words", "tables"),
     [
@@ -267,6 +270,7 @@ CHANGES = {
 """The tables that each command writes, beside the head of the VM."""
 
 
+@test_operating.BOTH
 @pytest.mark.parametrize(
     ("words", "tables"),
     [(words, left) for words, each in CHANGES.items() for left in (*((table,) for table in each), (*each, "head"))],
@@ -313,6 +317,7 @@ def test_an_import_goes_on_after_a_vm_with_a_boot_that_is_not_authentic(site: Si
     assert (again.code, "2 were there already" in again.out) == (0, True)
 
 
+@test_operating.BOTH
 def test_a_purge_that_the_database_does_not_keep_is_not_told_as_done(site: Site) -> None:
     old_rows(site)
     leave_out(site, ("boot", "audit"), ("DELETE",))

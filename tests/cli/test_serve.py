@@ -30,7 +30,6 @@ from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.files import create_private
 from chutes_proto.io.server.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.io.server.setup import make_setup
-from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
@@ -84,15 +83,6 @@ def test_a_check_says_what_is_there_and_makes_nothing(command: Command, site: Pa
     assert "hotkeys: any hotkey" in ended.out
     assert re.search(rf"collateral: .*{PLATFORM.fmspc.hex()}, platform CA, TDX, valid .* to ", ended.out)
     assert "keys.db: not made yet" in ended.out
-
-
-def test_a_check_of_a_used_store_changes_nothing(command: Command, site: Path) -> None:
-    SqliteStore(site / "keys.db").close()
-    before = listing(site)
-    ended = check(command, site)
-    assert (ended.code, ended.err) == (0, "")
-    assert "keys.db: sealed keys: 1, its own included" in ended.out
-    assert listing(site).keys() == before.keys()
 
 
 def test_a_check_refuses_a_lost_store_as_a_start_does(command: Command, site: Path) -> None:
@@ -491,22 +481,6 @@ def test_a_server_says_whom_it_trusts_and_stops_on_a_signal(
 
 def root_digest() -> str:
     return TrustedRoot.from_der(PLATFORM.root_der).digest.hex()
-
-
-def test_two_servers_for_development_share_one_platform(
-    start: Callable[..., Server], command: Command, no_home: Path
-) -> None:
-    servers = [start("--dev"), start("--dev")]
-    assert (no_home / "chutes-proto/platform/platform.json").is_file()
-    for number, server in enumerate(servers):
-        directory = server.ca.parent
-        assert server.ca.is_absolute()
-        ended = command("boot", server.url, "--ca", server.ca, "--hotkey", HOTKEY, "--vm", "vm-1", "--json")
-        assert ended.code == 0, ended.err
-        said = server.stop((signal.SIGTERM, signal.SIGINT)[number])
-        assert said.code == 0
-        assert not directory.exists()
-        assert "SIMULATED" in server.said[0]
 
 
 @pytest.mark.parametrize("more", [[], ["--platform", "a platform"]], ids=["default", "platform"])

@@ -114,12 +114,6 @@ def test_wrong_usage_is_2_and_one_readable_complaint(
     assert "Traceback" not in captured.err
 
 
-def test_without_a_command_the_help_is_shown_and_that_is_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err.splitlines()[0]) == ("", "Usage: chutes-proto [OPTIONS] COMMAND [ARGS]...")
-
-
 @pytest.mark.parametrize("content", [b"", b"garbage", b"{}", bytes(5_000_000)], ids=["empty", "text", "object", "huge"])
 def test_a_platform_file_that_is_none_is_named(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -138,11 +132,6 @@ def test_a_platform_file_that_others_can_read_is_refused(tmp_path: Path, capsys:
     arguments = ["--report-data", REPORT_DATA.hex(), "--out", str(out), "--platform", str(tmp_path / "platform")]
     assert main(["simulate", *arguments]) == 2
     assert f"chmod 600 {tmp_path}/platform/platform.json" in capsys.readouterr().err
-
-
-def test_the_faults_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", "--list-faults"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FAULTS)
 
 
 @pytest.mark.parametrize(("words", "faults"), [(["simulate"], FAULTS), (["gpu", "simulate"], GPU_FAULTS)])
