@@ -57,7 +57,6 @@ def inspect_command(address: str) -> int:
 
     Examples:
       chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY
-      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --json
 
     See also: hotkey check
     """

@@ -75,7 +75,6 @@ def list_servers(asker: Asker) -> int:
 
     Examples:
       chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey
-      chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --json
 
     See also: status, register
     """
@@ -92,7 +91,6 @@ def rename_server(asker: Asker, server_id: str, name: str) -> int:
 
     Examples:
       chutes-proto servers rename https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 vm-2
-      chutes-proto servers rename https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 vm-2 --json
 
     See also: servers list
     """
@@ -170,7 +168,6 @@ def status(asker: Asker, server_id: str) -> int:
 
     Examples:
       chutes-proto status https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
-      chutes-proto status https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
 
     See also: attest, servers list
     """

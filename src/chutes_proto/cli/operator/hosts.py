@@ -70,7 +70,6 @@ def listing(config: str) -> int:
 
     Examples:
       chutes-proto hosts list --config server.toml
-      chutes-proto hosts list --config server.toml --json
 
     See also: hosts name
     """

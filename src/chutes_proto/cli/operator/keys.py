@@ -104,7 +104,6 @@ def history(vm: str, config: str) -> int:
 
     Examples:
       chutes-proto keys history vm-1 --config server.toml
-      chutes-proto keys history vm-1 --config server.toml --json
 
     See also: keys restore, audit list
     """
@@ -336,7 +335,6 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
 
     Examples:
       chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config server.toml
-      chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config server.toml --json
 
     See also: vm bind, keys history
     """

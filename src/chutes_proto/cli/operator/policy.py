@@ -88,7 +88,6 @@ def check_command(file: str) -> int:
 
     Examples:
       chutes-proto policy check policy.toml
-      chutes-proto policy check policy.toml --json
 
     See also: policy try, serve, verify
     """

@@ -83,7 +83,6 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
 
     Examples:
       chutes-proto profiles import published.json --into measurements.json --yes
-      chutes-proto profiles import published.json --into measurements.json --yes --json
 
     See also: profile, serve
     """
@@ -149,7 +148,6 @@ def list_command(config: str, at: int | None) -> int:
     Examples:
       chutes-proto profiles list --config server.toml
       chutes-proto profiles list --at 2027-01-01 --config server.toml
-      chutes-proto profiles list --config server.toml --json
 
     See also: profiles vms, serve, vm list
     """
@@ -195,7 +193,6 @@ def vms_command(config: str, at: int | None) -> int:
     Examples:
       chutes-proto profiles vms --config server.toml
       chutes-proto profiles vms --at 2027-01-01 --config server.toml
-      chutes-proto profiles vms --config server.toml --json
 
     See also: profiles list, vm list
     """

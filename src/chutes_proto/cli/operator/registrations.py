@@ -39,7 +39,6 @@ def listing(config: str) -> int:
 
     Examples:
       chutes-proto registrations list --config server.toml
-      chutes-proto registrations list --config server.toml --json
 
     See also: registrations remove, vm list
     """

@@ -35,7 +35,6 @@ def command(config: str) -> int:
 
     Examples:
       chutes-proto reload --config server.toml
-      chutes-proto reload --config server.toml --json
 
     See also: serve, policy check, profiles list
     """

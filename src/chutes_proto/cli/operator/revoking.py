@@ -183,7 +183,6 @@ def revocations(config: str) -> int:
 
     Examples:
       chutes-proto revocations --config server.toml
-      chutes-proto revocations --config server.toml --json
 
     See also: vm revoke, hotkey revoke, platform revoke
     """

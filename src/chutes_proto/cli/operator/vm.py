@@ -100,7 +100,6 @@ def listing(config: str) -> int:
 
     Examples:
       chutes-proto vm list --config server.toml
-      chutes-proto vm list --config server.toml --json
 
     See also: keys history, audit list
     """
@@ -384,7 +383,6 @@ def root_ca(vm: str, config: str) -> int:
 
     Examples:
       chutes-proto vm root-ca vm-1 --config server.toml
-      chutes-proto vm root-ca vm-1 --config server.toml --json
 
     See also: vm list, audit list
     """

@@ -313,7 +313,6 @@ def show_command(evidence: str, chain: str | None) -> int:
 
     Examples:
       chutes-proto gpu show gpus/evidence.json
-      chutes-proto gpu show gpus/evidence.json --json
 
     See also: gpu verify
     """
