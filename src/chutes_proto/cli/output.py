@@ -35,7 +35,6 @@ _ROWS_AT_ONCE = 1000
 _WORD = re.compile(r"\w+")
 _SHORT = 8
 _GAP = 2
-_NARROW = 100
 _DAY = 86_400
 _AGES = ((_DAY * 365, "y"), (_DAY, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _SHOWN_AFTER = 1.0
@@ -43,11 +42,10 @@ _LINE_SECONDS = 30.0
 
 
 class Cell(NamedTuple):
-    """A text with what state it says; colour only repeats it. ``below`` is a second line."""
+    """A text with what state it says; colour only repeats it."""
 
     text: str
     state: State = ""
-    below: str = ""
 
 
 def draws() -> bool:
@@ -59,12 +57,11 @@ Columns = Mapping[str, Callable[[Any], str | Cell]]
 """The columns of a table: by heading, the function that makes the cell of a row, which is the row's object in JSON."""
 
 
-def table(columns: Columns, rows: Iterable[object], *, empty: str, under: Mapping[str, str] | None = None) -> None:
+def table(columns: Columns, rows: Iterable[object], *, empty: str) -> None:
     """Print rows in columns, or a line that says that there is none.
 
     Rows are printed while they are read, a thousand at a time, however many there are. Where a terminal is too narrow
-    for that, ``under`` says which columns stand under the text of another one; where it is too narrow for the longest
-    words, each row is a list of its cells.
+    for the longest words, each row is a list of its cells.
     """
     widths = [0] * len(columns)
     heads: list[dict[str, Cell]] = [{head: Cell(head) for head in columns}]
@@ -78,7 +75,7 @@ def table(columns: Columns, rows: Iterable[object], *, empty: str, under: Mappin
             is_over = not cells
         finally:  # also where a signal ends it: the rows may say what was done
             if cells and draws():
-                _console().print(_fitted([*columns], cells, under or {}, _console().width))
+                _console().print(_fitted([*columns], cells, _console().width))
             elif cells:
                 widths = _say_lines([*heads, *cells], widths)
             heads = heads if not cells else []
@@ -99,23 +96,14 @@ def _say_lines(rows: Sequence[Mapping[str, Cell]], least: Sequence[int]) -> list
     return widths
 
 
-def _fitted(heads: list[str], rows: Sequence[Mapping[str, Cell]], under: Mapping[str, str], width: int) -> Table:
+def _fitted(heads: list[str], rows: Sequence[Mapping[str, Cell]], width: int) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     texts = [{head: _text(cell) for head, cell in row.items()} for row in rows]
 
-    def needs(size: Callable[[str], int]) -> int:
-        columns = ([Text(head), *(row[head] for row in texts)] for head in heads)
-        return sum(max(size(text.plain) for text in column) + _GAP for column in columns) - _GAP
-
-    if under and needs(_longest_line) > width:
-        heads = [head for head in heads if head not in under]
-        for row, said in zip(texts, rows, strict=True):
-            for head, other in under.items():
-                if said[head].text != "-":
-                    row[other] = Text("\n").join([row[other], row[head]])
-    if needs(_longest_word) > width:
+    columns = ([head, *(row[head].plain for row in texts)] for head in heads)
+    words = ((len(word) for text in column for word in text.split()) for column in columns)
+    if sum(max(sizes) + _GAP for sizes in words) - _GAP > width:
         found = Table.grid(padding=(0, _GAP, 0, 0))
         found.add_column(style="bold", no_wrap=True)
         found.add_column(overflow="fold")
@@ -133,18 +121,10 @@ def _fitted(heads: list[str], rows: Sequence[Mapping[str, Cell]], under: Mapping
     return found
 
 
-def _longest_line(text: str) -> int:
-    return max(map(len, text.split("\n")))
-
-
-def _longest_word(text: str) -> int:
-    return max(map(len, text.split() or [""]))
-
-
 def _text(cell: Cell) -> Text:
     from rich.text import Text
 
-    return Text("\n".join(console.clean(line) for line in (cell.text, cell.below) if line), style=_STYLES[cell.state])
+    return Text(console.clean(cell.text), style=_STYLES[cell.state])
 
 
 def prose(text: str, state: State = "", *, rest: int = 0) -> None:
@@ -172,28 +152,23 @@ def short(text: str | None) -> str:
     return text if len(value) <= _SHORT + 1 else f"{kind}{colon}{value[:_SHORT]}…"
 
 
-def vm(hotkey: str, name: str) -> Cell:
-    """A VM: its hotkey, of which a terminal shows the beginning, and its name; in a narrow one below each other."""
-    begin = short(hotkey)
-    return Cell(name, below=begin) if _is_narrow() else Cell(f"{begin}/{name}")
+def vm(hotkey: str, name: str) -> str:
+    """A VM: its hotkey, of which a terminal shows the beginning, and its name."""
+    return f"{short(hotkey)}/{name}"
 
 
-def when(at: int | None, why: str | None = None) -> Cell:
+def when(at: int | None, why: str | None = None) -> str:
     """A time: the day, or within one day the time of the day, how long ago or how far ahead it is, and ``why``.
 
     In a pipe, and with ``--full``, it is a whole time of RFC 3339.
     """
     if at is None:
-        return Cell("-")
+        return "-"
     day, _, hour = rfc3339(at).partition("T")
     is_brief = draws() and not wants("full")
     first = rfc3339(at) if not is_brief else hour if abs(time.time() - at) < _DAY else day
     rest = [*([age(at)] if is_brief else []), *([why] if why else [])]
-    return Cell(first, below=", ".join(rest)) if _is_narrow() else Cell(", ".join((first, *rest)))
-
-
-def _is_narrow() -> bool:
-    return draws() and _console().width < _NARROW
+    return ", ".join((first, *rest))
 
 
 def age(at: int) -> str:

@@ -56,7 +56,6 @@ _COLUMNS: output.Columns = {
     "KEYS": lambda row: row["keys"] or "-",
     "REASON": lambda row: row["reason"] or "-",
 }
-_UNDER = {"ACTOR": "EVENT", "REASON": "DECISION", "KEYS": "DECISION"}
 
 command: Group = Group(
     "audit",
@@ -136,7 +135,7 @@ def listing(
             known = sorted({row.event for row in _newest(store, ReadAuditPage(), operating.PAGE)})
             if event not in known:
                 console.tell(f"no row has the event {event!r} here; the newest rows have: {', '.join(known) or 'none'}")
-    return operating.answer_rows("rows", map(_members, rows), _COLUMNS, "no audit rows", _UNDER)
+    return operating.answer_rows("rows", map(_members, rows), _COLUMNS, "no audit rows")
 
 
 @command.command()

@@ -168,7 +168,6 @@ def answer_rows(
     rows: Iterable[Mapping[str, Any]],
     columns: output.Columns,
     empty: str,
-    under: Mapping[str, str] | None = None,
     *,
     before: Mapping[str, object] | None = None,
     after: Callable[[], object] = lambda: None,
@@ -181,7 +180,7 @@ def answer_rows(
     if wants("json"):
         console.say_json_list(before or {}, name, rows, ok)
     else:
-        output.table(columns, rows, empty=empty, under=under)
+        output.table(columns, rows, empty=empty)
         _ = after()
     return console.GRANTED if ok() else console.REFUSED
 

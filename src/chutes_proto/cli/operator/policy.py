@@ -241,8 +241,9 @@ def try_command(
         _plot(changes, judged_vms)
 
     empty = "every VM is granted" if judged_vms else "no VM has evidence to be judged"
-    rows, under = map(_tried, tried), {"REASON": "CODE"}
-    return operating.answer_rows("vms", rows, _TRIED, empty, under, before=told, after=people, ok=lambda: is_fine)
+    return operating.answer_rows(
+        "vms", map(_tried, tried), _TRIED, empty, before=told, after=people, ok=lambda: is_fine
+    )
 
 
 _PAGE = 200

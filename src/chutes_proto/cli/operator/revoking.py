@@ -188,8 +188,7 @@ def revocations(config: str) -> int:
     """
     with operating.opened(config) as (_, store):
         rows = store.transact(Ask(ReadRevoked()))
-    listed = map(_members, rows)
-    return operating.answer_rows("revocations", listed, _COLUMNS, "nothing is revoked", {"REASON": "STATE"})
+    return operating.answer_rows("revocations", map(_members, rows), _COLUMNS, "nothing is revoked")
 
 
 def _members(row: RevocationRow) -> dict[str, object]:

@@ -83,11 +83,8 @@ _COLUMNS: output.Columns = {
 }
 
 
-def _last_boot(at: int | None) -> str | Cell:
+def _last_boot(at: int | None) -> str:
     return output.when(at) if at else "not since it was bound"
-
-
-_UNDER = {"VERSION": "PROFILE", "ADVISORIES": "TCB STATUS", "EXCHANGE": "PLATFORM"}
 
 
 @command.command("list")
@@ -106,7 +103,7 @@ def listing(config: str) -> int:
     with operating.opened(config) as (_, store):
         unbound = operating.listing(store, lambda after: ReadUnclaimed(after, operating.PAGE))
         names = ({"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound)
-        return operating.answer_rows("vms", chain(_claims(store), names), _COLUMNS, "no VMs", _UNDER)
+        return operating.answer_rows("vms", chain(_claims(store), names), _COLUMNS, "no VMs")
 
 
 def _claims(store: DurableStore) -> Iterator[dict[str, Any]]:
