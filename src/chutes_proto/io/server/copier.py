@@ -3,8 +3,8 @@
 Rules kept here:
 
 * a row is queued when its transaction is committed. A sink that fails, a disk that hangs and a queue that is full are
-  told and counted, and hold up no commit, no other sink and no end of the process. What such a sink lacks is in the
-  store: `audit export`;
+  logged and counted, and hold up no commit, no other sink and no end of the process. Rows that it lacks are
+  in the store: `audit export`;
 * with ``audit.required`` nothing is queued: the answer waits for the sinks.
 """
 
