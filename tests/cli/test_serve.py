@@ -103,11 +103,11 @@ def test_a_check_refuses_a_lost_store_as_a_start_does(command: Command, site: Pa
 def test_a_check_names_what_the_server_cannot_write(command: Command, site: Path) -> None:
     edit(site, 'store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "none/store.mark" }')
     text = (site / "server.toml").read_text()
-    sockets = 'takeover = "none/takeover"\ncontrol = "none/control"\n'
+    sockets = 'control = "none/control"\n'
     tables = '[[proxy]]\nname = "front"\nunix = "none/proxy"\n'
     tables += '[admin]\nunix = "none/admin"\n[audit]\nfile = "none/audit.jsonl"\n'
     _ = (site / "server.toml").write_text(f"{sockets}{text}\n{tables}")
-    keys = ("takeover", "control", "proxy.unix", "admin.unix", "store.mark_file", "audit.file")
+    keys = ("control", "proxy.unix", "admin.unix", "store.mark_file", "audit.file")
     ended = check(command, site)
     found = {key: line for key in keys for line in ended.out.splitlines() if line.startswith(f"{key}: ")}
     assert (ended.code, {*found}) == (0, {*keys})

@@ -37,7 +37,7 @@ def path(tmp_path: Path, callers: list[str]) -> Iterator[Path]:
     control = Control(tmp_path / "control", reload, log_record)
     control.open()
     yield tmp_path / "control"
-    control.close(is_successors=False)
+    control.close()
     assert not list(tmp_path.glob("control*"))
 
 
@@ -62,7 +62,7 @@ def test_another_user_is_refused_also_where_the_file_lets_him() -> None:
         program += "    s.connect(sys.argv[1])\n    print(s.recv(999))"
         asking = [SYSTEM, "-I", "-c", program, str(path)]
         said = subprocess.run(asking, user=nobody, cwd="/", capture_output=True, text=True, check=True).stdout
-        control.close(is_successors=False)
+        control.close()
     assert said.count(f"user {nobody} may not ask") == 30
     assert {record.event for record in logged} == {"stranger_refused"}
     assert f"control: {path}: a process of user {nobody} asked there and was refused" in str(logged[0].fields)
@@ -113,14 +113,13 @@ def test_what_is_not_a_socket_is_not_replaced(tmp_path: Path, kind: str) -> None
     assert path.lstat() == before
 
 
-def test_the_path_of_a_successor_is_left_alone(tmp_path: Path) -> None:
-    before = Control(tmp_path / "control", lambda _: DONE, log_record)
-    before.open()
-    after = Control(tmp_path / "control", lambda _: {**DONE, "changes": ["after"]}, log_record)
-    after.open()
-    before.close(is_successors=True)
-    assert ask_to_reload(tmp_path / "control")["changes"] == ["after"]
-    after.close(is_successors=False)
+def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "control"))
+    control = Control(tmp_path / "control", lambda _: DONE, log_record)
+    control.open()
+    assert ask_to_reload(tmp_path / "control") == DONE
+    control.close()
 
 
 @pytest.mark.parametrize(

@@ -151,22 +151,19 @@ def test_only_a_server_compares_its_store_with_a_mark(write: Write, tmp_path: Pa
 @pytest.fixture
 def setup(write: Write, monkeypatch: pytest.MonkeyPatch) -> ServerSetup:
     monkeypatch.delenv("LISTEN_PID", raising=False)
-    return make_setup(write(("listen = ", 'takeover = "door"\ncontrol = "control"\nlisten = ')))
+    return make_setup(write(("listen = ", 'control = "control"\nlisten = ')))
 
 
-def test_a_server_has_its_sockets_its_door_and_its_control_as_long_as_it_serves(
-    setup: ServerSetup, tmp_path: Path
-) -> None:
+def test_a_server_has_its_sockets_and_its_control_as_long_as_it_serves(setup: ServerSetup, tmp_path: Path) -> None:
     with open_listeners(Running(setup)) as held:
-        assert (held.by_manager, held.taken) == (False, None)
+        assert not held.by_manager
         held.answer(setup.control_socket, lambda caller: {"ok": False, "error": caller}, log_record)
         assert not (tmp_path / "control").exists()
         held.begin()
         assert ask_to_reload(tmp_path / "control") == {"ok": False, "error": f"uid {os.geteuid()}"}
-        assert (tmp_path / "door").exists()
         (url,) = held.listeners.urls
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 60).close()
-    assert not {*tmp_path.glob("door*"), *tmp_path.glob("control*")}
+    assert not [*tmp_path.glob("control*")]
 
 
 def test_a_worker_has_the_sockets_of_its_supervisor_and_answers_no_operator(setup: ServerSetup, tmp_path: Path) -> None:
@@ -191,10 +188,10 @@ def test_a_worker_has_the_sockets_of_its_supervisor_and_answers_no_operator(setu
         with open_listeners(Running(setup), worker=worker) as held:
             held.answer(setup.control_socket, lambda _: {"ok": True}, log_record)
             held.begin()
-            assert (held.by_manager, held.life, held.control, held.door) == (True, life, None, None)
+            assert (held.by_manager, held.life, held.control) == (True, life, None)
             assert held.listeners.sockets[0].socket.getsockname() == given.getsockname()
         worker.channel.close()
     os.close(life)
     os.close(ours)
-    assert not {*tmp_path.glob("door*"), *tmp_path.glob("control*")}
+    assert not [*tmp_path.glob("control*")]
     assert workers.given_by_supervisor({}) is None

@@ -29,7 +29,7 @@ def set_up(folder: Path, *lines: str) -> ServerSetup:
 
 
 def test_each_listener_has_its_certificate(tmp_path: Path) -> None:
-    plain = set_up(tmp_path, 'takeover = "door"', 'admin.unix = "admin"')
+    plain = set_up(tmp_path, 'control = "control"', 'admin.unix = "admin"')
     assert plain.admin_tls is None
     names = 'certificate = "server.pem", key = "server.key", client_ca = "ca.pem"'
     other = tmp_path / "other"
@@ -42,7 +42,7 @@ def test_each_listener_has_its_certificate(tmp_path: Path) -> None:
     [
         ('minimum_version = "newest"', "so it cannot be compared"),
         ('policy = "policy.toml"', "policy: .*policy.toml: cannot be read"),
-        (f'takeover = "{"x" * 200}"', "takeover: "),
+        (f'control = "{"x" * 200}"', "control: "),
         (f'admin.unix = "{"x" * 200}"', "admin.unix: "),
         (f'proxy = [{{ name = "front", unix = "{"x" * 200}" }}]', "proxy.unix: "),
     ],

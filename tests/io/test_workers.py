@@ -82,7 +82,7 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
     with log.open("wb") as file, closing(LogWriter(file.fileno())) as writer, ThreadPoolExecutor() as threads:
         upgraded = threads.submit(upgrade)
         supervisor = Supervisor(running, 2, [str(program)], [], False, writer, keeps_metrics=False, stop_seconds=60)
-        assert supervisor.run([signal.SIGUSR2], ready.set, None, "") is False
+        supervisor.run([signal.SIGUSR2], ready.set)
         upgraded.result()
     assert set(children()) <= others
 
@@ -106,7 +106,7 @@ def test_a_start_that_is_stopped_is_not_one_that_failed(tmp_path: Path, all_are_
         program = ["sleep", "60"]
         supervisor = Supervisor(running, 2, program, [], False, writer, keeps_metrics=False, stop_seconds=60)
         begun = time.monotonic()
-        assert supervisor.run([signal.SIGUSR2], lambda: pytest.fail("it serves"), None, "") is False
+        supervisor.run([signal.SIGUSR2], lambda: pytest.fail("it serves"))
         assert time.monotonic() - begun < 30
         told.result()
     assert set(children()) <= others
@@ -145,7 +145,7 @@ def test_a_signal_that_does_not_end_the_wait_is_carried_out(tmp_path: Path) -> N
     ):
         ending: list[Future[None]] = []
         supervisor = Supervisor(running, 1, program, [], False, writer, keeps_metrics=False, stop_seconds=60)
-        assert supervisor.run([signal.SIGUSR2], lambda: ending.append(one.submit(stop)), None, "") is False
+        supervisor.run([signal.SIGUSR2], lambda: ending.append(one.submit(stop)))
         stopped.set()
         ending[0].result()
 
@@ -162,7 +162,7 @@ def test_workers_without_a_place_for_their_counts_are_refused(tmp_path: Path, mo
         with pytest.raises(
             ConfigurationError, match=r"make one, and name it in TMPDIR \(No usable temporary directory"
         ):
-            _ = supervisor.run([signal.SIGUSR2], lambda: None, None, "")
+            supervisor.run([signal.SIGUSR2], lambda: None)
 
 
 def test_servers_that_start_at_once_keep_their_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,22 +162,6 @@ def test_it_says_what_is_wrong(premises: Premises) -> None:
         assert admin.get("/livez").status_code == 200  # a restart would mend nothing
 
 
-@here_only
-def test_the_next_server_takes_it_over(premises: Premises) -> None:
-    premises.edit("limits.drain_seconds = 0", 'takeover = "takeover.sock"\nlimits.drain_seconds = 25')
-    listen(premises, 'unix = "admin.sock"\nlisten = "127.0.0.1:0"')
-    premises.start()
-    old = premises.server
-    assert old is not None
-    premises.start()
-    _ = old.process.communicate(timeout=60)
-    with over(premises.directory / "admin.sock") as admin:
-        assert admin.get("/livez").status_code == 200
-    premises.stop()
-    urls = [line for line in premises.directory.with_name("log").read_text().splitlines() if '"serving"' in line]
-    assert len({line.partition('"admin":')[2] for line in urls}) == 1
-
-
 def test_every_metric_is_described() -> None:
     page = (DOCS / "how-to" / "monitor.md").read_text()
     described = set(re.findall(r"`([a-z_]+)`", page.partition("## Metrics")[2].partition("## Alerts")[0]))

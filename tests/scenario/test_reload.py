@@ -534,7 +534,7 @@ def test_the_control_socket_outlives_a_lack_of_descriptors(tmp_path: Path) -> No
         finally:
             setrlimit(RLIMIT_NOFILE, limits)
         assert ask(clients[0], path, seconds=10) == b'{"ok": true}\n'
-    control.close(is_successors=False)
+    control.close()
     assert not path.exists()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import threading
@@ -138,40 +137,10 @@ def log_of(premises: Premises) -> list[dict[str, Any]]:
     return [json.loads(line) for line in premises.directory.with_name("log").read_text().splitlines()]
 
 
-TAKEOVER = 'takeover = "takeover.sock"\nlimits.drain_seconds = 25'
 TRANSPORTS = ("trio", "asyncio")
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[:1])
-def test_the_next_server_takes_over_and_no_boot_is_lost(
-    premises: Premises, transport: str, require_program: Callable[[str], str]
-) -> None:
-    _ = require_program("curl")
-    premises.edit("limits.drain_seconds = 0", TAKEOVER)
-    listen(premises, 'unix = "admin.sock"')
-    premises.start("--transport", transport)
-    with load(premises, premises.url) as vms:
-        for _ in range(RESTARTS):
-            old = premises.server
-            assert old is not None
-            wait_for_boots(vms)
-            premises.start("--transport", transport)
-            assert premises.url == old.url
-            _ = old.process.communicate(timeout=60)
-            assert old.process.returncode == 0
-            assert premises.server is not None
-            premises.server.process.send_signal(signal.SIGHUP)
-        wait_for_boots(vms)
-    assert [vm.retries for vm in vms] == [[]] * VMS
-    events = [record["event"] for record in log_of(premises)]
-    assert events.count("stopped") == RESTARTS
-    assert "reloaded" in events
-    assert (premises.directory / "admin.sock").is_socket()
-    premises.stop()
-    assert sorted(path.name for path in premises.directory.glob("*.sock*")) == []
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[1:])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_service_manager_holds_the_socket_and_no_boot_is_lost(
     premises: Premises, transport: str, require_program: Callable[[str], str]
 ) -> None:
@@ -212,77 +181,3 @@ def activated(premises: Premises, held: socket.socket, transport: str) -> subpro
     assert process.stdout is not None
     assert process.stdout.readline().startswith("https://")
     return process
-
-
-# --- the door at which a successor asks ---
-
-
-def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
-    premises.edit("limits.drain_seconds = 0", TAKEOVER)
-    listen(premises, 'unix = "admin.sock"')
-    premises.start()
-    _ = premises.vm().nonce()
-    other = premises.directory / "other.toml"
-    text = premises.configuration.read_text()
-    _ = other.write_text(text.replace('"sqlite:keys.db"', '{ url = "sqlite:other.db", mark_file = "mark" }'))
-    before = sorted(premises.directory.iterdir())
-    for workers in ("1", "2"):
-        ended = premises.run("serve", "--config", other, "--workers", workers)
-        assert ended.code == 1
-        assert "takeover: the running server uses the store" in ended.err
-        assert sorted(premises.directory.iterdir()) == before  # no other store, and no mark of it
-    _ = other.write_text(text.replace("127.0.0.1:0", "0.0.0.0:0"))
-    ended = premises.run("serve", "--config", other)
-    assert ended.code == 1
-    assert "listen: a socket at 127.0.0.1:" in ended.err
-    _ = other.write_text(text.replace('"kek"', '"none"'))
-    assert premises.run("serve", "--config", other).code == 1
-    assert (premises.directory / "admin.sock").is_socket()
-    door = premises.directory / "takeover.sock"
-    assert door.stat().st_mode & 0o777 == 0o600
-    for _ in range(2):  # it takes the sockets, and ends before it serves
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(door))
-            _, descriptors, _, _ = socket.recv_fds(connection, 4096, 8)
-            for descriptor in descriptors:
-                os.close(descriptor)
-    _ = premises.vm("vm-2").nonce()
-    premises.stop()
-    assert sorted(path.name for path in premises.directory.glob("*.sock*")) == []
-
-
-def test_a_door_that_nobody_keeps_is_replaced(premises: Premises) -> None:
-    premises.edit("limits.drain_seconds = 0", TAKEOVER)
-    premises.start()
-    premises.kill()
-    assert (premises.directory / "takeover.sock").is_socket()
-    premises.start()
-    _ = premises.vm().nonce()
-    premises.stop()
-
-
-def test_who_answers_at_the_door_is_a_key_server(premises: Premises) -> None:
-    premises.edit("limits.drain_seconds = 0", TAKEOVER)
-    with socket.socket(socket.AF_UNIX) as stranger, ThreadPoolExecutor() as threads:
-        stranger.bind(str(premises.directory / "takeover.sock"))
-        stranger.listen()
-        serving = threads.submit(premises.do, "serve")
-        with stranger.accept()[0] as connection:
-            connection.sendall(b"220 smtp.example ESMTP\r\n")
-            ended = serving.result(60)
-    assert ended.code == 1
-    assert "no key server answers there" in ended.err
-
-
-def test_a_silent_peer_holds_the_end_for_seconds_only(premises: Premises) -> None:
-    premises.edit("limits.drain_seconds = 0", TAKEOVER.replace("25", "3600"))
-    premises.start()
-    old = premises.server
-    assert old is not None
-    port = int(premises.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)):
-        _ = premises.vm().nonce()  # accepted later, so the silent one was accepted
-        premises.start()
-        _ = old.process.communicate(timeout=30)
-        assert old.process.returncode == 0
-    premises.stop()

@@ -1,4 +1,4 @@
-"""Several processes on one socket: they serve, are replaced, reload, stop and are taken over as one server."""
+"""Several processes on one socket: they serve, are replaced, reload and stop as one server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from tests.waiting import send_twice, wait_until
 
 pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
 LIMIT = 12
-TAKEOVER = 'takeover = "takeover.sock"\nlimits.drain_seconds = 2'
 
 
 def children(premises: Premises) -> list[int]:
@@ -70,7 +69,7 @@ def boot(premises: Premises, name: str = "vm-1") -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[:1])
 def test_workers_are_one_server(premises: Premises, transport: str) -> None:
-    premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 2")
     listen(premises, 'unix = "admin.sock"')
     premises.start("--workers", "2", "--transport", transport)
     first = children(premises)
@@ -92,18 +91,9 @@ def test_workers_are_one_server(premises: Premises, transport: str) -> None:
     assert premises.server is not None
     premises.server.process.send_signal(signal.SIGHUP)
     _ = wait_until(lambda: len(records(premises, "reloaded")) == 1)
-
-    old, workers = premises.server, children(premises)
-    premises.start("--workers", "2", "--transport", transport)
-    assert premises.url == old.url
-    _ = old.process.communicate(timeout=60)
-    assert old.process.returncode == 0
-    assert all(is_gone(pid) for pid in workers)
-    boot(premises)
     workers = children(premises)
     premises.stop()
     assert all(is_gone(pid) for pid in workers)
-    assert not (premises.directory / "takeover.sock").exists()
 
 
 def test_workers_end_with_a_supervisor_that_is_killed_and_leave_its_address(

@@ -83,9 +83,9 @@ def test_it_never_listens_where_everybody_may_ask(admin: str, text: str) -> None
 
 
 @pytest.mark.parametrize("other", ["[admin]", '[[proxy]]\nname = "front"'])
-def test_no_listener_has_the_path_of_the_takeover(other: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"takeover: is admin\.unix or proxy\.unix, too"):
-        _ = ServerConfig.from_toml(f'takeover = "s"\n{EXAMPLE}\n{other}\nunix = "s"\n'.encode())
+def test_no_listener_has_the_path_of_the_control_socket(other: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"control: is admin\.unix or proxy\.unix, too"):
+        _ = ServerConfig.from_toml(f'control = "s"\n{EXAMPLE}\n{other}\nunix = "s"\n'.encode())
 
 
 # --- what is told of requests ---

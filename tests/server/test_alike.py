@@ -83,7 +83,7 @@ def test_a_setting_that_must_be_equal_is_named(place: Path, line: str, key: str)
 
 def test_settings_of_one_machine_may_differ(place: Path) -> None:
     def change(text: str) -> str:
-        return f'limits.connections = 7\ntakeover = "t"\n{text}'.replace("127.0.0.1:0", "127.0.0.1:1")
+        return f'limits.connections = 7\ncontrol = "t"\n{text}'.replace("127.0.0.1:0", "127.0.0.1:1")
 
     assert settings(place, change) == settings(place)
 

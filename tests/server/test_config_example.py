@@ -18,9 +18,7 @@ from chutes_proto.server._profiles import EXTRA_KEYS, ServedOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = (ROOT / "examples" / "server.toml").read_text("utf-8")
-NO_DEFAULTS = {
-    *"policy control minimum_version signing_keys_file kek_previous_file takeover networks unix secret_file".split()
-}
+NO_DEFAULTS = {*"policy control minimum_version signing_keys_file kek_previous_file networks unix secret_file".split()}
 NO_DEFAULTS |= {"proxy", "mark_file", "origin", "listen", "certificate", "key", "client_ca"}
 _ALTERNATIVE = "directory hotkey_file root_passphrase_file root_passphrases_file"
 ALTERNATIVES = ("store = ", "collateral = {", *(f"{key} = " for key in _ALTERNATIVE.split()))

@@ -10,7 +10,7 @@ def asgi_app(config: ServerConfig) -> AsgiApp:
     """Return the key server of ``config`` as an ASGI 3 application, for ASGI servers on asyncio or trio.
 
     The ASGI server listens, so ``listen``, ``tls`` and ``proxy.unix`` of the configuration are checked and not used;
-    ``admin``, ``control`` and ``takeover`` have no effect. A proxy in front of it ends TLS: clients show their
+    ``admin`` and ``control`` have no effect. A proxy in front of it ends TLS: clients show their
     certificates to the proxy, and a ``[[proxy]]`` entry must name it.
     With ``proxy.unix`` a request whose scope has no ``client`` counts as one over that socket, and its headers are
     believed: what calls the application must name the client of every other connection.

@@ -312,8 +312,6 @@ class ServerConfig:
     measurements: tuple[str, ...]
     hotkeys: tuple[str, ...] | Literal["*"]
     listen: str = "127.0.0.1:8443"
-    takeover: str | None = None
-    """The path of a Unix socket at which the next server of the same user takes the listening sockets over."""
     control: str | None = None
     """The path of a Unix socket at which `chutes-proto reload` asks this server to read its files again."""
     kek_previous_file: str | None = None
@@ -499,10 +497,8 @@ def _address(key: str, text: str) -> tuple[str, int]:
 
 def _admin_problems(config: ServerConfig) -> Iterator[str]:
     admin = config.admin
-    if config.control is not None and config.control in (config.takeover, admin.unix, config.proxy_unix):
-        yield "control: is takeover, admin.unix or proxy.unix, too; name another path"
-    if config.takeover is not None and config.takeover in (admin.unix, config.proxy_unix):
-        yield "takeover: is admin.unix or proxy.unix, too; who asks there gets the listening sockets"
+    if config.control is not None and config.control in (admin.unix, config.proxy_unix):
+        yield "control: is admin.unix or proxy.unix, too; name another path"
     try:
         address = admin.address
     except ConfigurationError as exc:

@@ -63,9 +63,8 @@ def command(
     process ends two seconds later: every transaction is done as a whole or not at all. SIGHUP lets it read
     its files again, as `chutes-proto reload` does; one that comes during the start waits for its end.
 
-    No boot is lost in a restart if systemd holds the listening sockets (socket activation), or if the configuration
-    names a takeover socket: then a second serve takes the sockets of the running server over, which ends once the new
-    one serves.
+    No boot is lost in a restart if systemd holds the listening sockets (socket activation): connections wait there
+    until the new server serves.
 
     With --workers, several processes serve on the same sockets, one for each core. A worker that ends is replaced. Each
     has its share of the limits on connections, verifications, requests and store connections. A store in SQLite has one

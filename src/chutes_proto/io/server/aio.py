@@ -180,19 +180,18 @@ async def run_until_stopped(
     listening: Sequence[Listening],
     signals: Mapping[Signals, Callable[[], None]],
     ready: Callable[[], None],
-    *background: Callable[[], Coroutine[object, object, None]],
+    background: Callable[[], Coroutine[object, object, None]],
 ) -> None:
     """Serve until the server is stopped; call the function in ``signals`` at each signal.
 
-    ``ready`` is called once signals are handled. Each of ``background`` runs beside the server, and is cancelled at its
-    end. From then on the process ignores the signals, because it is to end. Must run in the main thread.
+    ``ready`` is called once signals are handled. ``background`` runs beside the server, and is cancelled at its end.
+    From then on the process ignores the signals, because it is to end. Must run in the main thread.
     """
     with heard(signals) as numbers:
         ready()
         async with anyio.create_task_group() as nursery:
             _ = nursery.start_soon(_call, numbers, signals)
-            for run in background:
-                _ = nursery.start_soon(run)
+            _ = nursery.start_soon(background)
             await server.serve(listening)
             nursery.cancel_scope.cancel()
 

@@ -101,7 +101,6 @@ def check_places(setup: ServerSetup) -> Iterator[Finding]:
     """
     sockets = {
         "proxy.unix": setup.proxy_socket,
-        "takeover": setup.takeover_socket,
         "control": setup.control_socket,
         "admin.unix": setup.admin_socket,
     }

@@ -2,22 +2,29 @@
 
 Rules kept here:
 
-* only the server's user and root may ask: the socket is a private one, and the kernel says who asks.
+* only the server's user and root may ask: the mode of the socket is 0600, and the kernel says who is at the other end.
+  A stranger who got there, as by an access list, is refused and logged;
+* a socket that a server left behind is replaced once this one serves, and never what is not a socket.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
+import stat
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from struct import calcsize, unpack
 from typing import Any, Final, cast
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.server.sockets import PrivateSocket, StrangerError
-from chutes_proto.log import Record
+from chutes_proto.log import Level, Record, Value
+from chutes_proto.server._limits import LogThrottle
 
 RELOAD_SECONDS: Final = 120.0
 """How long a command waits for a reload: a database may be slow, and every worker reads its files."""
@@ -28,7 +35,7 @@ _PAUSE: Final = 1.0
 _MOST: Final = 1024 * 1024
 
 
-class Control(PrivateSocket):
+class Control:
     """Answers at ``path``; ``reload`` is called in a thread of its own, with the words that name the caller.
 
     Until `open` it has another name. Raises `ConfigurationError` for a path that cannot be used.
@@ -37,23 +44,50 @@ class Control(PrivateSocket):
     def __init__(
         self, path: Path, reload: Callable[[str], Mapping[str, object]], log: Callable[[Record], None]
     ) -> None:
-        super().__init__("control", path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._path = path
         self._log = log
+        self._refusals = LogThrottle()
+        self._made = path.with_name(f"{path.name}.{os.getpid()}")
+        before = os.umask(0o177)
+        try:
+            if not _may_be_replaced(path):
+                raise OSError(errno.EEXIST, "it is not a socket; name another path, or remove it")
+            self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
+            self._socket.bind(str(self._made))
+            self._socket.listen()
+        except OSError as exc:
+            self._socket.close()
+            raise self._unusable(exc) from None
+        finally:
+            _ = os.umask(before)
         self._reload = reload
         self._closed = threading.Event()
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
-    def close(self, *, is_successors: bool) -> None:
-        """Close it, and remove its file unless the path ``is_successors``."""
+    def open(self) -> None:
+        """Take the path: who asks there from now on asks this server. Raises `ConfigurationError`."""
+        try:
+            _ = self._made.replace(self._path)
+        except OSError as exc:
+            raise self._unusable(exc) from None
+        self._made = self._path
+
+    def close(self) -> None:
+        """Close it, and remove its file."""
         self._closed.set()
         with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
-        super().close(is_successors=is_successors)
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
+        self._socket.close()
+        self._made.unlink(missing_ok=True)
+
+    def _unusable(self, exc: OSError) -> ConfigurationError:
+        return ConfigurationError(f"control: {self._path}: {exc.strerror or exc}")
 
     def _serve(self) -> None:
         while True:
             try:
-                connection, _ = self.socket.accept()
+                connection, _ = self._socket.accept()
             except OSError:  # closed, or no descriptor is free
                 if self._closed.wait(_PAUSE):
                     return
@@ -63,13 +97,29 @@ class Control(PrivateSocket):
                 connection.sendall(json.dumps(self._answer(connection)).encode() + b"\n")
 
     def _answer(self, connection: socket.socket) -> Mapping[str, object]:
-        try:
-            user = self.peer(connection, self._log)
-        except StrangerError as exc:
-            return {"ok": False, "error": f"user {exc.user} may not ask; ask as the server's user or as root"}
+        _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
+        if user not in (0, os.geteuid()):
+            self._note_stranger(user)
+            return {"ok": False, "error": f"user {user} may not ask; ask as the server's user or as root"}
         if connection.recv(len(_ASKED), socket.MSG_WAITALL) != _ASKED:
             return {"ok": False, "error": "the only request is reload"}
         return self._reload(f"uid {user}")
+
+    def _note_stranger(self, user: int) -> None:
+        if (held_back := self._refusals.admits(str(user), time.monotonic())) is not None:
+            about = f"control: {self._path}: a process of user {user} asked there and was refused"
+            remedy = "let only the server's user reach it: chmod 600, and no access list for others (getfacl)"
+            fields: dict[str, Value] = {"about": f"{about}; {remedy}"}
+            fields |= {"held_back": held_back} if held_back else {}
+            self._log(Record(Level.WARNING, "stranger_refused", fields, is_noise=True))
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether there is a socket itself, no link to one, or nothing any more: a server may just be ending."""
+    try:
+        return stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def ask_to_reload(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.server._app import App
 from chutes_proto.units.operator import RecordReload, RecordStart
 
-_FIXED: Final = ("listen", "store", "takeover", "control", "roots", "limits", "admin", "audit", "gpu_evidence")
+_FIXED: Final = ("listen", "store", "control", "roots", "limits", "admin", "audit", "gpu_evidence")
 """Settings that a server keeps until it is started again."""
 
 

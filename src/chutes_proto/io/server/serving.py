@@ -24,13 +24,13 @@ from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.copier import copying
-from chutes_proto.io.server.listeners import Listeners, open_listeners, take_inherited
+from chutes_proto.io.server.listeners import Listeners, open_listeners
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.reload import Reloader, Running, prepare, record_start
 from chutes_proto.io.server.scrub import Scrubber, scrubbing
 from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
-from chutes_proto.io.server.sockets import Listening, allowed_connections
+from chutes_proto.io.server.sockets import Listening, allowed_connections, inherited_sockets
 from chutes_proto.io.server.store_setup import (
     check_keys,
     erasures_file,
@@ -41,7 +41,6 @@ from chutes_proto.io.server.store_setup import (
 from chutes_proto.io.server.watching import watching
 from chutes_proto.io.server.workers import (
     STOP_AT_ONCE,
-    STOP_HANDED_OVER,
     Given,
     Supervisor,
     in_background,
@@ -299,10 +298,9 @@ def serve_until_stopped(
     in ``stops``, and a request at the socket ``control`` reload the files (``reload.py``). Raises `ConfigurationError`
     and `StoreError`.
 
-    The listening sockets are those that the service manager passed, or those of the server that answers at the path
-    ``takeover`` of the configuration, which then ends. While others hold its sockets, a server that stops accepts no
-    more and waits for no open boot, because others on the same store serve these. A ``worker`` uses what its supervisor
-    gave.
+    The listening sockets are those that the service manager passed, and new ones. While others hold its sockets, a
+    server that stops accepts no more and waits for no open boot, because others on the same store serve these. A
+    ``worker`` uses what its supervisor gave.
 
     The process ends `END_SECONDS` after that, whatever its threads do: unfinished work leaves no trace, because a unit
     of the store is one transaction. This limit also holds for the work of the process after this function.
@@ -310,7 +308,7 @@ def serve_until_stopped(
     if find_spec(transport) is None:
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
     running = Running(setup)
-    inherited = [] if worker is not None else take_inherited(setup)
+    inherited = [] if worker is not None else inherited_sockets(os.environ)
     source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
     with (
         open_store(running, worker) as (store, warnings),
@@ -362,22 +360,14 @@ def serve_until_stopped(
                         # Its successor must be able to listen at once, and serves the open boots.
                         stop("supervisor", handed_over=True)
 
-                async def end_after_takeover() -> None:
-                    if held.door is not None:
-                        await held.door.successor(store.name, listeners.keyed, log)
-                        listeners.handed_over = True
-                        stop("takeover", handed_over=True)
-
                 signals: dict[signal.Signals, Callable[[], None]] = {
                     signal.SIGHUP: lambda: None if worker is not None else reload_at_signal(reloader.reload, log)
                 }
                 handed_over = held.by_manager and listeners.all_given
                 signals |= {number: partial(stop_at_signal, number, handed_over=handed_over) for number in stops}
                 if held.life is not None:
-                    signals[STOP_HANDED_OVER] = partial(stop, "takeover", handed_over=True)
                     signals[STOP_AT_ONCE] = partial(stop, STOP_AT_ONCE.name, handed_over=handed_over)
-                background = (end_after_takeover, end_with_supervisor)
-                await run_until_stopped(server, listeners.sockets, signals, ready, *background)
+                await run_until_stopped(server, listeners.sockets, signals, ready, end_with_supervisor)
                 _end_after(END_SECONDS, log, listeners)
 
         try:
@@ -402,7 +392,7 @@ def supervise_until_stopped(
     if setup.config.path is None:
         raise ConfigurationError("--workers: a worker reads the configuration from its file; name one")
     running = Running(setup)
-    inherited = take_inherited(setup)
+    inherited = inherited_sockets(os.environ)
     with open_store(running):
         pass  # opened again by each worker
     seconds = setup.config.limits.drain_seconds + 2 * END_SECONDS
@@ -426,7 +416,7 @@ def supervise_until_stopped(
             tell_manager("READY=1")
             hear_hangups()
 
-        held.listeners.handed_over = supervisor.run(stops, ready, held.door, setup.store.name)
+        supervisor.run(stops, ready)
         log(Record(Level.INFO, "stopped", {}))
 
 

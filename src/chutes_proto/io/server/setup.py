@@ -143,11 +143,6 @@ class ServerSetup:
         """The Unix socket to listen on for proxies."""
         return None if self.config.proxy_unix is None else self.base / self.config.proxy_unix
 
-    @property
-    def takeover_socket(self) -> Path | None:
-        """The Unix socket at which the next server takes the listening sockets over."""
-        return None if self.config.takeover is None else self.base / self.config.takeover
-
 
 def load_config(path: str | PathLike[str], files: Files) -> ServerConfig:
     """Read a configuration through ``files``, as `ServerConfig.load` does. Raises the same errors."""
@@ -186,9 +181,6 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
     if config.proxy_unix is not None:
         socket_path = str(base / config.proxy_unix)
         _ = problems.attempt("proxy.unix", lambda: check_socket_path(socket_path))
-    if config.takeover is not None:
-        takeover_path = f"{base / config.takeover}.{os.getpid()}"
-        _ = problems.attempt("takeover", lambda: check_socket_path(takeover_path))
     if config.control is not None:
         control_path = f"{base / config.control}.{os.getpid()}"
         _ = problems.attempt("control", lambda: check_socket_path(control_path))

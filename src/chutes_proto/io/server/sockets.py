@@ -5,10 +5,7 @@ Rules kept here:
 * a TCP socket carries TLS; a Unix socket carries plain HTTP, because every process that may open it is trusted: its
   mode is 0660;
 * a Unix socket that a server left behind is replaced; one on which a server answers is not, nor is any other file;
-* a socket that was given, by a service manager or a running server, is used only where the configuration names it;
-* a private socket is for the server's user and root: its mode is 0600, and the kernel says who is at the other end. A
-  stranger who got there, as by an access list, is refused and logged. Its path belongs to the latest server that
-  serves, so a successor replaces it only then, and never what is not a socket;
+* a socket that a service manager gave is used only where the configuration names it;
 * what a peer does not take stays in the server, where `Connections` bounds it: the kernel holds little of an answer,
   and not for longer than a peer has to take one, after the connection was closed, too;
 * a server has no more connections than the system allows it open files.
@@ -21,17 +18,13 @@ import os
 import resource
 import socket
 import stat
-import time
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from struct import calcsize, unpack
 from typing import Final, cast
 
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
-from chutes_proto.log import Level, Record, Value
-from chutes_proto.server._limits import LogThrottle
 from chutes_proto.transport.h1 import DEFAULT_LIMITS
 from chutes_proto.transport.tls import ServerContext, TlsSession
 
@@ -81,9 +74,9 @@ def _listens(given: socket.socket) -> bool:
 
 
 class GivenSockets:
-    """Listening sockets that another process opened, to be taken by those that the configuration names.
+    """Listening sockets that another process opened, to be taken by the settings that name them.
 
-    Each has the setting that it was opened for; empty if that is not known, as from a service manager.
+    Each has the setting that a supervisor opened it for; empty if it is a service manager's.
     """
 
     def __init__(self, sockets: Sequence[tuple[str, socket.socket]]) -> None:
@@ -114,8 +107,8 @@ class GivenSockets:
             each.close()
         if names:
             raise ConfigurationError(
-                f"listen: a socket at {names[0]} was given by the service manager or the running server, and the"
-                " configuration does not name it; make listen, proxy.unix or admin agree with it"
+                f"listen: a socket at {names[0]} was given by the service manager, and the configuration does not"
+                " name it; make listen, proxy.unix or admin agree with it"
             )
 
     def _take(self, key: str, is_meant: Callable[[object], bool]) -> list[socket.socket]:
@@ -183,89 +176,6 @@ def listen_unix(path: Path, *, key: str = "proxy.unix") -> Listening:
         bound.close()
         raise ConfigurationError(f"{key}: {path}: {_text(exc)}") from None
     return serve_plain(bound)
-
-
-class PrivateSocket:
-    """A listening Unix socket at ``path``, for the setting ``key``. Until `open` it has another name.
-
-    So the present server keeps its own. Raises `ConfigurationError` for a path that cannot be used.
-    """
-
-    def __init__(self, key: str, path: Path) -> None:
-        self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._key = key
-        self._path = path
-        self._refusals = LogThrottle()
-        self._made = path.with_name(f"{path.name}.{os.getpid()}")
-        before = os.umask(0o177)
-        try:
-            if not _may_be_replaced(path):
-                raise OSError(errno.EEXIST, "it is not a socket; name another path, or remove it")
-            self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
-            self.socket.bind(str(self._made))
-            self.socket.listen()
-        except OSError as exc:
-            self.socket.close()
-            raise self._unusable(exc) from None
-        finally:
-            _ = os.umask(before)
-
-    def open(self) -> None:
-        """Take the path: who asks there from now on asks this server. Raises `ConfigurationError`."""
-        try:
-            _ = self._made.replace(self._path)
-        except OSError as exc:
-            raise self._unusable(exc) from None
-        self._made = self._path
-
-    def peer(self, connection: socket.socket, log: Callable[[Record], None]) -> int:
-        """Return the user of the process that asks. Raises `StrangerError` as `check_peer` does, and logs it."""
-        try:
-            return check_peer(connection)
-        except StrangerError as exc:
-            if (held_back := self._refusals.admits(str(exc.user), time.monotonic())) is not None:
-                about = f"{self._key}: {self._path}: a process of user {exc.user} asked there and was refused"
-                remedy = "let only the server's user reach it: chmod 600, and no access list for others (getfacl)"
-                fields: dict[str, Value] = {"about": f"{about}; {remedy}"}
-                fields |= {"held_back": held_back} if held_back else {}
-                log(Record(Level.WARNING, "stranger_refused", fields, is_noise=True))
-            raise
-
-    def close(self, *, is_successors: bool) -> None:
-        """Close it, and remove its file unless the path ``is_successors``."""
-        self.socket.close()
-        if not is_successors:
-            self._made.unlink(missing_ok=True)
-
-    def _unusable(self, exc: OSError) -> ConfigurationError:
-        return ConfigurationError(f"{self._key}: {self._path}: {exc.strerror or exc}")
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """Whether there is a socket itself, no link to one, or nothing any more: a predecessor may just be ending."""
-    try:
-        return stat.S_ISSOCK(path.lstat().st_mode)
-    except FileNotFoundError:
-        return True
-
-
-class StrangerError(Exception):
-    """The process at the other end of a private socket is of another ``user`` than the server's and root."""
-
-    def __init__(self, user: int) -> None:
-        super().__init__(user)
-        self.user = user
-
-
-def check_peer(connection: socket.socket) -> int:
-    """Return the user of the process at the other end of a Unix socket: this process's, or root.
-
-    Raises `StrangerError` for another one. Source: unix(7), SO_PEERCRED.
-    """
-    _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
-    if user not in (0, os.geteuid()):
-        raise StrangerError(user)
-    return int(user)
 
 
 def serve_plain(bound: socket.socket) -> Listening:

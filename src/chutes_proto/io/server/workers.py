@@ -34,7 +34,6 @@ from select import select
 from socket import recv_fds, send_fds, socket, socketpair
 from typing import Any, Final, ParamSpec
 
-import anyio
 from attrs import define, field, frozen
 
 from chutes_proto.errors import ConfigurationError, StoreError
@@ -42,12 +41,8 @@ from chutes_proto.io.files import Files
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Prepared, Running, prepare, record, reported, why_refused
 from chutes_proto.io.server.setup import ServerSetup
-from chutes_proto.io.server.takeover import Door
 from chutes_proto.io.stop_signals import SignalsToStop, ignore
 from chutes_proto.log import Level, Record, Value
-
-STOP_HANDED_OVER: Final = signal.SIGUSR1
-"""Tells a worker to stop although its supervisor is not told: another server has the sockets."""
 
 STOP_AT_ONCE: Final = signal.SIGUSR2
 """Tells a worker that stops to end. Another signal to stop does not: the first may have reached it by two ways."""
@@ -296,8 +291,8 @@ class Supervisor:
         self.running.replace(prepared.setup)
         return prepared
 
-    def run(self, stops: Sequence[signal.Signals], ready: Callable[[], None], door: Door | None, store: str) -> bool:
-        """Serve until stopped; ``ready`` is called once all workers serve. Returns whether the sockets were taken over.
+    def run(self, stops: Sequence[signal.Signals], ready: Callable[[], None]) -> None:
+        """Serve until stopped; ``ready`` is called once all workers serve.
 
         At its end the process ignores signals from then on, because it is to end. Raises `StoreError` if the first
         workers do not start, and nobody stops them. Must run in the main thread.
@@ -323,9 +318,7 @@ class Supervisor:
                 self._start(number, life, environ)
             if all(map(self._serves, self._workers)):
                 ready()
-                if door is not None:
-                    threading.Thread(target=self._await_successor, args=(door, store), daemon=True).start()
-            return self._supervise(life, environ)
+            self._supervise(life, environ)
 
     def _serves(self, worker: _Worker) -> bool:
         """Wait until a worker says its first URL; False if all are to stop. Raises `StoreError` if it ended before.
@@ -379,21 +372,13 @@ class Supervisor:
         _ = worker.process.wait()
         self._events.put(("ended", worker))
 
-    def _await_successor(self, door: Door, store: str) -> None:
-        anyio.run(door.successor, store, self.sockets, self.log, backend="asyncio")
-        self._events.put(("takeover", None))
-
-    def _supervise(self, life: int, environ: dict[str, str]) -> bool:
-        was_taken_over = False
+    def _supervise(self, life: int, environ: dict[str, str]) -> None:
         while self._workers or not self._stopping:
             match self._next():
                 case "signal", signal.SIGHUP:
                     reload_at_signal(self.reload, self.log)
                 case "signal", signal.Signals() as number if self._to_stop.is_another(number):
                     self._stop(number.name, STOP_AT_ONCE if self._stopping else signal.SIGTERM)
-                case "takeover", _:
-                    was_taken_over = True
-                    self._stop("takeover", STOP_HANDED_OVER)
                 case "ended", _Worker() as worker:
                     self._note_end(worker, environ.get(METRICS_DIRECTORY))
                 case "start", int(number) if not self._stopping:
@@ -402,7 +387,6 @@ class Supervisor:
                     self._kill()
                 case _:
                     pass
-        return was_taken_over
 
     def _replace(self, number: int, life: int, environ: dict[str, str]) -> None:
         if not self._reloading.acquire(blocking=False):
