@@ -280,7 +280,7 @@ def _beginning(url: str) -> None:
         with store._pool.reserve() as connection:
 
             def begun(queries: Sequence[tuple[bytes, tuple[Any, ...]]]) -> None:
-                _ = connection.wait(store._database._exchanged(connection, (), *queries))
+                _ = store._database._exchanged(connection, (), *queries)
                 _ = connection.execute("ROLLBACK")
 
             bare = partial(begun, [(b"BEGIN ISOLATION LEVEL SERIALIZABLE", ())])

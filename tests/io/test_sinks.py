@@ -45,7 +45,7 @@ def lines(path: Path) -> list[Any]:
 def test_rows_and_checkpoints_are_in_the_file_before_the_answer(store: DurableStore, tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     sinks = Sinks([FileSink(path, is_durable=True)], required=True, tell=store.add_note)
-    store.copy_rows(sinks.rows, waits=True)
+    store.copy_rows(sinks.rows)
     store.transact(boot("first"))
     store.transact(Ask(Insert(ROW)))
     first, second = lines(path)
@@ -67,7 +67,7 @@ def test_what_root_makes_the_server_can_open(tmp_path: Path) -> None:
     os.chown(tmp_path, SERVER, SERVER)
     with closing(StorePlace("sqlite:keys.db", tmp_path).open(migrate=True)) as store:
         sinks = Sinks([FileSink(tmp_path / "audit.jsonl")], required=True, tell=store.add_note)
-        store.copy_rows(sinks.rows, waits=True)
+        store.copy_rows(sinks.rows)
         store.transact(Ask(Insert(ROW)))
         made = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in tmp_path.iterdir()}
     assert {"keys.db", "audit.jsonl"} <= made.keys()
@@ -112,13 +112,13 @@ SERVER = 65534
 
 def test_a_copy_that_fails_is_told_or_fails_the_request(store: DurableStore, tmp_path: Path) -> None:
     gone = tmp_path / "gone" / "audit.jsonl"
-    store.copy_rows(Sinks([FileSink(gone)], required=False, tell=store.add_note, copies=store.copies).rows, waits=True)
+    store.copy_rows(Sinks([FileSink(gone)], required=False, tell=store.add_note, copies=store.copies).rows)
     store.transact(Ask(Insert(ROW)))
     store.transact(Ask(Insert(ROW)))
     (note,) = [note for note in store.notes if "audit.file" in note]
     assert note.startswith(f"audit.file: {gone}: No such file or directory; lines are missing there from ")
     assert (store.copies.missed, [*store.copies.failing]) == ({"audit.file": 2}, [f"audit.file: {gone}"])
-    store.copy_rows(Sinks([FileSink(gone)], required=True, tell=store.add_note, copies=store.copies).rows, waits=True)
+    store.copy_rows(Sinks([FileSink(gone)], required=True, tell=store.add_note, copies=store.copies).rows)
     with pytest.raises(StoreError, match=r"audit.required is set, so the answer does not leave"):
         store.transact(boot("first"))
     assert [row.event for row in store.transact(Ask(Scan(AuditRow)))] == ["event", "event", "boot"], (
@@ -130,9 +130,7 @@ def test_a_copy_that_fails_is_told_or_fails_the_request(store: DurableStore, tmp
     assert f"audit.file: {gone}: it takes lines again; 3 of " in store.notes[-1]
     assert not store.copies.failing
     # A full disk is a device that is always full.
-    store.copy_rows(
-        Sinks([FileSink(Path("/dev/full"))], required=True, tell=store.add_note, copies=store.copies).rows, waits=True
-    )
+    store.copy_rows(Sinks([FileSink(Path("/dev/full"))], required=True, tell=store.add_note, copies=store.copies).rows)
     with pytest.raises(StoreError, match="No space left"):
         store.transact(Ask(Insert(ROW)))
 

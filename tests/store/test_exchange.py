@@ -154,7 +154,7 @@ def test_a_caller_that_is_interrupted_leaves_nothing_that_runs(migrated_schema: 
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             queries = [BEGIN, (b"SELECT pg_sleep(600)", ()), (b"SELECT 1", ()), COMMIT]
-            _ = connection.wait(store._database._exchanged(connection, (), *queries))
+            _ = store._database._exchanged(connection, (), *queries)
         _ = wait_until(lambda: not ask(migrated_schema, active))
         assert carry_out(connection, Prepared(), [(b"ROLLBACK", ()), (b"SELECT 2", ())]) == [[], [(2,)]]
     finally:

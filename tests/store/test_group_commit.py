@@ -97,24 +97,6 @@ def test_units_that_wait_are_committed_together_in_their_order(store: SqliteStor
     assert store.transact(Ask(Scan(AuditRow))) == tuple(rows)
 
 
-def test_a_caller_is_told_when_its_units_have_run_and_only_the_commit_is_left(store: SqliteStore) -> None:
-    order: list[object] = []
-
-    class Noted(Unit[None]):
-        def script(self) -> Script[None]:
-            yield from Insert(AuditRow(NOW, "vm", "event", "granted"))
-            order.append("has run")
-
-    with closing(sqlite3.connect(store.path)) as other:
-
-        def look() -> None:
-            order.extend(other.execute("SELECT count(*) FROM audit").fetchone())
-
-        assert store.transact_all([Noted() for _ in range(3)], look) == [(None, None)] * 3
-        look()
-    assert order == ["has run", "has run", "has run", 0, 3]
-
-
 def test_what_raises_is_undone_alone(store: SqliteStore, gathered: str) -> None:
     exc = LookupError("no")
     stop = KeyboardInterrupt()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -25,9 +24,8 @@ from chutes_proto.effects import Transact
 from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.aio import Performer
-from chutes_proto.io.server.metrics import MeteredPerformer, Metrics
+from chutes_proto.io.loops import Threads
 from chutes_proto.io.stores.postgres import PostgresStore, transactions
-from chutes_proto.io.stores.threads import Threads
 from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.log import Record
 from chutes_proto.server import _retry
@@ -188,16 +186,16 @@ async def test_where_no_thread_can_be_started_a_transaction_waits_for_one_or_fai
 
     async with open_turns(store) as turns:
         with monkeypatch.context() as patch:
-            patch.setattr("chutes_proto.io.stores.threads.Thread", NoThread)
+            patch.setattr("chutes_proto.io.loops.Thread", NoThread)
             with pytest.raises(StoreAway, match="store scripted: can't start new thread"):
                 await turns.transact(effect)
         async with anyio.create_task_group() as group:
             group.start_soon(ask)
             await async_wait_until(lambda: len(store.began) == 1)
             with monkeypatch.context() as patch:
-                patch.setattr("chutes_proto.io.stores.threads.Thread", NoThread)
+                patch.setattr("chutes_proto.io.loops.Thread", NoThread)
                 group.start_soon(ask)
-                await async_wait_until(lambda: len(turns._running) == 2)
+                await async_wait_until(lambda: turns._running == 2)
             store.goes_on.set()
     assert outcomes == [42, 42]
 
@@ -283,22 +281,15 @@ class Gathering(Scripted):
 
     callers: int = 4
     handed: list[int] = field(factory=list[int])
-    may_commit: threading.Event = field(factory=threading.Event)
 
-    def transact_all(
-        self, units: Sequence[Unit[Any]], have_run: Callable[[], object]
-    ) -> list[tuple[Any, BaseException | None]]:
+    def transact_all(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
         self.handed.append(len(units))
-        outcomes: list[tuple[Any, BaseException | None]] = [(self.transact(unit), None) for unit in units]
-        have_run()
-        assert self.may_commit.wait(60)
-        return outcomes
+        return [(self.transact(unit), None) for unit in units]
 
 
 @pytest.mark.anyio
 async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile() -> None:
     store = Gathering()
-    store.may_commit.set()
     durable: Any = store
     answers: list[object] = []
 
@@ -310,7 +301,7 @@ async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile
         await async_wait_until(lambda: store.handed == [1])
         for _ in range(8):
             group.start_soon(ask)
-        await async_wait_until(lambda: len(turns._running) + len(turns._jobs) == 9)
+        await async_wait_until(lambda: len(turns._ready) + len(turns._waiting) == 8)
         store.goes_on.set()
     assert answers == [42] * 9
     assert store.handed == [1, 4, 4]
@@ -320,66 +311,12 @@ async def test_a_store_that_shares_commits_is_handed_all_that_gathered_meanwhile
 async def test_transactions_of_one_round_of_the_loop_share_a_commit_once_several_callers_come() -> None:
     store: Any = Gathering()
     store.goes_on.set()
-    store.may_commit.set()
     async with open_turns(store) as turns:
         for at_once in (1, 3, 3, 1, 1):
             async with anyio.create_task_group() as group:
                 for _ in range(at_once):
                     group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
     assert store.handed == [1, 1, 2, 3, 1, 1]
-
-
-@pytest.mark.anyio
-async def test_what_was_gathered_is_handed_over_at_the_end_if_no_other_round_comes() -> None:
-    store: Any = Gathering()
-    store.goes_on.set()
-    store.may_commit.set()
-    effect = Transact(ASK, turn_seconds=60, seconds=60)
-    async with open_turns(store) as turns:
-        async with anyio.create_task_group() as group:
-            for _ in range(3):
-                group.start_soon(turns.transact, effect)
-        turns._call_next = lambda _: None
-        async with anyio.create_task_group() as group:
-            group.start_soon(turns.transact, effect)
-            await async_wait_until(lambda: turns._ready)
-            group.start_soon(turns.close)
-            await anyio.lowlevel.checkpoint()
-            await anyio.lowlevel.checkpoint()
-            is_left = bool(turns._ready)
-            turns._hand_over()
-    assert not is_left
-    assert store.handed == [1, 2, 1]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("metered", [False, True])
-async def test_the_loop_gives_way_to_units_of_a_shared_commit_until_they_have_run(
-    metered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "getswitchinterval", lambda: 60.0)
-    store: Any = Gathering()
-    async with open_performer(store, FreshCollateral()) as opened, anyio.create_task_group() as group:
-        performer = MeteredPerformer(opened, Metrics()) if metered else opened
-        group.start_soon(performer.perform, Transact(ASK, turn_seconds=60, seconds=60))
-        await async_wait_until(lambda: store.began)
-        threading.Timer(0.05, store.goes_on.set).start()
-        performer.give_way()
-        has_run = store.goes_on.is_set()
-        store.goes_on.set()
-        store.may_commit.set()
-    assert has_run
-
-
-@pytest.mark.anyio
-async def test_the_loop_gives_way_to_a_store_that_hangs_for_a_moment_only() -> None:
-    store: Any = Gathering()
-    store.may_commit.set()
-    async with open_turns(store) as turns, anyio.create_task_group() as group:
-        group.start_soon(turns.transact, Transact(ASK, turn_seconds=60, seconds=60))
-        await async_wait_until(lambda: store.began)
-        turns.give_way()
-        store.goes_on.set()
 
 
 # --- a database that hangs, and many requests ---

@@ -168,14 +168,13 @@ async def running(
     connections: int = 100,
     app: Echo | None = None,
     more: tuple[Listening, ...] = (),
-    give_way: Callable[[], None] = lambda: None,
     is_one_of_several: bool = False,
 ) -> AsyncIterator[Running]:
     app, log = app or Echo(), list[Record]()
     listening = [*listen_tls(("127.0.0.1", 0), lambda: CONTEXT), *more]
     port = listening[0].socket.getsockname()[1]
     async with anyio.create_task_group() as nursery:
-        performer = Performer(log=log.append, give_way=give_way)
+        performer = Performer(log=log.append)
         server = Server(app, performer, limits=limits, connections=connections, is_one_of_several=is_one_of_several)
         ended = anyio.Event()
 
@@ -253,22 +252,6 @@ async def test_connections_are_kept_and_ended() -> None:
         assert b"connection: close" in await ask(stream, GET.replace(b"/a", b"/last"))
         assert await read_all(stream) == b""
         assert server.log == []
-
-
-async def test_the_loop_gives_way_to_other_threads_before_it_works_on_what_came() -> None:
-    order: list[str] = []
-
-    class Noted(Echo):
-        def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
-            order.append("request")
-            return (yield from Echo.handle(self, request))
-
-    async with (
-        running(app=Noted(), give_way=lambda: order.append("way")) as server,
-        await server.connect() as stream,
-    ):
-        await ask(stream)
-        assert order[-2:] == ["way", "request"]
 
 
 async def test_a_unix_socket_speaks_plain_http(tmp_path: Path) -> None:

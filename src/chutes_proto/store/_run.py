@@ -38,8 +38,6 @@ class Unit(Generic[T_co]):
     __slots__ = ()
     READS_COMMITTED: ClassVar[bool] = False
     ALONE: ClassVar[bool] = False
-    READS_FURTHER: ClassVar[bool] = False
-    """Whether the script reads more than it says in `ahead`, in the usual case."""
 
     def script(self) -> Script[T_co]:
         """A new run of the transaction."""

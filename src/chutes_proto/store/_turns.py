@@ -17,6 +17,9 @@ from attrs import define, field
 PAUSE_SECONDS: Final = 0.25
 """How long the next caller does not ask a store that was just found away; the caller that found it keeps its turn."""
 
+UNKNOWN: Final = "the change may be committed or not"
+"""The end of each message of a `FateUnknown`."""
+
 Found: TypeAlias = Literal["answered", "away", "unknown"]
 """The finding of a transaction about its store; ``unknown`` where another transaction was in its way."""
 

@@ -20,7 +20,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from attrs import evolve, frozen
 
@@ -222,8 +222,6 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
     the VM would otherwise remove the old key and hold a disk that no key of the server opens.
     """
 
-    READS_FURTHER: ClassVar[bool] = True  # what belongs to the boot that its nonce names
-
     now: int
     request_id: str
     vm: store.Vm
@@ -287,8 +285,6 @@ class ConfirmRoot(Unit[Result]):
     Returns the outcome. Raises `Refused`: 401 for the nonce, or if another boot was granted since; 409 if the next key
     is not active and cannot be made so.
     """
-
-    READS_FURTHER: ClassVar[bool] = True  # what belongs to the boot that its nonce names
 
     now: int
     request_id: str

@@ -22,7 +22,6 @@ from chutes_proto.collateral.pcs import INTEL_PCS, Update
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.gpu import GenuineDevice, GpuCollateral, Revocation, Rims
-from chutes_proto.io import loops
 from chutes_proto.io.background import keep_at
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
 from chutes_proto.io.collateral.gpu_services import GpuServices
@@ -91,7 +90,7 @@ async def open_performer(
     """Open the performer of a key server's effects, with collateral from files or from the network."""
     async with AsyncExitStack() as opened:
         turns = await opened.enter_async_context(open_turns(store))
-        parts: dict[str, Any] = {"transact": turns.transact, "give_way": turns.give_way}
+        parts: dict[str, Any] = {"transact": turns.transact}
         if isinstance(source, UpstreamCollateral):
             parts["fetch"] = (await opened.enter_async_context(open_collateral(source, log=log))).fetch
         else:
@@ -100,7 +99,7 @@ async def open_performer(
             parts["fetch_gpus"] = (await opened.enter_async_context(open_gpu_collateral(gpus, log=log))).fetch
         elif gpus is not None:
             parts["gpus"] = gpus.fetch
-        yield Performer(**parts, uptime=loops.clock(), log=log)
+        yield Performer(**parts, log=log)
 
 
 class Fetcher(Generic[K, S, V, R_co]):

@@ -76,9 +76,7 @@ class Performer:
     Parts are as for `chutes_proto.sync.Performer`; quoter, tool, store, collateral source and disks may block, they run
     in threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source
     of collateral, in place of ``collateral``, and ``fetch_gpus`` one in place of ``gpus``. ``transact`` performs
-    `Transact` in place of ``store``, which is called at once and waited for as long as it takes; ``give_way`` blocks
-    the loop while threads of ``transact`` compute, for milliseconds at most. ``uptime`` is the clock of the loop, by
-    default looked for at each `Uptime`.
+    `Transact` in place of ``store``, which is called at once and waited for as long as it takes.
     """
 
     def __init__(
@@ -92,11 +90,9 @@ class Performer:
         collateral: CollateralSource | None = None,
         fetch: Callable[[PckIdentity, int, VerifiedCollateral | None], Awaitable[VerifiedCollateral]] | None = None,
         transact: Callable[[effects.Transact[Any]], Awaitable[object]] | None = None,
-        give_way: Callable[[], None] = lambda: None,
         disks: DiskWorker | None = None,
         gpus: Callable[[], GpuCollateral] | None = None,
         fetch_gpus: Callable[[Sequence[GenuineDevice], int], Awaitable[GpuCollateral]] | None = None,
-        uptime: Callable[[], float] = anyio.current_time,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
@@ -105,18 +101,13 @@ class Performer:
         self._fetch = fetch or self._fetch_in_thread
         self._fetch_gpus = fetch_gpus
         self._transact = transact or self._perform_in_thread
-        self._give_way = give_way
         self._blocking = sync.Performer(quoter=quoter, gpu_tool=gpu_tool, store=store, disks=disks, gpus=gpus)
-        self._at_once = sync.at_once(log, uptime)
+        self._at_once = sync.at_once(log, anyio.current_time)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end; return what it returns, raise what it raises."""
         return await effects.run_async(flow, self.perform, self._at_once)
-
-    def give_way(self) -> None:
-        """Let threads that compute for other flows have the interpreter, before the loop's thread computes."""
-        self._give_way()
 
     async def perform(self, effect: Effect[Any]) -> object:
         """Perform one effect; return the reply that the effect documents.

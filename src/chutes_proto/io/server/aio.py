@@ -15,13 +15,13 @@ from socket import socket
 from typing import Any
 
 import anyio
+import anyio.abc
 import anyio.lowlevel
 
 from chutes_proto.io.drivers.aio import Performer
-from chutes_proto.io.loops import clock, open_group, peer
+from chutes_proto.io.loops import Receiver, receiver
 from chutes_proto.io.server.sockets import ACCEPT_IN_A_ROW, ACCEPT_PAUSE, Listening
 from chutes_proto.io.stop_signals import heard
-from chutes_proto.io.waits import Group, HasDeadline, Peer
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, ServerConnection, peer_address
 
@@ -55,26 +55,23 @@ class Server:
         self._connections = Connections(connections, self._wake, app.sent)
         self._serving = anyio.CancelScope()
         self._accepting = anyio.CancelScope()
-        self._peers: dict[ServerConnection, Peer] = {}
-        self._peer: Callable[[socket, HasDeadline], Peer]  # of the loop
+        self._waits: dict[ServerConnection, anyio.CancelScope] = {}
         self._handed_over = False
         self._ended = ended
         self._is_one_of_several = is_one_of_several
-        self._now: Callable[[], float] = anyio.current_time
 
     async def serve(self, listening: Sequence[Listening]) -> None:
         """Serve until cancelled, or until the end that `stop` began; close the sockets."""
-        self._now, self._peer = clock(), peer()
         with self._serving:
-            async with open_group() as group:
+            async with anyio.create_task_group() as group:
                 with self._accepting:
                     async with anyio.create_task_group() as listeners:
                         for listener in listening:
                             _ = listeners.start_soon(self._accept, listener, group)
                 if self._is_one_of_several:
-                    self._connections.hand_over(self._now())
+                    self._connections.hand_over(anyio.current_time())
                 elif not self._handed_over:
-                    self._connections.finish(self._now())
+                    self._connections.finish(anyio.current_time())
 
     def stop(self, *, handed_over: bool = False) -> float:
         """Tell the application to stop; it decides when to end, and connections end with their next answer.
@@ -84,7 +81,7 @@ class Server:
 
         Returns the number of seconds after which the server has ended.
         """
-        now = self._now()
+        now = anyio.current_time()
         self._serving.deadline = end = self._app.stop(now, handed_over=handed_over)
         self._handed_over = handed_over
         if handed_over:
@@ -105,9 +102,9 @@ class Server:
         return len(self._connections)
 
     def _update_end(self) -> None:
-        self._accepting.deadline = self._app.ends_at(self._now())
+        self._accepting.deadline = self._app.ends_at(anyio.current_time())
 
-    async def _accept(self, listening: Listening, group: Group) -> None:
+    async def _accept(self, listening: Listening, group: anyio.abc.TaskGroup) -> None:
         with listening.socket as listener:
             listener.setblocking(False)
             self._slots.release()  # for the slot that a listener holds while it waits
@@ -127,7 +124,10 @@ class Server:
         try:
             with accepted:
                 connection = ServerConnection(
-                    self._now(), tls=listening.session(), limits=self._limits, peer_address=peer_address(address)
+                    anyio.current_time(),
+                    tls=listening.session(),
+                    limits=self._limits,
+                    peer_address=peer_address(address),
                 )
                 try:
                     await self._serve_connection(accepted, connection)
@@ -145,31 +145,43 @@ class Server:
 
     async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
         """Take the steps of one connection to its end. None of its messages is kept while the next one is awaited."""
-        peer = self._peers[connection] = self._peer(accepted, connection)
+        receiving = receiver(accepted)
         try:
-            while step := self._connections.next_step(connection, self._now()):
+            while step := self._connections.next_step(connection, anyio.current_time()):
                 match step:
                     case Answer():
                         if step.sent_ahead:
                             await anyio.lowlevel.checkpoint()
-                        connection.send_response(await self._performer.run(self._app.handle(step.request)), self._now())
+                        connection.send_response(
+                            await self._performer.run(self._app.handle(step.request)), anyio.current_time()
+                        )
                     case Send():
-                        if not await peer.send(step.data):
-                            connection.expire(self._now())
+                        await self._send(accepted, connection, memoryview(step.data))
                     case Receive():
-                        received = await peer.receive()
-                        self._performer.give_way()
-                        if received is None:
-                            connection.expire(self._now())
-                        else:
-                            connection.receive_data(received, self._now())
+                        await self._receive(receiving, connection)
         finally:
-            peer.close()
-            del self._peers[connection]
+            receiving.close()
+            _ = self._waits.pop(connection, None)
+
+    async def _send(self, accepted: socket, connection: ServerConnection, left: memoryview) -> None:
+        with anyio.CancelScope(deadline=connection.deadline) as self._waits[connection]:
+            while left:
+                try:
+                    left = left[accepted.send(left) :]
+                except BlockingIOError:
+                    await anyio.wait_writable(accepted)
+            return
+        connection.expire(anyio.current_time())
+
+    async def _receive(self, receiving: Receiver, connection: ServerConnection) -> None:
+        with anyio.CancelScope(deadline=connection.deadline) as self._waits[connection]:
+            connection.receive_data(await receiving.receive(), anyio.current_time())
+            return
+        connection.expire(anyio.current_time())
 
     def _wake(self, connection: ServerConnection) -> None:
-        if peer := self._peers.get(connection):
-            peer.look()
+        if wait := self._waits.get(connection):
+            wait.deadline = connection.deadline
 
     async def _complain(self, event: str, exc: Exception) -> None:
         await self._performer.run(self._app.complain(event, exc))

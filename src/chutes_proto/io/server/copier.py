@@ -69,7 +69,7 @@ def copying(store: DurableStore, sinks: Sequence[Sink], *, required: bool) -> Ge
     """Copy the rows of ``store`` to ``sinks`` while the block runs; yields what copies a checkpoint."""
     if required:
         all_at_once = Sinks(sinks, required=True, tell=store.add_note, copies=store.copies)
-        store.copy_rows(all_at_once.rows, waits=True)
+        store.copy_rows(all_at_once.rows)
         yield all_at_once.checkpoint
         return
     copiers = [_Copier(store, sink) for sink in sinks]
@@ -82,7 +82,7 @@ def copying(store: DurableStore, sinks: Sequence[Sink], *, required: bool) -> Ge
         put([row_line(*each) for each in rows])
 
     if copiers:
-        store.copy_rows(rows, waits=False)
+        store.copy_rows(rows)
     try:
         yield lambda note: put([checkpoint_line(note)])
     finally:

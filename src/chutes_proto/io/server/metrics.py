@@ -273,10 +273,6 @@ class MeteredPerformer(Performer):
         finally:
             self._metrics.step("compute", max(0.0, time.monotonic() - began - waited))
 
-    def give_way(self) -> None:
-        """See `Performer.give_way`."""
-        self._inner.give_way()
-
     async def perform(self, effect: Effect[Any]) -> object:
         """See `Performer.perform`."""
         match effect:

@@ -188,7 +188,7 @@ def copy_audit(config: ServerConfig, base: Path, store: DurableStore) -> None:
     """Have the audit rows of an operator's command copied at once to where a configuration says."""
     if sinks := read_sinks(config, base):
         made = Sinks(sinks, required=config.audit.required, tell=store.add_note, copies=store.copies)
-        store.copy_rows(made.rows, waits=True)
+        store.copy_rows(made.rows)
 
 
 # --- the parts ---

@@ -102,11 +102,10 @@ class DurableStore(Store, Protocol):
         """Return, once, the audit rows that this process committed ``age`` seconds ago; see `MarkKeeper`."""
         ...
 
-    def copy_rows(self, copy: Copy, *, waits: bool) -> None:
+    def copy_rows(self, copy: Copy) -> None:
         """Give ``copy`` the audit rows that this process adds, each with its number, once that is committed.
 
-        It is called before the unit returns; what it raises, the unit's caller gets, and the rows stay. Say if it
-        ``waits`` for something.
+        It is called before the unit returns; what it raises, the unit's caller gets, and the rows stay.
         """
         ...
 

@@ -99,8 +99,6 @@ class MarkKeeper:
         """The state of these copies."""
         self.copy: Copy | None = None
         """Copies rows that this process has added, once that is committed; whatever it raises, the caller gets."""
-        self.copy_waits: bool = False
-        """Whether that waits for something."""
         self._name = name
         self._path = path
         self._custody = custody
@@ -448,9 +446,9 @@ class MarkedStore:
         """See `DurableStore.take_acknowledged`."""
         return self._marks.take_acknowledged(age)
 
-    def copy_rows(self, copy: Copy, *, waits: bool) -> None:
+    def copy_rows(self, copy: Copy) -> None:
         """See `DurableStore.copy_rows`."""
-        self._marks.copy, self._marks.copy_waits = copy, waits
+        self._marks.copy = copy
 
     @property
     def copies(self) -> Copies:

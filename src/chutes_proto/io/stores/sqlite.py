@@ -95,10 +95,6 @@ _ALONE: Final = Unit[Any]()
 """The unit of a caller that wants to be the writer for other work than a unit."""
 
 
-def _told_nobody() -> None:
-    pass
-
-
 def _locked() -> threading.Lock:
     lock = threading.Lock()
     _ = lock.acquire()
@@ -113,8 +109,6 @@ class _Job:
     """
 
     unit: Unit[Any]
-    has_run: Callable[[], object] = _told_nobody
-    """Called when it and all that share its commit have run."""
     turn: threading.Lock = field(factory=_locked)
     others: list[_Job] = field(factory=list["_Job"])
     """Those that came with it, for the same commit."""
@@ -204,15 +198,9 @@ class SqliteStore(MarkedStore):
         result: T = job.result
         return result
 
-    def transact_all(
-        self, units: Sequence[Unit[Any]], have_run: Callable[[], object] = _told_nobody
-    ) -> list[tuple[Any, BaseException | None]]:
-        """Run ``units`` as `transact` does, in their order and one commit; return each one's result and exception.
-
-        ``have_run`` is called when all of them have run, and only the commit is left; not if that cannot be begun.
-        """
+    def transact_all(self, units: Sequence[Unit[Any]]) -> list[tuple[Any, BaseException | None]]:
+        """Run ``units`` as `transact` does, in their order and one commit; return each one's result and exception."""
         first, *others = jobs = [_Job(unit) for unit in units]
-        first.has_run = have_run
         first.others = others
         try:
             self._carry_out(first)
@@ -381,8 +369,6 @@ class SqliteStore(MarkedStore):
                 for each in jobs:
                     if self._run(connection, each, session, self._heads, is_alone=len(jobs) == 1):
                         session = self._session(connection)
-                for each in jobs:
-                    _ = each.has_run()
             heads = {vm: version for each in jobs for vm, version in each.heads.items()}
             changes = (change for each in jobs for change in each.changes)
             self._committed(changes, heads, sealed_in=session.sealed_in)

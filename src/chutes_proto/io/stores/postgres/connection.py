@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psycopg
 from attrs import frozen
 
-from chutes_proto.io.stores.attempts import NeedsThread
 from chutes_proto.io.stores.postgres.exchange import Prepared
 from chutes_proto.store._custody import Session
 from chutes_proto.store.rows import AuditRow, Insert, PurgeAudit
@@ -34,8 +33,6 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
     """
 
     answer_seconds: float | None = None
-    asked_at: float = 0.0
-    """When the last question was sent."""
     is_looked_at: bool = False
     """Whether the database that it leads to was compared with the mark."""
     timeline: int = 0
@@ -48,8 +45,6 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
     """Whether the present transaction, or the last one, was begun and found what it must."""
     is_committing: bool = False
     """Whether its commit may have been sent."""
-    may_wait: bool = True
-    """Whether the caller's thread may wait for an answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,23 +65,16 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
         self.held.clear()
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """Wait as psycopg does; nothing is sent before. Raises `NeedsThread` if the thread may not wait."""
-        if not self.may_wait:
-            raise NeedsThread
-        self.asked_at = time.monotonic()
-        return self.wait_further(gen, *args, **kwargs)
+        """Wait as psycopg does; nothing is sent before."""
+        return super().wait(self._bounded(gen, time.monotonic()), *args, **kwargs)
 
-    def wait_further(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """Wait likewise, for what was asked before."""
-        return super().wait(self._bounded(gen), *args, **kwargs)
-
-    def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
+    def _bounded(self, gen: PQGen[T], asked_at: float) -> PQGen[T]:
         try:
             wanted = next(gen)
             while True:
                 # psycopg returns here several times a second; releases differ in the readiness that they then report.
                 wanted = gen.send((yield wanted))
-                if self.answer_seconds is not None and time.monotonic() - self.asked_at > self.answer_seconds:
+                if self.answer_seconds is not None and time.monotonic() - asked_at > self.answer_seconds:
                     self.close()
                     raise psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds")
         except StopIteration as stop:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from psycopg.pq import TransactionStatus
 
 from chutes_proto.errors import StoreBusy
-from chutes_proto.io.stores.attempts import NeedsThread
 from chutes_proto.io.stores.postgres.faults import CONFLICTS, Again, fault_of
 
 if TYPE_CHECKING:
@@ -79,21 +78,17 @@ class Pool:
         return self.slots.crowding.allowed
 
     @contextlib.contextmanager
-    def reserve(self, *, at_once: bool = False) -> Generator[Connection]:
-        """Reserve a connection; ``at_once`` it raises `NeedsThread` if none is free."""
+    def reserve(self) -> Generator[Connection]:
+        """Reserve a connection, which is made if none is free."""
         if self._closed:
             raise fault_of(self._database.name, "it was closed")
-        if not self.slots.acquire(timeout=0 if at_once else self._busy_seconds):
-            raise (
-                NeedsThread if at_once else StoreBusy(f"store {self._database.name}: other transactions take too long")
-            )
+        if not self.slots.acquire(timeout=self._busy_seconds):
+            raise StoreBusy(f"store {self._database.name}: other transactions take too long")
         committed = conflicted = False
         try:
             try:
                 connection = self.idle.pop()
             except IndexError:
-                if at_once:
-                    raise NeedsThread from None
                 connection = self._database.connect()
             try:
                 yield connection

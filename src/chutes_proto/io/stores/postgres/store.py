@@ -1,7 +1,4 @@
-"""The store in PostgreSQL: units as transactions, repeated after conflicts, and what is asked of the whole database.
-
-`PostgresStore.attempt` runs a unit without a thread of its own while it waits; see ``attempts.py``.
-"""
+"""The store in PostgreSQL: units as transactions, repeated after conflicts, and what is asked of the whole database."""
 
 from __future__ import annotations
 
@@ -12,17 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define, field, frozen
+from attrs import field, frozen
 from psycopg import errors
-from psycopg.waiting import Ready, Wait
 
 from chutes_proto.errors import RowNotAuthentic
-from chutes_proto.io.stores.attempts import Conflict, NeedsThread
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.postgres.connection import Asked, Connection, rows_of
-from chutes_proto.io.stores.postgres.faults import CONFLICTS, FAULTS, Again, fault_of
+from chutes_proto.io.stores.postgres.faults import FAULTS, Again, fault_of
 from chutes_proto.io.stores.postgres.migration import migrate_schema
 from chutes_proto.io.stores.postgres.pool import Pool
 from chutes_proto.io.stores.postgres.transactions import Beginning, Database
@@ -39,9 +34,6 @@ from chutes_proto.store.sql import LostFactError, is_read, returns_rows
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from psycopg.abc import PQGen
-
-    from chutes_proto.io.stores.attempts import Attempt
     from chutes_proto.io.stores.postgres.exchange import Rows
     from chutes_proto.keys.vault import Vault
     from chutes_proto.store._run import Store, Unit
@@ -83,63 +75,6 @@ _HELD: Final = 200
 """How many writes may wait."""
 
 _MAX_DUPLICATES: Final = 3
-
-
-@define(eq=False)
-class _Attempt(Generic[T]):
-    """See `Attempt`."""
-
-    _connection: Connection
-    _steps: PQGen[T]
-    _wanted: Wait = field(init=False, default=Wait.R)
-    has_ended: bool = field(init=False, default=False)
-    result: T = field(init=False)
-
-    @property
-    def reads(self) -> bool:
-        """See `Attempt.reads`."""
-        return not self.has_ended and self._wanted == Wait.R and not self._connection.closed
-
-    def fileno(self) -> int:
-        """See `Attempt.fileno`."""
-        return self._connection.fileno()
-
-    def begin(self) -> None:
-        """Do what can be done before the first answer."""
-        self._advance(self._steps.send, None)
-
-    def go_on(self) -> None:
-        """See `Attempt.go_on`."""
-        self._advance(self._steps.send, Ready.R)
-
-    def finish(self) -> None:
-        """See `Attempt.finish`."""
-        self._connection.may_wait = True
-        try:
-            self._connection.wait_further(self._rest())
-        except BaseException as exc:  # of the wait: the connection was lost, or does not answer in time
-            if self.has_ended:
-                raise
-            self._advance(self._steps.throw, exc)
-
-    def close(self) -> None:
-        """See `Attempt.close`."""
-        self._steps.close()  # `exchange`, which waits, closes the connection then
-        self.has_ended = True
-
-    def _rest(self) -> PQGen[None]:
-        while not self.has_ended:
-            self._advance(self._steps.send, (yield self._wanted))
-
-    def _advance(self, step: Callable[[Any], Wait], value: object) -> None:
-        try:
-            self._wanted = step(value)
-        except StopIteration as stop:
-            self.result = stop.value
-            self.has_ended = True
-        except BaseException:
-            self.has_ended = True
-            raise
 
 
 @frozen
@@ -251,66 +186,14 @@ class PostgresStore(MarkedStore):
         begin = (
             database.read_committed if unit.READS_COMMITTED else database.alone if unit.ALONE else database.serializable
         )
-        with self._counting_faults():
-            work = partial(self._run, unit=unit)
-            return self._with_retries(unit_name(unit), work, begin, self._ahead(unit))
-
-    def attempt(self, unit: Unit[T]) -> Attempt[T]:
-        """Begin to run ``unit``, if it says what it reads and a connection is free; see `Attempts`.
-
-        A read that it did not name, and a fault after which it may run again, end that with `NeedsThread`.
-        """
-        if unit.ALONE or unit.READS_COMMITTED or unit.READS_FURTHER or self._marks.copy_waits:
-            raise NeedsThread
-        if self._must_look:
-            raise NeedsThread
-        if not (ahead := self._ahead(unit)):
-            raise NeedsThread
-        with contextlib.ExitStack() as held:
-            connection = held.enter_context(self._pool.reserve(at_once=True))
-            if not connection.is_looked_at:
-                raise NeedsThread
-            attempt = _Attempt(connection, self._attempted(connection, held.pop_all(), unit, ahead))
-        attempt.begin()
-        return attempt
-
-    def _attempted(
-        self, connection: Connection, held: contextlib.ExitStack, unit: Unit[T], ahead: Sequence[tuple[str, Values]]
-    ) -> PQGen[T]:
-        """Run ``unit`` with a connection, then let go of what ``held`` has: the connection and its slot."""
-        until = time.monotonic() + self._busy_seconds
-        try:
-            with self._counting_faults(), held:
-                connection.may_wait = False
-                try:
-                    result = yield from self._database.steps(connection, ahead, partial(self._run, connection, unit))
-                finally:
-                    connection.may_wait = True
-                self._committed(connection.changes, connection.heads, sealed_in=connection.session.sealed_in)
-                return result
-        except Again as exc:
-            if time.monotonic() > until:
-                raise exc.fault from exc.__cause__
-            self._count_rollback(unit_name(unit))
-            raise (Conflict if isinstance(exc.__cause__, CONFLICTS) else NeedsThread) from exc
-
-    def _ahead(self, unit: Unit[Any]) -> Sequence[tuple[str, Values]]:
-        """The statements of what ``unit`` says that it reads."""
         sent = unit.ahead()
-        return statements_ahead(sent, with_heads=self.custody.is_open) if sent else ()
-
-    @contextlib.contextmanager
-    def _counting_faults(self) -> Generator[None]:
+        ahead = statements_ahead(sent, with_heads=self.custody.is_open) if sent else ()
         try:
-            yield
+            return self._with_retries(unit_name(unit), partial(self._run, unit=unit), begin, ahead)
         except RowNotAuthentic as exc:
             with self._counting:
                 self.custody.note(exc)
             raise
-
-    def _count_rollback(self, of: str) -> None:
-        with self._counting:
-            self.rollbacks[of] += 1
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema.
@@ -393,7 +276,8 @@ class PostgresStore(MarkedStore):
                     ahead = ()
                 if time.monotonic() + pause > until or duplicates > _MAX_DUPLICATES:
                     raise exc.fault from exc.__cause__
-            self._count_rollback(of)
+            with self._counting:
+                self.rollbacks[of] += 1
             time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
             pause = min(2 * pause, 0.1)
 
@@ -458,16 +342,11 @@ class PostgresStore(MarkedStore):
 
     # --- what was seen of the database ---
 
-    @property
-    def _must_look(self) -> bool:
-        """Whether the next transaction is preceded by a look at the database."""
-        return self._marks.is_due() or self._database.is_full
-
     @contextlib.contextmanager
     def _looked_at(self) -> Generator[Connection]:
         """Reserve a connection to a database that is not behind the mark."""
         with self._pool.reserve() as connection:
-            if not connection.is_looked_at or self._must_look:
+            if not connection.is_looked_at or self._marks.is_due() or self._database.is_full:
                 self._look(connection)
             yield connection
 

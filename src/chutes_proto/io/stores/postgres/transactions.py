@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Final
 
 import psycopg
 from attrs import evolve, frozen
 from psycopg import errors
 
 from chutes_proto.errors import FateUnknown, StoreError
-from chutes_proto.io.stores.attempts import UNKNOWN
 from chutes_proto.io.stores.postgres.connection import Asked, Connection, query_of, rows_of
 from chutes_proto.io.stores.postgres.exchange import Prepared, StatementError, exchange
 from chutes_proto.io.stores.postgres.faults import (
@@ -35,6 +34,7 @@ from chutes_proto.io.stores.postgres.faults import (
 )
 from chutes_proto.io.stores.postgres.locks import STRANGERS, described
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._turns import UNKNOWN
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.sql import READ_VERSION
 
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from chutes_proto.io.stores.postgres.exchange import Rows
     from chutes_proto.store._custody import Custody
     from chutes_proto.store.sql import Values
-
-T = TypeVar("T")
 
 _OLDEST_SERVER: Final = 12_00_00
 
@@ -191,8 +189,8 @@ class Database:
         """
         connection.begin_anew(self._answer_seconds)
         try:
-            yield connection.wait(self._begun(connection, begin, ahead))
-            connection.wait(self._commit(connection))
+            yield self._begun(connection, begin, ahead)
+            self._commit(connection)
         except psycopg.Error as exc:
             who = self._roll_back(connection, exc)
             raise self._meaning(connection, exc, who, has_ahead=bool(ahead)) from exc
@@ -200,28 +198,11 @@ class Database:
             _ = self._roll_back(connection)
             raise
 
-    def steps(self, connection: Connection, ahead: Sequence[tuple[str, Values]], work: Callable[[], T]) -> PQGen[T]:
-        """Do ``work`` as a transaction of a unit, as `transaction` does with a block; waits where its driver does."""
-        connection.begin_anew(self._answer_seconds)
-        try:
-            _ = yield from self._begun(connection, self.serializable, ahead)
-            result = work()
-            yield from self._commit(connection)
-        except psycopg.Error as exc:
-            who = yield from self._rolled_back(connection, exc)
-            raise self._meaning(connection, exc, who, has_ahead=True) from exc
-        except BaseException:
-            _ = yield from self._rolled_back(connection)
-            raise
-        return result
-
-    def _begun(
-        self, connection: Connection, begin: Beginning, ahead: Sequence[tuple[str, Values]]
-    ) -> PQGen[list[Rows]]:
+    def _begun(self, connection: Connection, begin: Beginning, ahead: Sequence[tuple[str, Values]]) -> list[Rows]:
         """Begin; see `transaction`."""
         asked_at, began_at, least_head = time.time(), time.monotonic(), self._marks.head
         asked = [(query_of(text), values) for text, values in ahead]
-        found = yield from self._exchanged(connection, (), *begin.queries, *asked)
+        found = self._exchanged(connection, (), *begin.queries, *asked)
         connection.has_begun = True
         ((first,), *more) = found[begin.settings :]
         connection.ahead.update(zip(ahead, more[len(more) - len(ahead) :], strict=True))
@@ -287,14 +268,17 @@ class Database:
         """Carry out what is held, and more; return the rows of the last."""
         asked = [*connection.held, *more]
         connection.held.clear()
-        found = connection.wait(self._exchanged(connection, asked)) if asked else []
+        found = self._exchanged(connection, asked) if asked else []
         return found[-1] if found else []
 
-    def _exchanged(
-        self, connection: Connection, asked: Sequence[Asked], *last: tuple[bytes, Values]
-    ) -> PQGen[list[Rows]]:
+    def _exchanged(self, connection: Connection, asked: Sequence[Asked], *last: tuple[bytes, Values]) -> list[Rows]:
         """Carry out statements, and note their changes."""
-        connection.asked_at = time.monotonic()
+        # One generator: an interrupted wait cancels the statement, and psycopg must see its own error of that.
+        return connection.wait(self._exchanging(connection, asked, last))
+
+    def _exchanging(
+        self, connection: Connection, asked: Sequence[Asked], last: Sequence[tuple[bytes, Values]]
+    ) -> PQGen[list[Rows]]:
         try:
             found = yield from exchange(connection, connection.prepared, [*(each.query for each in asked), *last])
         except StatementError as exc:
@@ -322,7 +306,7 @@ class Database:
         _ = rows_of(connection, "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
         connection.answer_seconds = None
 
-    def _commit(self, connection: Connection) -> PQGen[None]:
+    def _commit(self, connection: Connection) -> None:
         """Send what is held, and commit. Raises `FateUnknown`, and closes the connection, if the server sends a notice.
 
         After a statement that fails the database carries out none, and so does not commit.
@@ -337,7 +321,7 @@ class Database:
         connection.held.clear()
         connection.add_notice_handler(note)
         try:
-            _ = yield from self._exchanged(connection, held, (b"COMMIT", ()))
+            _ = self._exchanged(connection, held, (b"COMMIT", ()))
         finally:
             connection.remove_notice_handler(note)
         # Any notice counts: their texts are translated, and a commit that succeeds has none.
@@ -347,18 +331,12 @@ class Database:
             raise FateUnknown(f"{what}; {UNKNOWN}, and a fail-over may lose it")
 
     def _roll_back(self, connection: Connection, exc: BaseException | None = None) -> str:
-        with contextlib.suppress(psycopg.Error):  # of the wait itself: the connection was lost
-            return connection.wait(self._rolled_back(connection, exc))
-        return ""
-
-    def _rolled_back(self, connection: Connection, exc: BaseException | None = None) -> PQGen[str]:
         """Roll back; return who locks our tables, if that is the fault."""
         statements: list[tuple[bytes, Values]] = [(b"ROLLBACK", ())]
         if isinstance(exc, errors.LockNotAvailable):
             statements.append((STRANGERS.encode(), ()))
-        connection.asked_at = time.monotonic()
         try:  # not prepared: the session may be another one, which is why it is rolled back
-            found = yield from exchange(connection, Prepared(), statements)
+            found = connection.wait(exchange(connection, Prepared(), statements))
         except (psycopg.Error, StatementError):
             connection.close()
             return ""
