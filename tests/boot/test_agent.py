@@ -400,8 +400,3 @@ def test_of_a_disk_no_more_is_said_than_is_known(reason: str) -> None:
     advice = advise(DiskError(reason, "detail", STORAGE.device))
     assert advice.means == "A disk cannot be used as it is, or a program failed on it. No data on it was overwritten."
     assert advice.do == "See the reason."
-
-
-def test_advice_is_plain_text() -> None:
-    for advice in BY_CODE.values():
-        assert (advice.means + advice.do).isascii()

@@ -83,10 +83,3 @@ def test_an_illegal_input_changes_nothing(inputs: list[Input]) -> None:
             assert exchange.take(happened) is following
             expected = following
         assert exchange.state is expected
-
-
-def test_the_table_cannot_be_changed() -> None:
-    with pytest.raises(TypeError):
-        TRANSITIONS[State.STOPPED] = {}  # type: ignore[index]
-    with pytest.raises(TypeError):
-        TRANSITIONS[State.STOPPED][Input.KEYS] = State.SYNCED  # type: ignore[index]

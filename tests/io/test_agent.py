@@ -213,13 +213,6 @@ def test_a_seed_that_does_not_belong_to_the_hotkey(who: VmIdentity, told: str) -
         _ = agent.make_signer("config-volume", who)
 
 
-def test_without_the_package_that_signs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sr25519", None)
-    told = "^signer: config-volume needs py-sr25519-bindings; install it for the agent's Python, or name a program"
-    with pytest.raises(ConfigurationError, match=told):
-        _ = agent.make_signer("config-volume", identity())
-
-
 def test_a_program_signs(tmp_path: Path) -> None:
     source = (
         "import sys;from chutes_proto.auth.hotkey import HotkeyPair;from chutes_proto.secret import Secret;"
@@ -251,17 +244,6 @@ def test_a_program_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
     with pytest.raises(SignatureUnavailable, match=r"did not end within 0\.2 s"):
         _ = signer(b"message")
     assert time.monotonic() - begun < 59  # what it started would take 60
-
-
-@pytest.mark.parametrize(("text", "told"), [("'", "it cannot be split into"), ("''  x", "it names no program")])
-def test_a_text_that_is_not_a_command(text: str, told: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"^the signature command: {told}"):
-        _ = agent.make_signer(f"command:{text}", identity(None))
-
-
-def test_a_program_that_does_not_exist() -> None:
-    with pytest.raises(SignatureUnavailable, match=r"^the signature command /nowhere/signer cannot be run"):
-        _ = agent.command_signer("/nowhere/signer")(b"message")
 
 
 def test_a_program_signs_in_any_thread_where_there_is_no_deadline(tmp_path: Path) -> None:

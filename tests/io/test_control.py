@@ -169,12 +169,3 @@ def test_a_server_that_takes_long_is_not_called_absent(tmp_path: Path, monkeypat
         listening.listen()
         with pytest.raises(ConfigurationError, match="has not answered for 0 s and may still reload: its log"):
             _ = ask_to_reload(tmp_path / "control")
-
-
-def test_a_user_who_may_not_ask_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    with pytest.raises(ConfigurationError, match="only root and the server's user may ask"):
-        _ = ask_to_reload(tmp_path / "control")

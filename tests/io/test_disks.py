@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.errors import DiskError, HeaderRejected, LocalProtocolError
+from chutes_proto.errors import DiskError, HeaderRejected
 from chutes_proto.io.disks import cryptsetup as module
-from chutes_proto.io.disks.cryptsetup import Disks, environment, find_cryptsetup
+from chutes_proto.io.disks.cryptsetup import Disks, environment
 from chutes_proto.log import Record
 from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Foreign, Luks
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS
@@ -294,16 +294,6 @@ def test_a_device_that_shrinks(bench: Bench) -> None:
     assert bench.refused(lambda: bench.open(A), "keyslots_size")
 
 
-def test_a_device_that_shrinks_while_it_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    seek = os.lseek
-
-    def boast(descriptor: int, place: int, whence: int) -> int:
-        return seek(descriptor, place, whence) + 4096
-
-    monkeypatch.setattr(os, "lseek", boast)
-    assert f"it ended at {SIZE} while it was read" in str(bench.refused(bench.inspect, "shrunk"))
-
-
 def test_a_link_that_changes(bench: Bench, tmp_path: Path) -> None:
     link, other = tmp_path / "by-id", tmp_path / "other.img"
     _ = shutil.copyfile(bench.path, other)
@@ -335,14 +325,6 @@ def test_a_device_that_becomes_a_link_after_it_was_checked(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", swapped)
         _ = bench.refused(bench.inspect, "unavailable")
-
-
-def test_a_device_that_cannot_be_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> bytes:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", fail)
-    assert "Input/output error" in str(bench.refused(bench.inspect, "unreadable"))
 
 
 def test_a_device_that_forgets_what_is_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -702,24 +684,6 @@ def test_a_program_that_makes_a_forbidden_header(bench: Bench, tmp_path: Path) -
     _ = bench.refused(bench.format, "keyslot_key_size")
 
 
-def test_an_unknown_action(bench: Bench) -> None:
-    with pytest.raises(LocalProtocolError):
-        _ = bench.disks.act(Action("storage", bench.device), {})
-
-
-def test_the_program_is_found_where_only_root_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert find_cryptsetup() == bench.program
-
-
-def test_a_folder_of_the_path_in_which_nobody_may_look_hides_no_program(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with `runuser`, which leaves root's PATH; here a name is too long, because root may look everywhere."""
-    monkeypatch.setenv("PATH", f"/{'x' * 300}:{os.environ['PATH']}")
-    assert find_cryptsetup() == bench.program
-
-
 # --- block devices ---
 
 
@@ -811,15 +775,6 @@ def test_udev_is_used_only_if_it_listens(tmp_path: Path) -> None:
             assert "DM_DISABLE_UDEV" not in environment(place)
     assert Path(place).exists()
     assert environment(place)["DM_DISABLE_UDEV"] == "1"
-
-
-def test_a_missing_device_mapper_is_reported(bench: Bench, loop: str) -> None:
-    if "device-mapper" in Path("/proc/misc").read_text():
-        pytest.skip("the kernel has a device mapper, so volumes are mapped (this holds with CI=true too)")
-    disks, key = Disks(bench.program), {Key.CURRENT: Secret(A)}
-    _ = disks.act(Format("storage", loop, Key.CURRENT), key)
-    action = Open("storage", loop, "x", (Key.CURRENT,))
-    assert "device-mapper" in str(bench.refused(lambda: disks.act(action, key), "cryptsetup", path=loop))
 
 
 # --- whether a disk has a header, for agents that open disks themselves ---

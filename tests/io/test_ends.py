@@ -34,7 +34,6 @@ from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, PROFILE, SimulatedPlatform
 from tests.cli import conftest
 from tests.cli.conftest import Ended
-from tests.conftest import ROOT
 
 command = conftest.command
 
@@ -66,16 +65,6 @@ def test_one_rule_says_when_an_end_is_near(kind: Kind) -> None:
     assert [end.finding(at).remedy for at in (0, end.end)] == ["", "do this"]
 
 
-@pytest.mark.parametrize(
-    ("left", "text"),
-    [(2 * DAY, "2 days"), (2 * DAY - 1, "47 hours"), (7200, "2 hours"), (7199, "119 minutes"), (59, "0 minutes")],
-)
-def test_an_end_is_told_in_the_unit_that_fits(left: int, text: str) -> None:
-    end = End("certificate", "server.pem", 0, NOW, "do this")
-    assert f"expires in {text}, at" in end.text(NOW - left)
-    assert f"expired {text} ago, at" in end.text(NOW + left)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_certificate_that_is_not_valid_yet_names_the_clock(kind: Kind) -> None:
     """As on a server whose clock is behind, in `serve --check`, `doctor`, the log and the metrics alike."""
@@ -84,17 +73,6 @@ def test_a_certificate_that_is_not_valid_yet_names_the_clock(kind: Kind) -> None
     assert found.state == expected.get(kind, "ok")
     assert ("is valid from" in found.detail) == (kind in expected) == found.detail.endswith("is the clock right?")
     assert found.remedy == ("do this" if kind in expected else "")
-
-
-def test_nobody_else_says_when_an_end_is_near() -> None:
-    """The page is told states, and the alert asks for the state that `Health` shows; neither compares times."""
-    alerts = (ROOT / "examples/monitoring/alerts.yml").read_text()
-    asked = re.findall(r'expr: chutes_proto_check\{check=~"([a-z_|]+)"\} == 1$', alerts, re.MULTILINE)
-    assert [one.split("|") for one in asked] == [[*KINDS]]
-    assert "expires_timestamp" not in alerts
-    page = (ROOT / "src/chutes_proto/io/server/page.html").read_text()
-    assert "each.end - now <" not in page
-    assert page.count("each.state") == 2
 
 
 def test_collateral_that_ends_within_a_day_warns(tmp_path: Path, command: Callable[..., Ended]) -> None:
@@ -164,11 +142,6 @@ def test_signers_of_rims_and_answers_about_gpus_are_told(tmp_path: Path) -> None
     write_file(tmp_path / "gpus" / "policy.toml", b'revocation = "off"')
     assert "gpu_status" not in states(set_up(tmp_path), NOW)
     assert "gpu_rim" in {finding.what for finding in check_ends(setup)}
-
-
-def test_services_of_gpus_have_no_ends_without_files(tmp_path: Path) -> None:
-    services = 'rim_services = ["https://rims.example"]\nocsp_services = ["https://ocsp.example"]\n'
-    assert {"gpu_rim", "gpu_status"}.isdisjoint(states(set_up(tmp_path, f"[gpu_evidence]\n{services}"), NOW))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.http.attested import attested_context
-from chutes_proto.io.http.https import HttpGetter, HttpsSender, TimeLimits, why_not
+from chutes_proto.io.http.https import HttpGetter, HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.quote import Policy
 from chutes_proto.wire.http import HttpRequest
@@ -166,14 +166,6 @@ def test_a_connection_that_was_begun_long_ago_is_replaced(
     assert len(ended) == 2
 
 
-def test_the_hello_is_sent_at_once() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    with listener, HttpsSender(client_context(), f"https://127.0.0.1:{listener.getsockname()[1]}") as send:
-        send.begin()
-        with listener.accept()[0] as connection:
-            assert connection.recv(1) == b"\x16"  # a TLS handshake
-
-
 def test_a_failed_beginning_is_raised_by_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
@@ -213,34 +205,6 @@ def test_a_slow_peer_ends_with_the_whole_time(credentials: Credentials, start: b
     error = fails(credentials, dripping(start, drop), SHORT)
     assert error.maybe_delivered
     assert str(error) == "no whole answer within 0.4 s"
-
-
-def test_a_server_that_says_nothing(credentials: Credentials) -> None:
-    done = threading.Event()
-
-    def behave(stream: ssl.SSLSocket) -> None:
-        _ = read_request(stream)
-        _ = done.wait(60)
-
-    with peer(credentials, behave) as (url, _), sender(credentials, url, TimeLimits(read=0.2)) as send:
-        with pytest.raises(TransportError, match=r"the server was silent for 0\.2 s") as raised:
-            _ = send(REQUEST)
-        done.set()
-    assert raised.value.maybe_delivered
-
-
-def test_a_server_that_does_not_read(credentials: Credentials) -> None:
-    done = threading.Event()
-
-    def behave(_: ssl.SSLSocket) -> None:
-        done.wait(60)
-
-    with peer(credentials, behave) as (url, _):
-        request = HttpRequest("POST", "/", (), bytes(32 * 1024 * 1024))
-        with sender(credentials, url, SHORT) as send, pytest.raises(TransportError, match=r"within 0\.4 s") as raised:
-            _ = send(request)
-        done.set()
-    assert raised.value.maybe_delivered
 
 
 def test_an_address_that_does_not_answer_has_only_its_share(
@@ -295,15 +259,6 @@ def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error) == "no connection to localhost:1: none within 0.2 s"
 
 
-def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> object:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    error = unreachable(HttpsSender(client_context(), "https://keys.example"))
-    assert str(error) == "no connection to keys.example: Name or service not known"
-
-
 @pytest.mark.parametrize(
     ("url", "port"),
     [("https://h", 443), ("https://h/x:8", 443), ("https://h:80/x", 80), ("http://[::1]/x", 80), ("http://h:81", 81)],
@@ -322,12 +277,6 @@ def test_the_port_of_a_service(url: str, port: int, monkeypatch: pytest.MonkeyPa
 
 
 # --- hostile servers ---
-
-
-def test_a_fault_of_tls_that_python_has_no_name_for() -> None:
-    """As with records of no bytes in OpenSSL 3.5 and Python 3.11; the 1 is no errno, which would be EPERM."""
-    unnamed = ssl.SSLError(1, "[SSL] record layer failure (_ssl.c:1006)")
-    assert why_not(unnamed) == "TLS: record layer failure"
 
 
 def test_a_head_without_an_end(credentials: Credentials) -> None:
@@ -350,18 +299,6 @@ def test_a_reset_after_the_request(credentials: Credentials) -> None:
     error = fails(credentials, behave)
     assert error.maybe_delivered
     assert str(error).startswith("the connection broke: ")
-
-
-def test_an_answer_cut_off_without_a_close_is_not_whole(credentials: Credentials) -> None:
-    """Without a length only TLS's own end says that the answer is whole."""
-
-    def behave(stream: ssl.SSLSocket) -> None:
-        answering(b"HTTP/1.1 200 OK\r\n\r\n{}")(stream)
-        stream.shutdown(socket.SHUT_WR)
-
-    error = fails(credentials, behave)
-    assert error.maybe_delivered
-    assert "without a TLS alert" in str(error)
 
 
 @contextmanager

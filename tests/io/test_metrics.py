@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,7 +11,6 @@ import pytest
 from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.io.server.health import Counts
 from chutes_proto.io.server.metrics import Metrics
-from chutes_proto.io.server.workers import METRICS_DIRECTORY
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.store._run import Ask, unit_name
@@ -41,27 +36,6 @@ def test_what_is_no_longer_in_the_store_is_counted_as_nothing() -> None:
     assert [value(metrics, "keys", state=state) for state in ("pending", "active")] == [0, 3]
     assert [value(metrics, "sealed_keys", kek=kek) for kek in ("old", "new")] == [0, 3]
     assert value(metrics, "audit_position") == 9
-
-
-SHOWN_TWICE = """
-from chutes_proto.io.server.ends import End
-from chutes_proto.io.server.health import Health
-from chutes_proto.io.server.metrics import Metrics
-
-metrics = Metrics(0)
-for name in ("old", "new"):
-    metrics.show(Health(5, (), ends=(End("profile", name, None, 7, ""),)))
-print(metrics.text().decode())
-"""
-
-
-def test_an_end_that_is_gone_is_no_time(tmp_path: Path) -> None:
-    """With several processes, too, whose files keep every label for as long as the server lives."""
-    for environment in ({}, {METRICS_DIRECTORY: str(tmp_path)}):
-        command = [sys.executable, "-c", SHOWN_TWICE]
-        said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
-        ends = dict(re.findall(r'^chutes_proto_profile_ends_timestamp_seconds\{.*"(\w+)"\} (\S+)$', said, re.M))
-        assert ends == {"old": "NaN", "new": "7.0"}
 
 
 def test_queues_and_conflicts_are_told_while_they_last(store: SqliteStore) -> None:

@@ -168,18 +168,6 @@ def test_a_kernel_that_is_no_td(kernel: GuestKernel, number: int, told: str) -> 
         _ = TsmQuoter(kernel.reports)(DATA)
 
 
-def test_a_kernel_without_it(tmp_path: Path) -> None:
-    with pytest.raises(QuoteUnavailable, match=r"not there: this takes Linux 6\.7"):
-        _ = TsmQuoter(tmp_path / "report")(DATA)
-
-
-def test_a_generation_that_is_no_number(kernel: GuestKernel) -> None:
-    kernel.counter = b"-%d\n"
-    with pytest.raises(QuoteUnavailable, match="generation is not a number"):
-        _ = TsmQuoter(kernel.reports)(DATA)
-    assert kernel.entries == {}
-
-
 def test_an_entry_that_stays_is_told_and_the_quote_is_given(
     kernel: GuestKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,27 +245,9 @@ def test_the_service_over_vsock() -> None:
         assert request_quote(VsockService(1, port), REPORT, 30) == QUOTE
 
 
-def test_a_vsock_without_a_listener_is_reported() -> None:
-    with pytest.raises(QuoteUnavailable, match=r"at vsock 1:4050 cannot be reached: .*; does the host run it"):
-        _ = request_quote(VsockService(1), REPORT, 10)
-
-
 def test_an_unreachable_service(tmp_path: Path) -> None:
     with pytest.raises(QuoteUnavailable, match=r"at /.*/none cannot be reached: No such file"):
         _ = request_quote(UnixService(str(tmp_path / "none")), REPORT, 30)
-
-
-def in_pieces(answer: bytes) -> Callable[[socket.socket], None]:
-    def serve(connection: socket.socket) -> None:
-        for byte in answer:
-            connection.sendall(bytes([byte]))
-
-    return serve
-
-
-def test_an_answer_in_pieces(tmp_path: Path) -> None:
-    with unix_service(tmp_path, in_pieces(qgs_answer(bytes(300)))) as service:
-        assert request_quote(service, REPORT, 30) == bytes(300)
 
 
 @pytest.mark.parametrize(

@@ -31,56 +31,23 @@ DATA = bytes(range(64))
 
 
 @pytest.mark.parametrize(
-    ("text", "described"),
-    [
-        ("tsm", "configfs-TSM at /sys/kernel/config/tsm/report"),
-        ("tsm:/mnt/report", "configfs-TSM at /mnt/report"),
-        ("vsock", "TDX guest device /dev/tdx_guest with a quote generation service at vsock 2:4050"),
-        ("vsock:3:5050", "TDX guest device /dev/tdx_guest with a quote generation service at vsock 3:5050"),
-        ("unix:/run/q:1", "TDX guest device /dev/tdx_guest with a quote generation service at /run/q:1"),
-        ("command:tsm --fast", "the quote command tsm"),
-        ("command: a:b 'c d'", "the quote command a:b"),
-        ("my-quoter {report_data}", "the quote command my-quoter"),
-        ("commander", "the quote command commander"),
-        (
-            "auto",
-            (
-                "configfs-TSM at /sys/kernel/config/tsm/report, or else TDX guest device /dev/tdx_guest with a quote"
-                " generation service at vsock 2:4050"
-            ),
-        ),
-    ],
-)
-def test_a_text_names_a_quoter(text: str, described: str) -> None:
-    assert str(make_quoter(text)) == described
-
-
-@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("", "the quote command: it names no program"),
-        ("  ", "the quote command: it names no program"),
         ("command:", "the quote command: it names no program"),
-        ("''", "the quote command: it names no program"),
         ("'", "the quote command: it cannot be split into arguments: No closing quotation"),
         ("a\0b", "the quote command: it contains a NUL"),
         ("auto:", "auto is followed by nothing"),
-        ("auto:tsm", "auto is followed by nothing"),
         ("tsm:", "tsm is followed by nothing, or :DIR"),
         ("unix", "unix is followed by :PATH"),
-        ("unix:", "unix is followed by :PATH"),
         ("unix:" + "s" * 108, "1 to 107 bytes"),
-        ("unix:" + "\u00e9" * 54, "1 to 107 bytes"),
         ("unix:a\0b", "none of them NUL"),
         ("unix:\ud800", "1 to 107 bytes"),
         ("simulated:", "simulated is followed by nothing, or :DIR"),
         ("vsock:", "two numbers below"),
-        ("vsock:4050", "two numbers below"),
         ("vsock:2:-1", "two numbers below"),
-        ("vsock:2:4050:1", "two numbers below"),
         ("vsock:2:4294967296", "two numbers below"),
         ("vsock:2:\u0663", "two numbers below"),
-        ("vsock:2:" + "9" * 5000, "two numbers below"),
     ],
 )
 def test_a_text_that_names_none(text: str, told: str) -> None:
@@ -190,10 +157,6 @@ def test_report_data_comes_as_a_line_and_as_an_argument() -> None:
     quoter = python("print(sys.stdin.read(), sys.argv[1:], sep='', end='')", "{report_data}", "--hex={report_data}")
     text = DATA.hex()
     assert quoter(DATA).decode() == f"{text}\n['{text}', '--hex={text}']"
-
-
-def test_a_quote_is_passed_on_unchanged() -> None:
-    assert python("sys.stdout.buffer.write(bytes(range(256)))")(DATA) == bytes(range(256))
 
 
 def test_a_quote_in_a_file() -> None:
@@ -316,15 +279,6 @@ def test_a_program_that_does_not_exist(tmp_path: Path) -> None:
     not_executable.touch()
     with pytest.raises(QuoteUnavailable, match="cannot be run: Permission denied"):
         _ = CommandQuoter([str(not_executable)])(DATA)
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [([], "it names no program"), (["", "x"], "it names no program"), (["a", "b\0"], "it contains a NUL")],
-)
-def test_a_list_that_is_not_a_command(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"^the quote command: {told}$"):
-        _ = CommandQuoter(words)
 
 
 def test_a_stop_is_not_lost_when_the_program_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:

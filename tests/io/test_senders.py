@@ -20,7 +20,7 @@ from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.drivers.aio import HttpxSender
 from chutes_proto.io.http.attested import attested_context
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
-from chutes_proto.io.http.httpx_messages import open_client, origin
+from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.quote import Policy
 from chutes_proto.transport.client import MAX_ANSWER
@@ -155,16 +155,6 @@ def test_an_answer_without_a_length_ends_with_a_tls_alert(send: Sender, credenti
             _ = talk(send, credentials, behave)
 
 
-@pytest.mark.parametrize("loop", ["trio", "asyncio"])
-def test_an_answer_of_a_transport_without_connections(loop: str) -> None:
-    async def main() -> HttpResponse:
-        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=httpx.ByteStream(b"all")))
-        async with httpx.AsyncClient(transport=transport) as client:
-            return await HttpxSender(client, "https://keys.example", SHORT)(REQUEST)
-
-    assert on_loop(loop, main).body == b"all"
-
-
 # --- no answer ---
 
 
@@ -265,16 +255,6 @@ def test_nobody_listens(send: Sender) -> None:
     assert str(raised.value) == f"no connection to {address}: Connection refused"
 
 
-def test_a_name_with_several_addresses_and_nobody_at_any(send: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", port)) for last in (1, 2)]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-        with pytest.raises(TransportError, match=f"^no connection to many:{port}: Connection refused$"):
-            _ = send(f"https://many:{port}", client_context(), REQUEST, SHORT)
-
-
 @pytest.mark.parametrize("name", ["keys..example", f"{'a' * 64}.example"])
 def test_a_name_that_no_host_can_have(send: Sender, name: str) -> None:
     with pytest.raises(TransportError, match=f"^no connection to {name}: ") as raised:
@@ -346,31 +326,6 @@ def test_a_client_that_is_closed(loop: str) -> None:
             _ = await send(REQUEST)
 
     on_loop(loop, main)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://keys.example",
-        "keys.example:8443",
-        "https://",
-        "https://keys.example/prefix",
-        "https://keys.example/?query",
-        "https://keys.example/#fragment",
-        "https://name:word@keys.example",
-        "https://keys.example:port",
-        "https://keys.exa\nmple",
-        "",
-    ],
-)
-def test_a_url_that_is_not_an_https_origin(url: str) -> None:
-    with pytest.raises(LocalProtocolError):
-        _ = origin(url)
-
-
-@pytest.mark.parametrize("url", ["https://keys.example", "https://keys.example/", "https://[::1]:8443", "HTTPS://A:1"])
-def test_a_url_that_is_an_https_origin(url: str) -> None:
-    assert origin(url).scheme == "https"
 
 
 def test_a_request_that_http_cannot_carry(send: Sender, credentials: Credentials) -> None:

@@ -39,10 +39,6 @@ def opened(size: int, *those: ServerConnection) -> Connections:
     return connections
 
 
-def test_there_is_room() -> None:
-    _ = opened(3, connection("1.1.1.1"), connection("1.1.1.1"))
-
-
 def test_the_crowd_of_one_address_ends_before_others() -> None:
     lonely, first, second = connection("1.1.1.1"), connection("2.2.2.2"), connection("2.2.2.2")
     connections = opened(4, lonely, first, second)
@@ -134,38 +130,6 @@ def test_the_oldest_long_answer_ends_for_another_one_once_all_have_too_much_to_t
     assert woken == [reader, slower, last]
     assert [one.closed for one in (boot, proxy, slow, *woken)] == [False] * 3 + [True] * 3
     assert {one for one, answer in answers.items() if answer() is None} == {slow, *woken}
-
-
-@pytest.mark.parametrize("addresses", [1, 1000])
-@pytest.mark.parametrize("working", [0, 900])
-def test_who_ends_is_found_without_a_look_at_each(addresses: int, working: int) -> None:
-    """Otherwise the more connections are allowed, the more of the server's time a stranger takes by opening some.
-
-    Many are at work while a database does not answer.
-    """
-    looks: list[ServerConnection] = []
-
-    class Watched(ServerConnection):
-        @property
-        def waits_for_peer(self) -> bool:
-            looks.append(self)
-            return super().waits_for_peer
-
-    def silent(number: int) -> ServerConnection:
-        return Watched(float(number), peer_address=f"10.0.{number % addresses // 256}.{number % addresses % 256}")
-
-    first = [silent(number) for number in range(999)]
-    for number, one in enumerate(first[:working]):
-        one.receive_data(GET, float(number))
-        assert one.next_request(float(number)) is not None
-    connections = opened(1000, *first)
-    for number in range(999, 3000):
-        ended = connections.make_room(silent(number))
-        assert [each.since for each in ended] == [number - 999 + working]
-    turns = 2001 // (999 - working)  # in which each that waited at the begin of one has ended
-    assert len(looks) < 3 * 2001 + 2 * working * (turns + 1)
-    queues = [connections._strangers, *connections._of_address.values()]
-    assert sum(len(queue._heap) for queue in queues) < 2 * (2 * 1000) + 17 * len(queues)
 
 
 def test_who_was_at_work_ends_in_its_turn() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -184,15 +182,6 @@ def test_head_has_no_body_and_keeps_the_framing() -> None:
     assert answers(talk.feed(GET))[0].body == b"{}"
 
 
-@pytest.mark.parametrize(
-    "old", [GET.replace(b"HTTP/1.1", b"HTTP/1.0"), GET.replace(b"Host", b"Connection: close\r\nHost")]
-)
-def test_who_offers_to_switch_may_also_end(old: bytes) -> None:
-    talk = Talk(lambda _: HttpResponse(405))
-    (answer,) = answers(talk.feed(old.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"), GET))
-    assert answer.headers["connection"] == "close"
-
-
 def test_connect_and_upgrade_are_requests_like_others() -> None:
     talk = Talk(lambda _: HttpResponse(405))
     sent = talk.feed(GET.replace(b"GET", b"CONNECT") + GET.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"), GET)
@@ -213,24 +202,6 @@ def test_continue_is_said_to_who_asks_for_it() -> None:
     assert talk.feed(head) == b"HTTP/1.1 100 \r\n\r\n"
     assert [answer.status for answer in answers(talk.feed(b"{}"))] == [200]
     assert [answer.status for answer in answers(talk.feed(head + b"{}"))] == [100, 200]
-
-
-def test_an_answer_needs_a_request() -> None:
-    connection = ServerConnection(0.0)
-    with pytest.raises(LocalProtocolError):
-        connection.send_response(HttpResponse(200), 0.0)
-    connection.receive_data(GET, 0.0)
-    with pytest.raises(LocalProtocolError):
-        connection.send_response(HttpResponse(200), 0.0)
-    assert connection.next_request(0.0) is not None
-    connection.send_response(HttpResponse(200), 0.0)
-    with pytest.raises(LocalProtocolError):
-        connection.send_response(HttpResponse(200), 0.0)
-    slow = ServerConnection(0.0)
-    slow.receive_data(GET[:9], 0.0)
-    slow.expire(100.0)
-    with pytest.raises(LocalProtocolError):
-        slow.send_response(HttpResponse(408), 100.0)
 
 
 @pytest.mark.parametrize(
@@ -314,17 +285,6 @@ def test_a_line_that_no_cr_ends(at: int) -> None:
     refusal(CHUNKED[:at] + CHUNKED[at + 1 :], 400, "bad_request")
 
 
-def test_a_cut_within_a_line_end_is_none() -> None:
-    whole = outcome([CHUNKED + GET])
-    assert all(outcome([CHUNKED[:at], CHUNKED[at:] + GET]) == whole for at in range(len(CHUNKED)))
-
-
-@pytest.mark.parametrize("length", [b"content-length:1", b"CONTENT-LENGTH:\t1 \t"])
-def test_a_length_may_be_written_as_any_field(length: bytes) -> None:
-    (request,), _, _ = outcome([POST + length + b"\r\n\r\na"])
-    assert request.body == b"a"
-
-
 def fastest(do: Callable[[], object]) -> float:
     """Seconds of the processor's, of the fastest of a few."""
     taken: list[float] = []
@@ -394,18 +354,7 @@ def test_an_operation_that_needs_a_larger_body_may_have_it() -> None:
     refusal(other + b"Content-Length: 65537\r\n\r\n", 413, "body_too_large")
 
 
-def test_the_largest_body() -> None:
-    talk = Talk()
-    talk.feed(POST + b"Content-Length: 65536\r\n\r\n", *[b"x" * 1024] * 64)
-    assert [len(request.body) for request in talk.requests] == [65536]
-
-
 # --- the end of the peer's bytes ---
-
-
-def test_a_request_and_then_the_end_is_answered() -> None:
-    requests, sent, closed = outcome([GET])
-    assert (len(requests), [answer.status for answer in answers(sent)], closed) == (1, [200], True)
 
 
 @pytest.mark.parametrize("data", [GET[:1], GET[:-1], POST + b"Content-Length: 9\r\n\r\n12345678"])
@@ -691,11 +640,3 @@ def test_no_order_of_calls_makes_it_raise(calls: list[bytes | str]) -> None:
 )
 def test_peer_addresses(name: tuple[object, ...] | str | bytes, address: str) -> None:
     assert peer_address(name) == address
-
-
-@pytest.mark.parametrize(("module", "package"), [("h1", "h11"), ("tls", "OpenSSL")])
-def test_a_missing_package_is_named(module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"chutes_proto.transport.{module}")
-    with pytest.raises(LocalProtocolError, match=r"chutes-proto\[tls\]"):
-        importlib.import_module(f"chutes_proto.transport.{module}")

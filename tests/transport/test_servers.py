@@ -233,18 +233,6 @@ async def test_curl(kind: str | None, tmp_path: Path, require_program: Callable[
     assert done.stdout == json.encode(expected) * 2
 
 
-async def test_openssl_as_a_client(require_program: Callable[[str], str], tmp_path: Path) -> None:
-    openssl = require_program("openssl")
-    (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
-    async with running() as server:
-        command = [openssl, "s_client", "-connect", f"127.0.0.1:{server.port}", "-verify_ip", "127.0.0.1"]
-        command += ["-verify_return_error", "-CAfile", f"{tmp_path}/ca.pem", "-ign_eof"]
-        done = await anyio.run_process(command, input=GET.replace(b"/a", b"/last"))
-    said = done.stdout.decode()
-    assert "Verify return code: 0 (ok)" in said
-    assert "HTTP/1.1 200" in said
-
-
 async def test_connections_are_kept_and_ended() -> None:
     async with running() as server, await server.connect() as stream:
         for _ in range(3):

@@ -182,15 +182,6 @@ def test_close_in_both_directions(version: ssl.TLSVersion) -> None:
     assert server.data_to_send() == b""
 
 
-def test_data_and_close_in_one_piece() -> None:
-    client, server = TlsClient(client_context()), session()
-    shake(client, server)
-    client.send(b"last")
-    client.close()
-    assert server.receive_data(client.data_to_send()) == b"last"
-    assert server.peer_closed
-
-
 def test_bytes_that_end_without_a_close() -> None:
     client, server = TlsClient(client_context()), session()
     shake(client, server)
@@ -206,11 +197,6 @@ def test_a_handshake_that_ends_early() -> None:
         server.receive_data(b"")
     server.close()
     assert server.data_to_send() == b""
-
-
-def test_nothing_is_sent_before_the_handshake() -> None:
-    with pytest.raises(LocalProtocolError):
-        session().send_data(b"x")
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"\x16\x03\x01\x00\x02\x01\x00" + b"\xff" * 20])
@@ -334,14 +320,6 @@ def in_another_handshake() -> TlsSession:
     return server
 
 
-def test_within_another_handshake_no_data_is_sent_and_the_end_is_quiet() -> None:
-    server = in_another_handshake()
-    with pytest.raises(RemoteProtocolError):
-        server.send_data(b"answer")
-    server.close()
-    in_another_handshake().close()
-
-
 def test_a_connection_within_another_handshake_ends() -> None:
     server = in_another_handshake()
     connection = ServerConnection(0.0, tls=server)
@@ -436,15 +414,3 @@ def test_intermediates_are_sent() -> None:
     client = TlsClient(client_context())
     shake(client, TlsSession(shared))
     assert client.tls.version() is not None
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (SSL.Error([("lib", "f", "bad record"), ("lib", "", "worse")]), "bad record; worse"),
-        (SSL.SysCallError(-1, "Unexpected EOF"), "-1 Unexpected EOF"),
-        (SSL.WantWriteError(), "WantWriteError"),
-    ],
-)
-def test_what_openssl_says_is_one_line(error: SSL.Error, text: str) -> None:
-    assert tls._text(error) == text
