@@ -84,14 +84,14 @@ def _open_plain(path: str, flags: int) -> int:
     return descriptor
 
 
-def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = False, plain: bool = False) -> bytes:
+def read_private(path: str | Path, *, group_may: bool = False, plain: bool = False) -> bytes:
     """Return the whole of a file that only its owner, or with ``group_may`` its group too, can read; see `read_file`.
 
     Raises `ConfigurationError` for permissions that are too open, and `FileUnavailable`.
     """
     with _opened(path, plain) as file:
-        _check_mode(path, os.fstat(file.fileno()), group_may)
-        return _bounded(path, file.read(limit + 1), limit)
+        _check_mode(path, os.fstat(file.fileno()), group_may=group_may)
+        return _bounded(path, file.read(MAX_SIZE + 1), MAX_SIZE)
 
 
 class Files:
@@ -139,13 +139,13 @@ def _stamp(path: str) -> object:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def check_private(path: str | Path, *, group_may: bool = False) -> None:
-    """Check the permissions of a file that was read, as `read_private` does. Raises as it does."""
+def check_private(path: str | Path) -> None:
+    """Check the permissions of a file that was read, as `read_private` does if the group may. Raises as it does."""
     with unavailable(path, "cannot be read"):
-        _check_mode(path, Path(path).stat(), group_may)
+        _check_mode(path, Path(path).stat(), group_may=True)
 
 
-def _check_mode(path: str | Path, found: os.stat_result, group_may: bool) -> None:
+def _check_mode(path: str | Path, found: os.stat_result, *, group_may: bool) -> None:
     mode = stat.S_IMODE(found.st_mode)
     if mode & (0o007 if group_may or is_credential(Path(path)) else 0o077):
         better = "640" if group_may else "600"

@@ -230,7 +230,7 @@ def check_configuration(config: ServerConfig) -> None:
     from chutes_proto.io.stores.postgres import has_secret
 
     if has_secret(config.store.url) and config.path is not None:
-        check_private(config.path, group_may=True)
+        check_private(config.path)
 
 
 def read_vault(config: ServerConfig, base: Path, files: Files, problems: Problems) -> Vault | None:
