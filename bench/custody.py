@@ -59,7 +59,7 @@ def run() -> None:
         _ = opened.callback(cluster.remove)
         sessions = {
             name: opened.enter_context(
-                closing(PostgresStore(opened.enter_context(schema(cluster.url())), migrate=True, vault=vault))
+                closing(PostgresStore(opened.enter_context(schema(cluster.url())), make=True, vault=vault))
             )
             for name, vault in VAULTS.items()
         }

@@ -120,7 +120,7 @@ COMMANDS: Final = (
     "vm purge-boots --yes",
     "audit purge",
     "audit purge --yes",
-    "store migrate",
+    "store init",
     "store restored",
     COPY,
     COMPARE,
@@ -158,7 +158,7 @@ def _measure(kind: str, folder: Path, address: str) -> list[str]:
     _ = configuration.write_text(text)
     _few(kind, folder, address)
     began = time.monotonic()
-    StorePlace(address, folder).open(migrate=True).close()
+    StorePlace(address, folder).open(make=True).close()
     _load(_kek(folder), address, folder, VMS)
     _ = (folder / "kek").rename(folder / "kek.previous")
     (folder / "kek").touch(0o600)
@@ -272,7 +272,7 @@ def _run(words: str, *options: str) -> str:
 def fill(place: StorePlace, vms: int) -> None:
     """Make a store, and fill it with the rows of so many VMs; it is sealed as its operator would do that."""
     assert place.vault is not None
-    evolve(place, vault=None).open(migrate=True).close()
+    evolve(place, vault=None).open(make=True).close()
     _load(place.vault.current, place.address, place.base, vms)
     with closing(place.open()) as store:
         _ = seal_store(store, place.vault, "")

@@ -271,7 +271,7 @@ def _beginning(url: str) -> None:
     def nothing() -> None:
         return None
 
-    with schema(url) as own, closing(PostgresStore(own, migrate=True, vault=VAULT)) as store:
+    with schema(url) as own, closing(PostgresStore(own, make=True, vault=VAULT)) as store:
         numbers = count()
 
         def one_boot() -> None:
@@ -302,7 +302,7 @@ def _postgres(url: str) -> None:
     first = 0.0
     for processes in PROCESSES:
         with schema(url) as own, ExitStack() as stack:
-            StorePlace(own, Path.cwd(), vault=VAULT).open(migrate=True).close()
+            StorePlace(own, Path.cwd(), vault=VAULT).open(make=True).close()
             workers = [_worker(stack, "syncs", own, name, SYNCS // processes) for name in range(processes)]
             start = perf_counter()
             retries = sum(map(int, _go(workers)))
@@ -329,7 +329,7 @@ def _herds(url: str, vms: str, *, load: bool) -> None:
                 if load:
                     operators.fill(place, HERD_STORE)
                 else:
-                    place.open(migrate=True).close()
+                    place.open(make=True).close()
                 each, of_each_client = clients // processes, HERD_BOOTS // clients
                 workers = [_worker(stack, vms, own, name, each, of_each_client) for name in range(processes)]
                 for kind in ("first", "later"):

@@ -87,7 +87,7 @@ def _server(workers: int, installed: Path | None) -> Generator[Callable[[int], _
         cluster = Cluster(installed) if installed is not None else None
         if cluster is not None:
             _ = stack.callback(cluster.remove)
-            PostgresStore(cluster.url(), migrate=True).close()
+            PostgresStore(cluster.url(), make=True).close()
             config = folder / "server.toml"
             _ = config.write_text(config.read_text().replace("sqlite:keys.db", cluster.url()))
         command = [sys.executable, "-m", "chutes_proto", "serve", "--config", str(folder / "server.toml")]

@@ -203,7 +203,7 @@ def schemas(database: str) -> Iterator[postgres.Schemas]:
 
 @pytest.fixture
 def migrated_schema(schemas: postgres.Schemas) -> Iterator[str]:
-    """The URL of a schema with our tables in PostgreSQL, as a migration leaves it; it is for this test alone."""
+    """The URL of a schema with our tables in PostgreSQL, as `store init` leaves it; it is for this test alone."""
     with schemas.borrow() as url:
         yield url
 

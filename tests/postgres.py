@@ -277,7 +277,7 @@ class Schemas:
 
     @contextmanager
     def borrow(self) -> Iterator[str]:
-        """The URL of a schema as a migration leaves it."""
+        """The URL of a schema as `store init` leaves it."""
         borrowed = self._free.pop() if self._free else _Schema(self._made.enter_context(self._new()))
         yield borrowed.url
         if borrowed.is_emptied():
@@ -288,11 +288,11 @@ class Schemas:
 
 
 class _Schema:
-    """One that is empty but for the facts that a migration writes."""
+    """One that is empty but for the facts that `store init` writes."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        PostgresStore(url, migrate=True).close()
+        PostgresStore(url, make=True).close()
         with psycopg.connect(url, autocommit=True) as connection:
             self._facts = connection.execute("SELECT name, value FROM fact").fetchall()
             self._parts = connection.execute(_PARTS).fetchall()

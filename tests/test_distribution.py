@@ -62,7 +62,7 @@ BRINGS = {
 }
 COMMANDS = {
     "verify quote.bin --collateral collateral.json --root root.der": "cli",
-    "store migrate --config server.toml": "cli",
+    "store init --config server.toml": "cli",
     "store check --config server.toml": "cli",
     "hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY": "cli",
     "serve --config server.toml --check": "asyncio",

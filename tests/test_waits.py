@@ -37,7 +37,6 @@ SLEEPS = {
 SHORT_WAITS = {
     "io/test_quoters.py:dripping.serve": "a peer that is slow on purpose, until the test ends",
     "scenario/premises.py:Watch._look": "how often processes are looked at",
-    "store/test_versions.py:test_a_server_that_was_migrated_under_is_refused": "a migration that is too early shows",
     "transport/test_servers.py:test_a_connection_waits_for_its_slot": "a handshake that is too early shows",
 }
 """Waits for what must not happen fail only if it does: on a slow machine they may see less, and are never wrong."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,11 @@ from struct import unpack
 from termios import FIONREAD
 from typing import IO, Any
 
+import httpx
 import pytest
 from attrs import define, frozen
 
+from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli.main import main
 from tests.waiting import wait_until
 
@@ -147,3 +150,12 @@ def no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 def is_root() -> bool:
     """Root reads everything, so that what is unreadable cannot be tried."""
     return os.geteuid() == 0
+
+
+ONCE = RetryPolicy(attempts=1)
+
+
+def is_ready(server: Server) -> bool:
+    """As a balancer asks."""
+    context = ssl.create_default_context(cafile=server.ca)
+    return httpx.get(f"{server.url}/servers/nonce", verify=context).status_code == httpx.codes.OK

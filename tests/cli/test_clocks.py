@@ -22,8 +22,7 @@ from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import SetHorizon
 from chutes_proto.sync import BootAgent
 from chutes_proto.testing._platform import SimulatedPlatform
-from tests.cli.conftest import HOTKEY, Ended, Server
-from tests.cli.test_upgrade import ONCE, is_ready
+from tests.cli.conftest import HOTKEY, ONCE, Ended, Server, is_ready
 from tests.postgres import replace_now, schema_with_clock
 from tests.waiting import wait_until
 
@@ -42,7 +41,7 @@ def test_a_check_notes_a_clock_before_the_store_is_refused_for_it(database: str,
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
         setup = make_setup(ServerConfig.load(write_site(tmp_path, url)))
-        with closing(PostgresStore(url, migrate=True)) as store:
+        with closing(PostgresStore(url, make=True)) as store:
             for apart, states in (0, ("ok", "ok")), (4, ("ok", "note")), (60, ("problem", "note")):
                 replace_now(connection, f"clock_timestamp() - {apart} * interval ''1 s''")
                 health = read_health(setup, store)
@@ -56,7 +55,7 @@ def test_a_server_whose_clock_differs_from_the_databases_is_not_ready_until_it_d
 ) -> None:
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
-        PostgresStore(url, migrate=True).close()
+        PostgresStore(url, make=True).close()
         site = write_site(tmp_path, url)
         server = start("--config", site, ca=tmp_path / "ca.pem")
         options = {"quoter": PLATFORM.quote, "ca_pem": server.ca.read_bytes(), "retry": ONCE, "log": lambda _: None}

@@ -303,7 +303,7 @@ def test_it_takes_from_postgresql(
 ) -> None:
     """The newer store is a database, the restored one a file."""
     old, new = stores
-    StorePlace(empty_schema, tmp_path).open(migrate=True).close()
+    StorePlace(empty_schema, tmp_path).open(make=True).close()
     _ = config.write_text(config.read_text().replace("sqlite:keys.db", empty_schema))
     assert command("store", "copy", "--from", new, "--config", config).code == 0
     passfile = tmp_path / "pgpass"

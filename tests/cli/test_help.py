@@ -175,7 +175,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = {"miner_hotkey": HOTKEY, "vm_name": "vm-7", "volume_passphrases": tokens, "boot_quote": quote}
     _ = (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     setup = make_store_setup(ServerConfig.load(folder / "server.toml"))
-    with closing(setup.store.open(migrate=True)) as store:
+    with closing(setup.store.open(make=True)) as store:
         for label, rekey in (("1", ()), ("2", ("storage",)), ("3", ())):
             granted = evolve(boot(label, now=now, vm=Vm(HOTKEY, "vm-1")), vault=setup.vault)
             _ = store.transact(granted)

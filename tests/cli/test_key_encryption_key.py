@@ -138,7 +138,7 @@ def test_no_command_starts_with_it(command: Command, site: Path, case: str) -> N
     change, told = WRONG[case]
     change(site)
     before = sorted(site.iterdir())
-    for words in (["serve"], ["serve", "--check"], ["store", "check"], ["store", "migrate"], ["keys", "rewrap"]):
+    for words in (["serve"], ["serve", "--check"], ["store", "check"], ["store", "init"], ["keys", "rewrap"]):
         ended = command(*words, "--config", site / "server.toml")
         assert ended.code in (1, 2)
         assert told in ended.err, ended.err

@@ -16,8 +16,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores import marks
 from chutes_proto.sync import BootAgent
 from chutes_proto.testing._platform import SimulatedPlatform
-from tests.cli.conftest import HOTKEY, Ended, Server
-from tests.cli.test_upgrade import ONCE, is_ready
+from tests.cli.conftest import HOTKEY, ONCE, Ended, Server, is_ready
 from tests.store.test_marks import backup_of, put_back
 from tests.waiting import wait_until
 

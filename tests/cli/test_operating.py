@@ -197,7 +197,7 @@ def test_a_rewrap_that_was_killed_goes_on_with_the_keys_that_are_left(site: Site
     """Meanwhile keys are under two KEKs, and a server opens them all."""
     old = KeyEncryptionKey.from_bytes((site.directory / "kek").read_bytes())
     keys = [sealed_key(Vault(old), number) for number in range(2100)]
-    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(make=True)) as store:
         for begin in range(0, len(keys), 1000):
             store.transact(Ask(InsertAll(tuple(keys[begin : begin + 1000]))))
     _ = new_key(site)
@@ -486,7 +486,7 @@ def refuse(site: Site, label: str, vm: Vm) -> None:
         quote_digest=bytes(32),
         peer_address="192.0.2.1",
     )
-    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(make=True)) as store:
         assert store.transact(refusal)
 
 
@@ -531,7 +531,7 @@ class Flood(Unit[None]):
 def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
     """An export has a part of them in memory at a time; a list has the newest."""
     size = 14_000_000
-    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(make=True)) as store:
         store.transact(Flood(size))
     assert site.json("audit", "list", "--last", 1)["rows"]  # and what the commands import is there
     tracemalloc.start()
@@ -551,7 +551,7 @@ def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
 
 @BOTH
 def test_audit_rows_are_purged_some_at_a_time(site: Site) -> None:
-    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(make=True)) as store:
         now = int(time.time())
         for days, count in ((800, 300), (400, 1000), (100, 300)):
             row = AuditRow(now - days * 86_400, "vm", f"{days} days ago", "granted")

@@ -16,6 +16,7 @@ from chutes_proto.cli.extras import extra_of
 from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import StoreError
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store.rows import AuditRow, Vm
 from tests.cli.conftest import PROGRAM, Ended
 from tests.waiting import wait_until
@@ -235,7 +236,7 @@ def test_a_command_names_its_extra(words: list[str], hidden: tuple[str, ...], to
 
 def test_the_store_needs_no_extra_but_cli(command: Callable[..., Ended], tmp_path: Path) -> None:
     address = f"sqlite:{tmp_path}/keys.db"
-    assert command("store", "migrate", "--store", address).code == 0
+    SqliteStore(tmp_path / "keys.db").close()
     hidden = without("httpx", "anyio", "trio", "h11", "OpenSSL", "sr25519", "psycopg", "rich")
     done = subprocess.run([*hidden, "store", "check", "--store", address], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

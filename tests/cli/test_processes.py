@@ -58,7 +58,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "postgresql":
         url = request.getfixturevalue("migrated_schema")
         configuration.write_text(configuration.read_text().replace("sqlite:keys.db", url))
-    make_setup(ServerConfig.load(configuration)).store.open(migrate=True).close()
+    make_setup(ServerConfig.load(configuration)).store.open(make=True).close()
     return directory
 
 

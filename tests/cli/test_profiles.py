@@ -163,7 +163,7 @@ def test_the_schedule_and_the_vms_that_need_another_image(command: Command, tmp_
     (entry,) = empty["profiles"]
     assert (entry["state"], entry["not_after"], entry["vms"]) == ("enforced", None, None)
     setup = make_store_setup(ServerConfig.load(config))
-    with closing(setup.store.open(migrate=True)) as store:
+    with closing(setup.store.open(make=True)) as store:
         for name, profile in (("vm-1", "simulated"), ("vm-2", "gone")):
             granted = boot(name, now=now, vm=Vm(HOTKEY, name))
             _ = store.transact(evolve(granted, profile_name=profile, profile_version="1", vault=setup.vault))

@@ -380,7 +380,7 @@ class _BusyAfter:
 
 def old_rows(site: Site) -> None:
     """Boots, verdicts, keys and audit rows that each purge would delete some of."""
-    with closing(make_store_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+    with closing(make_store_setup(ServerConfig.load(site.configuration)).store.open(make=True)) as store:
         store.transact(Ask(InsertAll((AuditRow(NOW - 800 * 86_400, "vm", "old", "granted"),) * 300)))
     for label, days in (("1", 500), ("2", 400), ("3", 300), ("4", 200), ("5", 100)):
         site.boot(label, rekey=("storage",), at=NOW - days * 86_400)

@@ -229,7 +229,7 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
     with schema(cluster.url()) as url:
         proxy = '[[proxy]]\nname = "front"\nunix = "keys.sock"\n'
         _ = path.write_text(path.read_text().replace("sqlite:keys.db", url) + proxy)
-        make_setup(ServerConfig.load(path)).store.open(migrate=True).close()
+        make_setup(ServerConfig.load(path)).store.open(make=True).close()
         server = serve(1 if len(numbers) == 1 else 600)
         with ExitStack() as stack:
             other = stack.enter_context(psycopg.connect(url))

@@ -1,4 +1,4 @@
-"""`store`: an operator makes, migrates and checks a store; and `serve` in PostgreSQL, which does none of that."""
+"""`store`: an operator makes and checks a store; and `serve` in PostgreSQL, which does neither."""
 
 from __future__ import annotations
 
@@ -62,13 +62,8 @@ def test_sqlite_is_made_checked_and_left_alone(command: Command, tmp_path: Path)
     missing = command("store", "check", "--store", address)
     assert (missing.code, "not made yet" in missing.err) == (1, True)
     assert list(tmp_path.iterdir()) == []
-    made = command("store", "migrate", "--store", address, "--json").json
-    assert (made["ok"], made["schema_version_before"], made["schema_version"]) == (True, 0, SCHEMA_VERSION)
     with closing(SqliteStore(tmp_path / "keys.db")) as store:
         store.transact(boot("first", now=int(time.time())))
-    again = command("store", "migrate", "--store", address)
-    assert again.code == 0
-    assert f"schema version before: {SCHEMA_VERSION}" in again.out
     found = command("store", "check", "--store", address, "--json").json
     assert (found["store"], found["rows"]["boot"], found["rows"]["volume"]) == (f"{tmp_path}/keys.db", 1, 0)
     assert "generation 1" in command("store", "check", "--store", address).out
@@ -80,14 +75,13 @@ def test_a_newer_schema_and_damage_are_refused_and_left_alone(command: Command, 
         for number in range(40):
             store.transact(boot(str(number)))
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE fact SET value = 999 WHERE name IN ('schema_version', 'compatible_since')")
+        connection.execute("UPDATE fact SET value = 999 WHERE name = 'schema_version'")
     before = path.read_bytes()
-    for action in ("check", "migrate"):
-        end = command("store", action, "--store", f"sqlite:{path}", "--json")
-        assert (end.code, end.json["ok"]) == (1, False)
-        assert "run the release that made it" in end.json["error"]
-        assert "run the release that made it" in end.err
-        assert path.read_bytes() == before
+    end = command("store", "check", "--store", f"sqlite:{path}", "--json")
+    assert (end.code, end.json["ok"]) == (1, False)
+    assert "run the release that made it" in end.json["error"]
+    assert "run the release that made it" in end.err
+    assert path.read_bytes() == before
     path.write_bytes(before[: 4096 * 2] + b"\xa5" * (len(before) - 4096 * 2))
     assert command("store", "check", "--store", f"sqlite:{path}").code == 1
 
@@ -102,14 +96,14 @@ def test_a_server_works_only_in_a_schema_that_was_made(
     ends = [command("serve", *config), command("store", "check", *config), command("serve", *config, "--check")]
     for end in ends[:2]:
         assert end.code == 1
-        assert "it is empty, as only a new one may be; run `chutes-proto store migrate`" in end.err
-    remedy = f"chutes-proto store migrate --config {site}/server.toml"
+        assert "it is empty, as only a new one may be; run `chutes-proto store init`" in end.err
+    remedy = f"chutes-proto store init --config {site}/server.toml"
     assert f"it is empty, as only a new one may be; nothing in it was changed; run {remedy}" in ends[2].err
     findings = command("serve", "--check", *config, "--json").json["findings"]
     (problem,) = [each for each in findings if each["state"] == "problem"]
     assert problem["detail"] == "it is empty, as only a new one may be; nothing in it was changed"
     assert problem["remedy"] == remedy
-    made = command("store", "migrate", *config)
+    made = command("store", "init", *config)
     assert made.code == 0, made.err
     checked = command("serve", *config, "--check")
     assert checked.code == 0, checked.err
@@ -133,12 +127,10 @@ def test_a_server_works_only_in_a_schema_that_was_made(
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
 def test_another_schema_version_is_refused(command: Command, site: Path, empty_schema: str, version: int) -> None:
-    PostgresStore(empty_schema, migrate=True).close()
+    PostgresStore(empty_schema, make=True).close()
     with psycopg.connect(empty_schema) as connection:
-        connection.execute(
-            "UPDATE fact SET value = %s WHERE name IN ('schema_version', 'compatible_since')", (version,)
-        )
-    for words in (["serve"], ["serve", "--check"], ["store", "migrate"], ["store", "check"]):
+        connection.execute("UPDATE fact SET value = %s WHERE name = 'schema_version'", (version,))
+    for words in (["serve"], ["serve", "--check"], ["store", "init"], ["store", "check"]):
         end = command(*words, "--config", site / "server.toml")
         assert end.code == 1
         assert f"schema version {version}" in end.err
@@ -159,10 +151,9 @@ def test_another_schema_version_is_refused(command: Command, site: Path, empty_s
     ],
 )
 def test_a_wrong_address_is_usage(command: Command, address: str, told: str) -> None:
-    for action in ("check", "migrate"):
-        end = command("store", action, "--store", address)
-        assert (end.code, told in end.err) == (2, True), end.err
-        quiet(end)
+    end = command("store", "check", "--store", address)
+    assert (end.code, told in end.err) == (2, True), end.err
+    quiet(end)
 
 
 def test_a_password_comes_from_a_file(command: Command, cluster: Cluster, tmp_path: Path) -> None:
@@ -172,7 +163,8 @@ def test_a_password_comes_from_a_file(command: Command, cluster: Cluster, tmp_pa
     with schema(cluster.url()) as url:
         address = url.replace(f":{PASSWORD}@", "@") + f"&passfile={passfile}"
         assert PASSWORD not in address
-        made = command("store", "migrate", "--store", address)
+        PostgresStore(address, make=True).close()
+        made = command("store", "check", "--store", address)
         assert made.code == 0, made.err
         passfile.write_text("*:*:*:*:another\n")
         refused = command("store", "check", "--store", address)
@@ -195,9 +187,9 @@ def test_a_store_is_copied_into_an_empty_one_and_no_other(command: Command, site
     old = filled(site / "old.db")
     config = ("--config", site / "server.toml")
     unmade = command("store", "copy", "--from", old, *config)
-    assert (unmade.code, "run `chutes-proto store migrate`" in unmade.err) == (1, True)
-    made = command("store", "migrate", *config)
-    assert "made: a new store without keys; `chutes-proto store copy` fills it" in made.out
+    assert (unmade.code, "run `chutes-proto store init`" in unmade.err) == (1, True)
+    made = command("store", "init", *config)
+    assert "a new store without keys; `chutes-proto store copy` fills it" in made.out
     before = (site / "old.db").read_bytes()
     lost = command("store", "copy", "--from", old, *config, "--json")  # sealed under keys that this server has not
     assert (lost.code, lost.json["ok"]) == (1, False)
@@ -227,7 +219,7 @@ def test_a_sealed_store_is_not_copied_with_a_forged_row(
 ) -> None:
     """A new store takes what it gets for true."""
     config = ("--config", site / "server.toml")
-    assert command("store", "migrate", *config).code == 0
+    assert command("store", "init", *config).code == 0
     vault = make_store_setup(ServerConfig.load(site / "server.toml")).vault
     with closing(SqliteStore(site / "old.db", vault=vault)) as old:
         old.transact(evolve(boot("1"), vault=vault))
@@ -244,7 +236,7 @@ def test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check(command
     (line,) = (each for each in text.splitlines() if each.startswith("store = "))
     (site / "sqlite.toml").write_text(text.replace(line, 'store = { url = "sqlite:keys.db" }'))
     setup = make_store_setup(ServerConfig.load(site / "sqlite.toml"))
-    with closing(setup.store.open(migrate=True)) as store:
+    with closing(setup.store.open(make=True)) as store:
         store.transact(evolve(boot("1"), vault=setup.vault))
     with closing(sqlite3.connect(site / "keys.db")) as file, file:
         file.execute("UPDATE vm SET proven = 1 - proven")
@@ -273,9 +265,9 @@ def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(
     text = (site / "server.toml").read_text()
     (line,) = (each for each in text.splitlines() if each.startswith("store = "))
     old.write_text(text.replace(line, 'store = { url = "sqlite:old.db", mark_file = "old.mark" }'))
-    assert command("store", "migrate", *config).code == 0
+    assert command("store", "init", *config).code == 0
     setup = make_store_setup(ServerConfig.load(old))
-    with closing(evolve(setup.store, mark_file=setup.mark_file).open(migrate=True)) as store:
+    with closing(evolve(setup.store, mark_file=setup.mark_file).open(make=True)) as store:
         store.keep_mark()
         store.transact(evolve(boot("1"), vault=setup.vault))
     with closing(sqlite3.connect(site / "old.db")) as file, file:
@@ -318,7 +310,7 @@ def test_a_copy_from_postgresql_names_sessions_that_may_be_a_servers(
     passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
     passfile.chmod(0o600)
     old = f"{empty_schema.replace(f':{PASSWORD}@', '@')}&passfile={passfile}"
-    with closing(PostgresStore(empty_schema, migrate=True)) as server:
+    with closing(PostgresStore(empty_schema, make=True)) as server:
         server.transact(boot("1"))
         copied = command("store", "copy", "--from", old, "--store", f"sqlite:{site}/new.db", "--json")
     assert copied.json["rows"]["boot"] == 1
@@ -367,7 +359,7 @@ def test_a_copy_of_what_is_no_store(command: Command, site: Path) -> None:
 def test_a_configuration_with_a_password_is_not_for_everybody(command: Command, site: Path) -> None:
     configuration = site / "server.toml"
     assert PASSWORD in configuration.read_text()
-    _ = command("store", "migrate", "--config", configuration)
+    _ = command("store", "init", "--config", configuration)
     for mode, code in ((0o600, 0), (0o640, 0), (0o644, 1), (0o604, 1)):
         configuration.chmod(mode)
         end = command("serve", "--config", configuration, "--check")
@@ -377,7 +369,7 @@ def test_a_configuration_with_a_password_is_not_for_everybody(command: Command, 
 
 def test_a_user_of_the_database_who_may_only_read(command: Command, site: Path, empty_schema: str) -> None:
     config = ("--config", site / "server.toml")
-    assert command("store", "migrate", *config).code == 0
+    assert command("store", "init", *config).code == 0
     with psycopg.connect(empty_schema, autocommit=True) as connection:
         (name,) = connection.execute("SELECT current_schema()").fetchone() or ("",)
         _ = connection.execute(f"CREATE ROLE reader_{name}")

@@ -198,7 +198,7 @@ async def test_a_database_that_stops(start: Start, cluster: Cluster, number: sig
 
     with schema(cluster.url()) as url:
         site = make_site(tmp_path, url)
-        make_setup(ServerConfig.load(site / "server.toml")).store.open(migrate=True).close()
+        make_setup(ServerConfig.load(site / "server.toml")).store.open(make=True).close()
         server = serve(start, site)
         await outlives(server, stop, go_on, is_busy=True)
         assert "no connection to the database" in refused(server)
@@ -209,7 +209,7 @@ async def test_a_database_whose_disk_is_full(start: Start, cluster: Cluster, tmp
     """Reading works, and so does each change that finds room in a page: only a look at the disk tells."""
     with schema_on_small_disk(cluster) as (disk, url):
         site = make_site(tmp_path, url)
-        make_setup(ServerConfig.load(site / "server.toml")).store.open(migrate=True).close()
+        make_setup(ServerConfig.load(site / "server.toml")).store.open(make=True).close()
         server = serve(start, site)
         filler = fill(disk)
         await refuses(server)

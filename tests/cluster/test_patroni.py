@@ -190,8 +190,8 @@ def besieged(front: str, tell: Callable[[str], None], edits: dict[str, str]) -> 
             stack.callback(end, process)
             return process
 
-        migrate = nodes.inside("apps", [*program, "store", "migrate", "--config", str(site / "server.toml")])
-        wait_until(lambda: _succeeds(migrate))
+        make = nodes.inside("apps", [*program, "store", "init", "--config", str(site / "server.toml")])
+        wait_until(lambda: _succeeds(make))
         servers = [
             start(f"server{number}", *program, "serve", "--config", str(site / "server.toml")) for number in (1, 2)
         ]

@@ -25,7 +25,7 @@ from tests.waiting import wait_until
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[DurableStore]:
     place = StorePlace("sqlite:keys.db", tmp_path, mark_file=tmp_path / "mark")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         yield store
 
 

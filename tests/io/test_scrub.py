@@ -105,7 +105,7 @@ def test_a_purge_is_no_finding(store: MemoryStore) -> None:
 def test_a_server_scrubs_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chutes_proto.io.server.scrub.EVERY_SECONDS", 0.0)
     told: list[str] = []
-    with closing(StorePlace("sqlite:keys.db", tmp_path).open(migrate=True)) as store:
+    with closing(StorePlace("sqlite:keys.db", tmp_path).open(make=True)) as store:
         store.transact(Ask(InsertAll(tuple(AuditRow(NOW, "operator", "event", "done") for _ in range(3)))))
         store.transact(SequenceLog(bytes(3 * SALT_SIZE)))
         scrubber = Scrubber(store, told.append)
@@ -120,7 +120,7 @@ def test_of_a_flood_of_findings_the_first_are_told_and_all_counted(
 ) -> None:
     monkeypatch.setattr("chutes_proto.io.server.scrub._TOLD", most)
     told: list[str] = []
-    with closing(custody.open(migrate=True)) as store:
+    with closing(custody.open(make=True)) as store:
         fill(store)
         sequence(store)
         run(custody, "DELETE FROM head")
@@ -131,7 +131,7 @@ def test_of_a_flood_of_findings_the_first_are_told_and_all_counted(
 
 
 def test_a_vm_that_went_back_as_a_whole_is_found_with_and_without_its_entries(custody: StorePlace) -> None:
-    with closing(custody.open(migrate=True)) as store:
+    with closing(custody.open(make=True)) as store:
         fill(store)
         sequence(store)
         back = [copied(custody, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
@@ -157,7 +157,7 @@ def test_a_vm_that_went_back_as_a_whole_is_found_with_and_without_its_entries(cu
 def test_a_vm_that_was_forked_within_the_second_before_its_entries_got_their_places_is_named(
     custody: StorePlace,
 ) -> None:
-    with closing(custody.open(migrate=True)) as store:
+    with closing(custody.open(make=True)) as store:
         fill(store)
         back = [copied(custody, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
         go_on(store)

@@ -46,7 +46,7 @@ ORIGIN = "keys.example/audit"
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
     address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
     place = StorePlace(address, tmp_path)
-    place.open(migrate=True).close()
+    place.open(make=True).close()
     return place
 
 
@@ -158,7 +158,7 @@ def test_a_sequencer_that_dies_within_its_transaction_changes_nothing(place: Sto
 
 def test_units_go_on_while_a_sequencer_is_frozen(empty_schema: str, tmp_path: Path) -> None:
     place = StorePlace(empty_schema, tmp_path)
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(SequenceLog(bytes(SALT_SIZE), ORIGIN))
         store.transact(Ask(Insert(row(0, 0))))
         inside, leave = threading.Event(), threading.Event()

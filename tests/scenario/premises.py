@@ -84,7 +84,7 @@ class Premises:
         write_server(self.directory, self.platform, self.now)
         self.edit("sqlite:keys.db", self.store)
         self.edit("limits.drain_seconds = 0", "limits.drain_seconds = 0\nrotate_after_hours = 0")
-        make_setup(ServerConfig.load(self.configuration)).store.open(migrate=True).close()
+        make_setup(ServerConfig.load(self.configuration)).store.open(make=True).close()
 
     @property
     def configuration(self) -> Path:

@@ -235,7 +235,7 @@ def operating(premises: Premises, do: Callable[..., Ended], *options: str) -> No
         ("audit", "list"),
         ("audit", "list", "--vm", "canary-1", "--event", "boot"),
         ("store", "check"),
-        ("store", "migrate"),
+        ("store", "init"),
     ]
     for words in commands:
         run = do if words[0] == "keys" else premises.here

@@ -148,7 +148,7 @@ async def test_a_header_with_a_line_of_its_own(name: str, loop: str, tmp_path: P
 async def test_a_text_that_postgresql_does_not_take_is_no_fault_of_the_store(
     loop: str, tmp_path: Path, empty_schema: str
 ) -> None:
-    with closing(StorePlace(empty_schema, tmp_path).open(migrate=True)) as store:
+    with closing(StorePlace(empty_schema, tmp_path).open(make=True)) as store:
         site = Site(LOOPS[loop], store)
         async with site.serving():
             for name, (data, expected) in requests().items():

@@ -145,8 +145,8 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, require_program: Callab
     is_direct = request.param.endswith("direct")
     write_site(folder, "" if is_direct else GUIDE[0].text, store=store)
     if store:
-        migrate = [*PROGRAM, "store", "migrate", "--config", str(folder / "server.toml")]
-        _ = subprocess.run(migrate, check=True, capture_output=True)
+        make = [*PROGRAM, "store", "init", "--config", str(folder / "server.toml")]
+        _ = subprocess.run(make, check=True, capture_output=True)
     server = _start(folder)
     if is_direct:
         yield Site(folder, server, server.url)

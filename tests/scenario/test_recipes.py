@@ -243,7 +243,7 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
             synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
             _ = wait_until(lambda: database.execute(synchronous).fetchone())
         place = StorePlace(cluster.url(), cluster.folder, mark_file=cluster.folder / "mark")
-        with closing(place.open(migrate=True)) as store:
+        with closing(place.open(make=True)) as store:
             store.keep_mark()
             store.transact(boot("before"))
             for _ in range(2):  # that day
@@ -367,7 +367,7 @@ def test_an_older_store_is_sealed(premises: Premises) -> None:
     """As seal.md says, while the server goes on."""
     for made in premises.directory.glob("keys.db*"):  # a new one
         made.unlink()
-    with closing(StorePlace(premises.store, premises.directory).open(migrate=True)) as store:
+    with closing(StorePlace(premises.store, premises.directory).open(make=True)) as store:
         store.transact(Ask(InsertAll((AuditRow(premises.now, "vm", "old", "granted"),))))
     premises.start_here()
     title = "Seal a store of an older release"

@@ -67,8 +67,8 @@ class SealedStore(MemoryStore):
         _ = self.connection.execute("BEGIN")
         try:
             found = self._run(None, sql.READ_VERSION, ())
-            _ = Versions("memory", "sqlite", lambda text: self._run(None, text, ())).check(found)
-            state = found[0][2]
+            Versions("memory", "sqlite", lambda text: self._run(None, text, ())).check(found)
+            state = found[0][1]
             session = self.custody.session(state, lambda text: self._run(None, text, ()))
             guard = Guard(session, self._run)
             result = run_script(unit.script(), guard.perform)

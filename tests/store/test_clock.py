@@ -25,7 +25,7 @@ from tests.waiting import wait_until
 def test_postgresql_goes_by_the_databases_clock(database: str) -> None:
     with (
         schema_with_clock(database) as (url, set_clock),
-        closing(PostgresStore(url, clock_difference_seconds=inf, migrate=True)) as store,
+        closing(PostgresStore(url, clock_difference_seconds=inf, make=True)) as store,
     ):
         for at in (NOW, NOW - 86_400, NOW + 86_400):
             set_clock(at)
@@ -41,7 +41,7 @@ def test_a_machine_whose_clock_differs_from_the_databases_is_refused_until_it_is
     told = r"the database's clock says 20.*Z, and this machine's says 20.*Z; they may differ by 5 seconds"
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
-        with closing(PostgresStore(url, migrate=True)) as store:
+        with closing(PostgresStore(url, make=True)) as store:
             before = dump(store)
             replace_now(connection, f"clock_timestamp() + {apart} * interval ''1 s''")
             for _ in range(2):
@@ -60,7 +60,7 @@ def test_the_text_is_the_same_until_the_difference_is_another(database: str) -> 
     """A server asks every second, and logs each new text."""
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
-        with closing(PostgresStore(url, migrate=True)) as store:
+        with closing(PostgresStore(url, make=True)) as store:
 
             def told(apart: int) -> str:
                 replace_now(connection, f"clock_timestamp() + {apart} * interval ''1 s''")

@@ -232,8 +232,6 @@ class Edit:
                 return self.kind not in {"id", "mac", "swapped"}
             case "log_tile":  # one that the tree does not have is not read
                 return self.kind != "doubled"
-            case "fact":  # a later release raises it, and a server goes on beside that one
-                return not self.what.startswith("fact ('schema_version'") or self.kind != "value"
             case _:
                 return not (self.table in NO_DELETION and self.kind in {"deleted", "set back"})
 
@@ -455,7 +453,7 @@ def test_no_edit_of_a_row_in_postgresql_releases_a_key(empty_schema: str, tmp_pa
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
     with psycopg.connect(empty_schema, autocommit=True) as attacker:
         _ = attacker.execute("SET session_replication_role = replica")  # an owner of the tables needs no references
-        with closing(place.open(migrate=True)) as store:
+        with closing(place.open(make=True)) as store:
             fill(store)
             before = contents(attacker)
             go_on(store)
@@ -510,7 +508,7 @@ def test_every_bit_of_a_row_that_has_a_mac_counts() -> None:
     def read(_op: object, text: str, values: tuple[Any, ...] = ()) -> list[Any]:
         return store.connection.execute(text, values).fetchall()
 
-    state = read(None, sql.READ_VERSION)[0][2]
+    state = read(None, sql.READ_VERSION)[0][1]
     session = store.custody.session(state, lambda text: read(None, text))
     guard = Guard(session, read)
 
@@ -609,7 +607,7 @@ def sequence(store: Store) -> None:
 
 
 def test_a_new_store_is_sealed_and_a_changed_row_stops_its_vm_alone(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         assert require_keys(store)
         fill(store)
         run(place, f"UPDATE vm SET proven = TRUE WHERE vm = '{A.name}'")
@@ -623,7 +621,7 @@ def test_a_new_store_is_sealed_and_a_changed_row_stops_its_vm_alone(place: Store
 
 def test_a_unit_in_a_snapshot_writes_nothing(place: StorePlace) -> None:
     """It would write heads that are newer than those that are remembered."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         with pytest.raises(StoreError, match=r"read-?only"), store.snapshot() as snapshot:
             snapshot.transact(granted("third", A, 200))
@@ -633,7 +631,7 @@ def test_a_unit_in_a_snapshot_writes_nothing(place: StorePlace) -> None:
 @pytest.mark.parametrize("vms", [1, 2, 200])
 def test_faults_are_found_in_every_page_of_vms(place: StorePlace, vms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "_VMS", vms)
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         sequence(store)
         assert not list(find_faults(store))
@@ -658,7 +656,7 @@ def test_faults_are_found_in_every_page_of_vms(place: StorePlace, vms: int, monk
 
 def test_the_largest_number_that_a_generation_can_have_is_a_fault_like_others(place: StorePlace) -> None:
     """To count up to it would take all memory, of each server that scrubs."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         run(place, f"UPDATE generation SET generation = {2**63 - 1} WHERE vm = '{A.name}' AND generation = 1")
         found = [fault.key for fault in find_faults(store) if fault.table == "generation"]
@@ -682,7 +680,7 @@ def changed(value: Any, name: str, *, is_sqlite: bool) -> str:
 def test_every_column_of_every_table_is_authenticated_in_both_databases(place: StorePlace) -> None:
     """Their drivers give the same rows. A sample of the columns; all of them at length."""
     is_thorough, tried = SOAK, 0
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         for kind in SEALED:
             found = run(place, f"SELECT {', '.join(columns(kind))} FROM {kind.TABLE}")
@@ -715,7 +713,7 @@ def test_every_column_of_every_table_is_authenticated_in_both_databases(place: S
 )
 def test_no_forged_row_says_what_a_vm_runs_on(place: StorePlace, forged: str) -> None:
     """An operator reads in the list of VMs which of them need another image, or other firmware."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         assert [each.profile_version for each in store.transact(Ask(rows.ReadFleet(None, 9)))] == ["1.0", "1.0"]
         run(place, forged)
@@ -726,7 +724,7 @@ def test_no_forged_row_says_what_a_vm_runs_on(place: StorePlace, forged: str) ->
 
 def test_a_forged_boot_opens_nothing(place: StorePlace) -> None:
     """One row, made by hand, and a sync without a certificate."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         unused = granted("forged", A, 300)
         names = "boot_id, hotkey, vm, platform_kind, platform_id, certificate, profile_name, profile_version, exchange"
@@ -743,7 +741,7 @@ def test_a_forged_boot_opens_nothing(place: StorePlace) -> None:
 
 def test_a_deleted_boot_is_not_an_unknown_token(place: StorePlace) -> None:
     """A 401 would power the VM off."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         unused = granted("unused", A, 300)
         store.transact(unused)
@@ -755,7 +753,7 @@ def test_a_deleted_boot_is_not_an_unknown_token(place: StorePlace) -> None:
 def test_forged_verdicts_use_up_the_limit_of_a_day_and_are_named(place: StorePlace) -> None:
     """The limit counts rows without reading them: further denials are not recorded."""
     refused = RecordRefusal(NOW, "r1", A, boot("1").platform, "tcb_rejected", "old", b"digest", "192.0.2.1")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         assert store.transact(refused)
         others = ", ".join((*columns(rows.AttestationRow)[1:], "mac"))
         numbers = ", ".join(f"({number})" for number in range(1, REFUSALS_PER_DAY))
@@ -770,7 +768,7 @@ def test_forged_verdicts_use_up_the_limit_of_a_day_and_are_named(place: StorePla
 
 
 def test_forged_rows_of_the_operators_page_are_believed(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         assert require_keys(store)
         run(place, f"INSERT INTO what_if VALUES ('last', {NOW}, '{{}}')")
         run(place, f"INSERT INTO key_server VALUES ('forged', '1.0', '{{}}', {NOW})")
@@ -822,7 +820,7 @@ def copied(place: StorePlace, table: str) -> Callable[[], None]:
 
 def test_a_vm_that_went_back_as_a_whole_contradicts_the_log(place: StorePlace) -> None:
     groups = ("boot_volume", "boot", "vm", "generation", "volume", "head")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         sequence(store)
         back = [copied(place, table) for table in groups]
@@ -845,7 +843,7 @@ def test_a_vm_that_went_back_before_the_log_knew_its_rows_contradicts_it_afterwa
     place: StorePlace, look: str
 ) -> None:
     """Who looks meanwhile finds nothing wrong with its head, and a store may remember that."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         sequence(store)
         back = [copied(place, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
@@ -864,7 +862,7 @@ def test_a_vm_that_went_back_before_the_log_knew_its_rows_contradicts_it_afterwa
 
 def test_a_vm_of_which_all_was_deleted_is_not_a_new_one(place: StorePlace) -> None:
     """Its name would be free for the platform of an attacker; the log knows it."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         sequence(store)
         for table in ("boot", "vm", "generation", "volume", "head"):
@@ -883,7 +881,7 @@ def test_a_vm_of_which_all_was_deleted_is_named_and_one_that_was_erased_is_not(
     monkeypatch.setattr(sealing, "_LOGGED", page)
     monkeypatch.setattr(scrub, "_VMS", page)
     gone = rows.Vm(A.hotkey, "vm-c")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         store.transact(granted("first", gone, 0))
         _ = store.transact(EraseVm(NOW + 1, "x2", 9, B, "decommissioned", carry_out=True))
@@ -902,7 +900,7 @@ def test_a_vm_of_which_all_was_deleted_is_named_and_one_that_was_erased_is_not(
 
 def test_few_vms_of_the_log_are_looked_at_in_one_transaction(place: StorePlace) -> None:
     """All entries of each are visited, and in a store of SQLite a boot waits meanwhile."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         sequence(store)
         spy = create_autospec(store, instance=True)
@@ -916,7 +914,7 @@ def test_few_vms_of_the_log_are_looked_at_in_one_transaction(place: StorePlace) 
 
 def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace) -> None:
     """Its boots are served meanwhile; the audit rows that wait for the log say that it was newer."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         sequence(store)
         back = [copied(place, table) for table in ("boot_volume", "boot", "vm", "generation", "volume", "head")]
@@ -941,7 +939,7 @@ def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace
 
 
 def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) -> None:
-    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+    with closing(evolve(place, vault=None).open(make=True)) as store:
         fill(store)
         go_on(store)
         run(place, "UPDATE boot SET given = NULL")  # as a release wrote them that did not count volumes
@@ -1023,7 +1021,7 @@ class _Busy(Store):
 def test_a_page_whose_vms_boot_all_the_time_is_made_smaller(empty_schema: str, tmp_path: Path) -> None:
     """PostgreSQL refuses it each time that it is tried: a large fleet has a boot in every moment that it takes."""
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
-    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+    with closing(evolve(place, vault=None).open(make=True)) as store:
         fill(store)
     for vault in (VAULT, BOTH):
         with (
@@ -1042,7 +1040,7 @@ def test_a_page_whose_vms_boot_all_the_time_is_made_smaller(empty_schema: str, t
 
 def test_a_store_that_takes_macs_away_again_is_not_sealed(place: StorePlace) -> None:
     """As by a trigger: its rows could not be told from forged ones."""
-    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+    with closing(evolve(place, vault=None).open(make=True)) as store:
         fill(store)
     if place.path is not None:
         run(place, "CREATE TRIGGER bare AFTER UPDATE OF mac ON volume BEGIN UPDATE volume SET mac = NULL; END")
@@ -1065,7 +1063,7 @@ def test_a_store_that_takes_macs_away_again_is_not_sealed(place: StorePlace) -> 
 def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
     place: StorePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with closing(evolve(place, vault=None).open(migrate=True)) as older:
+    with closing(evolve(place, vault=None).open(make=True)) as older:
         fill(older)
         with closing(place.open()) as store:
             seal_store(store, VAULT, "test")
@@ -1076,7 +1074,7 @@ def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
 
 
 def test_until_its_kek_is_named_a_sealed_store_is_read_and_not_written(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
     with closing(evolve(place, vault=None).open()) as store:
         assert len(store.transact(Ask(rows.Scan(rows.VmRow)))) == 2
@@ -1092,7 +1090,7 @@ def test_until_its_kek_is_named_a_sealed_store_is_read_and_not_written(place: St
 @pytest.mark.parametrize("state", [0, 1, 2, -1])
 def test_a_store_that_says_it_is_not_sealed_is_refused_by_who_knows_better(place: StorePlace, state: int) -> None:
     place = evolve(place, mark_file=place.base / "store.mark")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.keep_mark()
         fill(store)
         run(place, f"UPDATE fact SET value = {state} WHERE name = 'seal'")
@@ -1106,7 +1104,7 @@ def test_a_store_that_says_it_is_not_sealed_is_refused_by_who_knows_better(place
 
 def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(place: StorePlace) -> None:
     """It would remember that nobody is revoked, under the number that the revocations have."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         run(place, "CREATE TABLE old_keyring AS SELECT * FROM keyring")
         run(place, "UPDATE old_keyring SET epoch = 2, kek_id = 'another'")
@@ -1123,7 +1121,7 @@ def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(pla
 
 def test_a_key_of_the_rows_that_was_altered_is_a_fault_of_the_store(place: StorePlace) -> None:
     """Which callers answer with 503, as they do for any other row that is not authentic."""
-    with closing(place.open(migrate=True)):
+    with closing(place.open(make=True)):
         run(place, "UPDATE keyring SET wrapped = (SELECT mac FROM store_head)")
     with pytest.raises(RowNotAuthentic, match=r"row rows/1 of table keyring is not authentic: .*does not open"):
         place.open()
@@ -1159,7 +1157,7 @@ def test_nobody_without_the_keys_decides_that_a_loss_is_accepted(
     """He puts an older store there, and the fact by which an operator's command would let servers go on."""
     monkeypatch.setattr("chutes_proto.io.stores.marks.MarkKeeper.is_due", lambda _: True)  # not only once a second
     tables = ("boot_volume", "boot", "vm", "generation", "volume", "revocation", "head", "store_head", "fact")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         ((last,),) = run(place, "SELECT max(id) FROM audit")
         back = [copied(place, table) for table in tables]
@@ -1195,7 +1193,7 @@ def test_nobody_without_the_keys_decides_that_a_log_may_lack_what_was_signed(
 ) -> None:
     """No row is missing, so the log alone tells it, and the same fact would let servers go on."""
     monkeypatch.setattr("chutes_proto.io.stores.marks.MarkKeeper.is_due", lambda _: True)  # not only once a second
-    with closing(evolve(place, mark_file=place.base / "store.mark").open(migrate=True)) as store:
+    with closing(evolve(place, mark_file=place.base / "store.mark").open(make=True)) as store:
         fill(store)
         store.hold_checkpoint(Checkpoint("origin", 1, bytes(32)))
         with pytest.raises(StoreError, match="its audit log has 0 entries, and a checkpoint of 1 was signed"):
@@ -1215,7 +1213,7 @@ def test_revocations_that_went_back_with_their_head_are_seen_by_the_mark(
     """All rows agree with each other, and with the log, which tells nothing of the store's own head."""
     monkeypatch.setattr("chutes_proto.io.stores.marks.MarkKeeper.is_due", lambda _: True)  # not only once a second
     marked = evolve(place, mark_file=place.base / "store.mark")
-    with closing(place.open(migrate=True)) as operator, closing(marked.open()) as server:
+    with closing(place.open(make=True)) as operator, closing(marked.open()) as server:
         server.keep_mark()
         fill(operator)
         operator.transact(StoreRestored(NOW, "an earlier decision"))
@@ -1274,7 +1272,7 @@ class ReadAfterHead(Unit[rows.Times]):
     ],
 )
 def test_a_server_that_found_the_times_authentic_sees_their_change(place: StorePlace, forged: str) -> None:
-    with closing(place.open(migrate=True)) as server:
+    with closing(place.open(make=True)) as server:
         server.transact(granted("first", A, 0))
         with pytest.raises(LookupError):
             server.transact(RaiseAndFail())
@@ -1291,7 +1289,7 @@ def test_a_server_that_found_the_times_authentic_sees_their_change(place: StoreP
 
 def test_a_mark_of_before_heads_adopts_the_one_of_its_store(place: StorePlace) -> None:
     marked = evolve(place, mark_file=place.base / "store.mark")
-    with closing(marked.open(migrate=True)) as server:
+    with closing(marked.open(make=True)) as server:
         server.keep_mark()
         fill(server)
     body = json.loads((place.base / "store.mark").read_bytes())
@@ -1305,7 +1303,7 @@ def test_a_mark_of_before_heads_adopts_the_one_of_its_store(place: StorePlace) -
 
 
 def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
     both = Vault(OTHER_KEK, VAULT.current)
     with closing(evolve(place, vault=both).open()) as store:
@@ -1319,7 +1317,7 @@ def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:
 
 
 def test_a_changed_key_of_the_rows_is_a_fault_of_the_store(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
     zeros = "zeroblob(60)" if place.path else f"decode('{'00' * 60}', 'hex')"
     run(place, f"UPDATE keyring SET wrapped = {zeros}")
@@ -1341,7 +1339,7 @@ def test_a_seal_whose_commit_fails_leaves_a_store_that_works(tmp_path: Path, mon
             full.setattr(SqliteStore, "_check_file", fail)
             store.transact(unit)
 
-    with closing(StorePlace("sqlite:keys.db", tmp_path).open(migrate=True)) as store:
+    with closing(StorePlace("sqlite:keys.db", tmp_path).open(make=True)) as store:
         store.custody.hold(VAULT.unwrap)
         fill(store)
         failing(BeginSealing(NOW, VAULT, Secret(bytes(ENTROPY_SIZE)), "test"))
@@ -1359,7 +1357,7 @@ def test_a_seal_whose_commit_fails_leaves_a_store_that_works(tmp_path: Path, mon
 
 def test_a_forged_candidate_stops_no_restore(place: StorePlace) -> None:
     """It is named, and the candidates of all other VMs are provisional afterwards."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         for vm in VMS:
             (row, *_) = store.transact(Ask(rows.ReadLiveGenerations(vm)))
@@ -1383,7 +1381,7 @@ def test_a_generation_that_went_back_alone_stays_a_fault_after_a_command_that_wr
 ) -> None:
     """These read it without the others of its VM, and list what they write in the head."""
     cache = f"vm = '{A.name}' AND volume = 'cache' AND generation = 2"
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         live = store.transact(Ask(rows.ReadLiveGenerations(A)))
         (row,) = (each for each in live if (each.volume, each.generation) == ("cache", 2))
@@ -1402,7 +1400,7 @@ def test_a_generation_that_went_back_alone_stays_a_fault_after_a_command_that_wr
 
 
 def test_operators_commands_keep_a_store_authentic(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         go_on(store)
         store.transact(StoreRestored(NOW))
@@ -1442,7 +1440,7 @@ def macs_of(place: StorePlace) -> set[int]:
 def test_after_a_rotation_the_key_of_before_makes_no_row(place: StorePlace) -> None:
     """Whoever has the old KEK, the keyring of its time and the database, and a server that still opens both KEKs."""
     place = evolve(place, mark_file=place.base / "store.mark")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         old = store.custody.older(1, lambda text: run(place, text))
     run(place, "CREATE TABLE kept AS SELECT * FROM keyring")
@@ -1478,7 +1476,7 @@ def test_after_a_rotation_the_key_of_before_makes_no_row(place: StorePlace) -> N
 
 
 def test_a_vm_of_which_only_its_head_is_left_is_no_fault_after_a_rotation(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(BindVm(NOW, A, granted("first", A, 0).platform, "it is to come"))
         store.transact(EraseVm(NOW + 1, "x2", 9, A, "it does not come", carry_out=True))
     assert run(place, "SELECT (SELECT count(*) FROM vm) + (SELECT count(*) FROM boot)") == [(0,)]
@@ -1509,7 +1507,7 @@ class Stopping:
 def test_a_rotation_is_stopped_before_each_step_while_a_server_goes_on(
     place: StorePlace,
 ) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
     count = 0
     with closing(evolve(place, vault=BOTH).open()) as server, closing(evolve(place, vault=BOTH).open()) as store:
@@ -1545,7 +1543,7 @@ def test_a_rotation_is_stopped_before_each_step_while_a_server_goes_on(
 
 def test_what_is_not_authentic_gets_no_new_mac_and_keeps_the_older_epoch(place: StorePlace) -> None:
     """A row that was changed, one that went back to an older state, and a head: each is refused as before."""
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
         set_back = copied(place, "volume")
         store.transact(AllowFormat(NOW, A, "storage", "test"))

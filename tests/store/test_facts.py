@@ -24,7 +24,7 @@ DAMAGED = "it is damaged: a row of the table fact is missing; stop the server an
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
     address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
     place = StorePlace(address, tmp_path)
-    place.open(migrate=True).close()
+    place.open(make=True).close()
     return place
 
 
@@ -58,12 +58,10 @@ def test_a_lost_fact_is_damage(place: StorePlace, fact: str) -> None:
 
 
 @pytest.mark.parametrize("fact", ["schema_version", "nonce_horizon"])
-@pytest.mark.parametrize("migrate", [False, True])
-def test_a_store_that_has_lost_a_fact_is_neither_opened_nor_migrated(
-    place: StorePlace, fact: str, migrate: bool
-) -> None:
+@pytest.mark.parametrize("make", [False, True])
+def test_a_store_that_has_lost_a_fact_is_neither_opened_nor_made(place: StorePlace, fact: str, make: bool) -> None:
     change(place, f"DELETE FROM fact WHERE name = '{fact}'")
-    refused(lambda: place.open(migrate=migrate))
+    refused(lambda: place.open(make=make))
 
 
 def test_a_unit_that_asks_for_no_lost_fact_goes_on(place: StorePlace) -> None:

@@ -54,7 +54,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
 
 @pytest.fixture
 def store(place: StorePlace) -> Iterator[DurableStore]:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         yield store
 
 
@@ -117,7 +117,7 @@ CHANGES = ("reason = 'x'", "mac = NULL", "vm_version = 7", "evidence = '{}'", "a
 
 
 def test_a_row_that_is_changed_before_its_turn_is_no_entry(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(granted("first", A, 0))
         store.transact(Ask(Insert(row(0))))
         for number, _ in enumerate(CHANGES):
@@ -133,7 +133,7 @@ def test_a_row_that_is_changed_before_its_turn_is_no_entry(place: StorePlace) ->
 
 
 def test_a_forged_purge_excuses_nothing(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(Ask(InsertAll(tuple(map(row, range(300))))))
         assert len(sequenced(store)) == 300
     text = purged_text(256, 256)
@@ -189,7 +189,7 @@ def test_a_purge_takes_old_forged_rows_and_leaves_those_that_a_mark_may_know(
 
 
 def test_sealing_takes_the_rows_that_wait(place: StorePlace) -> None:
-    with closing(evolve(place, vault=None).open(migrate=True)) as store:
+    with closing(evolve(place, vault=None).open(make=True)) as store:
         fill(store)
         waiting = len(store.transact(Ask(ReadAudit(0, 1000))))
     with closing(place.open()) as store:
@@ -219,7 +219,7 @@ def test_a_copy_of_a_store_has_forged_rows_as_forged_ones(place: StorePlace, sto
 
 @in_a_file
 def test_nobody_without_the_key_gives_places(place: StorePlace) -> None:
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(Ask(Insert(row(0))))
     with closing(evolve(place, vault=None).open()) as store:
         with pytest.raises(StoreError, match="only its KEK"):
@@ -333,7 +333,7 @@ def test_a_purge_hides_no_recent_entry_that_was_dated_back_or_removed(
 ) -> None:
     """It is an authentic excuse for all that is missing before its end."""
     entries = [evolve(row(number), at=NOW - 100 if number < 256 else NOW) for number in range(900)]
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(Ask(InsertAll(tuple(entries))))
         assert len(sequenced(store)) == 900
     for edit in edits:

@@ -51,7 +51,7 @@ def test_a_token_that_nobody_issued_finds_no_boot(empty_schema: str, tmp_path: P
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
     granted = boot("one")
     guess = evolve(sync(granted, "body", "storage"), certificate=None, token_digest=GUESSED)
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(granted)
         with pytest.raises(Refused, match="Boot token not found"):
             store.transact(guess)
@@ -72,7 +72,7 @@ def test_a_boot_that_was_away_while_its_name_was_taken_over_opens_nothing(place:
     """Its row is authentic, and its head lists it, so its token would be as alive as before."""
     before = boot("of who came first")
     owner = evolve(boot("of the owner", now=NOW + 100), hotkey_proven=True, platform=Platform(bytes(16), bytes(16)))
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(before)
         run(place, "CREATE TABLE kept AS SELECT * FROM boot")
         run(place, "DELETE FROM boot")
@@ -86,7 +86,7 @@ def test_a_boot_that_was_away_while_its_name_was_taken_over_opens_nothing(place:
 
 def test_the_key_of_an_older_epoch_stands_in_for_no_newer_one(place: StorePlace) -> None:
     """Whoever had the old KEK knows it, and a server may still open it."""
-    with closing(place.open(migrate=True)):
+    with closing(place.open(make=True)):
         older = run(place, "SELECT kind, epoch, kek_id, wrapped, created_at FROM keyring WHERE kind = 'rows'")
     custody = Custody("store")
     custody.hold(BOTH.unwrap)
@@ -101,7 +101,7 @@ def test_an_older_row_beside_the_newest_one_does_not_count(empty_schema: str, tm
     """A table that inherits from another one has rows of the same keys: a permission to format came back with one."""
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
     first, second, third = (boot(f"{number}", now=NOW + number) for number in range(3))
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(first)
         store.transact(sync(first, "one", "storage"))
         store.transact(AllowFormat(NOW, VM, "storage", "test"))
@@ -120,7 +120,7 @@ def test_an_older_row_beside_the_newest_one_does_not_count(empty_schema: str, tm
 def test_a_revocation_stays_where_the_mark_alone_is_shown_the_newest_head(empty_schema: str, tmp_path: Path) -> None:
     """A view can tell the statements of a server apart."""
     place = StorePlace(empty_schema, tmp_path, vault=VAULT, mark_file=tmp_path / "store.mark")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.keep_mark()
         store.transact(boot("one"))
         run(place, "CREATE TABLE old_head AS SELECT * FROM store_head")
@@ -150,7 +150,7 @@ def test_no_older_boot_stands_in_for_the_newest_one(
     """Both are authentic, and in the head: a server would be registered as what its VM was before."""
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
     older, newest = boot("older"), boot("newest", now=NOW + 1)
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(older)
         store.transact(newest)
         found = store.transact(Ask(question))
@@ -173,7 +173,7 @@ def test_a_boot_that_is_missing_is_found_by_the_question_for_the_newest_one(
     question: FindLastBoot | FindLastBoots, place: StorePlace
 ) -> None:
     older = boot("older")
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(older)
         store.transact(boot("newest", now=NOW + 1))
         run(place, f"DELETE FROM boot WHERE boot_id = '{older.boot_id}'")
@@ -192,7 +192,7 @@ def test_boots_beside_the_newest_ones_are_refused(
     query = sql._QUERIES[FindLastBoots]
     other = sql._Query(lambda _: (sql.select(BootRow, f"WHERE {where}"), (VM.hotkey, VM.name)), query.reply)
     theirs = evolve(boot("of another VM"), vm=Vm(VM.hotkey, "other"))
-    with closing(StorePlace("sqlite:keys.db", tmp_path, vault=VAULT).open(migrate=True)) as store:
+    with closing(StorePlace("sqlite:keys.db", tmp_path, vault=VAULT).open(make=True)) as store:
         for granted in (boot("older"), boot("newest", now=NOW + 1), theirs):
             store.transact(granted)
         monkeypatch.setitem(sql._QUERIES, FindLastBoots, other)
@@ -208,7 +208,7 @@ def test_a_server_serves_no_vm_that_is_older_than_it_has_seen(
     stolen, elsewhere = boot("on a machine that was stolen"), Platform(bytes(16), b"another machine!")
     groups = ("boot_volume", "boot", "vm", "generation", "volume", "head")
     again = boot("again", now=NOW + 900)
-    with closing(place.open(migrate=True)) as store, closing(place.open()) as operator:
+    with closing(place.open(make=True)) as store, closing(place.open()) as operator:
         store.transact(stolen)
         store.transact(sync(stolen, "one", "storage"))
         back = [copied(place, table) for table in groups]
@@ -241,7 +241,7 @@ def test_a_server_takes_no_head_of_the_store_that_is_older_than_it_has_seen(
 ) -> None:
     """The mark learns of a head once a second: who sets it back in between undoes a revocation unseen."""
     tables = ("store_head", "revocation", "fact")
-    with closing(place.open(migrate=True)) as store, closing(place.open()) as operator:
+    with closing(place.open(make=True)) as store, closing(place.open()) as operator:
         store.transact(boot("one"))
         monkeypatch.setattr(marks.MarkKeeper, "compare", lambda *_: None)
         back = [copied(place, table) for table in tables]
@@ -275,7 +275,7 @@ def test_of_heads_that_were_seen_the_newest_count_for_transactions_that_began_la
 def test_a_vm_with_a_name_of_another_type_hides_no_other_one(tmp_path: Path) -> None:
     """A listing ends at a page without a VM. SQLite takes a value of another type in any column."""
     place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
-    with closing(place.open(migrate=True)) as store:
+    with closing(place.open(make=True)) as store:
         store.transact(boot("one"))
         run(place, "DELETE FROM vm")
         others = ", ".join(columns(GenerationRow)[2:])

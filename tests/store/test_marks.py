@@ -186,7 +186,7 @@ def test_a_forged_row_is_in_no_mark_that_could_not_be_read_again(place: StorePla
 @pytest.mark.parametrize("number", ["-5", "'another'", "1.5", "x'00'"])
 def test_a_forged_number_of_a_store_is_in_no_mark_that_could_not_be_read_again(place: StorePlace, number: str) -> None:
     """Who moves such a file away forgets all that it has seen."""
-    evolve(place, mark_file=None).open(migrate=True).close()
+    evolve(place, mark_file=None).open(make=True).close()
     with closing(sqlite3.connect(place.base / "keys.db")) as file, file:
         _ = file.execute(f"UPDATE fact SET value = {number} WHERE name = 'store_id'")
     for label in ("first", "second"):
@@ -455,9 +455,7 @@ def test_an_empty_database_is_not_that_of_a_mark(place: StorePlace, empty_schema
         grant(store, "1")
     empty = evolve(place, address=empty_schema)
     refused(empty.open, "it is empty, so it is not the store of this mark; .*; name the right store, or restore its")
-    refused(
-        evolve(empty, mark_file=None).open, "it is empty, as only a new one may be; run `chutes-proto store migrate`"
-    )
+    refused(evolve(empty, mark_file=None).open, "it is empty, as only a new one may be; run `chutes-proto store init`")
 
 
 @pytest.fixture
@@ -466,7 +464,7 @@ def clusters(postgres_programs: Path) -> Iterator[tuple[Cluster, Cluster]]:
     with ExitStack() as stack:
         primary = Cluster(postgres_programs, None, STREAMING)
         stack.callback(primary.remove)
-        PostgresStore(primary.url(), migrate=True).close()
+        PostgresStore(primary.url(), make=True).close()
         standby = Cluster(postgres_programs, primary, STREAMING)
         stack.callback(standby.remove)
         yield primary, standby

@@ -119,22 +119,15 @@ def reloaded(cluster: Cluster, store: PostgresStore, setting: str, value: str) -
 
 
 def test_an_empty_database_is_refused_and_left_alone(empty_schema: str) -> None:
-    told(lambda: PostgresStore(empty_schema), "it is empty, as only a new one may be; run `chutes-proto store migrate`")
+    told(lambda: PostgresStore(empty_schema), "it is empty, as only a new one may be; run `chutes-proto store init`")
     assert ask(empty_schema, sql.TABLES["postgresql"]) == []
 
 
 def test_another_programs_database_is_refused_and_left_alone(empty_schema: str) -> None:
     ask(empty_schema, "CREATE TABLE guests (name TEXT)")
-    for migrate in (False, True):
-        told(lambda: PostgresStore(empty_schema, migrate=migrate), "another program's database")  # noqa: B023
+    for make in (False, True):
+        told(lambda: PostgresStore(empty_schema, make=make), "another program's database")  # noqa: B023
     assert ask(empty_schema, sql.TABLES["postgresql"]) == [("guests",)]
-
-
-def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
-    newer = sql.SCHEMA_VERSION + 1
-    ask(url, f"UPDATE fact SET value = {newer} WHERE name IN ('schema_version', 'compatible_since')")
-    for migrate in (False, True):
-        told(lambda: PostgresStore(url, migrate=migrate), f"version {newer}, .*run the release that made it")  # noqa: B023
 
 
 @pytest.mark.parametrize(
@@ -145,7 +138,7 @@ def test_a_transaction_waits_for_the_disk_whatever_the_server_says_at_any_time(
     cluster: Cluster, found: str, used: str
 ) -> None:
     """Set by a reload under an open session, and there already when a session is opened."""
-    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
         watch(url)
         store.transact(boot("before"))
         with reloaded(cluster, store, "synchronous_commit", found), closing(PostgresStore(url)) as newer:
@@ -158,7 +151,7 @@ def test_a_transaction_leaves_nothing_set_in_its_session(url: str) -> None:
     """Behind a pooler another program may be given that session next."""
     lax = f"{url}%20-csynchronous_commit%3Doff"
     shown = "SELECT " + ", ".join(f"current_setting('{name}')" for name in WATCHED)
-    with closing(PostgresStore(lax, migrate=True)) as store:
+    with closing(PostgresStore(lax, make=True)) as store:
         store.transact(boot("first"))
         _ = store.check()
         (connection,) = store._pool.idle
@@ -167,7 +160,7 @@ def test_a_transaction_leaves_nothing_set_in_its_session(url: str) -> None:
 
 @pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
 def test_a_server_that_may_lose_keys_is_refused_from_then_on(cluster: Cluster, setting: str) -> None:
-    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
         with reloaded(cluster, store, setting, "off"):
             for call in (lambda: store.transact(boot("first")), store.check, lambda: PostgresStore(url)):
                 told(call, f"{setting} is 'off' there and must be 'on', or keys may be lost")
@@ -241,7 +234,7 @@ def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:
 def test_a_secret_on_a_command_line_is_refused_however_it_is_written(
     address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for action in ("migrate", "check"):
+    for action in ("check",):
         assert main(["store", action, "--store", address]) == 2
         said = capsys.readouterr()
         assert "other users can read a command line" in said.err
@@ -302,7 +295,7 @@ def test_a_certificate_that_is_not_trusted_is_said_with_what_to_do_and_taken_onc
         told(lambda: behind.transact(Ask(ReadTimes())), pattern, StoreAway)
 
     with schema(cluster.url()) as url:
-        PostgresStore(url, migrate=True).close()
+        PostgresStore(url, make=True).close()
         _ = trusted.write_bytes(new_certificate("database.test"))
         over_tls = f"{url}&sslmode=verify-full&sslrootcert={trusted}".replace(
             quote(str(cluster.folder), safe=""), f"database.test&hostaddr={address}"
@@ -328,7 +321,7 @@ def test_a_session_that_only_reads_is_said_with_what_to_do(url: str) -> None:
 
 
 def test_a_name_says_where_and_as_whom_and_no_more(cluster: Cluster) -> None:
-    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
         assert store.name == f"postgresql://owner@{cluster.folder}/postgres"
 
 
@@ -346,17 +339,17 @@ def test_each_host_is_named_with_its_port(given: str, name: str) -> None:
     assert name_of(f"postgresql://{given}") == f"postgresql://{name}"
 
 
-# --- migrations ---
+# --- the schema ---
 
 
-def test_many_may_migrate_at_once(empty_schema: str) -> None:
-    def migrate() -> str:
-        with closing(PostgresStore(empty_schema, migrate=True, busy_seconds=30)) as store:
+def test_many_may_make_it_at_once(empty_schema: str) -> None:
+    def make() -> bool:
+        with closing(PostgresStore(empty_schema, make=True, busy_seconds=30)) as store:
             store.transact(Ask(ReadTimes()))
-            return str(store.found_version)
+            return store.is_new
 
-    found = together([migrate] * 6)
-    assert sorted(map(str, found)) == [str(sql.SCHEMA_VERSION)] * 5 + ["None"]
+    found = together([make] * 6)
+    assert sorted(map(str, found)) == ["False"] * 5 + ["True"]
 
 
 # --- bounds ---
@@ -599,7 +592,7 @@ def test_a_table_that_is_missing_is_no_strangers_business_nor_a_newer_releases_f
         assert caught.value.code == Code.BOOT_TOKEN_INVALID
         told(lambda: store.transact(sync(granted, "body", "storage")), "a table is missing")
         newer = sql.SCHEMA_VERSION + 1
-        ask(url, f"UPDATE fact SET value = {newer} WHERE name IN ('schema_version', 'compatible_since')")
+        ask(url, f"UPDATE fact SET value = {newer} WHERE name = 'schema_version'")
         for seconds in (math.inf, 0):
             monkeypatch.setattr(marks, "LOOK_SECONDS", seconds)
             told(lambda: store.transact(sync(granted, "body", "storage")), f"version {newer}, .*run the release")
@@ -731,7 +724,7 @@ def test_idle_connections_that_were_ended_are_replaced(url: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_server_that_stops_is_busy_and_all_is_there_when_it_is_back(cluster: Cluster, number: signal.Signals) -> None:
-    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
         granted = boot("first")
         store.transact(granted)
         keys = store.transact(sync(granted, "body", "storage"))
@@ -811,7 +804,7 @@ def test_a_number_of_an_audit_row_that_no_mark_can_have_is_refused(url: str, tmp
 
 
 def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
-    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, migrate=True)) as store:
+    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, make=True)) as store:
         granted = boot("first")
         store.transact(granted)
         before = dump(store)
@@ -835,7 +828,7 @@ def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
 
 
 def test_a_full_disk_is_said_before_anything_was_written(cluster: Cluster) -> None:
-    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, migrate=True)) as store:
+    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, make=True)) as store:
         store.check_writing()
         filler = fill(disk)
         told(store.check_writing, "the database's disk is full; this transaction changed nothing; make space")

@@ -23,7 +23,6 @@ from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.io.stores.postgres.connection import Connection
 from chutes_proto.io.stores.postgres.url import parse
-from chutes_proto.store import _schema
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
@@ -116,7 +115,7 @@ class Proxy:
 def url(cluster: Cluster) -> Iterator[str]:
     """A schema with our tables, in a cluster whose processes are here."""
     with schema(cluster.url()) as url:
-        PostgresStore(url, migrate=True).close()
+        PostgresStore(url, make=True).close()
         yield url
 
 
@@ -167,7 +166,7 @@ def test_a_boot_takes_four_round_trips(proxy: Proxy, cluster: Cluster, monkeypat
     monkeypatch.setattr(marks, "LOOK_SECONDS", 3600)  # the comparison with the mark, once a second
     with (
         schema(proxy.url(cluster.url(), cluster)) as url,
-        closing(PostgresStore(url, migrate=True, vault=VAULT)) as store,
+        closing(PostgresStore(url, make=True, vault=VAULT)) as store,
     ):
         store.transact(boot("first", vm=Vm(VM.hotkey, "another")))
         for number in range(3):  # a new VM, and then a known one
@@ -338,12 +337,3 @@ def test_a_restore_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_check_takes_its_time(slow: PostgresStore) -> None:
     assert slow.check()["vm"] == 1
-
-
-def test_a_migration_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transactions, "_WORK", 0.3)
-    monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
-    monkeypatch.setattr(_schema, "STEPS", (*_schema.STEPS, _schema.Step("SELECT pg_sleep(1)")))
-    monkeypatch.setattr(_schema, "SCHEMA_VERSION", len(_schema.STEPS))
-    with closing(PostgresStore(url, busy_seconds=0.1, migrate=True)) as store:
-        assert store.found_version == _schema.SCHEMA_VERSION - 1

@@ -56,7 +56,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of an empty store."""
     sqlite = f"sqlite:{tmp_path}/keys.db"
     found: str = sqlite if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
-    StorePlace(found, tmp_path).open(migrate=True).close()
+    StorePlace(found, tmp_path).open(make=True).close()
     return found
 
 

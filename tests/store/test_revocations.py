@@ -46,7 +46,7 @@ REVOKE = Revoke(NOW, 7, "vm", subject_of(VM), None, "race")
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DurableStore]:
     sqlite = f"sqlite:{tmp_path}/keys.db"
     address: str = sqlite if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
-    with closing(StorePlace(address, tmp_path).open(migrate=True)) as opened:
+    with closing(StorePlace(address, tmp_path).open(make=True)) as opened:
         yield opened
 
 

@@ -29,7 +29,7 @@ from chutes_proto.store.rows import (
     VolumeRow,
     WhatIf,
 )
-from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode, decode_rows, encode, for_driver, schema, statement
+from chutes_proto.store.sql import columns, decode, decode_rows, encode, for_driver, schema, statement
 from tests.store.memory import MemoryStore
 
 
@@ -62,7 +62,6 @@ def test_postgresql_gets_its_own_types_and_marks() -> None:
     text = "\n".join(schema("postgresql"))
     assert "BLOB" not in text
     assert "BYTEA" in text
-    assert f"SET value = {SCHEMA_VERSION} WHERE name = 'schema_version'" in text
     assert for_driver(statement(Scan(AuditRow))[0], "postgresql") == statement(Scan(AuditRow))[0]
     insert, values = statement(Insert(AuditRow(1, "vm", "boot", "granted")))
     marks = [f"${number}" for number in range(1, len(values) + 1)]

@@ -23,7 +23,6 @@ from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
-from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, Interrupted, Interruption, boot, dump, sync
 
 
@@ -169,22 +168,6 @@ def test_an_empty_file_becomes_a_store(path: Path) -> None:
     path.touch()
     with closing(SqliteStore(path)) as store:
         assert store.transact(Ask(ReadTimes())).horizon == 0
-
-
-def test_an_unknown_schema_version_is_refused_and_left_alone(path: Path) -> None:
-    with closing(SqliteStore(path)) as store:
-        store.transact(boot("first"))
-    for version in (0, SCHEMA_VERSION + 1, 999):
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute(
-                "UPDATE fact SET value = ? WHERE name IN ('schema_version', 'compatible_since')", (version,)
-            )
-        before = path.read_bytes()
-        with pytest.raises(
-            StoreError, match=f"schema version {version}, and this release knows version {SCHEMA_VERSION}; run"
-        ):
-            SqliteStore(path)
-        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ class Counted:
 @pytest.fixture
 def url(cluster: Cluster) -> Iterator[str]:
     with schema(cluster.url()) as url:
-        PostgresStore(url, migrate=True).close()
+        PostgresStore(url, make=True).close()
         yield url
 
 

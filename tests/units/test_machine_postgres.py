@@ -30,7 +30,7 @@ class PostgresCalls(Calls):
         self.stack = ExitStack()
         self.clock: int | None = None
         url, self.set_clock = self.stack.enter_context(schema_with_clock(self.database))
-        self.postgres = PostgresStore(url, clock_difference_seconds=inf, migrate=True)
+        self.postgres = PostgresStore(url, clock_difference_seconds=inf, make=True)
         self.stores.append(self.postgres)
 
     def do(self, unit: Unit[T]) -> T | Code | str:

@@ -36,7 +36,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
         "policy": ("operator.policy", "Check an appraisal policy, say what it accepts, and try it on the fleet"),
         "profiles": ("operator.profiles", "Show when reference values count, and take over published ones"),
-        "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
+        "store": ("operator.store", "Make, copy and check the store of a key server"),
     },
     "Run servers as a miner": {
         "boot": ("miner.boot", "Boot against a running server, as a VM without disks"),

@@ -11,7 +11,6 @@ from typing import Final
 
 from chutes_proto.store import rows as store
 from chutes_proto.store._columns import Values
-from chutes_proto.store._schema import SCHEMA_VERSION
 from chutes_proto.store.sql import NAMED_VERSION, chained, logged_version, select, stored_columns
 
 READ_HEAD: Final = (
@@ -172,11 +171,7 @@ PUT_STORE_HEAD: Final = (
     "INSERT INTO store_head (name, version, contents, mac) VALUES ('store', ?, ?, ?) ON CONFLICT (name)"
     " DO UPDATE SET version = excluded.version, contents = excluded.contents, mac = excluded.mac"
 )
-READ_FACTS: Final = "SELECT name, value FROM fact WHERE name NOT IN ('schema_version', 'compatible_since', 'seal')"
+READ_FACTS: Final = "SELECT name, value FROM fact WHERE name NOT IN ('schema_version', 'seal')"
 """The facts that the head of the store's own group has; ``seal`` is known from the keyring and the mark."""
 SET_SEAL: Final = "UPDATE fact SET value = ? WHERE name = 'seal'"
 DELETE_ROWS_KEY: Final = "DELETE FROM keyring WHERE kind = 'rows' AND epoch = ?"
-END_COMPATIBILITY: Final = f"UPDATE fact SET value = {SCHEMA_VERSION} WHERE name = 'compatible_since'"  # noqa: S608
-"""The statement after which servers of no older schema version use the database: they know nothing of MACs."""
-SEALS_SINCE: Final = 3
-"""The first schema version whose servers know MACs."""

@@ -50,16 +50,12 @@ class ReadSeal(OfGuard[tuple[bool, bool]]):
 
 @frozen
 class BeginSeal(OfGuard[None]):
-    """Write MACs and heads from now on, under the key ``random``, which ``row`` has wrapped.
-
-    Servers of older releases end.
-    """
+    """Write MACs and heads from now on, under the key ``random``, which ``row`` has wrapped."""
 
     row: store.KeyringRow
     random: Secret
 
     def carry_out(self, guard: Guard) -> None:
-        _ = guard.run(None, _guard_sql.END_COMPATIBILITY, ())
         _ = guard.run(None, _guard_sql.SET_SEAL, (2 * self.row.epoch,))
         guard.changed_state = True
         guard.of_store.key, guard.of_store.is_locked = EpochKey(self.row.epoch, self.random), False

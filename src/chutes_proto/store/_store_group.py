@@ -229,7 +229,7 @@ def check_fact(custody: Custody, name: str, value: int, read: Callable[[str], Ro
 
     ``read`` runs a statement in the transaction that read it.
     """
-    _as_found(custody, read(READ_VERSION)[0][2], read).expect_fact(name, value)
+    _as_found(custody, read(READ_VERSION)[0][1], read).expect_fact(name, value)
 
 
 def check_head(

@@ -35,18 +35,14 @@ from chutes_proto.store._macs import UNSEALED
 from chutes_proto.store._schema import (
     READ_VERSION,
     SCHEMA_VERSION,
-    STEPS,
     TABLES,
     Dialect,
     LostFactError,
-    Step,
-    compatible_since,
-    indexes,
     schema,
 )
 
-__all__ = ["READ_VERSION", "SCHEMA_VERSION", "STEPS", "TABLES", "Dialect", "LostFactError", "Rows"]
-__all__ += ["Step", "Values", "columns", "compatible_since", "decode", "decode_rows", "encode", "for_driver", "indexes"]
+__all__ = ["READ_VERSION", "SCHEMA_VERSION", "TABLES", "Dialect", "LostFactError", "Rows"]
+__all__ += ["Values", "columns", "decode", "decode_rows", "encode", "for_driver"]
 __all__ += ["is_read", "returns_rows", "schema", "statement"]
 
 Seal: TypeAlias = Callable[[type[store.Row], Values], bytes | None]

@@ -105,7 +105,7 @@ def command(
       chutes-proto serve --config server.toml --workers 4
       chutes-proto serve --config server.toml
 
-    See also: reload, store migrate, boot, collateral fetch, profile
+    See also: reload, store init, boot, collateral fetch, profile
     """
     one_of(config=config, dev=dev)
     if check and dev:

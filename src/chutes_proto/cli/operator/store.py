@@ -1,4 +1,4 @@
-"""``chutes-proto store``: the database of a key server, which only its operator migrates, copies and restores."""
+"""``chutes-proto store``: the database of a key server, which only its operator copies and restores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, KeyUnavailable, RowNotAuthentic, StoreBusy, StoreError
 from chutes_proto.io.files import is_there
-from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
+from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.io.stores.marks import NO_FILE, is_of_sealed
@@ -30,7 +30,6 @@ from chutes_proto.server._config import check_store_address
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store._sealing import ReadSeal
 from chutes_proto.store.rows import CountRows, GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
-from chutes_proto.store.sql import compatible_since
 from chutes_proto.units.compare import Compare, Difference, Newer, Take
 from chutes_proto.units.contents import CountAll, Fill, pages
 from chutes_proto.units.operator import StoreRestored
@@ -40,13 +39,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 command: Group = Group(
     "store",
     of=OperatorCommand,
-    help="""Make, migrate, copy and check the store of a key server.
+    help="""Make, copy and check the store of a key server.
 
-    The store is a database: a file of SQLite, or PostgreSQL. In PostgreSQL a server never makes or changes the schema,
-    and in no database does it migrate the schema of another release.
+    The store is a database: a file of SQLite, or PostgreSQL. In PostgreSQL a server never makes the schema.
 
     Examples:
-      chutes-proto store migrate --config server.toml
+      chutes-proto store init --config server.toml
       chutes-proto store check --store sqlite:keys.db --json
 
     See also: serve, keys rewrap
@@ -63,41 +61,27 @@ def _which(function: F) -> F:
     return config(store(json_option(function)))
 
 
-@command.command(exits=exits("the schema is now this release's", "it cannot be made so, and is unchanged"))
-@_which
-def migrate(config: str | None, store: str | None) -> int:
-    """Make the schema, or bring an older one to this release.
+@command.command(exits=exits("the store is there", "it cannot be made, and is unchanged"))
+@click.option("--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
+@json_option
+def init(config: str) -> int:
+    """Make the store in an empty database.
 
-    Makes the schema in an empty database, or migrates that of an older release. Before, back up the database. Servers
-    of the release before go on meanwhile and after it, if the new schema allows it: the command says which must stop.
-    In PostgreSQL it holds no lock for longer than a second, tries for a minute, and builds indexes while servers
-    write; if it is interrupted, run it again. Nothing is done to a schema that is this release's or newer. For the
-    rows of another store see `store copy`.
-
-    Give one of --config and --store.
+    A server makes an SQLite file itself at its first start, but no tables in PostgreSQL. Nothing is done to a store
+    that is there. For the rows of another store see `store copy`.
 
     Examples:
-      chutes-proto store migrate --config server.toml
-      chutes-proto store migrate --store sqlite:keys.db
-      chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'
+      chutes-proto store init --config server.toml
+      chutes-proto store init --config server.toml --json
 
     See also: store copy, store check
     """
-    place, _ = _place(config, store)
-    opened = place.open(migrate=True)
-    opened.close()
-    found: dict[str, Any] = {
-        "store": opened.name,
-        "schema_version": opened.schema_version,
-        "schema_version_before": opened.found_version or 0,
-    }
-    if newer := of_newer_schema(opened):
-        found["note"] = newer
-    elif opened.found_version is not None:
-        found["note"] = f"servers that know schema version {compatible_since()} or a newer one can use it"
-    if opened.found_version is None:
-        found["made"] = "a new store without keys; `chutes-proto store copy` fills it from another one"
-    return _told(found)
+    with closing(make_store_setup(ServerConfig.load(config)).store.open(make=True)) as opened:
+        if opened.is_new:
+            note = "a new store without keys; `chutes-proto store copy` fills it from another one"
+        else:
+            note = "it was there before; nothing was changed"
+        return _told({"store": opened.name, "made": opened.is_new, "note": note})
 
 
 @command.command(exits=exits("all rows are copied", "no row was copied"))
@@ -115,8 +99,7 @@ def copy(source: str | None, from_config: str | None, reason: str, config: str |
     command says if sessions of chutes-proto are connected: a server that still runs, or a pooler that keeps them. The
     old store is not changed, but it must be writable. Keys stay sealed under the same KEK. With --config the rows of a
     sealed store are checked, and the new store is sealed; a sealed store is not copied without. In PostgreSQL make the
-    schema first, with `store migrate`. A missing SQLite file is made, and appears under its name when all rows are in
-    it.
+    store first, with `store init`. A missing SQLite file is made, and appears under its name when all rows are in it.
 
     With --from-config the old store is opened as its server does: under its KEKs, and compared with the mark in its
     store.mark_file. So one that went back is refused, and so is one that only says that it is not sealed. With --from
@@ -126,7 +109,7 @@ def copy(source: str | None, from_config: str | None, reason: str, config: str |
       chutes-proto store copy --from-config server.toml --config new.toml
       chutes-proto store copy --from sqlite:keys.db --config postgres.toml
 
-    See also: store migrate, store check
+    See also: store init, store check
     """
     place, vault = _place(config, store)
     origin = _origin(source, from_config, vault)
@@ -135,9 +118,6 @@ def copy(source: str | None, from_config: str | None, reason: str, config: str |
     if origin.name == place.name:
         raise ConfigurationError(f"--from: {origin.name} is the store to fill; name another one")
     with closing(origin.open(alone=True)) as old, place.filling() as new:
-        for each in (old, new):
-            if newer := of_newer_schema(each):  # it may have columns that this release does not know
-                raise StoreError(f"store {each.name}: {newer}, and copy with that release")
         _ = require_keys(old)
         has_macs, _ = old.transact(Ask(ReadSeal()))
         for note in old.notes:
@@ -194,10 +174,7 @@ def check(config: str | None, store: str | None) -> int:
     place.require_made(mark_file)
     marked = {} if config is None else _compared_with_mark(place, mark_file)
     with _told_to_restore(), closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
-        found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version}
-        found["rows"] = opened.check(tell)
-        if newer := of_newer_schema(opened):
-            found["note"] = newer
+        found: dict[str, Any] = {"store": opened.name, "rows": opened.check(tell)}
         if vault is not None:
             found["keys_sealed_under"] = check_keys(opened, vault)
         has_macs, is_sealed = opened.transact(Ask(ReadSeal()))
@@ -262,11 +239,9 @@ def seal(reason: str, config: str) -> int:
       chutes-proto store seal --config server.toml
       chutes-proto store seal --config server.toml --reason 'after the upgrade' --json
 
-    See also: store check, store migrate, keys rewrap
+    See also: store check, keys rewrap
     """
     with operating.opened(config, in_steps=True) as (setup, opened):
-        if newer := of_newer_schema(opened):
-            raise StoreError(f"store {opened.name}: {newer}, and seal with that release")
         _ = check_keys(opened, setup.vault)
         with output.waiting(f"sealing {opened.name}") as tell:
             done = seal_store(opened, setup.vault, reason, tell)
@@ -427,9 +402,6 @@ def _readable(old: StorePlace, new: StorePlace, vault: Vault | None) -> Generato
             if not place.is_made():
                 raise StoreError(f"store {place.path}: not made yet, so there is nothing to compare")
         with closing(old.open()) as older, closing(new.open()) as opened:
-            for each in (older, opened):
-                if said := of_newer_schema(each):
-                    raise StoreError(f"store {each.name}: {said}, and compare with that release")
             if vault is not None:
                 try:
                     _ = check_keys(opened, vault)

@@ -158,7 +158,7 @@ class Admin:
     def _facts(self) -> list[tuple[str, str | int]]:
         """Of the store, and of this process."""
         store, counts = self._store, self._counts
-        found: list[tuple[str, str | int]] = [("store", store.name), ("schema version", store.schema_version)]
+        found: list[tuple[str, str | int]] = [("store", store.name)]
         if counts is not None:
             found += [(f"keys, {state}", number) for state, number in counts.states.items()]
             found += [(f"passphrases under KEK {kek}", number) for kek, number in counts.sealed.items()]

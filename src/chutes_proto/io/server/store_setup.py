@@ -33,7 +33,6 @@ from chutes_proto.server._alike import LIVE_SECONDS, Alike, Difference
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan, Times
-from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
@@ -119,8 +118,6 @@ def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> 
 
 def store_findings(store: DurableStore) -> Iterator[Finding]:
     """Findings about an open store that can be used."""
-    if newer := of_newer_schema(store):
-        yield Finding("note", "store", newer)
     for note in store.notes:
         what, _, detail = note.partition(": ")
         yield Finding("note", what, detail)
@@ -140,16 +137,6 @@ def find_differences(store: Store, alike: Alike) -> list[Difference]:
     """The servers that use the store now and are configured otherwise than ``alike`` says."""
     alike.note(store.transact(Ask(ReadKeyServers(int(time.time()) - LIVE_SECONDS))))
     return alike.differences()
-
-
-def of_newer_schema(store: DurableStore) -> str:
-    """Return a note for a store with a newer schema that this release can use; empty for one of its own."""
-    if store.schema_version == SCHEMA_VERSION:
-        return ""
-    return (
-        f"its schema has version {store.schema_version}, which is newer than this release's ({SCHEMA_VERSION}) and"
-        " compatible; upgrade this server"
-    )
 
 
 def count_sealed(store: Store) -> dict[str, int]:

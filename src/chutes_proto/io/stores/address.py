@@ -36,10 +36,8 @@ class DurableStore(Store, Protocol):
 
     name: str
     """Its address for people, without a password."""
-    found_version: int | None
-    """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
-    schema_version: int
-    """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
+    is_new: bool
+    """Whether it was made when it was opened."""
     custody: Custody
     """The key of its rows' MACs, and the rows that were not authentic."""
     audit_waits: float
@@ -190,7 +188,7 @@ class StorePlace:
         ``mark_file`` is that of its server, which no store may be made beside.
         """
         if not evolve(self, mark_file=mark_file).is_made() and not new:
-            raise StoreError(f"store {self.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+            raise StoreError(f"store {self.path}: not made yet; a server makes it, or `chutes-proto store init`")
 
     @contextmanager
     def filling(self) -> Generator[DurableStore]:
@@ -213,15 +211,15 @@ class StorePlace:
                 with suppress(OSError):
                     Path(f"{partial}{end}").unlink()
 
-    def open(self, *, migrate: bool = False, alone: bool = False) -> DurableStore:
-        """Open it; with ``migrate``, bring its schema to this release's version.
+    def open(self, *, make: bool = False, alone: bool = False) -> DurableStore:
+        """Open it; with ``make``, make the schema in an empty database of PostgreSQL. An SQLite file is always made.
 
         With ``alone`` an SQLite file that any other process has open is refused, and nobody else can open it until it
         is closed; of a database in PostgreSQL it is noted, as a pooler may keep sessions of a server that was stopped.
         Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
         """
         if self.path is not None:
-            return SqliteStore(self.path, migrate=migrate, alone=alone, mark_file=self.mark_file, vault=self.vault)
+            return SqliteStore(self.path, alone=alone, mark_file=self.mark_file, vault=self.vault)
         from chutes_proto.io.stores.postgres import PostgresStore
 
         return PostgresStore(
@@ -230,7 +228,7 @@ class StorePlace:
             clock_difference_seconds=self.clock_difference_seconds,
             require_synchronous=self.require_synchronous,
             mark_file=self.mark_file,
-            migrate=migrate,
+            make=make,
             alone=alone,
             vault=self.vault,
         )

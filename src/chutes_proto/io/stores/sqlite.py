@@ -9,8 +9,7 @@ Rules kept here:
   other, each within a savepoint if there are several. An error of a script undoes that unit alone; if the commit fails,
   all of them fail, and a refusal that another of these units caused is replaced by that failure;
 * the file is private (0600) from its first byte, and what a unit writes goes to no temporary one; an existing file of
-  another kind or schema version is refused, and neither changed nor, unless an operator asks for it, migrated; so is
-  one that was migrated while it was open;
+  another kind or schema version is refused, and not changed;
 * with ``alone`` the file is locked for this process as long as it is open: a copy must not miss what a server grants
   meanwhile;
 * SQLite's errors become `StoreBusy` (retry later) or `StoreError` (an operator must act), with the file's name.
@@ -124,9 +123,8 @@ class SqliteStore(MarkedStore):
     """Rows in the SQLite file at ``path``, which is made if it does not exist. May be used from several threads.
 
     ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it raises
-    `StoreBusy`. With ``migrate`` a file of an older schema version is brought to this release's; ``found_version`` is
-    the one that it had (None: it was empty), ``schema_version`` the one that it has now, ``commits`` the number of
-    commits. With ``alone`` nobody else has the file open, a server that does nothing neither, or `StoreBusy` is raised.
+    `StoreBusy`. ``is_new`` tells whether the file was made, ``commits`` is the number of commits. With ``alone`` nobody
+    else has the file open, a server that does nothing neither, or `StoreBusy` is raised.
     A file that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused. Rows are
     authenticated with the key that ``vault`` opens, and a new store is sealed with it. Raises `StoreError` for a file
     that cannot be a store.
@@ -137,7 +135,6 @@ class SqliteStore(MarkedStore):
         path: str | os.PathLike[str],
         *,
         busy_seconds: float = 5.0,
-        migrate: bool = False,
         alone: bool = False,
         mark_file: Path | None = None,
         vault: Vault | None = None,
@@ -147,14 +144,12 @@ class SqliteStore(MarkedStore):
         self.commits: int = 0
         self.callers: int = _CALLERS
         self.rollbacks: Counter[str] = Counter()  # always empty: one transaction writes at a time
-        self.found_version: int | None = None
+        self.is_new: bool = False
         self.clock_skew: int | None = None
-        self.schema_version: int = 0
         self.custody: Custody = Custody(self.name)
         if vault is not None:
             self.custody.hold(vault.unwrap)
         self._marks = MarkKeeper(self.name, mark_file, self.custody)
-        self._migrate = migrate
         self._alone = alone
         self._busy_seconds = busy_seconds
         self._lock = threading.Lock()  # guards the next two
@@ -218,7 +213,7 @@ class SqliteStore(MarkedStore):
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
-            _ = self._versions(connection).require()
+            self._versions(connection).require()
             texts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
             counts: dict[str, int] = {table: connection.execute(text).fetchone()[0] for table, text in texts}
             with self._steps_told(connection, sum(counts.values()), tell):
@@ -254,7 +249,7 @@ class SqliteStore(MarkedStore):
     def snapshot(self) -> Generator[Store]:
         """See `DurableStore.snapshot`."""
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection, _only_reading(connection):
-            _ = self._versions(connection).require()
+            self._versions(connection).require()
             session = self._session(connection)
 
             def run(unit: Unit[T]) -> T:
@@ -401,15 +396,15 @@ class SqliteStore(MarkedStore):
         return session
 
     def _session(self, connection: sqlite3.Connection) -> Session:
-        """Check the schema, as a newer release may have migrated the file meanwhile; return the keys of the rows."""
+        """Check the schema, which somebody may have changed meanwhile; return the keys of the rows."""
         versions = self._versions(connection)
         changes: tuple[int] = connection.execute("PRAGMA schema_version").fetchone()
         if changes != self._tables_at:
             versions.require_tables()
             self._tables_at = changes
         found = versions.execute(READ_VERSION)
-        _ = versions.check(found)
-        session = self.custody.session(found[0][2], versions.execute)
+        versions.check(found)
+        session = self.custody.session(found[0][1], versions.execute)
         # Its KEK may be named later, and that it must be sealed may be said later.
         self._keys = session if session.is_final and not session.is_locked else None
         return session
@@ -570,8 +565,8 @@ class SqliteStore(MarkedStore):
         versions = self._versions(connection)
         if self._alone:  # every open connection holds a shared lock, and this one asks for the exclusive one
             _ = connection.execute("PRAGMA locking_mode = exclusive").fetchone()
-        if versions.found() is not None and not self._migrate:
-            _ = versions.require()  # before any change: the file may be another program's
+        if versions.found() is not None:
+            versions.require()  # before any change: the file may be another program's
         for setting, wanted in _SETTINGS:
             _ = connection.execute(f"PRAGMA {setting} = {wanted}").fetchone()
             found = connection.execute(f"PRAGMA {setting}").fetchone()
@@ -579,16 +574,13 @@ class SqliteStore(MarkedStore):
                 raise self._fault(f"SQLite does not accept {setting} = {wanted} there; is it on a local disk?")
         _ = connection.execute("BEGIN IMMEDIATE")
         try:
-            if self._migrate or versions.found() is None:  # a new file gets the schema in any case
-                self.found_version = versions.migrate()
-            self.schema_version = versions.require()
+            self.is_new = versions.make()
             _ = connection.execute("COMMIT")
         except BaseException:
             self._roll_back(connection)
             raise
         # A savepoint, of units that share a transaction, keeps the pages that they change, and of more than 16 it makes
-        # a file in a directory for temporary ones, although the store has the rows. Only now, because a migration may
-        # sort more than fits into memory.
+        # a file in a directory for temporary ones, although the store has the rows.
         _ = connection.execute("PRAGMA temp_store = memory")
 
     def _versions(self, connection: sqlite3.Connection) -> Versions:

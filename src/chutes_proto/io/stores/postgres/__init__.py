@@ -16,16 +16,13 @@ Rules kept here:
   whose connection is lost after that, or whose commit came with a notice, is never run again here: it may be
   committed, and a fail-over may lose it, because a cancelled wait for a synchronous standby succeeds with a warning;
 * the database cancels a statement of a unit that takes too long; if it does not answer at all, the connection is
-  closed; a migration, a check and the operations of operators have no such limit;
+  closed; a check and the operations of operators have no such limit;
 * the clocks of this machine and of the database are compared in every transaction: rows are dated by both;
 * the database is compared with the mark of what was seen of it (``marks.py``), and a change of its timeline is noticed
   in every transaction: a server that goes on with an old primary would grant what the new one does not know;
 * at most ``connections`` are open; each is made by the caller that needs it, which gets the reason if that fails;
 * fewer transactions run at once while they conflict with each other (``store/_crowding.py``);
-* a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
-  transaction looks at the version, because a newer release may have migrated meanwhile;
-* a migration that our servers can live with stops none of them: it gives up what it cannot finish within a second,
-  tries again, and builds indexes while others write;
+* a database without our schema is refused and not changed; only an operator makes it in an empty one;
 * a password is in no name, error or log line.
 
 It needs the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
@@ -33,7 +30,7 @@ connections or a pooler that keeps a transaction together.
 
 The modules, each of which imports those before it: ``url.py`` the address of a database; ``exchange.py`` statements in
 one round trip; ``connection.py`` a connection; ``faults.py`` the errors of PostgreSQL as ours; ``transactions.py`` all
-that begins, ends and bounds a transaction; ``pool.py`` the connections of a process; ``migration.py``; ``store.py``.
+that begins, ends and bounds a transaction; ``pool.py`` the connections of a process; ``store.py``.
 """
 
 from __future__ import annotations

@@ -9,20 +9,15 @@ from chutes_proto.quote._terms import rfc3339
 if TYPE_CHECKING:
     from chutes_proto.io.stores.postgres.exchange import Rows
 
-_SESSIONS: Final = (
+STRANGERS: Final = (
     # A role that is not a monitor sees NULL for what the sessions of others do.
     "SELECT pid, usename, application_name, state, extract(epoch FROM min(xact_start))::bigint,"
     " string_agg(DISTINCT relname, ', ') FROM pg_locks JOIN pg_stat_activity USING (pid)"
-    " JOIN pg_class ON pg_class.oid = relation WHERE {which} AND pid <> pg_backend_pid() AND relkind = 'r'"
+    " JOIN pg_class ON pg_class.oid = relation"
+    " WHERE mode <> 'AccessShareLock' AND application_name <> current_setting('application_name')"
+    " AND pid <> pg_backend_pid() AND relkind = 'r'"
     " AND relnamespace = current_schema()::regnamespace AND datname = current_database()"
     " GROUP BY 1, 2, 3, 4 ORDER BY min(xact_start) LIMIT 3"
-)
-
-HOLDERS: Final = _SESSIONS.format(which="granted")
-"""The statement that lists the sessions with locks on our tables, the oldest transaction first."""
-
-STRANGERS: Final = _SESSIONS.format(
-    which="mode <> 'AccessShareLock' AND application_name <> current_setting('application_name')"
 )
 """The statement that lists the sessions of other programs that keep units waiting, the oldest transaction first.
 
@@ -32,7 +27,7 @@ lock keeps units waiting, too: PostgreSQL lets nobody pass it. One that only rea
 
 
 def described(sessions: Rows) -> str:
-    """Return what `HOLDERS` or `STRANGERS` has found, for an error; empty for none."""
+    """Return what `STRANGERS` has found, for an error; empty for none."""
     return "; ".join(
         f"session {pid} of {user} ({program or 'no name'}, {state or 'its state is hidden from this role'}"
         f"{f', in a transaction since {rfc3339(since)}' if since else ''}) locks {tables}"

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -18,7 +19,6 @@ from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.postgres.connection import Asked, Connection, rows_of
 from chutes_proto.io.stores.postgres.faults import FAULTS, Again, fault_of
-from chutes_proto.io.stores.postgres.migration import migrate_schema
 from chutes_proto.io.stores.postgres.pool import Pool
 from chutes_proto.io.stores.postgres.transactions import Beginning, Database
 from chutes_proto.io.stores.postgres.url import DEFAULTS, parse
@@ -71,6 +71,9 @@ _COMPANY: Final = (
 Everybody may see names; a server whose URL says a third one is not found.
 """
 
+_LOCK_MAKING: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"
+"""The lock of the one process that makes the schema at a time."""
+
 _HELD: Final = 200
 """How many writes may wait."""
 
@@ -110,9 +113,8 @@ class PostgresStore(MarkedStore):
     transactions, or if the database has not answered for a few seconds more. It raises `StoreError` while this
     machine's clock and the database's differ by more than ``clock_difference_seconds``.
 
-    With ``migrate`` an empty database, or one of an older schema version, is brought to this release's;
-    ``found_version`` is the one that it had (None: it was empty), ``schema_version`` the one that it has now,
-    ``rollbacks`` the number of repeated transactions of each unit.
+    With ``make`` an empty database gets the schema; ``is_new`` tells whether it was made so. ``rollbacks`` is the
+    number of repeated transactions of each unit.
 
     A database that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused; with
     ``require_synchronous`` so is one without a synchronous standby. ``replication`` is what was found last. With
@@ -131,13 +133,13 @@ class PostgresStore(MarkedStore):
         clock_difference_seconds: float = 5.0,
         require_synchronous: bool = False,
         mark_file: Path | None = None,
-        migrate: bool = False,
+        make: bool = False,
         alone: bool = False,
         vault: Vault | None = None,
     ) -> None:
         self.name: str
         conninfo, self.name = parse(url)
-        self.found_version: int | None = None
+        self.is_new: bool = False
         self.rollbacks: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
@@ -158,14 +160,15 @@ class PostgresStore(MarkedStore):
         )
         self._pool = Pool(self._database, Crowding(connections), busy_seconds)
         try:
-            if migrate:
-                self.found_version = migrate_schema(self._database)
+            if make:
+                with closing(self._database.connect()) as connection:
+                    self.is_new = self._make(connection)
             with self._pool.reserve() as connection:
                 with self._database.transaction(connection, self._database.beginning("SERIALIZABLE")):
                     versions = self._database.versions(connection)
                     if versions.found() is None:
                         self._marks.refuse_new("it is empty")
-                    self.schema_version: int = versions.require()
+                    versions.require()
                     if alone and (others := rows_of(connection, _COMPANY)[0][0]):
                         self._company = (
                             f"store {self.name}: {others} other sessions of chutes-proto are connected there;"
@@ -179,6 +182,13 @@ class PostgresStore(MarkedStore):
             if isinstance(exc, Again):
                 raise exc.fault from exc.__cause__
             raise
+
+    def _make(self, connection: Connection) -> bool:
+        """Make the schema in an empty database; return whether it was."""
+        # One that waited for another process sees what that has made.
+        with self._database.transaction(connection, self._database.beginning("READ COMMITTED", _LOCK_MAKING)):
+            self._database.lift_limits(connection)
+            return self._database.versions(connection).make()
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
@@ -282,8 +292,7 @@ class PostgresStore(MarkedStore):
             pause = min(2 * pause, 0.1)
 
     def _check(self, connection: Connection, tell: Callable[[int, int], object]) -> dict[str, int]:
-        _ = self._database.versions(connection).require()
-        self._database.versions(connection).require_indexes()
+        self._database.versions(connection).require()
         self._database.lift_limits(connection)
         tables = [kind.TABLE for kind in ROWS]
         total = sum(rows_of(connection, f"SELECT count(*) FROM {table}")[0][0] for table in tables)  # noqa: S608

@@ -73,13 +73,13 @@ answered by then that it cancelled; it does not cancel a COMMIT, whose outcome i
 ``busy_seconds`` in total, so that nothing is tried again."""
 
 _LOCK_VERSION: Final = "LOCK TABLE fact IN ROW SHARE MODE"
-"""The lock that each unit holds: a migration waits for it, and so does a unit that runs alone, but no backup."""
+"""The lock that each unit holds: a unit that runs alone waits for it, and no backup does."""
 
 _LOCK_ALONE: Final = "LOCK TABLE fact IN EXCLUSIVE MODE"
 """That of a unit which runs alone, taken at once: two that first had the weaker one would wait for each other."""
 
 _LOCK_READING: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
-"""That of a long transaction which grants nothing: only a migration waits for it."""
+"""That of a long transaction which grants nothing: no unit waits for it."""
 
 _TAKE_SPACE: Final = (
     # A temporary file, as large as the one that SQLite's store tries, beside the tables. It leaves nothing behind, and
@@ -149,7 +149,7 @@ class Database:
             f"SET LOCAL lock_timeout = {int(1000 * busy_seconds)}",
             f"SET LOCAL statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
         )
-        # The lock comes before the reads, so that these see a migration for which the lock waited.
+        # The lock comes before the reads, so that these see what a unit has written for which the lock waited.
         self.serializable: Beginning = self.beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
         self.read_committed: Beginning = self.beginning("READ COMMITTED", _LOCK_VERSION, then=READ_VERSION)
         self.alone: Beginning = self.beginning("SERIALIZABLE", _LOCK_ALONE, then=READ_VERSION)
@@ -213,8 +213,8 @@ class Database:
         self._check_settings(connection, backend, settings)
         self._check_clock(asked_at, float(clock), time.time())
         if begin.reads_version:
-            _ = self.versions(connection).check(more[0])
-            session = self._custody.session(more[0][0][2], lambda text: rows_of(connection, text))
+            self.versions(connection).check(more[0])
+            session = self._custody.session(more[0][0][1], lambda text: rows_of(connection, text))
             connection.session = evolve(session, least_head=least_head, began_at=began_at)
             if timeline != self.timeline:  # another server than the one that was compared last
                 connection.is_looked_at = False
