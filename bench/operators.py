@@ -3,14 +3,13 @@
 ``BENCH_VMS`` is the number of VMs (10,000 by default, which takes a minute or two; 1,000,000 takes an hour). A VM has
 three keys, two disks, a boot with two volumes and its verdict, and three audit rows. Of every tenth, a key was retired,
 and a boot and an audit row were made, before the end of their retention; and it is registered as a server with a GPU.
-The rows are loaded as they would stand after years, in a store of an older release, which the first command seals; and
-their KEK is then rotated. The memory is the largest resident size of the command's process, with Python and the
-libraries in it; memory and processor time of PostgreSQL's own processes are not counted, and it has 1 GB of shared
-buffers. At last, new VMs boot in that store, for the first time and again; and before all this, the same in a sealed
-store of `FEW` VMs.
+The rows are copied into the store as they would stand after years, and their KEK is then rotated. The memory is the
+largest resident size of the command's process, with Python and the libraries in it; memory and processor time of
+PostgreSQL's own processes are not counted, and it has 1 GB of shared buffers. At last, new VMs boot in that store, for
+the first time and again; and before all this, the same in a store of `FEW` VMs.
 
 ``BENCH_COMMANDS`` are the beginnings of the commands to run, in this order, with commas between them, and
-``BENCH_STORES`` the stores: all of both by default. The store is sealed first in any case.
+``BENCH_STORES`` the stores: all of both by default.
 
 It ends with 1 if a command failed, needed more than `MOST_MEMORY`, or, of `MOST_SECONDS`, took longer.
 """
@@ -28,13 +27,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import psycopg
-from attrs import evolve
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench.herd import boots, together
@@ -42,13 +40,13 @@ from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.io.stores.address import StorePlace
-from chutes_proto.io.stores.sealing import seal_store
 from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ROWS, Row, SetHorizon, Vm
-from chutes_proto.store.sql import columns
+from chutes_proto.store.sql import columns, decode_rows
 from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.units.contents import PAGE, Fill, Page
 from tests import postgres
 
 VMS: Final = int(os.environ.get("BENCH_VMS", "10000"))
@@ -75,12 +73,10 @@ _ONE: Final = "HOTKEY-0/vm-0"
 _ANSWERS: Final = (0, 1)
 """Exit codes of commands that did their work; 1: `why` found no refusal, or `vm erase` names copies that it left."""
 
-SEAL: Final = "store seal"
 COPY: Final = "store copy"
 COMPARE: Final = "store compare"
 
 COMMANDS: Final = (
-    SEAL,
     "serve --check",
     "doctor",
     "store check",
@@ -158,8 +154,7 @@ def _measure(kind: str, folder: Path, address: str) -> list[str]:
     _ = configuration.write_text(text)
     _few(kind, folder, address)
     began = time.monotonic()
-    StorePlace(address, folder).open(make=True).close()
-    _load(_kek(folder), address, folder, VMS)
+    fill(StorePlace(address, folder, vault=Vault(_kek(folder))), VMS)
     _ = (folder / "kek").rename(folder / "kek.previous")
     (folder / "kek").touch(0o600)
     _ = (folder / "kek").write_bytes(os.urandom(32))
@@ -178,7 +173,7 @@ def _measure(kind: str, folder: Path, address: str) -> list[str]:
     more = {COPY: ("--from", origin), COMPARE: (f"sqlite:{folder}/copy.db", origin)}
     wanted = (words for beginning in BEGINNINGS for words in COMMANDS if words.startswith(beginning))
     failed: list[str] = []
-    for words in dict.fromkeys((SEAL, *wanted)):
+    for words in dict.fromkeys(wanted):
         config = () if words == COMPARE else ("--config", str(copied if words == COPY else configuration))
         if fault := _run(words, *more.get(words, ()), *config):
             failed.append(f"{words} ({kind}): {fault}")
@@ -270,41 +265,29 @@ def _run(words: str, *options: str) -> str:
 
 
 def fill(place: StorePlace, vms: int) -> None:
-    """Make a store, and fill it with the rows of so many VMs; it is sealed as its operator would do that."""
+    """Make a store, and fill it with the rows of so many VMs."""
     assert place.vault is not None
-    evolve(place, vault=None).open(make=True).close()
-    _load(place.vault.current, place.address, place.base, vms)
-    with closing(place.open()) as store:
-        _ = seal_store(store, place.vault, "")
+    key = place.vault.current
+    with closing(place.open(make=True)) as store:
+        store.transact(Fill(0, lambda: _pages(vms, key), NOW, "bench"))
+    if place.path is not None:
+        with closing(sqlite3.connect(place.path)) as connection:
+            _ = connection.execute("ANALYZE")
+    else:
+        with psycopg.connect(place.address, autocommit=True) as postgresql:
+            _ = postgresql.execute("VACUUM ANALYZE")
+
+
+def _pages(vms: int, key: KeyEncryptionKey) -> Iterator[Page]:
+    """The rows of so many VMs, whose keys are under ``key``."""
+    for kind, rows in _filled(vms, key):
+        values = iter(rows)
+        while page := decode_rows(kind, tuple(islice(values, PAGE))):
+            yield page
 
 
 def _kek(folder: Path) -> KeyEncryptionKey:
     return KeyEncryptionKey.from_bytes((folder / "kek").read_bytes())
-
-
-def _load(key: KeyEncryptionKey, address: str, folder: Path, vms: int) -> None:
-    """Fill an empty store with the rows of so many VMs, whose keys are under ``key``, without MACs."""
-    if address.startswith("sqlite:"):
-        with closing(sqlite3.connect(folder / address.removeprefix("sqlite:"), isolation_level=None)) as connection:
-            for setting in ("synchronous = off", "cache_size = -400000", "journal_mode = off"):
-                _ = connection.execute(f"PRAGMA {setting}").fetchall()
-            _ = connection.execute("BEGIN")
-            for kind, rows in _filled(vms, key):
-                named = columns(kind)
-                marks = ", ".join("?" * len(named))
-                text = f"INSERT INTO {kind.TABLE} ({', '.join(named)}) VALUES ({marks})"  # noqa: S608
-                _ = connection.executemany(text, rows)
-            _ = connection.execute("COMMIT")
-            _ = connection.execute("ANALYZE")
-    else:
-        with psycopg.connect(address, autocommit=True) as postgresql:
-            _ = postgresql.execute("SET synchronous_commit = off")
-            for kind, rows in _filled(vms, key):
-                names = ", ".join(columns(kind))
-                with postgresql.cursor().copy(f"COPY {kind.TABLE} ({names}) FROM STDIN".encode()) as copy:
-                    for row in rows:
-                        copy.write_row(row)
-            _ = postgresql.execute("VACUUM ANALYZE")
 
 
 def _hotkey(number: int) -> str:

@@ -200,7 +200,7 @@ def _bare_store() -> tuple[float, float]:
     """Return the syncs a second of 64 callers, and the syncs of a commit."""
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder:
         path = Path(folder) / "keys.db"
-        with closing(SqliteStore(path)) as store:
+        with closing(SqliteStore(path, vault=VAULT)) as store:
             units = [_units(store, f"{caller}", SYNCS // 64) for caller in range(64)]
         with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
             for setting, value in sqlite._SETTINGS:

@@ -22,7 +22,8 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.io.server.development import CONFIGURATION, write_collateral, write_server
-from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.io.server.store_setup import make_store_setup
+from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import EvidenceRow, InsertAll, Platform, Vm, VmRow
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -54,7 +55,7 @@ def run() -> None:
         machines = [platform, *(platform.another(index) for index in range(1, MACHINES))]
         for machine in machines:
             write_collateral(folder / "collateral", machine, NOW)
-        with closing(SqliteStore(folder / "keys.db")) as store:
+        with closing(make_store_setup(ServerConfig.load(folder / CONFIGURATION)).store.open()) as store:
             for begin in range(0, VMS, PAGE):
                 vms = [Vm(HOTKEY, f"vm-{number}") for number in range(begin, min(begin + PAGE, VMS))]
                 claims = tuple(VmRow.of(vm, Platform(None, bytes(16)), NOW) for vm in vms)

@@ -16,7 +16,6 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.health import read_health
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.postgres import PostgresStore
-from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import SetHorizon
@@ -41,7 +40,7 @@ def test_a_check_notes_a_clock_before_the_store_is_refused_for_it(database: str,
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
         setup = make_setup(ServerConfig.load(write_site(tmp_path, url)))
-        with closing(PostgresStore(url, make=True)) as store:
+        with closing(PostgresStore(url, make=True, vault=setup.service.vault)) as store:
             for apart, states in (0, ("ok", "ok")), (4, ("ok", "note")), (60, ("problem", "note")):
                 replace_now(connection, f"clock_timestamp() - {apart} * interval ''1 s''")
                 health = read_health(setup, store)
@@ -82,7 +81,7 @@ def test_a_horizon_in_the_future_is_told_at_the_check_and_at_the_start(
 ) -> None:
     """A file has no clock of its own, so the machine's may have moved the horizon wrongly. One command mends it."""
     site = write_site(tmp_path, "sqlite:keys.db")
-    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+    with closing(make_setup(ServerConfig.load(site)).store.open()) as store:
         store.transact(Ask(SetHorizon(int(time.time()) + ahead)))
     checked = command("serve", "--config", site, "--check")
     told = checked.err if ahead > DAY else checked.out

@@ -19,9 +19,9 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.generations import CALLER_VOLUME
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, GenerationRow, Insert, Read, ReadAll, Scan, Vm, VmRow
+from chutes_proto.store.rows import AuditRow, Forget, GenerationRow, Insert, Read, ReadAll, Scan, Vm, VmRow
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import NOW, VM, attest, boot, confirm, dump, platform, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, attest, boot, confirm, dump, platform, sync
 from chutes_proto.units.operator import PurgeKeys, RebindVm
 from tests.cli.conftest import Ended
 from tests.postgres import PASSWORD
@@ -59,10 +59,10 @@ def current(store: Store, label: str) -> bytes:
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[str, str]:
     """The backup of a store, and the store: since then a VM rotated its key, and another booted for the first time."""
-    with closing(SqliteStore(tmp_path / "new.db")) as store:
+    with closing(SqliteStore(tmp_path / "new.db", vault=VAULT)) as store:
         _ = rotated(store, "1")
     _ = shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
-    with closing(SqliteStore(tmp_path / "new.db")) as store:
+    with closing(SqliteStore(tmp_path / "new.db", vault=VAULT)) as store:
         _ = rotated(store, "2")
         first = boot("first", vm=NEW_VM)
         store.transact(first)
@@ -71,7 +71,7 @@ def stores(tmp_path: Path) -> tuple[str, str]:
 
 
 def open_store(address: str) -> SqliteStore:
-    return SqliteStore(Path(address.removeprefix("sqlite:")))
+    return SqliteStore(Path(address.removeprefix("sqlite:")), vault=VAULT)
 
 
 def test_what_is_missing_is_listed_and_taken(command: Command, stores: tuple[str, str], config: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_key_that_the_server_could_not_open_is_not_taken(
 
 def test_stores_that_cannot_be_compared(command: Command, stores: tuple[str, str], tmp_path: Path) -> None:
     old, new = stores
-    with closing(SqliteStore(tmp_path / "foreign.db")) as foreign:
+    with closing(SqliteStore(tmp_path / "foreign.db", vault=VAULT)) as foreign:
         foreign.transact(evolve(boot("foreign"), root=None))
         other = boot("another", vm=Vm(VM.hotkey, "another"))
         foreign.transact(other)
@@ -303,7 +303,7 @@ def test_it_takes_from_postgresql(
 ) -> None:
     """The newer store is a database, the restored one a file."""
     old, new = stores
-    StorePlace(empty_schema, tmp_path).open(make=True).close()
+    StorePlace(empty_schema, tmp_path, vault=VAULT).open(make=True).close()
     _ = config.write_text(config.read_text().replace("sqlite:keys.db", empty_schema))
     assert command("store", "copy", "--from", new, "--config", config).code == 0
     passfile = tmp_path / "pgpass"
@@ -316,7 +316,7 @@ def test_it_takes_from_postgresql(
 
 def test_a_newer_store_without_keys_has_none_that_are_missing(command: Command, tmp_path: Path) -> None:
     for name in ("old.db", "new.db"):
-        SqliteStore(tmp_path / name).close()
+        SqliteStore(tmp_path / name, vault=VAULT).close()
     ended = command("store", "compare", f"sqlite:{tmp_path}/old.db", f"sqlite:{tmp_path}/new.db")
     assert (ended.code, "no key is missing" in ended.out) == (0, True)
 
@@ -326,8 +326,8 @@ def test_keys_of_a_vm_that_no_platform_claims_are_taken(
 ) -> None:
     """As after an import: its next boot claims the name."""
     old, new = stores
-    with closing(sqlite3.connect(new.removeprefix("sqlite:"))) as newer, newer:
-        _ = newer.execute("DELETE FROM vm WHERE vm = ?", (NEW_VM.name,))
+    with closing(open_store(new)) as newer:
+        newer.transact(Ask(Forget(VmRow, NEW_VM)))
     assert command("store", "compare", old, new, "--take", "--config", config).code == 0
     with closing(open_store(old)) as restored:
         assert restored.transact(Ask(Read(VmRow, NEW_VM))) is None

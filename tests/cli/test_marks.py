@@ -81,9 +81,8 @@ def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operat
     assert events[-1] == "store restored"
 
 
-@pytest.mark.parametrize("state", [0, 2])
 def test_a_command_believes_no_sealed_store_that_says_it_is_not(
-    start: Callable[..., Server], command: Callable[..., Ended], tmp_path: Path, state: int
+    start: Callable[..., Server], command: Callable[..., Ended], tmp_path: Path
 ) -> None:
     """Whoever writes the database would have what he forged sealed, or written without a MAC."""
     write_server(tmp_path, PLATFORM, int(time.time()))
@@ -92,10 +91,10 @@ def test_a_command_believes_no_sealed_store_that_says_it_is_not(
     site.write_text(site.read_text().replace('store = "sqlite:keys.db"', table))
     _ = start("--config", site, ca=tmp_path / "ca.pem").stop(signal.SIGTERM)
     with closing(sqlite3.connect(path)) as attacker, attacker:
-        _ = attacker.execute("UPDATE fact SET value = ? WHERE name = 'seal'", (state,))
-    for words in (["store", "seal"], ["hotkey", "revoke", HOTKEY], ["store", "restored"]):
+        _ = attacker.execute("UPDATE fact SET value = 0 WHERE name = 'seal'")
+    for words in (["hotkey", "revoke", HOTKEY], ["store", "restored"]):
         refused = command(*words, "--config", site, "--reason", "test")
         assert refused.code == 1, words
-        assert "it says that it is not sealed, and it was: somebody changed it" in refused.err
+        assert "it says that it is not sealed, and its table" in refused.err
     with closing(sqlite3.connect(path)) as attacker:
-        assert attacker.execute("SELECT value FROM fact WHERE name = 'seal'").fetchall() == [(state,)]
+        assert attacker.execute("SELECT value FROM fact WHERE name = 'seal'").fetchall() == [(0,)]

@@ -20,12 +20,13 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.keys.vault import Vault
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import boot
+from chutes_proto.testing.store_suite._parts import VAULT, boot
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server
 from tests.postgres import PASSWORD, Cluster, schema
 
@@ -62,7 +63,7 @@ def test_sqlite_is_made_checked_and_left_alone(command: Command, tmp_path: Path)
     missing = command("store", "check", "--store", address)
     assert (missing.code, "not made yet" in missing.err) == (1, True)
     assert list(tmp_path.iterdir()) == []
-    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as store:
         store.transact(boot("first", now=int(time.time())))
     found = command("store", "check", "--store", address, "--json").json
     assert (found["store"], found["rows"]["boot"], found["rows"]["volume"]) == (f"{tmp_path}/keys.db", 1, 0)
@@ -71,7 +72,7 @@ def test_sqlite_is_made_checked_and_left_alone(command: Command, tmp_path: Path)
 
 def test_a_newer_schema_and_damage_are_refused_and_left_alone(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "keys.db"
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         for number in range(40):
             store.transact(boot(str(number)))
     with closing(sqlite3.connect(path)) as connection, connection:
@@ -176,35 +177,48 @@ def test_a_password_comes_from_a_file(command: Command, cluster: Cluster, tmp_pa
 # --- copies ---
 
 
-def filled(path: Path) -> str:
-    with closing(SqliteStore(path)) as store:
+def vault_of(site: Path) -> Vault:
+    return make_store_setup(ServerConfig.load(site / "server.toml")).vault
+
+
+def filled(path: Path, vault: Vault) -> str:
+    with closing(SqliteStore(path, vault=vault)) as store:
         for number in range(3):
-            store.transact(boot(str(number)))
+            store.transact(evolve(boot(str(number)), vault=vault))
     return f"sqlite:{path}"
 
 
+def with_store(site: Path, name: str) -> tuple[str, Path]:
+    """The option for a configuration with the same KEK, and with that file for its store."""
+    text = (site / "server.toml").read_text()
+    (line,) = (each for each in text.splitlines() if each.startswith("store = "))
+    path = site / f"{name}.toml"
+    path.write_text(text.replace(line, f'store = "sqlite:{name}"'))
+    return "--config", path
+
+
 def test_a_store_is_copied_into_an_empty_one_and_no_other(command: Command, site: Path) -> None:
-    old = filled(site / "old.db")
-    config = ("--config", site / "server.toml")
+    foreign = filled(site / "foreign.db", VAULT)
+    old = filled(site / "old.db", vault_of(site))
+    config, new = ("--config", site / "server.toml"), with_store(site, "new.db")
     unmade = command("store", "copy", "--from", old, *config)
     assert (unmade.code, "run `chutes-proto store init`" in unmade.err) == (1, True)
     made = command("store", "init", *config)
     assert "a new store without keys; `chutes-proto store copy` fills it" in made.out
     before = (site / "old.db").read_bytes()
-    lost = command("store", "copy", "--from", old, *config, "--json")  # sealed under keys that this server has not
+    lost = command("store", "copy", "--from", foreign, *config, "--json")  # sealed under keys that this server has not
     assert (lost.code, lost.json["ok"]) == (1, False)
     assert "neither kek_file nor kek_previous_file" in lost.json["error"]
     assert command("store", "check", *config, "--json").json["rows"]["audit"] == 0
-    address = f"sqlite:{site}/new.db"
-    copied = command("store", "copy", "--from", old, "--store", address, "--reason", "a test", "--json")
+    copied = command("store", "copy", "--from", old, *new, "--reason", "a test", "--json")
     assert copied.code == 0
     assert (copied.json["copied_from"], copied.json["rows"]["boot"]) == (f"{site}/old.db", 3)
     assert copied.json["rows"]["audit"] == command("store", "check", "--store", old, "--json").json["rows"]["audit"] + 1
     assert "copying " in copied.err
-    again = command("store", "copy", "--from", old, "--store", address)
+    again = command("store", "copy", "--from", old, *new)
     assert (again.code, "has rows already" in again.err) == (1, True)
     (site / "link.db").symlink_to(site / "old.db")
-    itself = command("store", "copy", "--from", old, "--store", f"sqlite:{site}/link.db")
+    itself = command("store", "copy", "--from", old, *with_store(site, "link.db"))
     assert (itself.code, "old.db is the store to fill" in itself.err) == (2, True)
     assert (site / "old.db").read_bytes() == before
     quiet(unmade, made, lost, copied, again, itself)
@@ -214,15 +228,11 @@ def test_a_store_is_copied_into_an_empty_one_and_no_other(command: Command, site
     ("statement", "named"),
     [("UPDATE vm SET proven = 1 - proven", "table vm"), ("DELETE FROM vm", "table vm is not authentic: it is missing")],
 )
-def test_a_sealed_store_is_not_copied_with_a_forged_row(
-    command: Command, site: Path, statement: str, named: str
-) -> None:
+def test_a_store_is_not_copied_with_a_forged_row(command: Command, site: Path, statement: str, named: str) -> None:
     """A new store takes what it gets for true."""
     config = ("--config", site / "server.toml")
     assert command("store", "init", *config).code == 0
-    vault = make_store_setup(ServerConfig.load(site / "server.toml")).vault
-    with closing(SqliteStore(site / "old.db", vault=vault)) as old:
-        old.transact(evolve(boot("1"), vault=vault))
+    _ = filled(site / "old.db", vault_of(site))
     with closing(sqlite3.connect(site / "old.db")) as file, file:
         file.execute(statement)
     refused = command("store", "copy", "--from", f"sqlite:{site}/old.db", *config)
@@ -260,7 +270,6 @@ def test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check(command
 
 
 def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(command: Command, site: Path) -> None:
-    """Its mark knows that the store was sealed; without one, it is believed that it is not."""
     config, old = ("--config", site / "server.toml"), site / "old.toml"
     text = (site / "server.toml").read_text()
     (line,) = (each for each in text.splitlines() if each.startswith("store = "))
@@ -274,10 +283,10 @@ def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(
         file.execute("UPDATE fact SET value = 0 WHERE name = 'seal'")
         file.execute("UPDATE vm SET proven = 1 - proven")
     refused = command("store", "copy", "--from-config", old, *config)
-    assert (refused.code, "it is not sealed, and the mark is of a sealed one" in refused.err) == (1, True), refused.err
+    assert (refused.code, "its rows are of epoch 0, and" in refused.err) == (1, True), refused.err
     assert command("store", "check", *config, "--json").json["rows"]["boot"] == 0
     with closing(sqlite3.connect(site / "old.db")) as file, file:
-        file.execute("UPDATE fact SET value = 3 WHERE name = 'seal'")
+        file.execute("UPDATE fact SET value = 1 WHERE name = 'seal'")
         file.execute("UPDATE vm SET proven = 1 - proven")
     copied = command("store", "copy", "--from-config", old, *config)
     assert (copied.code, "not compared with a mark" in copied.err) == (0, False), copied.err
@@ -286,18 +295,18 @@ def test_a_store_is_copied_from_a_configuration_only_if_its_server_would_use_it(
 
 def test_a_file_that_a_server_has_open_is_not_copied(command: Command, site: Path) -> None:
     """Even an idle one: what it grants later would be missing in the copy."""
-    old, new = filled(site / "old.db"), f"sqlite:{site}/new.db"
+    old, new = filled(site / "old.db", vault_of(site)), with_store(site, "new.db")
     server = SqliteStore(site / "old.db")
-    refused = command("store", "copy", "--from", old, "--store", new)
+    refused = command("store", "copy", "--from", old, *new)
     assert (refused.code, "stop all servers" in refused.err) == (1, True), refused.err
     server.close()
     with closing(StorePlace("sqlite:old.db", site).open(alone=True)) as alone:
         alone.check()
         with pytest.raises(StoreBusy):
             SqliteStore(site / "old.db", busy_seconds=0.1)
-    assert not list(site.glob("new.db*"))
-    assert command("store", "copy", "--from", old, "--store", new).code == 0
-    assert [path.name for path in site.glob("new.db*")] == ["new.db"]
+    assert not (site / "new.db").exists()
+    assert command("store", "copy", "--from", old, *new).code == 0
+    assert sorted(path.name for path in site.glob("new.db*")) == ["new.db", "new.db.toml"]
 
 
 @pytest.mark.parametrize("name", ["", "&application_name=keys"], ids=["default", "named"])
@@ -310,9 +319,10 @@ def test_a_copy_from_postgresql_names_sessions_that_may_be_a_servers(
     passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
     passfile.chmod(0o600)
     old = f"{empty_schema.replace(f':{PASSWORD}@', '@')}&passfile={passfile}"
-    with closing(PostgresStore(empty_schema, make=True)) as server:
-        server.transact(boot("1"))
-        copied = command("store", "copy", "--from", old, "--store", f"sqlite:{site}/new.db", "--json")
+    vault = vault_of(site)
+    with closing(PostgresStore(empty_schema, make=True, vault=vault)) as server:
+        server.transact(evolve(boot("1"), vault=vault))
+        copied = command("store", "copy", "--from", old, *with_store(site, "new.db"), "--json")
     assert copied.json["rows"]["boot"] == 1
     for told in (copied.json["note"], copied.err):
         assert "other sessions of chutes-proto are connected there" in told
@@ -321,10 +331,10 @@ def test_a_copy_from_postgresql_names_sessions_that_may_be_a_servers(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_copy_leaves_no_store(command: Command, site: Path, sent: signal.Signals) -> None:
-    with closing(SqliteStore(site / "old.db")) as store:
+    with closing(SqliteStore(site / "old.db", vault=vault_of(site))) as store:
         store.transact(Ask(InsertAll(tuple(AuditRow(1, "vm", "boot", "granted", "x" * 2000) for _ in range(2000)))))
-    old, new = f"sqlite:{site}/old.db", f"sqlite:{site}/new.db"
-    copying = [*PROGRAM, "store", "copy", "--from", old, "--store", new]
+    old, new = f"sqlite:{site}/old.db", with_store(site, "new.db")
+    copying = [*PROGRAM, "store", "copy", "--from", old, *map(str, new)]
     with subprocess.Popen(copying, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "is not compared with a mark" in process.stderr.readline()
@@ -332,14 +342,14 @@ def test_an_interrupted_copy_leaves_no_store(command: Command, site: Path, sent:
         process.send_signal(sent)
         assert process.wait(60) != 0
     assert not (site / "new.db").exists()
-    assert sent == signal.SIGKILL or not list(site.glob("new.db*"))
-    again = command("store", "copy", "--from", old, "--store", new, "--json")
+    assert sent == signal.SIGKILL or len(list(site.glob("new.db*"))) == 1
+    again = command("store", "copy", "--from", old, *new, "--json")
     assert again.json["rows"]["audit"] == 2001
-    assert [path.name for path in site.glob("new.db*")] == ["new.db"]
+    assert sorted(path.name for path in site.glob("new.db*")) == ["new.db", "new.db.toml"]
 
 
 def test_a_copy_of_what_is_no_store(command: Command, site: Path) -> None:
-    new = f"sqlite:{site}/new.db"
+    new = with_store(site, "new.db")
     for source, code, told in (
         (f"sqlite:{site}/none.db", 1, "not made yet"),
         (f"sqlite:{site}/kek", 1, "not an SQLite database"),
@@ -347,7 +357,7 @@ def test_a_copy_of_what_is_no_store(command: Command, site: Path) -> None:
         ("postgresql://u:hidden@db/keys", 2, "--from: other users can read"),
         ("postgresql://u@db/keys?passfile=pgpass", 2, "passfile: say the whole path"),
     ):
-        end = command("store", "copy", "--from", source, "--store", new)
+        end = command("store", "copy", "--from", source, *new)
         assert (end.code, told in end.err) == (code, True), end.err
         assert "hidden" not in end.err
     assert not (site / "new.db").exists()

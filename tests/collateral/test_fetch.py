@@ -32,6 +32,7 @@ from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import open_quote
 from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import VAULT
 from chutes_proto.wire.http import TRACEPARENT, HttpResponse
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
@@ -404,7 +405,7 @@ def test_threads_are_left_alone(each: Loop, upstream: Upstream) -> None:
 @pytest.mark.anyio
 async def test_a_performer_for_files_or_for_services(upstream: Upstream, tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", PLATFORM.collateral_json(int(time.time())))
-    with closing(SqliteStore(tmp_path / "keys.db")) as durable:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as durable:
         for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
             async with open_performer(durable, collateral, log=lambda _: None) as performer:
                 effect = FetchCollateral(identity(), int(time.time()) + 1)

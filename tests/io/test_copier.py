@@ -18,13 +18,13 @@ from chutes_proto.io.server.sinks import FileSink
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, Insert
-from chutes_proto.testing.store_suite._parts import NOW
+from chutes_proto.testing.store_suite._parts import NOW, VAULT
 from tests.waiting import wait_until
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[DurableStore]:
-    place = StorePlace("sqlite:keys.db", tmp_path, mark_file=tmp_path / "mark")
+    place = StorePlace("sqlite:keys.db", tmp_path, mark_file=tmp_path / "mark", vault=VAULT)
     with closing(place.open(make=True)) as store:
         yield store
 

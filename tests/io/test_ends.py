@@ -32,6 +32,7 @@ from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, PROFILE, SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import VAULT
 from tests.cli import conftest
 from tests.cli.conftest import Ended
 
@@ -83,7 +84,7 @@ def test_collateral_that_ends_within_a_day_warns(tmp_path: Path, command: Callab
     assert re.search(
         r"collateral: \S+ \(\S+\.json\) expires in 2[0-3] hours, at .*; run chutes-proto coll", checked.out
     )
-    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as store:
         health = read_health(setup, store)
     metrics = Metrics()
     metrics.show(health)
@@ -116,7 +117,7 @@ def test_the_age_of_the_kek_and_the_end_of_a_profile_are_told(tmp_path: Path) ->
     found = {each.kind: each for each in ends_of(setup, NOW)}
     assert (found["kek"].begin, found["kek"].state(NOW), found["profile"].state(NOW)) == (made, "note", "ok")
     assert found["kek"].finding(NOW + 2 * DAY).state == "note"  # it is due, and it works
-    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as store:
         health = read_health(setup, store)
     metrics = Metrics()
     metrics.show(health)
@@ -174,7 +175,7 @@ def test_the_end_of_a_profile_is_seen_coming(tmp_path: Path) -> None:
     _ = (tmp_path / "server.toml").write_text(given)
     told = {one.what: one.state for one in check_ends(set_up(tmp_path))}
     assert (told["profiles"], told["profile"]) == ("problem", "note")
-    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as store:
         health = read_health(set_up(tmp_path), store)
     assert [one.detail for one in health.findings if one.state == "problem"] == [
         "none counts now, so no VM is granted; change their schedule"
@@ -198,7 +199,7 @@ def test_a_minimum_version_that_no_profile_has_is_a_problem(tmp_path: Path) -> N
         _ = (tmp_path / "server.toml").write_text(f'minimum_version = "{version}"\n{text}')
         setup = set_up(tmp_path)
         assert [one.detail for one in check_ends(setup) if one.state == "problem"] == told
-        with closing(SqliteStore(tmp_path / "keys.db")) as store:
+        with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as store:
             problems = [one.detail for one in read_health(setup, store).findings if one.state == "problem"]
         assert problems == told
 

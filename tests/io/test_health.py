@@ -23,7 +23,7 @@ from chutes_proto.server._app import App
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import SetHorizon
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import boot
+from chutes_proto.testing.store_suite._parts import VAULT, boot
 
 DAY = 86_400
 
@@ -36,7 +36,7 @@ def setup(tmp_path: Path) -> ServerSetup:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    with closing(SqliteStore(tmp_path / "keys.db")) as opened:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as opened:
         yield opened
 
 

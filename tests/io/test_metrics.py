@@ -15,13 +15,14 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.store._run import Ask, unit_name
 from chutes_proto.store.rows import CountStates
+from chutes_proto.testing.store_suite._parts import VAULT
 from chutes_proto.wire.codes import Code
 from tests.server.world import service
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    with closing(SqliteStore(tmp_path / "keys.db")) as opened:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as opened:
         yield opened
 
 

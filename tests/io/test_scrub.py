@@ -105,13 +105,13 @@ def test_a_purge_is_no_finding(store: MemoryStore) -> None:
 def test_a_server_scrubs_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chutes_proto.io.server.scrub.EVERY_SECONDS", 0.0)
     told: list[str] = []
-    with closing(StorePlace("sqlite:keys.db", tmp_path).open(make=True)) as store:
+    with closing(StorePlace("sqlite:keys.db", tmp_path, vault=VAULT).open(make=True)) as store:
         store.transact(Ask(InsertAll(tuple(AuditRow(NOW, "operator", "event", "done") for _ in range(3)))))
         store.transact(SequenceLog(bytes(3 * SALT_SIZE)))
         scrubber = Scrubber(store, told.append)
         with scrubbing(scrubber):
             wait_until(lambda: scrubber.last.at)
-        assert (scrubber.last.rows, scrubber.last.findings, told) == (3, 0, [])
+        assert (scrubber.last.rows, scrubber.last.findings, told) == (3 + 5 * (1 + 20 + 20), 0, [])
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])

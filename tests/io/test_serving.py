@@ -28,6 +28,7 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import VAULT
 from tests.small_disk import fill, small_disk
 
 Write = Callable[..., ServerConfig]
@@ -102,7 +103,7 @@ def test_a_password_of_the_database_is_not_for_everybody(write: Write, tmp_path:
 def test_a_store_that_is_not_made_yet_is_no_fault(write: Write, tmp_path: Path) -> None:
     setup = make_store_setup(write())
     assert [str(each.detail) for each in check_store(setup.store, setup.vault)] == [f"{tmp_path}/keys.db: not made yet"]
-    nowhere = StorePlace("sqlite:nowhere/keys.db", tmp_path)
+    nowhere = StorePlace("sqlite:nowhere/keys.db", tmp_path, vault=VAULT)
     with pytest.raises(StoreError, match="its directory does not exist"):
         _ = nowhere.is_made()
     assert not list(tmp_path.glob("keys.db*"))

@@ -34,7 +34,7 @@ ROW = AuditRow(NOW, "operator", "event", "done", "line 1\nline 2 \N{EURO SIGN}")
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DurableStore]:
     address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
-    with closing(StorePlace(address, tmp_path).open(make=True)) as store:
+    with closing(StorePlace(address, tmp_path, vault=VAULT).open(make=True)) as store:
         yield store
 
 
@@ -65,7 +65,7 @@ def test_rows_and_checkpoints_are_in_the_file_before_the_answer(store: DurableSt
 def test_what_root_makes_the_server_can_open(tmp_path: Path) -> None:
     """An operator's command of root that comes before the server's user must not shut it out."""
     os.chown(tmp_path, SERVER, SERVER)
-    with closing(StorePlace("sqlite:keys.db", tmp_path).open(make=True)) as store:
+    with closing(StorePlace("sqlite:keys.db", tmp_path, vault=VAULT).open(make=True)) as store:
         sinks = Sinks([FileSink(tmp_path / "audit.jsonl")], required=True, tell=store.add_note)
         store.copy_rows(sinks.rows)
         store.transact(Ask(Insert(ROW)))

@@ -63,7 +63,7 @@ _OPEN: list[SqliteStore] = []
 
 def open_store(directory: Path) -> SqliteStore:
     """A store that `close_stores` closes, which is done after each test; all are one to a server (tests/store)."""
-    store = SqliteStore(directory / "keys.db")
+    store = SqliteStore(directory / "keys.db", vault=service().vault)
     _OPEN.append(store)
     return store
 

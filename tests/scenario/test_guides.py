@@ -349,7 +349,9 @@ RUN_BY = {
     "docs/how-to/tcb-recovery.md": "scenario/test_guides.py:test_a_tcb_recovery_is_seen_early",
     "docs/how-to/postgresql.md": "scenario/test_recipes.py:test_a_move_to_postgresql",
     "docs/how-to/nginx.md": "scenario/test_nginx.py:test_a_boot_and_its_sync",
-    "docs/how-to/seal.md": "scenario/test_recipes.py:test_an_older_store_is_sealed",
+    "docs/how-to/rows-not-authentic.md": (
+        "cli/test_store.py:test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check"
+    ),
     "docs/how-to/gpus.md": "cli/test_gpu.py:test_what_was_fetched_is_a_bundle_for_offline_use",
 }
 """Each page with commands, and the test that runs them."""

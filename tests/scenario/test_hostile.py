@@ -15,6 +15,7 @@ from anyio.streams.tls import TLSStream
 from chutes_proto.auth.signing import body_message, purpose_message
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.testing.store_suite._parts import VAULT
 from chutes_proto.wire import json
 from tests.scenario.operations import LOOPS, SERVER, Site, open_store, rows
 from tests.server.test_servers import server
@@ -148,7 +149,7 @@ async def test_a_header_with_a_line_of_its_own(name: str, loop: str, tmp_path: P
 async def test_a_text_that_postgresql_does_not_take_is_no_fault_of_the_store(
     loop: str, tmp_path: Path, empty_schema: str
 ) -> None:
-    with closing(StorePlace(empty_schema, tmp_path).open(make=True)) as store:
+    with closing(StorePlace(empty_schema, tmp_path, vault=VAULT).open(make=True)) as store:
         site = Site(LOOPS[loop], store)
         async with site.serving():
             for name, (data, expected) in requests().items():

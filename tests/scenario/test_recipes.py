@@ -29,7 +29,7 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AuditRow, BootRow, InsertAll, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import boot
+from chutes_proto.testing.store_suite._parts import VAULT, boot
 from chutes_proto.units.operator import StoreRestored
 from tests.cli.conftest import HOTKEY
 from tests.conftest import SOAK
@@ -39,7 +39,7 @@ from tests.waiting import wait_until
 from tools.docs.pages import DOCS, fences
 
 RECIPES: dict[str, list[str]] = {}
-for page in ("keys-and-disks", "backup-restore", "rotate-kek", "seal"):
+for page in ("keys-and-disks", "backup-restore", "rotate-kek"):
     for fence in fences(DOCS / "how-to" / f"{page}.md"):
         if fence.language == "sh":
             RECIPES.setdefault(fence.heading, []).append(fence.text)
@@ -242,7 +242,7 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: st
         with psycopg.connect(cluster.url(), autocommit=True) as database:
             synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
             _ = wait_until(lambda: database.execute(synchronous).fetchone())
-        place = StorePlace(cluster.url(), cluster.folder, mark_file=cluster.folder / "mark")
+        place = StorePlace(cluster.url(), cluster.folder, mark_file=cluster.folder / "mark", vault=VAULT)
         with closing(place.open(make=True)) as store:
             store.keep_mark()
             store.transact(boot("before"))
@@ -360,27 +360,6 @@ def test_a_clock_that_was_ahead(premises: Premises) -> None:
     assert before + 60 <= datetime.fromisoformat(granted[1]).timestamp() <= premises.now + 60
     premises.turn(f"UPDATE fact SET value = {before - 60} WHERE name = 'nonce_horizon'")  # a minute passes
     assert premises.vm().boot()
-
-
-@in_a_file
-def test_an_older_store_is_sealed(premises: Premises) -> None:
-    """As seal.md says, while the server goes on."""
-    for made in premises.directory.glob("keys.db*"):  # a new one
-        made.unlink()
-    with closing(StorePlace(premises.store, premises.directory).open(make=True)) as store:
-        store.transact(Ask(InsertAll((AuditRow(premises.now, "vm", "old", "granted"),))))
-    premises.start_here()
-    title = "Seal a store of an older release"
-    first = key(premises)
-    assert "vm-1" in follow(premises, title, 0)
-    assert "seal: sealed" in follow(premises, title, 1)
-    assert key(premises) == first
-    assert "seal: sealed" in follow(premises, title, 2)
-    premises.sql("UPDATE vm SET proven = TRUE")
-    assert premises.vm().boot(status=503)["code"] == "store_unavailable"
-    premises.wait_for_log("is not authentic", "table vm")
-    ended = premises.do("store", "check")
-    assert (ended.code, "not authentic: " in ended.out) == (1, True)
 
 
 @in_a_file

@@ -13,6 +13,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp
+from chutes_proto.testing.store_suite._parts import VAULT
 from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class SharedSqliteHarness:
     together = staticmethod(together)
 
     def __init__(self, folder: Path) -> None:
-        self._store = SqliteStore(folder / "keys.db", busy_seconds=30)
+        self._store = SqliteStore(folder / "keys.db", busy_seconds=30, vault=VAULT)
 
     def open(self) -> Store:
         return self._store
@@ -104,7 +105,7 @@ class SqliteHarness:
         self._stores: list[SqliteStore] = []
 
     def open(self) -> Store:
-        self._stores.append(SqliteStore(self._path, busy_seconds=30))
+        self._stores.append(SqliteStore(self._path, busy_seconds=30, vault=VAULT))
         return self._stores[-1]
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ class PostgresHarness:
         self._stores: list[PostgresStore] = []
 
     def open(self) -> Store:
-        self._stores.append(PostgresStore(self._url, connections=1, busy_seconds=30))
+        self._stores.append(PostgresStore(self._url, connections=1, busy_seconds=30, vault=VAULT))
         return self._stores[-1]
 
     def close(self) -> None:
@@ -136,7 +137,7 @@ class SharedPostgresHarness(PostgresHarness):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self._store = PostgresStore(url, connections=4, busy_seconds=30)
+        self._store = PostgresStore(url, connections=4, busy_seconds=30, vault=VAULT)
         self._stores.append(self._store)
 
     def open(self) -> Store:

@@ -15,7 +15,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes
-from chutes_proto.testing.store_suite._parts import NOW, boot, dump
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, dump
 from chutes_proto.units.operator import StoreRestored
 from tests.postgres import replace_now, schema_with_clock
 from tests.store.memory import MemoryStore
@@ -25,7 +25,7 @@ from tests.waiting import wait_until
 def test_postgresql_goes_by_the_databases_clock(database: str) -> None:
     with (
         schema_with_clock(database) as (url, set_clock),
-        closing(PostgresStore(url, clock_difference_seconds=inf, make=True)) as store,
+        closing(PostgresStore(url, clock_difference_seconds=inf, make=True, vault=VAULT)) as store,
     ):
         for at in (NOW, NOW - 86_400, NOW + 86_400):
             set_clock(at)
@@ -41,7 +41,7 @@ def test_a_machine_whose_clock_differs_from_the_databases_is_refused_until_it_is
     told = r"the database's clock says 20.*Z, and this machine's says 20.*Z; they may differ by 5 seconds"
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
-        with closing(PostgresStore(url, make=True)) as store:
+        with closing(PostgresStore(url, make=True, vault=VAULT)) as store:
             before = dump(store)
             replace_now(connection, f"clock_timestamp() + {apart} * interval ''1 s''")
             for _ in range(2):
@@ -49,8 +49,8 @@ def test_a_machine_whose_clock_differs_from_the_databases_is_refused_until_it_is
                     store.transact(boot("first"))
                 assert type(caught.value) is StoreError
             with pytest.raises(StoreError, match=told):
-                PostgresStore(url)
-            PostgresStore(url, clock_difference_seconds=abs(apart) + 5).close()
+                PostgresStore(url, vault=VAULT)
+            PostgresStore(url, clock_difference_seconds=abs(apart) + 5, vault=VAULT).close()
             replace_now(connection, "clock_timestamp()")
             assert dump(store) == before
             store.transact(boot("first"))
@@ -60,7 +60,7 @@ def test_the_text_is_the_same_until_the_difference_is_another(database: str) -> 
     """A server asks every second, and logs each new text."""
     with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
         replace_now(connection, "clock_timestamp()")
-        with closing(PostgresStore(url, make=True)) as store:
+        with closing(PostgresStore(url, make=True, vault=VAULT)) as store:
 
             def told(apart: int) -> str:
                 replace_now(connection, f"clock_timestamp() + {apart} * interval ''1 s''")
@@ -79,6 +79,6 @@ def test_the_text_is_the_same_until_the_difference_is_another(database: str) -> 
 
 
 def test_other_stores_have_none(tmp_path: Path) -> None:
-    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+    with closing(SqliteStore(tmp_path / "keys.db", vault=VAULT)) as store:
         assert store.transact(Ask(ReadTimes())).clock is None
     assert MemoryStore().transact(Ask(ReadTimes())).clock is None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import hmac
-import json
 import os
 import sqlite3
 import struct
@@ -32,7 +30,7 @@ from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.io.stores import sealing
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
-from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, require_keys, seal_store
+from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, require_keys
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
@@ -51,7 +49,7 @@ from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal
-from chutes_proto.units.custody import ENTROPY_SIZE, BeginSealing, EndSealing, FindGone, SealVms
+from chutes_proto.units.custody import ENTROPY_SIZE, BeginNewEpoch, FindGone
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.log import ROWS_FORGED, SALT_SIZE, ReadCheckpoint, SequenceLog
 from chutes_proto.units.operator import AllowFormat, BindVm, PurgeBoots, RewrapKeys, StoreRestored
@@ -375,7 +373,7 @@ def test_no_edit_of_any_row_releases_a_key() -> None:
         assert store.image() != now, edit.what
         store.custody = Custody("memory")
         store.custody.hold(VAULT.unwrap)
-        store.custody.require_seal(1)  # as the mark of a server does
+        store.custody.require_epoch(1)  # as the mark of a server does
         trial.judge(edit, store)
     assert trial.tried > 150
     assert trial.refused > 100
@@ -480,7 +478,7 @@ def test_no_edit_of_a_row_in_postgresql_releases_a_key(empty_schema: str, tmp_pa
                 trial.refused += 1
                 continue
             with closing(store):
-                store.custody.require_seal(1)
+                store.custody.require_epoch(1)
                 trial.judge(edit, store)
     assert trial.refused
     assert trial.named
@@ -608,7 +606,7 @@ def sequence(store: Store) -> None:
 
 def test_a_new_store_is_sealed_and_a_changed_row_stops_its_vm_alone(place: StorePlace) -> None:
     with closing(place.open(make=True)) as store:
-        assert require_keys(store)
+        require_keys(store)
         fill(store)
         run(place, f"UPDATE vm SET proven = TRUE WHERE vm = '{A.name}'")
         for label in ("third", "fourth"):
@@ -769,7 +767,7 @@ def test_forged_verdicts_use_up_the_limit_of_a_day_and_are_named(place: StorePla
 
 def test_forged_rows_of_the_operators_page_are_believed(place: StorePlace) -> None:
     with closing(place.open(make=True)) as store:
-        assert require_keys(store)
+        require_keys(store)
         run(place, f"INSERT INTO what_if VALUES ('last', {NOW}, '{{}}')")
         run(place, f"INSERT INTO key_server VALUES ('forged', '1.0', '{{}}', {NOW})")
         assert store.transact(Ask(rows.ReadWhatIf())) == rows.WhatIf(NOW, "{}")
@@ -938,45 +936,6 @@ def test_a_vm_that_went_back_while_the_log_is_stopped_is_named(place: StorePlace
         store.transact(granted("last", A, 400))
 
 
-def test_an_older_store_is_sealed_once_while_servers_go_on(place: StorePlace) -> None:
-    with closing(evolve(place, vault=None).open(make=True)) as store:
-        fill(store)
-        go_on(store)
-        run(place, "UPDATE boot SET given = NULL")  # as a release wrote them that did not count volumes
-        assert not require_keys(store)
-    with closing(place.open()) as store, closing(place.open()) as server:
-        assert not require_keys(server)
-        fresh = granted("unused", A, 300)
-        steps: list[int] = []
-
-        def stop(done: int, _total: int) -> None:
-            steps.append(done)
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as small:
-            small.setattr("chutes_proto.io.stores.sealing._PAGE", 3)
-            with pytest.raises(KeyboardInterrupt):
-                seal_store(store, VAULT, "test", stop)
-            assert steps
-            # Half of the rows have MACs, and the server goes on.
-            server.transact(sync(fresh, "while it is sealed", "storage", "cache"))
-            server.transact(granted("new", rows.Vm(A.hotkey, "vm-c"), 350))
-            sealed = seal_store(store, VAULT, "test")
-        assert sealed is not None
-        assert sealed[1] == 2  # the third VM had its head from the beginning
-        assert seal_store(store, VAULT, "test") is None
-        assert store.transact(SealVms(NOW, None, "test", 100)) == (0, None)
-        assert not list(find_faults(server))
-        again = sync(granted("third", A, 200), "three of vm-a", "storage", "cache", rekey=("storage",))
-        assert server.transact(again).replayed
-        server.transact(granted("last", A, 400))
-        events = {row.event for row in server.transact(Ask(rows.Scan(rows.AuditRow)))}
-        assert events >= {"seal begun", "rows sealed", "VMs sealed", "store sealed"}
-        run(place, "UPDATE volume SET mac = NULL")
-        with pytest.raises(RowNotAuthentic, match="it has no MAC"):
-            server.transact(sync(granted("last", A, 400), "body", "storage"))
-
-
 @frozen
 class _Disturbed(Unit[Any]):
     """A unit in whose midst others commit something, each time that it is run."""
@@ -1021,56 +980,17 @@ class _Busy(Store):
 def test_a_page_whose_vms_boot_all_the_time_is_made_smaller(empty_schema: str, tmp_path: Path) -> None:
     """PostgreSQL refuses it each time that it is tried: a large fleet has a boot in every moment that it takes."""
     place = StorePlace(empty_schema, tmp_path, vault=VAULT)
-    with closing(evolve(place, vault=None).open(make=True)) as store:
+    with closing(place.open(make=True)) as store:
         fill(store)
-    for vault in (VAULT, BOTH):
-        with (
-            closing(PostgresStore(empty_schema, busy_seconds=0.2, vault=vault)) as store,
-            closing(evolve(place, vault=vault).open()) as server,
-        ):
-            busy = _Busy(store, server)
-            if vault is VAULT:
-                assert seal_store(busy, vault, "test") is not None
-            else:
-                assert begin_epoch(busy, vault, "test")
-                assert end_epoch(busy, "test") == ()
-            assert busy.refused
-            assert not list(find_faults(server))
-
-
-def test_a_store_that_takes_macs_away_again_is_not_sealed(place: StorePlace) -> None:
-    """As by a trigger: its rows could not be told from forged ones."""
-    with closing(evolve(place, vault=None).open(make=True)) as store:
-        fill(store)
-    if place.path is not None:
-        run(place, "CREATE TRIGGER bare AFTER UPDATE OF mac ON volume BEGIN UPDATE volume SET mac = NULL; END")
-    else:
-        run(
-            place,
-            "CREATE FUNCTION bare() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.mac := NULL; RETURN NEW; END';"
-            " CREATE TRIGGER bare BEFORE UPDATE ON volume FOR EACH ROW EXECUTE FUNCTION bare();"
-            " ALTER TABLE volume ENABLE ALWAYS TRIGGER bare",
-        )
-    with closing(place.open()) as store:
-        for _ in range(2):
-            with pytest.raises(RowNotAuthentic, match=r"of table volume.*its MAC was removed meanwhile"):
-                seal_store(store, VAULT, "test")
-        run(place, "DROP TRIGGER bare" + ("" if place.path is not None else " ON volume"))
-        assert seal_store(store, VAULT, "test") is not None
-        assert not list(find_faults(store))
-
-
-def test_a_server_of_the_version_before_is_refused_once_sealing_begins(
-    place: StorePlace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with closing(evolve(place, vault=None).open(make=True)) as older:
-        fill(older)
-        with closing(place.open()) as store:
-            seal_store(store, VAULT, "test")
-        with monkeypatch.context() as before:
-            before.setattr("chutes_proto.store._schema.SCHEMA_VERSION", 2)
-            with pytest.raises(StoreError, match="run the release that made it"):
-                older.transact(granted("last", A, 400))
+    with (
+        closing(PostgresStore(empty_schema, busy_seconds=0.2, vault=BOTH)) as store,
+        closing(evolve(place, vault=BOTH).open()) as server,
+    ):
+        busy = _Busy(store, server)
+        assert begin_epoch(busy, BOTH, "test")
+        assert end_epoch(busy, "test") == ()
+        assert busy.refused
+        assert not list(find_faults(server))
 
 
 def test_until_its_kek_is_named_a_sealed_store_is_read_and_not_written(place: StorePlace) -> None:
@@ -1087,18 +1007,18 @@ def test_until_its_kek_is_named_a_sealed_store_is_read_and_not_written(place: St
         store.transact(granted("last", A, 400))
 
 
-@pytest.mark.parametrize("state", [0, 1, 2, -1])
+@pytest.mark.parametrize("state", [0, -1])
 def test_a_store_that_says_it_is_not_sealed_is_refused_by_who_knows_better(place: StorePlace, state: int) -> None:
     place = evolve(place, mark_file=place.base / "store.mark")
     with closing(place.open(make=True)) as store:
         store.keep_mark()
         fill(store)
         run(place, f"UPDATE fact SET value = {state} WHERE name = 'seal'")
-        with pytest.raises(StoreError, match="not sealed, and"):
+        with pytest.raises(StoreError, match="of epoch 0, and"):
             store.transact(granted("last", A, 400))
-    assert b'"sealed": true' in (place.base / "store.mark").read_bytes()
+    assert b'"epoch": 1' in (place.base / "store.mark").read_bytes()
     run(place, "DELETE FROM keyring")
-    with pytest.raises(StoreError, match=r"not sealed, and (the mark is of a sealed one|it was)"):
+    with pytest.raises(StoreError, match="of epoch 0, and"):
         place.open()
 
 
@@ -1109,11 +1029,11 @@ def test_a_server_that_has_the_key_reads_nothing_unchecked_under_another_one(pla
         run(place, "CREATE TABLE old_keyring AS SELECT * FROM keyring")
         run(place, "UPDATE old_keyring SET epoch = 2, kek_id = 'another'")
         run(place, "INSERT INTO keyring SELECT * FROM old_keyring")
-        run(place, "UPDATE fact SET value = 5 WHERE name = 'seal'")
+        run(place, "UPDATE fact SET value = 2 WHERE name = 'seal'")
         run(place, "DELETE FROM revocation")
         with pytest.raises(RowNotAuthentic, match="row rows/2 of table keyring"):
             store.transact(ReadRevocations())
-        run(place, "UPDATE fact SET value = 3 WHERE name = 'seal'")
+        run(place, "UPDATE fact SET value = 1 WHERE name = 'seal'")
         for unit in (ReadRevocations(), Allow(NOW, 9, "hotkey", "other", "test")):  # all of them, and one
             with pytest.raises(RowNotAuthentic, match="table revocation"):
                 store.transact(unit)
@@ -1287,21 +1207,6 @@ def test_a_server_that_found_the_times_authentic_sees_their_change(place: StoreP
         server.transact(granted("third", A, 2))
 
 
-def test_a_mark_of_before_heads_adopts_the_one_of_its_store(place: StorePlace) -> None:
-    marked = evolve(place, mark_file=place.base / "store.mark")
-    with closing(marked.open(make=True)) as server:
-        server.keep_mark()
-        fill(server)
-    body = json.loads((place.base / "store.mark").read_bytes())
-    for name in ("head", "head_mac", "decided", "sha256"):
-        del body[name]
-    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    (place.base / "store.mark").write_text(json.dumps(body | {"sha256": digest}))
-    with closing(marked.open()) as server:
-        server.keep_mark()
-    assert Mark.from_bytes((place.base / "store.mark").read_bytes()).head > 0
-
-
 def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:
     with closing(place.open(make=True)) as store:
         fill(store)
@@ -1325,33 +1230,34 @@ def test_a_changed_key_of_the_rows_is_a_fault_of_the_store(place: StorePlace) ->
         place.open()
 
 
-def test_a_seal_whose_commit_fails_leaves_a_store_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a full disk: the key, or the end of the sealing, is then not the store's."""
+def test_rows_that_say_they_are_not_sealed_are_not_taken_for_a_new_store(place: StorePlace) -> None:
+    """By who has no mark: without its rows it is an empty store."""
+    with closing(place.open(make=True)) as store:
+        fill(store)
+    run(place, "UPDATE fact SET value = 0 WHERE name = 'seal'")
+    with pytest.raises(StoreError, match=r"it says that it is not sealed, and its table \w+ has rows"):
+        place.open()
+    with closing(evolve(place, vault=None).open()) as store, pytest.raises(StoreError, match="only its KEK"):
+        store.transact(granted("last", A, 400))
+
+
+def test_an_epoch_whose_commit_fails_leaves_a_store_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: its key is then not the store's."""
 
     def fail(*_: object) -> None:
         raise StoreError("the disk is full")
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def failing(unit: Unit[Any]) -> None:
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
+    with closing(place.open()) as store:
+        fill(store)
+    with closing(evolve(place, vault=BOTH).open()) as store:
         with monkeypatch.context() as full, pytest.raises(StoreError, match="the disk is full"):
             full.setattr(SqliteStore, "_check_file", fail)
-            store.transact(unit)
-
-    with closing(StorePlace("sqlite:keys.db", tmp_path).open(make=True)) as store:
-        store.custody.hold(VAULT.unwrap)
-        fill(store)
-        failing(BeginSealing(NOW, VAULT, Secret(bytes(ENTROPY_SIZE)), "test"))
-        with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-            stopped.setattr("chutes_proto.io.stores.sealing.EndSealing", interrupt)
-            seal_store(store, VAULT, "test")
-        failing(EndSealing(NOW, "test"))
+            store.transact(BeginNewEpoch(NOW, BOTH, Secret(bytes(ENTROPY_SIZE)), "test"))
         store.transact(granted("between", A, 1000))
-        assert not require_keys(store)
-        seal_store(store, VAULT, "test")
+        assert begin_epoch(store, BOTH, "test")
+        assert end_epoch(store, "test") == ()
         store.transact(granted("last", A, 2000))
-        assert require_keys(store)
         assert not list(find_faults(store))
 
 
@@ -1464,7 +1370,7 @@ def test_after_a_rotation_the_key_of_before_makes_no_row(place: StorePlace) -> N
             server.transact(granted("third", A, 200))
 
         # All of it: the epoch goes back, and the head of the store with it.
-        run(place, "UPDATE fact SET value = 3 WHERE name = 'seal'")
+        run(place, "UPDATE fact SET value = 1 WHERE name = 'seal'")
         run(place, "DELETE FROM store_head")
         run(place, "INSERT INTO store_head SELECT * FROM kept_head")
         with pytest.raises(StoreError, match="epoch 1, and"):

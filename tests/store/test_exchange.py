@@ -12,6 +12,7 @@ import pytest
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.postgres.exchange import Prepared, Query, Rows, StatementError, exchange
+from chutes_proto.testing.store_suite._parts import VAULT
 from tests.store.test_postgres import ask
 from tests.waiting import wait_until
 
@@ -136,7 +137,7 @@ def test_a_session_that_was_idle_for_too_long_is_an_error_and_closed(
 
 def test_a_caller_that_is_interrupted_leaves_nothing_that_runs(migrated_schema: str) -> None:
     """Neither in the database, nor answers that the next one would take for its own."""
-    store = PostgresStore(migrated_schema)
+    store = PostgresStore(migrated_schema, vault=VAULT)
     connection = store._pool.idle.pop()
     session = f"pid = {connection.info.backend_pid} AND wait_event = 'PgSleep'"
     active = f"SELECT 1 FROM pg_stat_activity WHERE {session}"

@@ -15,7 +15,7 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import BootRow, ReadTimes, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
-from chutes_proto.testing.store_suite._parts import boot
+from chutes_proto.testing.store_suite._parts import VAULT, boot
 
 DAMAGED = "it is damaged: a row of the table fact is missing; stop the server and restore a backup"
 
@@ -23,7 +23,7 @@ DAMAGED = "it is damaged: a row of the table fact is missing; stop the server an
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
     address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
-    place = StorePlace(address, tmp_path)
+    place = StorePlace(address, tmp_path, vault=VAULT)
     place.open(make=True).close()
     return place
 

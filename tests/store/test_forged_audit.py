@@ -14,7 +14,7 @@ from chutes_proto.io.log_files import check_stored, purged_below
 from chutes_proto.io.server.scrub import scrub_log
 from chutes_proto.io.server.sequencer import Sequencer, sequencing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.io.stores.sealing import find_faults, seal_store
+from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import (
     AuditRow,
@@ -38,7 +38,7 @@ from chutes_proto.units.contents import Fill, pages
 from chutes_proto.units.log import SALT_SIZE, ProveEntry, ReadCheckpoint, SequenceLog, leaf_of, purged_text
 from chutes_proto.units.operator import PurgeAudits, Purged
 from tests.store.memory import SealedStore
-from tests.store.test_custody import A, fill, granted, run
+from tests.store.test_custody import A, granted, run
 from tests.waiting import wait_until
 
 in_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
@@ -186,20 +186,6 @@ def test_a_purge_takes_old_forged_rows_and_leaves_those_that_a_mark_may_know(
     assert sequenced(store) == ["rows forged"]
     store.transact(Ask(PurgeAudit(0, NOW + 1)))
     assert [each.event for _, each in store.transact(Ask(ReadAudit(0, 9))) if each.is_forged] == ["later"]
-
-
-def test_sealing_takes_the_rows_that_wait(place: StorePlace) -> None:
-    with closing(evolve(place, vault=None).open(make=True)) as store:
-        fill(store)
-        waiting = len(store.transact(Ask(ReadAudit(0, 1000))))
-    with closing(place.open()) as store:
-        assert seal_store(store, VAULT, "test") is not None
-        forge(place)
-        assert [fault.why for fault in find_faults(store)] == ["it has no MAC"]
-        events = sequenced(store)
-        assert len(events) > waiting
-        assert events.count("rows forged") == 1
-        assert store.custody.faults == {"audit": 1}
 
 
 @in_a_file

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
@@ -26,7 +26,7 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Times,
 )
-from chutes_proto.testing.store_suite._parts import CALLERS, NOW, boot, dump, sync
+from chutes_proto.testing.store_suite._parts import CALLERS, NOW, VAULT, VM, boot, dump, sync
 from chutes_proto.wire.codes import Code
 from tests.store.harness import Gate, together
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    store = SqliteStore(tmp_path / "keys.db", busy_seconds=10)
+    store = SqliteStore(tmp_path / "keys.db", busy_seconds=10, vault=VAULT)
     yield store
     store.close()
 
@@ -190,7 +190,7 @@ def test_an_interrupted_writer_leaves_nobody_waiting(store: SqliteStore) -> None
 def test_another_process_that_holds_the_file_makes_all_busy(tmp_path: Path) -> None:
     path = tmp_path / "keys.db"
     with (
-        closing(SqliteStore(path, busy_seconds=0.2)) as store,
+        closing(SqliteStore(path, busy_seconds=0.2, vault=VAULT)) as store,
         closing(sqlite3.connect(path, isolation_level=None)) as other,
     ):
         other.execute("BEGIN IMMEDIATE")
@@ -203,8 +203,11 @@ def test_another_process_that_holds_the_file_makes_all_busy(tmp_path: Path) -> N
 def test_many_callers_share_commits(tmp_path: Path) -> None:
     """At most one commit per 16 syncs with 64 callers, and all syncs are there."""
     callers, rounds = 64, 4
-    with closing(SqliteStore(tmp_path / "keys.db", busy_seconds=30)) as store:
-        boots = [[boot(f"{caller}.{number}") for number in range(rounds)] for caller in range(callers)]
+    with closing(SqliteStore(tmp_path / "keys.db", busy_seconds=30, vault=VAULT)) as store:
+        names = [[f"{caller}.{number}" for number in range(rounds)] for caller in range(callers)]
+        boots = [
+            [evolve(boot(name, vm=evolve(VM, name=name)), claims_per_platform=999) for name in own] for own in names
+        ]
         for granted in (granted for own in boots for granted in own):
             store.transact(granted)
         before = store.commits

@@ -90,9 +90,9 @@ def test_the_key_of_an_older_epoch_stands_in_for_no_newer_one(place: StorePlace)
         older = run(place, "SELECT kind, epoch, kek_id, wrapped, created_at FROM keyring WHERE kind = 'rows'")
     custody = Custody("store")
     custody.hold(BOTH.unwrap)
-    assert custody.session(2 * 1 + 1, lambda _: older).sealed_in == 1
+    assert custody.session(1, lambda _: older).key is not None
     with pytest.raises(RowNotAuthentic, match=r"rows/1 of table keyring .* not what was asked for"):
-        _ = custody.session(2 * 2 + 1, lambda _: older)
+        _ = custody.session(2, lambda _: older)
     assert len(custody.opened("rows", lambda _: older)) == 1
     assert custody.opened("log", lambda _: older) == []
 

@@ -72,7 +72,7 @@ def refused(call: Callable[[], object], text: str) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> StorePlace:
-    return StorePlace("sqlite:keys.db", tmp_path, mark_file=tmp_path / "store.mark")
+    return StorePlace("sqlite:keys.db", tmp_path, mark_file=tmp_path / "store.mark", vault=VAULT)
 
 
 def put_back(path: Path, backup: bytes) -> None:
@@ -103,7 +103,7 @@ def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: S
     content = path.read_bytes()
     refused(place.open, missing)
     assert path.read_bytes() == content
-    with closing(StorePlace(place.address, place.base).open()) as operator:  # as its command opens it
+    with closing(StorePlace(place.address, place.base, vault=VAULT).open()) as operator:  # as its command opens it
         operator.transact(StoreRestored(NOW + 10, "disk failure"))
     with keeping(place) as again:
         assert again.notes == [note for note in again.notes if note.endswith("; an operator has decided to go on")]
@@ -161,7 +161,7 @@ def test_another_row_in_place_of_one_that_was_seen_is_a_loss(place: StorePlace) 
         backup = backup_of(place.base / "keys.db")
         grant(running, "2")
     put_back(place.base / "keys.db", backup)
-    with closing(StorePlace(place.address, place.base).open()) as elsewhere:
+    with closing(StorePlace(place.address, place.base, vault=VAULT).open()) as elsewhere:
         grant(elsewhere, "3", "4", "5")
     refused(place.open, "it lacks audit row 2 of")
 
@@ -202,14 +202,14 @@ def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
     with keeping(place) as running:
         running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))
         grant(running, "1")
-    with closing(StorePlace(place.address, place.base).open()) as operator:
+    with closing(StorePlace(place.address, place.base, vault=VAULT).open()) as operator:
         operator.transact(SequenceLog(bytes(16 * 400)))
         purge = PurgeAudits(NOW + 400 * DAY, NOW + 2, "old", carry_out=True)
         assert operator.transact(purge).count == 256
         assert [row.idx for row in operator.transact(Ask(ReadLog(0, 1)))] == [256]
     with keeping(place):
         pass
-    with closing(StorePlace(place.address, place.base).open()) as operator:
+    with closing(StorePlace(place.address, place.base, vault=VAULT).open()) as operator:
         assert operator.transact(SequenceLog(bytes(16))) == 1
     delete(place, 302)  # a younger one is gone, and an older one is left
     refused(place.open, "it lacks audit row 302 of")
@@ -250,7 +250,7 @@ def test_a_log_that_was_rewritten_is_refused_by_the_checkpoint_beside_the_mark(p
     with keeping(place) as again:
         assert again.notes == [], "a damaged tile is the sequencer's"
     tile_with(lambda hashes: hashes + bytes(32))
-    with closing(StorePlace(place.address, place.base).open()) as operator:
+    with closing(StorePlace(place.address, place.base, vault=VAULT).open()) as operator:
         operator.transact(StoreRestored(int(time.time()) + 1, "tampered"))
     with keeping(place) as again:
         assert any("rewritten" in note and "an operator has decided to go on" in note for note in again.notes)
@@ -339,7 +339,7 @@ def test_a_purge_of_rows_that_were_committed_in_another_order_is_no_loss(place: 
     with keeping(place) as running:
         running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))
         grant(running, "1")
-    with closing(StorePlace(place.address, place.base).open()) as operator:
+    with closing(StorePlace(place.address, place.base, vault=VAULT).open()) as operator:
         operator.transact(SequenceLog(bytes(16 * 400)))
         with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
             for number, index in ((256, None), (257, 255), (256, 256)):
@@ -395,7 +395,7 @@ def test_a_mark_of_another_user_is_not_to_be_moved_away(place: StorePlace) -> No
     [{"timeline": -1}, {"epoch": "1"}, {"head": 1.5}, {"decided_at": 1 << 63}, {"entries": (Row(True, NOW, "a"),)}],
 )
 def test_the_numbers_of_a_mark_are_numbers_of_a_store(changed: dict[str, Any]) -> None:
-    mark = Mark(7, 0, (Row(5, NOW, "a"),), is_sealed=True)
+    mark = Mark(7, 0, (Row(5, NOW, "a"),), epoch=1)
     assert Mark.from_bytes(mark.to_bytes()) == mark
     with pytest.raises(ConfigurationError, match="not a mark of a store"):
         Mark.from_bytes(evolve(mark, **changed).to_bytes())
@@ -413,7 +413,7 @@ def test_a_file_that_cannot_be_written_is_noted_until_it_can(tmp_path: Path) -> 
     setup = make_setup(ServerConfig.load(tmp_path / "server.toml"))
     folder, away = tmp_path / "state", tmp_path / "away"
     folder.mkdir()
-    with keeping(StorePlace("sqlite:marked.db", tmp_path, mark_file=folder / "store.mark")) as running:
+    with keeping(StorePlace("sqlite:marked.db", tmp_path, mark_file=folder / "store.mark", vault=VAULT)) as running:
 
         def check() -> tuple[str, str]:
             return next((each.state, each.detail) for each in read_health(setup, running).findings)
@@ -464,7 +464,7 @@ def clusters(postgres_programs: Path) -> Iterator[tuple[Cluster, Cluster]]:
     with ExitStack() as stack:
         primary = Cluster(postgres_programs, None, STREAMING)
         stack.callback(primary.remove)
-        PostgresStore(primary.url(), make=True).close()
+        PostgresStore(primary.url(), make=True, vault=VAULT).close()
         standby = Cluster(postgres_programs, primary, STREAMING)
         stack.callback(standby.remove)
         yield primary, standby
@@ -475,7 +475,7 @@ def test_a_fail_over_that_lost_grants_and_an_old_primary_are_refused(
 ) -> None:
     primary, standby = clusters
     both = primary.url(host=f"{primary.folder},{standby.folder}")
-    place = StorePlace(both, tmp_path, mark_file=tmp_path / "store.mark")
+    place = StorePlace(both, tmp_path, mark_file=tmp_path / "store.mark", vault=VAULT)
     with keeping(place) as store:
         assert isinstance(store, PostgresStore)
         grant(store, "1", "2")
@@ -489,7 +489,7 @@ def test_a_fail_over_that_lost_grants_and_an_old_primary_are_refused(
         _ = wait_until(lambda: is_refused(store, "it lacks audit row 3"))
         refused(lambda: store.transact(boot("4")), lost)
     refused(place.open, lost)
-    with closing(PostgresStore(standby.url())) as operator:
+    with closing(PostgresStore(standby.url(), vault=VAULT)) as operator:
         operator.transact(StoreRestored(NOW + 5, "the standby was behind"))
     with keeping(place) as store:
         assert Mark.from_bytes(written(place)).timeline == 2
@@ -498,7 +498,7 @@ def test_a_fail_over_that_lost_grants_and_an_old_primary_are_refused(
         primary.start()
         _ = wait_until(lambda: is_refused(store, "it is on timeline 1, and timeline 2 was seen: an old primary"))
     refused(place.open, "an old primary and it lacks|an old primary; it was restored")
-    with closing(PostgresStore(primary.url())) as old:
+    with closing(PostgresStore(primary.url(), vault=VAULT)) as old:
         assert len(old.transact(Ask(ReadAudit(0, 9)))) == 3  # nothing was added to it
     primary.stop()
     standby.start()
@@ -511,7 +511,7 @@ def test_an_old_primary_is_refused_while_others_compare_the_new_one(
 ) -> None:
     """Also on a connection that was compared before the fail-over, whichever other one was refused meanwhile."""
     primary, standby = clusters
-    with closing(PostgresStore(primary.url(host=f"{standby.folder},{primary.folder}"))) as store:
+    with closing(PostgresStore(primary.url(host=f"{standby.folder},{primary.folder}"), vault=VAULT)) as store:
         idle, marks = store._pool.idle, store._marks
         with store._looked_at(), store._looked_at():
             pass
@@ -542,8 +542,8 @@ def test_a_standby_behind_a_pooler_is_away_as_one_that_is_connected_to(clusters:
     primary, standby = clusters
     url = standby.url(target_session_attrs="any")
     with pytest.raises(StoreAway, match="it leads to a standby"):
-        PostgresStore(url)
-    with closing(PostgresStore(primary.url())) as store:
+        PostgresStore(url, vault=VAULT)
+    with closing(PostgresStore(primary.url(), vault=VAULT)) as store:
         led_elsewhere = type(store._pool.idle[0]).connect(url, autocommit=True)
         store._pool.idle.append(led_elsewhere)
         with pytest.raises(StoreAway, match="it leads to a standby"):
@@ -579,14 +579,16 @@ def test_standbys_of_which_none_is_synchronous_are_told_or_refused(
 
     url = primary.url()
     _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
-    with closing(PostgresStore(url)) as store:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
         assert store.replication.streaming == 1
         (note,) = store.notes
         assert note.startswith("store: 1 standbys stream and none is synchronous: a fail-over")
         assert check(store) == ("note", note.removeprefix("store: "))
-    refused(lambda: PostgresStore(url, require_synchronous=True), "synchronous_standby_names is empty there")
+    refused(
+        lambda: PostgresStore(url, require_synchronous=True, vault=VAULT), "synchronous_standby_names is empty there"
+    )
     make_synchronous(url)
-    with closing(PostgresStore(url, require_synchronous=True)) as store:
+    with closing(PostgresStore(url, require_synchronous=True, vault=VAULT)) as store:
         assert store.notes == []
         assert check(store)[0] == "ok"
         grant(store, "1")
@@ -598,13 +600,15 @@ def test_standbys_of_which_none_is_synchronous_are_told_or_refused(
 # --- the comparison ---
 
 
-def test_the_mark_of_a_sealed_store_alone_lets_no_other_one_in(place: StorePlace) -> None:
+def test_the_mark_of_a_store_alone_lets_no_other_one_in(place: StorePlace) -> None:
     """Before it is compared, and whoever has no key yet."""
     with keeping(evolve(place, vault=VAULT)) as store:
         grant(store, "1")
     custody = Custody("keys")
     _ = MarkKeeper("keys", place.mark_file, custody)
-    refused(lambda: custody.session(None, lambda _: ()), "it says that it is not sealed, and it was")
+    refused(
+        lambda: custody.session(None, lambda _: ()), "it says that its rows are of epoch 0, and they were of epoch 1"
+    )
 
 
 def test_a_slow_look_at_an_old_primary_does_not_take_the_mark_back(place: StorePlace) -> None:
@@ -649,17 +653,16 @@ def test_a_row_of_a_clock_that_was_ahead_does_not_outlast_a_decision() -> None:
 
 
 def test_a_decision_counts_for_rows_that_a_clock_has_dated_into_the_future() -> None:
-    ahead = Mark(7, 0, (Row(5, NOW, "a"), Row(6, NOW + 9 * DAY, "b")), is_sealed=True, decided_at=NOW - DAY)
+    ahead = Mark(7, 0, (Row(5, NOW, "a"), Row(6, NOW + 9 * DAY, "b")), decided_at=NOW - DAY)
     older = View(7, 0, NOW - DAY, (Row(5, NOW, "a"),), has_older=True)
     for decided_at, now, is_accepted in (
         (NOW + 1, NOW + 1, True),
         (NOW - DAY, NOW + 1, False),  # it was seen with the rows
         (NOW + 1, NOW + 10 * DAY, False),  # the clock was right
     ):
-        for mark, counts in ((ahead, is_accepted), (evolve(ahead, is_sealed=False), False)):
-            loss = find_loss(mark, evolve(older, decided_at=decided_at), now)
-            assert loss is not None
-            assert loss.is_accepted is counts
+        loss = find_loss(ahead, evolve(older, decided_at=decided_at), now)
+        assert loss is not None
+        assert loss.is_accepted is is_accepted
 
 
 def test_an_operator_decides_on_what_a_clock_that_was_ahead_has_dated(place: StorePlace) -> None:

@@ -55,7 +55,7 @@ def url(migrated_schema: str) -> str:
 
 @pytest.fixture
 def store(url: str) -> Iterator[PostgresStore]:
-    with closing(PostgresStore(url)) as store:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
         yield store
 
 
@@ -119,14 +119,17 @@ def reloaded(cluster: Cluster, store: PostgresStore, setting: str, value: str) -
 
 
 def test_an_empty_database_is_refused_and_left_alone(empty_schema: str) -> None:
-    told(lambda: PostgresStore(empty_schema), "it is empty, as only a new one may be; run `chutes-proto store init`")
+    told(
+        lambda: PostgresStore(empty_schema, vault=VAULT),
+        "it is empty, as only a new one may be; run `chutes-proto store init`",
+    )
     assert ask(empty_schema, sql.TABLES["postgresql"]) == []
 
 
 def test_another_programs_database_is_refused_and_left_alone(empty_schema: str) -> None:
     ask(empty_schema, "CREATE TABLE guests (name TEXT)")
     for make in (False, True):
-        told(lambda: PostgresStore(empty_schema, make=make), "another program's database")  # noqa: B023
+        told(lambda: PostgresStore(empty_schema, make=make, vault=VAULT), "another program's database")  # noqa: B023
     assert ask(empty_schema, sql.TABLES["postgresql"]) == [("guests",)]
 
 
@@ -138,10 +141,10 @@ def test_a_transaction_waits_for_the_disk_whatever_the_server_says_at_any_time(
     cluster: Cluster, found: str, used: str
 ) -> None:
     """Set by a reload under an open session, and there already when a session is opened."""
-    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         watch(url)
         store.transact(boot("before"))
-        with reloaded(cluster, store, "synchronous_commit", found), closing(PostgresStore(url)) as newer:
+        with reloaded(cluster, store, "synchronous_commit", found), closing(PostgresStore(url, vault=VAULT)) as newer:
             store.transact(boot("open"))
             newer.transact(boot("new"))
         assert [row[1] for row in watched(url)] == ["on", used, used]
@@ -151,7 +154,7 @@ def test_a_transaction_leaves_nothing_set_in_its_session(url: str) -> None:
     """Behind a pooler another program may be given that session next."""
     lax = f"{url}%20-csynchronous_commit%3Doff"
     shown = "SELECT " + ", ".join(f"current_setting('{name}')" for name in WATCHED)
-    with closing(PostgresStore(lax, make=True)) as store:
+    with closing(PostgresStore(lax, make=True, vault=VAULT)) as store:
         store.transact(boot("first"))
         _ = store.check()
         (connection,) = store._pool.idle
@@ -160,9 +163,9 @@ def test_a_transaction_leaves_nothing_set_in_its_session(url: str) -> None:
 
 @pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
 def test_a_server_that_may_lose_keys_is_refused_from_then_on(cluster: Cluster, setting: str) -> None:
-    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         with reloaded(cluster, store, setting, "off"):
-            for call in (lambda: store.transact(boot("first")), store.check, lambda: PostgresStore(url)):
+            for call in (lambda: store.transact(boot("first")), store.check, lambda: PostgresStore(url, vault=VAULT)):
                 told(call, f"{setting} is 'off' there and must be 'on', or keys may be lost")
         store.transact(boot("first"))
 
@@ -174,7 +177,7 @@ def test_a_table_that_a_crash_empties_is_refused(
     store.transact(boot("first"))
     for table in ("generation", "what_if"):
         ask(url, f"ALTER TABLE {table} SET UNLOGGED")
-        for call in (lambda: store.transact(boot("second")), store.check, lambda: PostgresStore(url)):
+        for call in (lambda: store.transact(boot("second")), store.check, lambda: PostgresStore(url, vault=VAULT)):
             told(call, f"the table {table} is UNLOGGED.*ALTER TABLE {table} SET LOGGED")
         ask(url, f"ALTER TABLE {table} SET LOGGED")
     store.transact(boot("second"))
@@ -182,16 +185,20 @@ def test_a_table_that_a_crash_empties_is_refused(
 
 def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(transactions._MUST_BE, "server_encoding", "EBCDIC")
-    told(lambda: PostgresStore(database), "server_encoding is 'UTF8' there")
+    told(lambda: PostgresStore(database, vault=VAULT), "server_encoding is 'UTF8' there")
 
 
 def test_too_old_a_server_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "_OLDEST_SERVER", 99_00_00)
-    told(lambda: PostgresStore(database), "PostgreSQL 99 or newer is needed")
+    told(lambda: PostgresStore(database, vault=VAULT), "PostgreSQL 99 or newer is needed")
 
 
 def test_a_database_that_only_reads_is_refused(url: str) -> None:
-    told(lambda: PostgresStore(f"{url}%20-cdefault_transaction_read_only%3Don"), "session is read-only", StoreAway)
+    told(
+        lambda: PostgresStore(f"{url}%20-cdefault_transaction_read_only%3Don", vault=VAULT),
+        "session is read-only",
+        StoreAway,
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +218,7 @@ def test_a_database_that_only_reads_is_refused(url: str) -> None:
 )
 def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:
     with pytest.raises(ConfigurationError, match="not a PostgreSQL URL") as caught:
-        PostgresStore(address)
+        PostgresStore(address, vault=VAULT)
     assert PASSWORD not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -265,9 +272,9 @@ def test_no_secret_is_seen_where_none_is(address: str) -> None:
 
 def test_a_wrong_password_is_said_and_not_shown(cluster: Cluster) -> None:
     wrong = cluster.url(password=f"wrong-{PASSWORD}")
-    told(lambda: PostgresStore(wrong), "password authentication failed", StoreAway)
-    told(lambda: PostgresStore(cluster.url("nowhere")), 'database "nowhere" does not exist', StoreAway)
-    told(lambda: PostgresStore(cluster.url(host="/nowhere")), "no connection to the database", StoreAway)
+    told(lambda: PostgresStore(wrong, vault=VAULT), "password authentication failed", StoreAway)
+    told(lambda: PostgresStore(cluster.url("nowhere"), vault=VAULT), 'database "nowhere" does not exist', StoreAway)
+    told(lambda: PostgresStore(cluster.url(host="/nowhere"), vault=VAULT), "no connection to the database", StoreAway)
 
 
 def test_a_certificate_that_is_not_trusted_is_said_with_what_to_do_and_taken_once_it_is(
@@ -295,13 +302,13 @@ def test_a_certificate_that_is_not_trusted_is_said_with_what_to_do_and_taken_onc
         told(lambda: behind.transact(Ask(ReadTimes())), pattern, StoreAway)
 
     with schema(cluster.url()) as url:
-        PostgresStore(url, make=True).close()
+        PostgresStore(url, make=True, vault=VAULT).close()
         _ = trusted.write_bytes(new_certificate("database.test"))
         over_tls = f"{url}&sslmode=verify-full&sslrootcert={trusted}".replace(
             quote(str(cluster.folder), safe=""), f"database.test&hostaddr={address}"
         )
         try:
-            with closing(PostgresStore(over_tls, busy_seconds=0.1)) as behind:
+            with closing(PostgresStore(over_tls, busy_seconds=0.1, vault=VAULT)) as behind:
                 content = new_certificate("database.test")
                 refused("certificate verify failed")
                 trusted.unlink()
@@ -317,11 +324,15 @@ def test_a_certificate_that_is_not_trusted_is_said_with_what_to_do_and_taken_onc
 
 def test_a_session_that_only_reads_is_said_with_what_to_do(url: str) -> None:
     read_only = url + "%20-cdefault_transaction_read_only%3Don"
-    told(lambda: PostgresStore(read_only), "session is read-only; is it a standby, .* or default_trans", StoreAway)
+    told(
+        lambda: PostgresStore(read_only, vault=VAULT),
+        "session is read-only; is it a standby, .* or default_trans",
+        StoreAway,
+    )
 
 
 def test_a_name_says_where_and_as_whom_and_no_more(cluster: Cluster) -> None:
-    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         assert store.name == f"postgresql://owner@{cluster.folder}/postgres"
 
 
@@ -344,7 +355,7 @@ def test_each_host_is_named_with_its_port(given: str, name: str) -> None:
 
 def test_many_may_make_it_at_once(empty_schema: str) -> None:
     def make() -> bool:
-        with closing(PostgresStore(empty_schema, make=True, busy_seconds=30)) as store:
+        with closing(PostgresStore(empty_schema, make=True, busy_seconds=30, vault=VAULT)) as store:
             store.transact(Ask(ReadTimes()))
             return store.is_new
 
@@ -370,7 +381,7 @@ def held(store: PostgresStore) -> Iterator[Gate]:
 
 def test_no_more_connections_than_allowed(url: str) -> None:
     name = f"{url}&application_name=counted"
-    with closing(PostgresStore(name, connections=3, busy_seconds=30)) as store:
+    with closing(PostgresStore(name, connections=3, busy_seconds=30, vault=VAULT)) as store:
         assert together([lambda: store.transact(Ask(ReadTimes())).horizon] * 16) == [0] * 16
         count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'counted'"
         assert 1 <= ask(url, count)[0][0] <= 3
@@ -378,7 +389,7 @@ def test_no_more_connections_than_allowed(url: str) -> None:
 
 def test_a_connection_that_is_not_to_be_had_is_busy(url: str) -> None:
     with (
-        closing(PostgresStore(url, connections=1, busy_seconds=0.05)) as store,
+        closing(PostgresStore(url, connections=1, busy_seconds=0.05, vault=VAULT)) as store,
         held(store),
     ):
         told(lambda: store.transact(Ask(ReadTimes())), "other transactions take too long", StoreBusy)
@@ -389,14 +400,14 @@ def test_a_database_without_a_free_connection_is_busy(url: str, database: str) -
     try:
         ask(database, "ALTER ROLE crowded NOSUPERUSER CONNECTION LIMIT 0")
         crowded = url.replace(f"owner:{PASSWORD}", "crowded:crowded")
-        told(lambda: PostgresStore(crowded), "too many connections", StoreAway)
+        told(lambda: PostgresStore(crowded, vault=VAULT), "too many connections", StoreAway)
     finally:
         ask(database, "DROP ROLE crowded")
 
 
 def test_a_row_that_another_transaction_holds_is_busy(url: str) -> None:
     with (
-        closing(PostgresStore(url, busy_seconds=0.2)) as store,
+        closing(PostgresStore(url, busy_seconds=0.2, vault=VAULT)) as store,
         psycopg.connect(url) as other,
     ):
         other.execute("UPDATE fact SET value = 3 WHERE name = 'nonce_horizon'")
@@ -408,7 +419,7 @@ def test_a_row_that_another_transaction_holds_is_busy(url: str) -> None:
 def test_a_program_that_locks_a_table_is_named_and_so_is_one_that_waits_to_do_so(url: str) -> None:
     """As a change of a table does behind a long backup, and all boots behind it; not the backup, which only reads."""
     with (
-        closing(PostgresStore(url, busy_seconds=0.2)) as store,
+        closing(PostgresStore(url, busy_seconds=0.2, vault=VAULT)) as store,
         ThreadPoolExecutor() as threads,
         psycopg.connect(url, application_name="upgrade") as waiting,
         psycopg.connect(url, application_name="backup") as reading,
@@ -441,7 +452,10 @@ def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -
             self.runs.append(horizon)
             yield from SetHorizon(10**6)
 
-    with closing(PostgresStore(url, busy_seconds=0.3)) as store, closing(PostgresStore(url)) as other:
+    with (
+        closing(PostgresStore(url, busy_seconds=0.3, vault=VAULT)) as store,
+        closing(PostgresStore(url, vault=VAULT)) as other,
+    ):
         unit = Unlucky(other)
         told(lambda: store.transact(unit), "other transactions got in the way every time", StoreBusy)
         assert len(unit.runs) > 3
@@ -499,7 +513,7 @@ def test_the_head_of_a_vm_that_boots_often_stays_in_its_row(url: str) -> None:
 
 def test_a_long_reading_makes_the_database_remember_nothing_of_others(url: str) -> None:
     """What others read is kept in shared memory until it ends, if it takes part in conflicts: some hundred boots."""
-    with closing(PostgresStore(url)) as store, store.snapshot() as rows:
+    with closing(PostgresStore(url, vault=VAULT)) as store, store.snapshot() as rows:
         before = rows.transact(Ask(ReadTimes()))
         for number in range(10):
             store.transact(boot(f"{number}", vm=Vm(VM.hotkey, f"vm-{number}")))
@@ -511,7 +525,7 @@ def test_a_long_reading_makes_the_database_remember_nothing_of_others(url: str) 
 
 def test_a_long_reading_may_pause_for_as_long_as_it_likes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`store copy` writes elsewhere between two pages; a unit that pauses holds others up, and is ended after 10 s."""
-    with closing(PostgresStore(url)) as store:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
         session = None
         lift_limits = store._database.lift_limits
 
@@ -660,7 +674,7 @@ class Bereft(Unit[int]):
 
 
 def test_a_connection_lost_before_the_commit_is_replaced_and_the_unit_done_once(url: str) -> None:
-    with closing(PostgresStore(f"{url}&application_name=bereft")) as store:
+    with closing(PostgresStore(f"{url}&application_name=bereft", vault=VAULT)) as store:
         unit = Bereft(url, at_end=False)
         assert store.transact(unit) == 0
         assert len(unit.runs) == 2
@@ -668,7 +682,7 @@ def test_a_connection_lost_before_the_commit_is_replaced_and_the_unit_done_once(
 
 
 def test_a_connection_lost_at_the_commit_is_said_and_nothing_is_done_again(url: str) -> None:
-    with closing(PostgresStore(f"{url}&application_name=bereft")) as store:
+    with closing(PostgresStore(f"{url}&application_name=bereft", vault=VAULT)) as store:
         unit = Bereft(url, at_end=True)
         told(lambda: store.transact(unit), "the connection was lost at the commit", FateUnknown)
         assert len(unit.runs) == 1
@@ -682,13 +696,14 @@ class Severed(Unit[None]):
     url: str
 
     def script(self) -> Script[None]:
+        yield from ReadTimes()
         ask(self.url, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'severed'")
         yield from SetHorizon(7)
 
 
 def test_of_a_session_lost_between_the_two_round_trips_the_fate_is_unknown(url: str) -> None:
     """The commit was sent with the writes: nobody says that none arrived."""
-    with closing(PostgresStore(f"{url}&application_name=severed")) as store:
+    with closing(PostgresStore(f"{url}&application_name=severed", vault=VAULT)) as store:
         told(lambda: store.transact(Severed(url)), "the connection was lost at the commit", FateUnknown)
         assert store.retries == 0
         assert store.transact(Ask(ReadTimes())).horizon == 0
@@ -696,7 +711,7 @@ def test_of_a_session_lost_between_the_two_round_trips_the_fate_is_unknown(url: 
 
 @pytest.mark.parametrize("state", ["40001", "40P01", "23505"])
 def test_a_conflict_among_the_writes_is_run_again_on_the_same_connection(url: str, state: str) -> None:
-    with closing(PostgresStore(url)) as store:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
         (session,) = store._pool.idle
         for number in range(4):
             ask(
@@ -716,7 +731,7 @@ def test_a_conflict_among_the_writes_is_run_again_on_the_same_connection(url: st
 
 
 def test_idle_connections_that_were_ended_are_replaced(url: str) -> None:
-    with closing(PostgresStore(f"{url}&application_name=ended")) as store:
+    with closing(PostgresStore(f"{url}&application_name=ended", vault=VAULT)) as store:
         assert together([lambda: store.transact(boot("one"))] + [lambda: store.transact(Ask(ReadTimes()))] * 7)[1:]
         ask(url, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'ended'")
         assert store.transact(Ask(ReadTimes())).horizon == 0
@@ -724,7 +739,7 @@ def test_idle_connections_that_were_ended_are_replaced(url: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_server_that_stops_is_busy_and_all_is_there_when_it_is_back(cluster: Cluster, number: signal.Signals) -> None:
-    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True)) as store:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         granted = boot("first")
         store.transact(granted)
         keys = store.transact(sync(granted, "body", "storage"))
@@ -763,7 +778,7 @@ def fail_with(url: str, state: str) -> None:
     ],
 )
 def test_each_fault_is_said_and_nothing_changes(url: str, state: str, text: str, kind: type[StoreError]) -> None:
-    with closing(PostgresStore(url, busy_seconds=0.1)) as store:
+    with closing(PostgresStore(url, busy_seconds=0.1, vault=VAULT)) as store:
         granted = boot("first")
         store.transact(granted)
         before = dump(store)
@@ -789,7 +804,7 @@ def test_a_trigger_that_leaves_audit_rows_out_is_said(store: PostgresStore, url:
 @pytest.mark.parametrize("number", [0, -1, -(1 << 63)])
 def test_a_number_of_an_audit_row_that_no_mark_can_have_is_refused(url: str, tmp_path: Path, number: int) -> None:
     """Else the file of the mark could not be read again, and who wrote the database would be rid of the mark."""
-    with closing(PostgresStore(url, mark_file=tmp_path / "mark")) as store:
+    with closing(PostgresStore(url, mark_file=tmp_path / "mark", vault=VAULT)) as store:
         store.transact(boot("first"))
         store.keep_mark()
         ask(
@@ -798,13 +813,13 @@ def test_a_number_of_an_audit_row_that_no_mark_can_have_is_refused(url: str, tmp
         )
         told(lambda: store.transact(boot("second")), "keeps no audit row, or gives it a number below 1")
     assert ask(url, "SELECT count(*) FROM boot") == [(1,)]
-    with closing(PostgresStore(url, mark_file=tmp_path / "mark")) as store:
+    with closing(PostgresStore(url, mark_file=tmp_path / "mark", vault=VAULT)) as store:
         ask(url, "ALTER SEQUENCE audit_id_seq INCREMENT BY 1 RESTART WITH 1000")
         store.transact(boot("second"))
 
 
 def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
-    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, make=True)) as store:
+    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         granted = boot("first")
         store.transact(granted)
         before = dump(store)
@@ -828,7 +843,7 @@ def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
 
 
 def test_a_full_disk_is_said_before_anything_was_written(cluster: Cluster) -> None:
-    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, make=True)) as store:
+    with schema_on_small_disk(cluster) as (disk, url), closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         store.check_writing()
         filler = fill(disk)
         told(store.check_writing, "the database's disk is full; this transaction changed nothing; make space")
@@ -848,7 +863,7 @@ def test_what_sql_cannot_hold_is_the_stores_error(store: PostgresStore) -> None:
         AuditRow(0, "vm", "\ud800", "granted"),
         AuditRow(0, "vm", "\0", "granted"),
     ):
-        told(lambda: store.transact(Ask(Insert(row))), "a value of Insert cannot be stored")  # noqa: B023
+        told(lambda: store.transact(Ask(Insert(row))), "cannot be stored")  # noqa: B023
     assert store.transact(Ask(Scan(AuditRow))) == ()
 
 
@@ -864,7 +879,7 @@ def test_a_check_counts_the_rows(store: PostgresStore) -> None:
 
 
 def test_a_closed_store_says_so(url: str) -> None:
-    store = PostgresStore(url)
+    store = PostgresStore(url, vault=VAULT)
     with held(store):
         store.close()
         store.close()
@@ -874,7 +889,7 @@ def test_a_closed_store_says_so(url: str) -> None:
 
 
 def test_several_stores_are_one(url: str) -> None:
-    with closing(PostgresStore(url)) as one, closing(PostgresStore(url)) as other:
+    with closing(PostgresStore(url, vault=VAULT)) as one, closing(PostgresStore(url, vault=VAULT)) as other:
         root = one.transact(boot("first")).root
         assert other.transact(boot("second")).root == root
         assert len(one.transact(Ask(Scan(BootRow)))) == 2

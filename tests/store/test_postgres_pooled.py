@@ -18,7 +18,7 @@ from chutes_proto.errors import FateUnknown, Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes, Vm
-from chutes_proto.testing.store_suite._parts import VM, boot, platform
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform
 from chutes_proto.wire.codes import Code
 from tests.postgres import Pooler
 from tests.store.harness import together
@@ -33,7 +33,7 @@ def test_each_transaction_has_the_settings_it_needs_in_whichever_session(
 ) -> None:
     """More transactions of one kind in each session than it takes for the driver to prepare statements."""
     url = pooled(mode)
-    with closing(PostgresStore(url, make=True)) as store:
+    with closing(PostgresStore(url, make=True, vault=VAULT)) as store:
         watch(url)
         until = time.monotonic() + 60
         transactions = 0
@@ -51,8 +51,11 @@ def test_two_machines_never_get_one_vms_passphrase(
 ) -> None:
     """Through two servers, after the sessions that they began with have ended."""
     url = pooled("transaction")
-    PostgresStore(url, make=True).close()
-    with closing(PostgresStore(url, busy_seconds=60)) as one, closing(PostgresStore(url, busy_seconds=60)) as other:
+    PostgresStore(url, make=True, vault=VAULT).close()
+    with (
+        closing(PostgresStore(url, busy_seconds=60, vault=VAULT)) as one,
+        closing(PostgresStore(url, busy_seconds=60, vault=VAULT)) as other,
+    ):
         for race in range(RACES):
             pooler("transaction").recycle()
             vm = Vm(VM.hotkey, f"vm-{race}")
@@ -67,7 +70,7 @@ def test_a_program_that_locks_a_table_is_named_and_another_server_is_not(pooled:
     """Whatever name the URL gives to servers: to end the session of one may lose what it commits."""
     url = f"{pooled('transaction')}&application_name=servers"
     with (
-        closing(PostgresStore(url, busy_seconds=0.2, make=True)) as store,
+        closing(PostgresStore(url, busy_seconds=0.2, make=True, vault=VAULT)) as store,
         psycopg.connect(url) as server,
         psycopg.connect(url.replace("=servers", "=console")) as console,
     ):
@@ -82,8 +85,8 @@ def test_a_program_that_locks_a_table_is_named_and_another_server_is_not(pooled:
 def test_a_session_that_is_lost(pooled: Callable[[str], str], mode: str) -> None:
     """As without a pooler: before the commit the unit is done again, at the commit its fate is unknown."""
     url = pooled(mode)
-    PostgresStore(url, make=True).close()
-    with closing(PostgresStore(f"{url}&application_name=bereft")) as store:
+    PostgresStore(url, make=True, vault=VAULT).close()
+    with closing(PostgresStore(f"{url}&application_name=bereft", vault=VAULT)) as store:
         before, at_end = Bereft(url, at_end=False), Bereft(url, at_end=True)
         assert store.transact(before) == 0
         told(lambda: store.transact(at_end), "the connection was lost at the commit", FateUnknown)
@@ -95,7 +98,7 @@ def test_a_pooler_that_keeps_no_transaction_together_is_refused(pooled: Callable
     url = pooled("statement")
     for make in (False, True):
         told(
-            lambda: PostgresStore(url, make=make),  # noqa: B023
+            lambda: PostgresStore(url, make=make, vault=VAULT),  # noqa: B023
             "statement pooling mode; set pool_mode of the connection pooler to transaction or session",
             StoreError,
         )
@@ -104,7 +107,7 @@ def test_a_pooler_that_keeps_no_transaction_together_is_refused(pooled: Callable
 def test_a_schema_in_the_url_is_kept_by_a_pooler_or_refused(pooled: Callable[[str], str]) -> None:
     """One that does not track it refuses it. One that does confuses sessions, if PostgreSQL (before 18) is silent."""
     url = pooled("transaction")
-    PostgresStore(url, make=True).close()
+    PostgresStore(url, make=True, vault=VAULT).close()
     with closing(psycopg.connect(url, autocommit=True, prepare_threshold=None)) as connection:
         schemas = ("one", "other")
         for schema in schemas:
@@ -112,7 +115,9 @@ def test_a_schema_in_the_url_is_kept_by_a_pooler_or_refused(pooled: Callable[[st
         for turn in range(5):
             for schema in schemas:
                 try:
-                    with closing(PostgresStore(f"{url}&options=-csearch_path%3D{schema}", make=True)) as store:
+                    with closing(
+                        PostgresStore(f"{url}&options=-csearch_path%3D{schema}", make=True, vault=VAULT)
+                    ) as store:
                         store.transact(boot(f"{schema}-{turn}", vm=Vm(schema, VM.name)))
                 except StoreError as exc:
                     assert "search_path" in str(exc)

@@ -115,7 +115,7 @@ class Proxy:
 def url(cluster: Cluster) -> Iterator[str]:
     """A schema with our tables, in a cluster whose processes are here."""
     with schema(cluster.url()) as url:
-        PostgresStore(url, make=True).close()
+        PostgresStore(url, make=True, vault=VAULT).close()
         yield url
 
 
@@ -129,7 +129,7 @@ def proxy(cluster: Cluster) -> Iterator[Proxy]:
 def behind(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
     """A store with one connection, through the proxy."""
     monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
-    with closing(PostgresStore(proxy.url(url, cluster), connections=1, busy_seconds=0.1)) as store:
+    with closing(PostgresStore(proxy.url(url, cluster), connections=1, busy_seconds=0.1, vault=VAULT)) as store:
         yield store
 
 
@@ -237,7 +237,7 @@ def test_a_store_is_not_opened_where_nothing_is_answered(behind: PostgresStore, 
 
 def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
-    with closing(PostgresStore(url, connections=1, busy_seconds=0.1)) as store:
+    with closing(PostgresStore(url, connections=1, busy_seconds=0.1, vault=VAULT)) as store:
         stopped = store._pool.idle[0].info.backend_pid
         os.kill(stopped, signal.SIGSTOP)
         try:
@@ -274,7 +274,7 @@ def test_a_host_that_is_gone_is_noticed_by_the_kernel() -> None:
 @pytest.fixture
 def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
     """A store in which each statement of VMs, keys and boots takes longer than a unit's may."""
-    with closing(PostgresStore(url)) as store:
+    with closing(PostgresStore(url, vault=VAULT)) as store:
         store.transact(boot("first"))
     for table in ("vm", "generation", "audit"):
         ask(
@@ -289,7 +289,7 @@ def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
     )
     monkeypatch.setattr(transactions, "_WORK", 0.3)
     monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
-    with closing(PostgresStore(url, connections=1, busy_seconds=0.1)) as store:
+    with closing(PostgresStore(url, connections=1, busy_seconds=0.1, vault=VAULT)) as store:
         yield store
 
 
@@ -331,7 +331,7 @@ def test_a_restore_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(transactions, "_WORK", 0.3)
     monkeypatch.setattr(transactions, "_SILENCE", SILENCE)
-    with closing(PostgresStore(url, busy_seconds=0.1)) as store:
+    with closing(PostgresStore(url, busy_seconds=0.1, vault=VAULT)) as store:
         assert store.transact(StoreRestored(NOW)).before == 0
 
 

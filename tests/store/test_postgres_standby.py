@@ -18,7 +18,7 @@ from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes, Vm
-from chutes_proto.testing.store_suite._parts import VM, boot
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot
 from tests.postgres import PASSWORD, Cluster
 from tests.scenario import operations
 from tests.scenario.operations import Site, code
@@ -76,7 +76,7 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
         acknowledged.setdefault(name, root)
         assert root == acknowledged[name]
 
-    with closing(PostgresStore(url, busy_seconds=60, make=True)) as store:
+    with closing(PostgresStore(url, busy_seconds=60, make=True, vault=VAULT)) as store:
         make_synchronous(url)
         for number in range(8):  # the driver has prepared its statements then
             boots(store, f"vm-{number}")
@@ -91,7 +91,7 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
     standby.start()
     ask(standby.url(), "SELECT pg_promote()")
     assert ask(standby.url(), "SELECT 1 FROM vm WHERE vm = 'vm-lost'") == []
-    with closing(PostgresStore(standby.url())) as store:
+    with closing(PostgresStore(standby.url(), vault=VAULT)) as store:
         for name in list(acknowledged):
             boots(store, name)
 
@@ -107,7 +107,7 @@ def test_what_waits_for_a_standby_that_is_away_names_it(
     url = primary.url()
     back_up = f"{postgres_programs}/pg_basebackup --pgdata backup --max-rate 32 --checkpoint fast --no-sync"
     monkeypatch.setattr(transactions, "_SILENCE", 1)
-    with closing(PostgresStore(url, busy_seconds=0.5, make=True)) as store:
+    with closing(PostgresStore(url, busy_seconds=0.5, make=True, vault=VAULT)) as store:
         make_synchronous(url)
         assert not store.replication.missing
         standby.stop()
@@ -135,7 +135,7 @@ async def test_a_client_hears_503_where_a_commit_was_cancelled_and_boots_again(
     """Over HTTPS. Nobody knows what became of that boot, so that it is not answered with a key."""
     primary, standby = clusters
     url = primary.url()
-    with closing(PostgresStore(url, busy_seconds=60, make=True)) as store:
+    with closing(PostgresStore(url, busy_seconds=60, make=True, vault=VAULT)) as store:
         make_synchronous(url)
         site = Site(chutes_proto_trio, store)
         async with site.serving(), operations.Vm(site) as vm, vm.stranger() as again:

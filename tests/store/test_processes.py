@@ -56,7 +56,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of an empty store."""
     sqlite = f"sqlite:{tmp_path}/keys.db"
     found: str = sqlite if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
-    StorePlace(found, tmp_path).open(make=True).close()
+    StorePlace(found, tmp_path, vault=VAULT).open(make=True).close()
     return found
 
 
@@ -70,7 +70,7 @@ def test_first_boots_through_four_processes_get_one_root_passphrase(address: str
     assert len(answers) == 64
     assert len(set(answers)) == 1, set(answers)
     assert len(answers[0]) == 128
-    with closing(StorePlace(address, Path.cwd()).open()) as store:
+    with closing(StorePlace(address, Path.cwd(), vault=VAULT).open()) as store:
         (key,) = store.transact(Ask(Scan(GenerationRow)))
         assert VAULT.open(Address(VM, "root", 1), key).reveal().decode() == answers[0]
         assert len(store.transact(Ask(Scan(BootRow)))) == 64
@@ -94,7 +94,7 @@ def test_a_killed_process_loses_nothing_and_leaves_no_half_unit(address: str, fi
         disks |= {answer["vm"]: answer["disk"] for answer in told if "disk" in answer}
         for disk in disks.values():  # who heard nothing of a confirmation keeps both keys, or takes the new one off
             del disk[chance.randint(1, len(disk)) :]
-        with closing(StorePlace(address, Path.cwd()).open()) as store:
+        with closing(StorePlace(address, Path.cwd(), vault=VAULT).open()) as store:
             store.check()
             nothing_is_half_done(store)
             nothing_is_lost(store, answered)

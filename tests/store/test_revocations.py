@@ -27,7 +27,7 @@ from chutes_proto.store.rows import (
     StoreOp,
     VmRow,
 )
-from chutes_proto.testing.store_suite._parts import NOW, VM, boot, read, sync
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, read, sync
 from chutes_proto.units.revocations import (
     NO_REVOCATIONS,
     ReadParty,
@@ -46,7 +46,7 @@ REVOKE = Revoke(NOW, 7, "vm", subject_of(VM), None, "race")
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DurableStore]:
     sqlite = f"sqlite:{tmp_path}/keys.db"
     address: str = sqlite if request.param == "sqlite" else request.getfixturevalue("migrated_schema")
-    with closing(StorePlace(address, tmp_path).open(make=True)) as opened:
+    with closing(StorePlace(address, tmp_path, vault=VAULT).open(make=True)) as opened:
         yield opened
 
 
@@ -109,7 +109,7 @@ def waiting(store: Any) -> int:
 def test_nothing_begins_beside_a_revocation(migrated_schema: str, tmp_path: Path) -> None:
     """Two that had begun both would wait for each other, until the database ends one of them after a second."""
     with ExitStack() as opened:
-        places = (StorePlace(migrated_schema, tmp_path) for _ in range(3))
+        places = (StorePlace(migrated_schema, tmp_path, vault=VAULT) for _ in range(3))
         stores: list[Any] = [opened.enter_context(closing(place.open())) for place in places]
         second = evolve(REVOKE, version=8, kind="hotkey", subject=VM.hotkey)
         units = [Held(REVOKE, before=Put), Held(second, before=Put), Held(ReadRevocations(), before=ReadTimes)]
@@ -194,7 +194,7 @@ def test_of_many_at_once_none_is_granted_later(store: DurableStore) -> None:
 
 def test_a_backup_holds_no_revocation_up(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """pg_dump holds its lock on every table for as long as it runs."""
-    with closing(StorePlace(request.getfixturevalue("migrated_schema"), tmp_path).open()) as store:
+    with closing(StorePlace(request.getfixturevalue("migrated_schema"), tmp_path, vault=VAULT).open()) as store:
         holder: Any = store
         with closing(holder._database.connect()) as backup:
             _ = backup.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; LOCK TABLE fact IN ACCESS SHARE MODE")

@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(path: Path) -> Iterator[SqliteStore]:
-    store = SqliteStore(path)
+    store = SqliteStore(path, vault=VAULT)
     yield store
     store.close()
 
@@ -45,7 +45,7 @@ def mode(path: Path) -> int:
 def test_files_are_private_whatever_the_umask(path: Path) -> None:
     before = os.umask(0)
     try:
-        with closing(SqliteStore(path)) as store:
+        with closing(SqliteStore(path, vault=VAULT)) as store:
             store.transact(boot("first"))
             assert {mode(file) for file in path.parent.iterdir()} == {0o600}
             assert len(list(path.parent.iterdir())) == 3
@@ -133,17 +133,17 @@ def test_commits_reach_the_disk(store: SqliteStore, path: Path) -> None:
 
 
 def test_rows_are_there_after_closing_and_after_dying(path: Path) -> None:
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         granted = boot("first")
         root = store.transact(granted).root
     script = (
         "import os, sys; from chutes_proto.io.stores.sqlite import SqliteStore;"
         "from chutes_proto.testing.store_suite._parts import *;"
-        "SqliteStore(sys.argv[1]).transact(sync(boot('first'), 'body', 'storage')); os._exit(9)"
+        "SqliteStore(sys.argv[1], vault=VAULT).transact(sync(boot('first'), 'body', 'storage')); os._exit(9)"
     )
     died = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert died.returncode == 9
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         store.check()
         answer = store.transact(sync(granted, "body", "storage"))
         assert answer.replayed
@@ -152,7 +152,7 @@ def test_rows_are_there_after_closing_and_after_dying(path: Path) -> None:
 
 def test_many_may_make_the_file_at_once(path: Path) -> None:
     stores: list[SqliteStore] = []
-    threads = [threading.Thread(target=lambda: stores.append(SqliteStore(path))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: stores.append(SqliteStore(path, vault=VAULT))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -166,7 +166,7 @@ def test_many_may_make_the_file_at_once(path: Path) -> None:
 
 def test_an_empty_file_becomes_a_store(path: Path) -> None:
     path.touch()
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
@@ -178,7 +178,7 @@ def test_another_programs_database_is_refused_and_left_alone(path: Path, stateme
         connection.execute(statement)
     before = path.read_bytes()
     with pytest.raises(StoreError, match="another program's database"):
-        SqliteStore(path)
+        SqliteStore(path, vault=VAULT)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -187,15 +187,15 @@ def test_what_is_no_database_is_refused_and_left_alone(path: Path) -> None:
     content = b"passphrases of the year\n" * 400
     path.write_bytes(content)
     with pytest.raises(StoreError, match="not an SQLite database"):
-        SqliteStore(path)
+        SqliteStore(path, vault=VAULT)
     assert path.read_bytes() == content
 
 
 def test_a_place_that_cannot_hold_a_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot be opened; is its directory there"):
-        SqliteStore(tmp_path / "missing" / "keys.db")
+        SqliteStore(tmp_path / "missing" / "keys.db", vault=VAULT)
     with pytest.raises(StoreError, match="cannot be opened"):
-        SqliteStore(tmp_path)
+        SqliteStore(tmp_path, vault=VAULT)
 
 
 def test_a_full_disk_is_said_and_nothing_changes(store: SqliteStore) -> None:
@@ -223,17 +223,17 @@ def test_a_full_disk_is_said_and_nothing_changes(store: SqliteStore) -> None:
 
 def test_a_disk_that_is_full_at_the_start_is_not_taken_for_a_log_that_is_gone(path: Path) -> None:
     """The log is empty then, too: SQLite has just made it, and has no space for its index."""
-    SqliteStore(path).close()
+    SqliteStore(path, vault=VAULT).close()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
         with pytest.raises(
             StoreError, match=r"keys\.db: reading or writing it failed; if its disk is full, make space"
         ):
-            SqliteStore(path)
+            SqliteStore(path, vault=VAULT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    SqliteStore(path).close()
+    SqliteStore(path, vault=VAULT).close()
 
 
 def test_a_read_only_file_is_said(store: SqliteStore) -> None:
@@ -247,12 +247,12 @@ def test_a_read_only_file_is_said(store: SqliteStore) -> None:
 
 
 def open_and_check(path: Path) -> None:
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         store.check()
 
 
 def test_damage_is_said(path: Path) -> None:
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         for index in range(40):
             store.transact(boot(str(index)))
     content = bytearray(path.read_bytes())
@@ -264,7 +264,7 @@ def test_damage_is_said(path: Path) -> None:
 
 def test_a_check_finds_a_single_bit(path: Path) -> None:
     """In a row or in its index: no statement fails at it, but who looks by that index does not find the row."""
-    with closing(SqliteStore(path)) as store:
+    with closing(SqliteStore(path, vault=VAULT)) as store:
         store.transact(boot("first"))
         (row,) = store.transact(Ask(Scan(BootRow)))
     content = path.read_bytes()
@@ -306,7 +306,7 @@ def test_a_file_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path) 
 def test_a_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path, is_replaced: bool) -> None:
     log = path.with_name(f"{path.name}-wal")
     store.transact(boot("first"))
-    with closing(SqliteStore(path)) as other:  # another worker
+    with closing(SqliteStore(path, vault=VAULT)) as other:  # another worker
         log.unlink()
         if is_replaced:
             log.write_bytes(b"")
@@ -317,7 +317,7 @@ def test_a_log_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path, i
             with pytest.raises(StoreError, match=r"its log, keys\.db-wal, was moved.*disk I/O error"):
                 open_and_check(path)  # as a command, which had nothing open
     store.close()
-    with closing(SqliteStore(path)) as again:
+    with closing(SqliteStore(path, vault=VAULT)) as again:
         assert [row.boot_id for row in again.transact(Ask(Scan(BootRow)))] == [boot("first").boot_id]
         again.transact(boot("third"))
         log.rename(path.with_name("moved"))
@@ -331,7 +331,8 @@ def test_an_index_of_the_log_that_is_gone_takes_no_more_keys(store: SqliteStore,
     """Otherwise a command says that a VM is revoked, and the server's next commit overwrites that."""
     store.transact(boot("first"))
     path.with_name(f"{path.name}-shm").unlink()
-    text = f"from tests.store.test_sqlite import *; SqliteStore(Path({str(path)!r})).transact(boot('of a command'))"
+    store_there = f"SqliteStore(Path({str(path)!r}), vault=VAULT)"
+    text = f"from tests.store.test_sqlite import *; {store_there}.transact(boot('of a command'))"
     _ = subprocess.run([sys.executable, "-c", f"{text}; os._exit(0)"], check=True)
     for _ in range(2):
         with pytest.raises(StoreError, match=r"the index of its log, keys\.db-shm, was moved, removed or replaced"):
@@ -339,14 +340,14 @@ def test_an_index_of_the_log_that_is_gone_takes_no_more_keys(store: SqliteStore,
     copy = path.with_name("after a kill")  # a process that is killed leaves file and log as they are
     for end in ("", "-wal"):
         _ = subprocess.run(["cp", f"{path}{end}", f"{copy}{end}"], check=True)
-    with closing(SqliteStore(copy)) as again:
+    with closing(SqliteStore(copy, vault=VAULT)) as again:
         found = {row.boot_id for row in again.transact(Ask(Scan(BootRow)))}
     assert found == {boot("first").boot_id, boot("of a command").boot_id}
 
 
 def test_another_process_at_work_is_busy(path: Path) -> None:
     with (
-        closing(SqliteStore(path, busy_seconds=0.05)) as store,
+        closing(SqliteStore(path, busy_seconds=0.05, vault=VAULT)) as store,
         closing(sqlite3.connect(path, isolation_level=None)) as other,
     ):
         other.execute("BEGIN IMMEDIATE")
@@ -358,7 +359,7 @@ def test_another_process_at_work_is_busy(path: Path) -> None:
 
 def test_a_check_keeps_nobody_from_writing(path: Path) -> None:
     with (
-        closing(SqliteStore(path, busy_seconds=0.05)) as store,
+        closing(SqliteStore(path, busy_seconds=0.05, vault=VAULT)) as store,
         closing(sqlite3.connect(path, isolation_level=None)) as other,
     ):
         store.transact(boot("first"))
@@ -373,13 +374,13 @@ def test_a_file_at_work_elsewhere_is_busy_when_opened(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StoreBusy, match="another transaction takes too long"):
-            SqliteStore(path, busy_seconds=0.05)
+            SqliteStore(path, busy_seconds=0.05, vault=VAULT)
         other.execute("ROLLBACK")
-    SqliteStore(path).close()
+    SqliteStore(path, vault=VAULT).close()
 
 
 def test_another_thread_at_work_is_busy(path: Path) -> None:
-    with closing(SqliteStore(path, busy_seconds=0.05)) as store:
+    with closing(SqliteStore(path, busy_seconds=0.05, vault=VAULT)) as store:
         inside, leave = threading.Event(), threading.Event()
 
         @frozen
@@ -400,7 +401,7 @@ def test_another_thread_at_work_is_busy(path: Path) -> None:
 
 
 def test_a_closed_store_says_so(path: Path) -> None:
-    store = SqliteStore(path)
+    store = SqliteStore(path, vault=VAULT)
     store.close()
     store.close()
     for call in (store.check, lambda: store.transact(boot("first"))):
@@ -450,7 +451,7 @@ def test_what_sql_cannot_hold_is_the_stores_error(store: SqliteStore) -> None:
 def test_too_old_a_library_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
     with pytest.raises(StoreError, match="too old"):
-        SqliteStore(path)
+        SqliteStore(path, vault=VAULT)
     assert not path.exists()
 
 
@@ -458,4 +459,4 @@ def test_a_path_without_a_write_ahead_log_is_refused(path: Path, monkeypatch: py
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda _, **options: connect(":memory:", **options))
     with pytest.raises(StoreError, match="does not accept journal_mode = wal"):
-        SqliteStore(path)
+        SqliteStore(path, vault=VAULT)

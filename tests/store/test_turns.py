@@ -36,7 +36,7 @@ from chutes_proto.server._tokens import RANDOM_SIZE
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store._turns import Turn, Turns
 from chutes_proto.store.rows import ReadTimes, Times, Vm
-from chutes_proto.testing.store_suite._parts import VM, boot, platform
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.postgres import Cluster, schema
@@ -365,7 +365,7 @@ class Counted:
 @pytest.fixture
 def url(cluster: Cluster) -> Iterator[str]:
     with schema(cluster.url()) as url:
-        PostgresStore(url, make=True).close()
+        PostgresStore(url, make=True, vault=VAULT).close()
         yield url
 
 
@@ -439,7 +439,7 @@ async def test_a_database_that_hangs_for_a_while_serves_all_that_waited(
     monkeypatch.setattr(_retry, "LAST_START_SECONDS", 100.0)
     monkeypatch.setattr(_retry, "LATEST_ANSWER_SECONDS", 100.0)
     asked, quick = Asked(), Asked()
-    with closing(PostgresStore(url, connections=REQUESTS)) as store:
+    with closing(PostgresStore(url, connections=REQUESTS, vault=VAULT)) as store:
         the_service = service()
         for number in range(CALLERS):
             granted = evolve(boot(f"{number}", vm=Vm(VM.hotkey, f"vm-{number}")), platform=platform(f"{number}"))
@@ -476,7 +476,10 @@ async def test_a_paused_database_is_asked_by_one_probe_once_it_is_known_to_be_aw
         except (StoreAway, StoreBusy) as exc:
             outcomes.append(exc)
 
-    with closing(PostgresStore(url, connections=REQUESTS, busy_seconds=0.2)) as store, hanging(cluster) as go_on:
+    with (
+        closing(PostgresStore(url, connections=REQUESTS, busy_seconds=0.2, vault=VAULT)) as store,
+        hanging(cluster) as go_on,
+    ):
         counted: Any = Counted(store)
         first = store.callers
         async with open_turns(counted) as turns, anyio.create_task_group() as group:
@@ -506,7 +509,7 @@ async def test_a_database_that_stays_away_is_asked_by_one_and_nobody_is_answered
     asked = Asked()
     with (
         closing(Proxy(cluster)) as proxy,
-        closing(PostgresStore(proxy.url(url, cluster), connections=REQUESTS, busy_seconds=0.5)) as store,
+        closing(PostgresStore(proxy.url(url, cluster), connections=REQUESTS, busy_seconds=0.5, vault=VAULT)) as store,
     ):
         store.transact(ASK)
         proxy.mute.set()

@@ -15,14 +15,14 @@ from chutes_proto.errors import StoreError
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import _schema
-from chutes_proto.testing.store_suite._parts import boot, dump
+from chutes_proto.testing.store_suite._parts import VAULT, boot, dump
 from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
     address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
-    return StorePlace(address, tmp_path)
+    return StorePlace(address, tmp_path, vault=VAULT)
 
 
 def execute(place: StorePlace, statement: str) -> None:
@@ -72,7 +72,7 @@ def test_a_table_that_is_gone_is_noticed_by_one_who_does_not_read_it(
 
 @pytest.mark.parametrize("damage", [lambda path: path.chmod(0), lambda path: path.write_bytes(b"no database" * 999)])
 def test_a_file_that_cannot_be_read_is_left_alone(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    place = StorePlace("sqlite:keys.db", tmp_path)
+    place = StorePlace("sqlite:keys.db", tmp_path, vault=VAULT)
     place.open().close()
     path = tmp_path / "keys.db"
     damage(path)

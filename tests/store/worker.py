@@ -29,7 +29,7 @@ from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.server._limits import Admission
 from chutes_proto.server._retry import transact_patiently
 from chutes_proto.store.rows import Vm
-from chutes_proto.testing.store_suite._parts import VM, attest, boot, confirm, sync
+from chutes_proto.testing.store_suite._parts import VAULT, VM, attest, boot, confirm, sync
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, HandedKeys
 from chutes_proto.units.volumes import SyncVolumes
@@ -107,7 +107,7 @@ def lives(store: DurableStore, name: str, number: int, disks: dict[str, list[str
 
 
 def main(address: str, what: str, name: str, number: str) -> None:
-    store = StorePlace(address, Path.cwd()).open()
+    store = StorePlace(address, Path.cwd(), vault=VAULT).open()
     say("ready")
     given = json.loads(sys.stdin.readline())
     {"boots": boots, "lives": lives}[what](store, name, int(number), given)

@@ -72,7 +72,7 @@ from chutes_proto.units.operator import (
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from chutes_proto.wire.codes import Code
-from tests.store.memory import MemoryStore
+from tests.store.memory import SealedStore
 from tests.units.model import Key, Machine, Token
 
 T = TypeVar("T")
@@ -93,11 +93,12 @@ class Calls(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory = MemoryStore()
+        self.memory = SealedStore(VAULT)
         self.stores: list[Store] = [self.memory]
         self.now = NOW
         self.horizon = 0
         self.vault = VAULTS[0]
+        self.of_rows = self.kek  # of the store's own key
         self.labels = itertools.count()
         self.vms: dict[Vm, Machine] = {}
         self.tokens: list[Token] = []
@@ -499,7 +500,8 @@ class Calls(RuleBasedStateMachine):
         outcome = self.do(RewrapKeys(self.now, entropy(self.label(), 500 * NONCE_SIZE), self.vault, "why"))
         assert isinstance(outcome, Rewrapped)
         keys = [key for key in self._keys() if key.state != "purged"]
-        assert outcome.count == sum(key.kek != self.kek for key in keys)
+        assert outcome.count == sum(kek != self.kek for kek in (self.of_rows, *(key.kek for key in keys)))
+        self.of_rows = self.kek
         assert self.memory.transact(Ask(CountSealed())) == (((self.kek, len(keys)),) if keys else ())
         for key in keys:
             key.kek = self.kek
@@ -631,7 +633,7 @@ class SqliteCalls(Calls):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.sqlite = SqliteStore(Path(self.folder.name) / "keys.db")
+        self.sqlite = SqliteStore(Path(self.folder.name) / "keys.db", vault=VAULT)
         self.stores.append(self.sqlite)
 
     def teardown(self) -> None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Unit
-from chutes_proto.testing.store_suite._parts import dump
+from chutes_proto.testing.store_suite._parts import VAULT, dump
 from chutes_proto.wire.codes import Code
 from tests.postgres import schema_with_clock
 from tests.units.test_machine import STEPS, Calls, T
@@ -30,7 +30,7 @@ class PostgresCalls(Calls):
         self.stack = ExitStack()
         self.clock: int | None = None
         url, self.set_clock = self.stack.enter_context(schema_with_clock(self.database))
-        self.postgres = PostgresStore(url, clock_difference_seconds=inf, make=True)
+        self.postgres = PostgresStore(url, clock_difference_seconds=inf, make=True, vault=VAULT)
         self.stores.append(self.postgres)
 
     def do(self, unit: Unit[T]) -> T | Code | str:

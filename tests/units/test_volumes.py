@@ -374,7 +374,7 @@ def test_a_boot_from_the_future_is_a_fault_of_ours(store: MemoryStore) -> None:
 
 
 def test_nothing_secret_is_in_a_file_a_repr_or_an_audit_row(tmp_path: Path) -> None:
-    store = SqliteStore(tmp_path / "keys.db")
+    store = SqliteStore(tmp_path / "keys.db", vault=VAULT)
     token = hashlib.sha256(b"a token").hexdigest().encode()
     unit = evolve(boot("canary"), token_digest=hashlib.sha256(token).digest())
     first = sync(unit, "body", "storage", "tdx-cache", rekey=["storage"])

@@ -47,9 +47,9 @@ def fault_of(group: StoreGroup, row: Sequence[Any]) -> str:
     """Why an audit row after its number, which has no place yet, is not authentic; or an empty text."""
     mac = row[-1]
     if mac is None:
-        return "it has no MAC" if group.is_final else ""
+        return "it has no MAC"
     of_unit = written(row[1:-1])
-    is_right = group.key is not None and is_same(mac, group.key.of_row("audit", of_unit))
+    is_right = is_same(mac, group.needed_key().of_row("audit", of_unit))
     if not is_right and (older := group.older_key(mac)) is not None:
         is_right = is_same(mac, older.of_row("audit", of_unit))
     return "" if is_right else "its MAC is not that of its columns"

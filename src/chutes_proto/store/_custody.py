@@ -2,8 +2,8 @@
 
 Rules kept here:
 
-* the fact ``seal`` says in which epoch the rows of a store are, and whether all of them are sealed. A store that says
-  that it is not sealed, or of an older epoch, after one was seen sealed, is refused (`Custody.require_seal`);
+* the fact ``seal`` is the epoch in which the rows of a store are; 0 in one that was made and that nobody has used yet.
+  A store of an older epoch than one that was seen is refused (`Custody.require_epoch`);
 * the key of an epoch is a row of the keyring, which the KEK opens, and no other row stands in for it;
 * a key that was opened is held while the store is open, but not one of a transaction that was not committed;
 * a head is not older than one that this process has seen in a committed transaction (`SeenHeads`).
@@ -69,23 +69,17 @@ def rows_key(epoch: int) -> str:
     return f"{ROWS_KEY}/{epoch}"
 
 
-def seal_of(state: object) -> tuple[int, bool]:
-    """The epoch of the key, 0 without one, and whether all rows are sealed, as the fact ``seal`` says it.
-
-    Any value that no release writes means that it is not sealed.
-    """
-    if type(state) is not int or state < 2:
-        return 0, False
-    return state // 2, state % 2 == 1
+def epoch_of_store(state: object) -> int:
+    """The epoch of the key, as the fact ``seal`` says it; 0 for any value that no release writes."""
+    return state if type(state) is int and state > 0 else 0
 
 
 @frozen
 class Session:
-    """The keys of one transaction: none of a store that is not sealed, or ``is_locked``, as nobody has its KEK here."""
+    """The keys of one transaction; none where nobody has the store's KEK here, or where the ``epoch`` is 0."""
 
-    key: EpochKey | None
-    is_final: bool
-    is_locked: bool
+    epoch: int = 0
+    key: EpochKey | None = None
     older: Callable[[int, Callable[[str], Rows]], EpochKey] | None = None
     """Opens the key of an older epoch with a statement of the transaction."""
     least_head: int = 0
@@ -93,11 +87,6 @@ class Session:
     seen: SeenHeads | None = None
     began_at: float = math.inf
     """A time before the transaction began, by `time.monotonic`: it need not find what was committed later."""
-
-    @property
-    def sealed_in(self) -> int:
-        """The epoch in which all rows are sealed, as the holder of the key knows; 0 if they are not."""
-        return 0 if self.key is None or not self.is_final else self.key.epoch
 
 
 @define
@@ -140,8 +129,8 @@ class Custody:
         finally:
             self._unwrap = held
 
-    def require_seal(self, epoch: int) -> None:
-        """Refuse the store from now on if it says that it is not sealed, or in an older epoch: this was committed."""
+    def require_epoch(self, epoch: int) -> None:
+        """Refuse the store from now on if it says that it is of an older epoch: this one was committed."""
         self._least = max(self._least, epoch)
 
     def forget_keys(self) -> None:
@@ -168,22 +157,15 @@ class Custody:
 
         ``read`` runs a statement in that transaction.
         """
-        epoch, is_final = seal_of(state)
-        if self._least and not is_final:
-            raise StoreError(
-                f"store {self.name}: it says that it is not sealed, and it was: somebody changed it, or it is another"
-                " one; restore a backup, or run `chutes-proto store check`"
-            )
-        if is_final and epoch < self._least:
+        epoch = epoch_of_store(state)
+        if epoch < self._least:
             raise StoreError(
                 f"store {self.name}: it says that its rows are of epoch {epoch}, and they were of epoch {self._least}:"
                 " somebody changed it, or it is a backup from before a key-encryption key (KEK) was rotated; after a"
                 " restore, move the mark's file alone away on every server, and start it again"
             )
-        if not epoch:
-            return Session(None, is_final=False, is_locked=False)
         key = self._keys.get(epoch)
-        if key is None and self._unwrap is not None:
+        if epoch and key is None and self._unwrap is not None:
             try:
                 key = self._keys[epoch] = self._open(epoch, self._unwrap, read)
             except KeyUnavailable as exc:
@@ -193,9 +175,9 @@ class Custody:
                     why = f"{exc}; if you rotated it, reload this server with it, or restart it if its files are copies"
                     raise RowNotAuthentic("keyring", rows_key(epoch), why) from None
         if key is None:
-            return Session(None, is_final=is_final, is_locked=True)
+            return Session(epoch)
         self._has_opened = True
-        return Session(key, is_final=is_final, is_locked=False, older=self.older, seen=self.seen)
+        return Session(epoch, key, self.older, seen=self.seen)
 
     def older(self, epoch: int, read: Callable[[str], Rows]) -> EpochKey:
         """The key of an older epoch, which the head of the store lists. Raises `RowNotAuthentic`."""

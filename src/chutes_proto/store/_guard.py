@@ -1,6 +1,4 @@
-"""The guard of a sealed store, below the units: it checks the rows that a unit reads, and authenticates what it writes.
-
-A store without a key of its own is not sealed, and passes the guard as it is. In a sealed one
+"""The guard of a store, below the units: it checks the rows that a unit reads, and authenticates what it writes.
 
 * each row has a MAC (``_macs.py``), under a key that the head of the store lists (``_store_group.py``), and an answer
   has the rows that were asked for (``_answers.py``);
@@ -9,8 +7,8 @@ A store without a key of its own is not sealed, and passes the guard as it is. I
   writes. A VM's rows are compared with its head (``_vm_groups.py``);
 * an audit row has the version of the head that its transaction wrote. A group that went back as a whole contradicts
   the log, as soon as the log has a later entry. Its MAC counts until then (``_audit_rows.py``);
-* the keys of an open store are in ``_custody.py``. ``_sealing.py`` has the operations that seal a store and begin a new
-  epoch, ``_inspection.py`` those that look for faults in a whole store.
+* the keys of an open store are in ``_custody.py``. ``_sealing.py`` has the operations that seal a new store and begin a
+  new epoch, ``_inspection.py`` those that look for faults in a whole store.
 
 This module says what each operation of a unit does to groups, and in which groups its rows are.
 
@@ -26,7 +24,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from attrs import evolve
 
-from chutes_proto.errors import RowNotAuthentic
+from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
 from chutes_proto.store._answers import check_asked, check_types
@@ -38,7 +36,7 @@ from chutes_proto.store._macs import TAG_SIZE
 from chutes_proto.store._store_group import Run, StoreGroup
 from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups, boot_name, pair_of
 from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import READS_ROWS, decode, kind_read, not_sealed, parts_read, statement
+from chutes_proto.store.sql import READS_ROWS, decode, kind_read, parts_read, statement
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -78,9 +76,9 @@ class Guard:
         if of_store.key is None:
             if isinstance(op, OfGuard):
                 return op.carry_out(self)
-            if of_store.is_locked and (type(op) in _KEYED or type(op) in _CHANGES):
-                raise of_store.locked()
-            rows = self.run(op, *statement(op, self.seal if of_store.is_locked else not_sealed))
+            if type(op) in _KEYED or type(op) in _CHANGES:
+                _ = of_store.needed_key()
+            rows = self.run(op, *statement(op, self.seal))
             for kind, some in parts_read(op, rows):
                 check_types(kind, some)
             return decode(op, rows)
@@ -92,10 +90,11 @@ class Guard:
 
     def seal(self, kind: type[store.Row], values: Values) -> bytes:
         """The MAC of a row that is written, and its place in the head of its group."""
-        key = self.of_store.key
-        if key is None:
-            raise self.of_store.locked()
-        mac = key.of_row(kind.TABLE, written(values) if kind is store.AuditRow else values)
+        key = self.of_store.needed_key()
+        try:
+            mac = key.of_row(kind.TABLE, written(values) if kind is store.AuditRow else values)
+        except (OverflowError, UnicodeEncodeError) as exc:
+            raise StoreError(f"a value of the table {kind.TABLE} cannot be stored: {type(exc).__name__}") from exc
         if kind in ENTER:
             self.of_vms.enter(kind, values, mac[-TAG_SIZE:])
         elif kind in OF_STORE:
@@ -215,7 +214,7 @@ class Guard:
         self.of_vms.fetch(versions)
         for vm, version in versions.items():
             head = self.of_vms.head(vm)
-            if head is not None and head.version < version:
+            if head.version < version:
                 head.version, head.is_changed = version, True
         return op
 
@@ -251,16 +250,15 @@ class Guard:
 
     def forgot(self, op: store.Forget) -> store.Forget:
         head = self.of_vms.head((op.vm.hotkey, op.vm.name))
-        if head is not None:
-            _ = head.contents.pop(op.kind.TABLE, None)
-            head.is_changed = True
+        _ = head.contents.pop(op.kind.TABLE, None)
+        head.is_changed = True
         return op
 
     def deleted(self, op: store.Delete) -> store.Delete:
         if op.kind is store.BootRow:
             for boot_id, *vm in self.run(None, _guard_sql.vms_of(len(op.keys)), op.keys):
                 head = self.of_vms.head((vm[0], vm[1]))
-                if head is not None and head.of("boot").pop(boot_id, None) is not None:
+                if head.of("boot").pop(boot_id, None) is not None:
                     head.is_changed = True
         return op
 
@@ -369,7 +367,7 @@ _CHANGES: Final[dict[type[StoreOp[Any]], Callable[[Guard, Any], Any]]] = {
 """Changes of groups before an operation, which is returned, or in place of it, and then its reply."""
 
 _KEYED: Final = frozenset({store.Insert, store.ReadUnsequenced})
-"""Operations that need the key of a sealed store, beside changes: a row that is not checked gets no place."""
+"""Operations that need the key of the store, beside changes: a row that is not checked gets no place."""
 
 _OfGroup = Callable[[Guard, Any, type[store.Row], Rows, list[bytes]], Rows]
 

@@ -47,8 +47,6 @@ def _has_row(hotkey: str, vm: str) -> str:
     )
 
 
-IS_KNOWN: Final = f"SELECT {_has_row('?', '?')}"
-"""The statement that tells whether a VM has any row."""
 _NEXT_VMS: Final = (
     "SELECT hotkey, vm FROM ("  # noqa: S608
     + " UNION ".join(
@@ -109,16 +107,6 @@ def boots_since(since: Mapping[tuple[str, str], int]) -> tuple[str, Values]:
         " AND boot.created_at >= CAST(of.column3 AS BIGINT) ORDER BY boot.created_at"
     )
     return text, chained((*vm, at) for vm, at in since.items())
-
-
-def newest_boots(vms: Sequence[tuple[str, str]]) -> tuple[str, Values]:
-    """The statement that reads the time of the newest boot of each VM that has any."""
-    text = (
-        f"SELECT hotkey, vm, max(created_at) FROM (VALUES {', '.join(['(?, ?)'] * len(vms))}) AS of"  # noqa: S608
-        " JOIN boot ON boot.hotkey = CAST(of.column1 AS TEXT) AND boot.vm = CAST(of.column2 AS TEXT)"
-        " GROUP BY hotkey, vm"
-    )
-    return text, chained(vms)
 
 
 def set_macs(kind: type[store.Row], rows: Sequence[Values]) -> tuple[str, Values]:

@@ -89,7 +89,7 @@ def _set_back(guard: Guard, waiting: Rows) -> list[RowNotAuthentic]:
     for vm, (version, number) in newest.items():
         with suppress(RowNotAuthentic):  # one that is not authentic by itself is found with its VM
             head = guard.of_vms.head(vm)
-            if head is not None and head.version < version:
+            if head.version < version:
                 why = f"it has version {head.version}, and audit row {number}, which waits for the log, has {version}"
                 faults.append(RowNotAuthentic("head", name_of(vm), why))
     return faults
@@ -106,8 +106,6 @@ class InspectVms(OfGuard[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
     limit: int
 
     def carry_out(self, guard: Guard) -> tuple[tuple[RowNotAuthentic, ...], store.Vm | None]:
-        if guard.of_store.key is None:
-            raise guard.of_store.locked()
         stored = next_heads(guard.run, self.after, self.limit)
         if not stored:
             return (), None
@@ -116,14 +114,13 @@ class InspectVms(OfGuard[tuple[tuple[RowNotAuthentic, ...], store.Vm | None]]):
         for hotkey, name, *head_stored in stored:
             vm = (hotkey, name)
             try:
-                opened = guard.of_vms.opened(vm, head_stored)
-                head = guard.of_vms.hold(vm, opened or (Head(0, {}) if guard.of_store.is_final else None))
+                head = guard.of_vms.opened(vm, head_stored) or Head(0, {})
             except RowNotAuthentic as exc:
                 faults.append(exc)
             else:
-                if head is not None:
-                    boots = head.of("boot")
-                    since[vm] = Boots(boots).oldest() if boots else _ALWAYS
+                guard.of_vms.hold(vm, head)
+                boots = head.of("boot")
+                since[vm] = Boots(boots).oldest() if boots else _ALWAYS
         found = rows_of_vms(guard.run, self.after, last_vm(stored))
         numbers = {vm: numbers_of(rows) for vm, rows in found[store.GenerationRow].items()}
         found[store.GenerationRow] = {vm: in_head(rows) for vm, rows in found[store.GenerationRow].items()}
@@ -165,19 +162,16 @@ class InspectStore(OfGuard[tuple[RowNotAuthentic, ...]]):
 
     def carry_out(self, guard: Guard) -> tuple[RowNotAuthentic, ...]:
         faults: list[RowNotAuthentic] = []
-        if guard.of_store.is_locked:
-            raise guard.of_store.locked()
         try:
             head = guard.of_store.head()
         except RowNotAuthentic as exc:
             return (exc,)
-        if head is not None:
-            facts = {name: of_number(value) for name, value in guard.run(None, _guard_sql.READ_FACTS, ())}
-            for name in sorted(facts.keys() | head.of(FACTS).keys(), key=str):
-                try:
-                    expect(FACTS, name, facts.get(name), head.of(FACTS).get(name))
-                except RowNotAuthentic as exc:
-                    faults.append(exc)
+        facts = {name: of_number(value) for name, value in guard.run(None, _guard_sql.READ_FACTS, ())}
+        for name in sorted(facts.keys() | head.of(FACTS).keys(), key=str):
+            try:
+                expect(FACTS, name, facts.get(name), head.of(FACTS).get(name))
+            except RowNotAuthentic as exc:
+                faults.append(exc)
         for op in (store.Scan(store.RevocationRow), store.Scan(store.KeyringRow)):
             try:
                 guard.perform(op)

@@ -37,9 +37,7 @@ LARGEST: Final = 16 * 1024
 COLUMNS: Final = "id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys"
 """The columns of an audit row of which its entry is made."""
 
-_MEMBERS: Final = {"form", "store", "timeline", "entries"}
-_SEALED: Final = {"sealed", "epoch", "head", "head_mac", "decided"}
-"""The further members of a sealed store."""
+_MEMBERS: Final = {"form", "store", "timeline", "entries", "epoch", "head", "head_mac", "decided"}
 _DAY: Final = 86_400
 
 
@@ -74,16 +72,14 @@ class Entry(NamedTuple):
 class Mark:
     """A state of a store: its number, PostgreSQL's timeline (or 0), and its newest audit rows, in order.
 
-    ``is_sealed``: all its rows are sealed, and it is never one again whose rows are not. Then ``epoch`` is the newest
-    epoch of their MACs that was seen (0: none yet): nothing of an older one alone counts again; ``head`` is the highest
-    version of the store's head that was seen (0: none yet), ``head_mac`` its MAC in hex, and ``decided_at`` the time of
-    the last decision of an operator on a loss that was in the store with it.
+    ``epoch`` is the newest epoch of the MACs of its rows that was seen (0: none yet): nothing of an older one alone
+    counts again; ``head`` is the highest version of the store's head that was seen (0: none yet), ``head_mac`` its MAC
+    in hex, and ``decided_at`` the time of the last decision of an operator on a loss that was in the store with it.
     """
 
     store_id: int
     timeline: int
     entries: tuple[Entry, ...] = ()
-    is_sealed: bool = field(default=False, kw_only=True)
     epoch: int = field(default=0, kw_only=True)
     head: int = field(default=0, kw_only=True)
     head_mac: str = field(default="", kw_only=True)
@@ -110,15 +106,11 @@ class Mark:
             "store": self.store_id,
             "timeline": self.timeline,
             "entries": self.entries,
+            "epoch": self.epoch,
+            "head": self.head,
+            "head_mac": self.head_mac,
+            "decided": self.decided_at,
         }
-        if self.is_sealed:
-            body |= {
-                "sealed": True,
-                "epoch": self.epoch,
-                "head": self.head,
-                "head_mac": self.head_mac,
-                "decided": self.decided_at,
-            }
         return json.dumps(body | {"sha256": _digest(body)}).encode() + b"\n"
 
     @classmethod
@@ -129,18 +121,16 @@ class Mark:
             given = body.pop("sha256")
             if given != _digest(body) or body["form"] != FORM:
                 raise ValueError(given)
-            sealed, head_mac = body.get("sealed", False), body.get("head_mac", "")
-            if body.keys() - _SEALED != _MEMBERS or type(sealed) is not bool or type(head_mac) is not str:
+            if body.keys() != _MEMBERS or type(body["head_mac"]) is not str:
                 raise ValueError(given)
             made = cls(
                 body["store"],
                 body["timeline"],
                 tuple(Entry(*entry) for entry in body["entries"]),
-                is_sealed=sealed,
-                epoch=body.get("epoch", 0),
-                head=body.get("head", 0),
-                head_mac=head_mac,
-                decided_at=body.get("decided", 0),
+                epoch=body["epoch"],
+                head=body["head"],
+                head_mac=body["head_mac"],
+                decided_at=body["decided"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _not_whole() from None
@@ -176,7 +166,6 @@ class View:
     decided_at: int
     entries: tuple[Entry, ...]
     has_older: bool
-    is_sealed: bool = False
     head: int = 0
     head_mac: str = ""
     epoch: int = 0
@@ -190,10 +179,9 @@ class View:
     def is_decided_since(self, at: int, mark: Mark | None, now: int) -> bool:
         """Whether an operator has decided on a loss of what was written at ``at``, and seen with ``mark``.
 
-        A time that is still to come is of a clock that was ahead. Then a decision counts that the mark has not seen;
-        the mark of a store that is not sealed tells of none.
+        A time that is still to come is of a clock that was ahead. Then a decision counts that the mark has not seen.
         """
-        is_unseen = mark is not None and mark.is_sealed and self.decided_at > mark.decided_at
+        is_unseen = mark is not None and self.decided_at > mark.decided_at
         return self.decided_at >= at or (at > now and is_unseen)
 
     def adopted(self, compared: Mark, mark: Mark) -> Mark:
@@ -203,7 +191,6 @@ class View:
         return Mark(
             self.store_id,
             max(mark.timeline, self.timeline),
-            is_sealed=mark.is_sealed or self.is_sealed,
             epoch=max(mark.epoch, newer.epoch),
             head=newer.head,
             head_mac=newer.head_mac,

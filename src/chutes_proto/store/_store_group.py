@@ -3,8 +3,7 @@
 Guarantees:
 
 * a row has a MAC over its columns and place, under the newest key or under one of an older epoch that the head of the
-  store lists. So one that was forged, changed or copied to another place is not authentic. Until all rows of a store
-  are sealed, one without a MAC is accepted;
+  store lists. So one that was forged, changed or copied to another place is not authentic;
 * the head of the store is under the newest key alone, so nobody who has an older one can say that it counts; and it is
   not older than the mark knew it when the transaction began, nor than one that this process has seen;
 * facts, revocations and keyring are those of that head: none is missing, superfluous, or older than the newest.
@@ -21,14 +20,13 @@ from attrs import evolve
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.store import _guard_sql
 from chutes_proto.store import rows as store
-from chutes_proto.store._answers import check_once, check_types, key_text
+from chutes_proto.store._answers import check_once, key_text
 from chutes_proto.store._columns import Rows, Values, columns, flags
 from chutes_proto.store._custody import ROWS_KEY, THE_STORE, Custody, Session, rows_key
-from chutes_proto.store._heads import FACTS, OF_STORE, PLACE_OF, Head, expect, expect_all, of_number, store_tag
+from chutes_proto.store._heads import FACTS, PLACE_OF, Head, expect, expect_all, of_number, store_tag
 from chutes_proto.store._macs import EpochKey, epoch_of, is_same
 from chutes_proto.store._schema import READ_VERSION
 from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import statement
 
 Run: TypeAlias = Callable[[StoreOp[Any] | None, str, Values], Rows]
 """Runs a statement, of an operation or of the guard's own, in the transaction of the unit."""
@@ -42,10 +40,8 @@ class StoreGroup:
 
     def __init__(self, session: Session, run: Run) -> None:
         self.key: EpochKey | None = session.key
-        """The key of the newest epoch, None where no row gets a MAC."""
-        self.is_final: bool = session.is_final
-        """Whether all rows have MACs, and all VMs heads."""
-        self.is_locked: bool = session.is_locked
+        """The key of the newest epoch; None where nobody has it, or where the ``epoch`` is 0."""
+        self.epoch: int = session.epoch
         self.run: Run = run
         self._older = session.older
         self._least_head = session.least_head
@@ -54,22 +50,23 @@ class StoreGroup:
         self._head: Head | None = None
         self._stored: Sequence[Any] | None = None  # the row of that head, if it was read with the times
 
-    def locked(self) -> StoreError:
-        """The error where the key is needed."""
-        return StoreError(
-            "the store is sealed, and only its KEK opens the key of its rows; name the server's configuration with"
-            " --config, and that KEK in it"
-        )
+    def needed_key(self) -> EpochKey:
+        """The key of the newest epoch. Raises `StoreError` where nobody has it."""
+        if self.key is None:
+            raise StoreError(
+                "the store is sealed, and only its KEK opens the key of its rows; name the server's configuration with"
+                " --config, and that KEK in it"
+            )
+        return self.key
 
     # --- MACs ---
 
     def check(self, kind: type[store.Row], rows: Rows) -> list[bytes]:
-        """The tags of rows, each once, that have authentic MACs; b"" for one without, while these are accepted."""
-        if self.key is None:
-            return []
+        """The tags of rows, each once, that have authentic MACs. Raises `RowNotAuthentic`."""
+        key = self.needed_key()
         if len(rows) > 1:
             check_once(kind, rows)
-        tags = self.key.of_table(kind.TABLE, _WIDTHS[kind]).tags(rows, _FLAGS[kind])
+        tags = key.of_table(kind.TABLE, _WIDTHS[kind]).tags(rows, _FLAGS[kind])
         if None in tags:
             return [tag or self._otherwise_tagged(kind, row) for tag, row in zip(tags, rows, strict=True)]
         return cast("list[bytes]", tags)
@@ -77,9 +74,6 @@ class StoreGroup:
     def _otherwise_tagged(self, kind: type[store.Row], row: Sequence[Any]) -> bytes:
         """The tag of a row whose MAC is not of the newest epoch, as `check` returns it. Raises `RowNotAuthentic`."""
         mac = row[-1]
-        if mac is None and not self.is_final:
-            check_types(kind, (row,))
-            return b""
         older = self.older_key(mac)
         tag = None if older is None else older.of_table(kind.TABLE, _WIDTHS[kind]).tags((row,), _FLAGS[kind])[0]
         if tag is None:
@@ -92,24 +86,22 @@ class StoreGroup:
         epoch = epoch_of(mac)
         if epoch is None or self.key is None or epoch >= self.key.epoch or self._older is None:
             return None
-        head = self.head()
-        if head is None or rows_key(epoch) not in head.of("keyring"):
+        if rows_key(epoch) not in self.head().of("keyring"):
             return None
         return self._older(epoch, lambda text: self.run(None, text, ()))
 
     @property
     def epochs(self) -> tuple[int, ...]:
-        """The epochs of which MACs count, the newest first; none of a store that is not sealed."""
-        head = self.head()
-        listed = {} if head is None else head.of("keyring")
-        keys = [key.partition("/") for key in listed]
+        """The epochs of which MACs count, the newest first."""
+        keys = [key.partition("/") for key in self.head().of("keyring")]
         return tuple(sorted((int(epoch) for kind, _, epoch in keys if kind == ROWS_KEY), reverse=True))
 
     # --- the head ---
 
-    def head(self, stored: Any = None) -> Head | None:
-        """The head of the store; None while that is not sealed. ``stored`` is its row, if known."""
-        if self._head is None and self.key is not None and self.is_final:
+    def head(self, stored: Any = None) -> Head:
+        """The head of the store. ``stored`` is its row, if known. Raises `StoreError`."""
+        if self._head is None:
+            key = self.needed_key()
             stored = stored or self._stored
             if stored is None:
                 rows = self.run(None, _guard_sql.READ_STORE_HEAD, ())
@@ -117,7 +109,7 @@ class StoreGroup:
             version, contents, mac = stored
             if version is None:
                 raise RowNotAuthentic("store_head", "store", "it is missing")
-            if not is_same(mac, self.key.mac("store head", version, contents)):
+            if not is_same(mac, key.mac("store head", version, contents)):
                 raise RowNotAuthentic("store_head", "store", "its MAC is not that of its columns and place")
             self._require_seen(version)
             self._head = Head.of_stored(version, contents)
@@ -130,34 +122,28 @@ class StoreGroup:
             raise RowNotAuthentic("store_head", "store", why)
 
     def begin(self) -> None:
-        """Begin the head, with the facts and rows that are there."""
+        """Begin the head of a store without rows, with its facts."""
         facts = {name: of_number(value) for name, value in self.run(None, _guard_sql.READ_FACTS, ())}
         self._head = Head(0, {FACTS: facts}, is_changed=True)
-        for kind in OF_STORE:
-            rows = self.run(None, *statement(store.Scan(kind)))
-            for values, tag in zip(rows, self.check(kind, rows), strict=True):
-                self.enter(kind, tuple(values[:-1]), tag)
 
     def enter(self, kind: type[store.Row], values: Values, tag: bytes) -> None:
         """Enter a row that is the newest of its key."""
         head = self.head()
-        if head is not None:
-            head.of(kind.TABLE)[PLACE_OF[kind](values)] = store_tag(kind, values, tag)
-            head.is_changed = True
+        head.of(kind.TABLE)[PLACE_OF[kind](values)] = store_tag(kind, values, tag)
+        head.is_changed = True
 
     def note_fact(self, name: str, value: int) -> None:
         """Note a fact that is about to be written."""
         head = self.head()
-        if head is not None:
-            head.of(FACTS)[name] = of_number(value)
-            head.is_changed = True
+        head.of(FACTS)[name] = of_number(value)
+        head.is_changed = True
 
     def finish(self) -> None:
         """Write the head if it has changed."""
         head = self._head
-        if head is not None and head.is_changed and self.key is not None:
+        if head is not None and head.is_changed:
             head.advance()
-            mac = self.key.mac("store head", head.version, head.stored)
+            mac = self.needed_key().mac("store head", head.version, head.stored)
             _ = self.run(None, _guard_sql.PUT_STORE_HEAD, (head.version, head.stored, mac))
 
     @property
@@ -171,18 +157,16 @@ class StoreGroup:
 
     def expect_fact(self, name: str, value: int | None) -> None:
         """Compare a fact with the head. Raises `RowNotAuthentic`."""
-        head = self.head()
-        if head is not None:
-            found = None if value is None else of_number(value)
-            expect(FACTS, name, found, head.of(FACTS).get(name))
+        found = None if value is None else of_number(value)
+        expect(FACTS, name, found, self.head().of(FACTS).get(name))
 
     def compare_times(self, rows: Rows) -> None:
         """Compare the facts that every unit reads; the row of the head was read with them."""
-        if not rows or self.key is None or not self.is_final:
+        if not rows:
             return
         horizon, _, version, *stored = rows[0]
         if self._head is None:
-            _check_times(self.key, horizon, version, tuple(stored))
+            _check_times(self.needed_key(), horizon, version, tuple(stored))
             self._require_seen(stored[0])
             self._stored = stored
         else:  # the unit may have changed it
@@ -195,21 +179,17 @@ class StoreGroup:
 
     def compare_table(self, kind: type[store.Row], rows: Rows, tags: list[bytes], *, with_undone: bool = True) -> None:
         """Compare all rows of a kind, of revocations perhaps without those that were undone."""
-        head = self.head()
-        if head is not None:
-            pairs = zip(rows, tags, strict=True)
-            found = {PLACE_OF[kind](values): store_tag(kind, values, tag) for values, tag in pairs}
-            expected = head.of(kind.TABLE)
-            if not with_undone:
-                expected = {key: tag for key, tag in expected.items() if not tag[-1]}
-            expect_all(kind.TABLE, found, expected)
+        pairs = zip(rows, tags, strict=True)
+        found = {PLACE_OF[kind](values): store_tag(kind, values, tag) for values, tag in pairs}
+        expected = self.head().of(kind.TABLE)
+        if not with_undone:
+            expected = {key: tag for key, tag in expected.items() if not tag[-1]}
+        expect_all(kind.TABLE, found, expected)
 
     def compare_revocation(self, key: str, rows: Rows, tags: list[bytes]) -> None:
         """Compare the one revocation of a party, or none."""
-        head = self.head()
-        if head is not None:
-            found = store_tag(store.RevocationRow, rows[0], tags[0]) if tags else None
-            expect("revocation", key, found, head.of("revocation").get(key))
+        found = store_tag(store.RevocationRow, rows[0], tags[0]) if tags else None
+        expect("revocation", key, found, self.head().of("revocation").get(key))
 
 
 @lru_cache(maxsize=4)
@@ -218,30 +198,33 @@ def _check_times(key: EpochKey, horizon: int, version: int, stored: tuple[Any, .
 
     They seldom change, so what was found authentic under a key is remembered. Raises `RowNotAuthentic`.
     """
-    group = StoreGroup(Session(key, is_final=True, is_locked=False), lambda _op, _text, _values: ())
+    group = StoreGroup(Session(key.epoch, key), lambda _op, _text, _values: ())
     _ = group.head(stored)
     group.expect_fact("nonce_horizon", horizon)
     group.expect_fact("revocations", version)
 
 
 def check_fact(custody: Custody, name: str, value: int, read: Callable[[str], Rows]) -> None:
-    """Compare a fact of a store, which was read without a guard, with its head. Raises `StoreError`.
+    """Compare a fact of a store, which was read without a guard, with its head, if the key is here.
 
-    ``read`` runs a statement in the transaction that read it.
+    ``read`` runs a statement in the transaction that read it. Raises `StoreError`.
     """
-    _as_found(custody, read(READ_VERSION)[0][1], read).expect_fact(name, value)
+    group = _as_found(custody, read(READ_VERSION)[0][1], read)
+    if group.key is not None:
+        group.expect_fact(name, value)
 
 
 def check_head(
     custody: Custody, state: object, stored: Sequence[Any], decided_at: int | None, read: Callable[[str], Rows]
 ) -> None:
-    """Check a store's head, and the time of the last decision on a loss, which were read together.
+    """Check a store's head, and the time of the last decision on a loss, which were read together, if the key is here.
 
-    ``stored`` are its version, contents and MAC, ``state`` the state of the seal. Raises `StoreError`.
+    ``stored`` are its version, contents and MAC, ``state`` is the fact ``seal``. Raises `StoreError`.
     """
     group = _as_found(custody, state, read)
-    _ = group.head(stored)
-    group.expect_fact("loss_decided_at", decided_at)
+    if group.key is not None:
+        _ = group.head(stored)
+        group.expect_fact("loss_decided_at", decided_at)
 
 
 def _as_found(custody: Custody, state: object, read: Callable[[str], Rows]) -> StoreGroup:

@@ -60,24 +60,22 @@ class VmGroups:
         self._of_store = of_store
         self._seen, self._began_at = session.seen, session.began_at
         self.remembered: Remembered = {} if remembered is None else remembered
-        self.heads: dict[tuple[str, str], Head | None] = {}
-        """The heads in use, by VM; None for one that is not sealed yet."""
+        self.heads: dict[tuple[str, str], Head] = {}
+        """The heads in use, by VM."""
         self.given: dict[str, int | None] = {}
         """The number of volumes that each boot was given, of those that were read."""
 
     # --- heads ---
 
-    def head(self, vm: tuple[str, str]) -> Head | None:
-        """The head of a VM's group, a new one for a VM without rows; None for one that is not sealed yet."""
+    def head(self, vm: tuple[str, str]) -> Head:
+        """The head of a VM's group, a new one for a VM without rows."""
         heads = self.heads
         if vm in heads:
             return heads[vm]
-        if self._of_store.key is None:
-            return None
         known = self.remembered.pop(vm, None)
         if known is None:
             (stored,) = self._of_store.run(None, _guard_sql.READ_HEAD, (*vm, *vm))
-            found = self._made(vm, self.opened(vm, stored))
+            found = self.opened(vm, stored) or Head(0, {})
         else:
             found = Head.of_stored(*known)
         heads[vm] = found
@@ -86,16 +84,14 @@ class VmGroups:
     def fetch(self, vms: Iterable[tuple[str, str]]) -> None:
         """Read the heads of VMs at once that are about to be asked for one by one."""
         unread = sorted({*vms} - self.heads.keys(), key=str)
-        if self._of_store.key is not None and unread:
-            for hotkey, name, *stored in self._of_store.run(None, *_guard_sql.read_heads(unread)):
-                vm = (hotkey, name)
-                _ = self.hold(vm, self._made(vm, self.opened(vm, stored)))
+        for hotkey, name, *stored in self._of_store.run(None, *_guard_sql.read_heads(unread)) if unread else ():
+            vm = (hotkey, name)
+            self.hold(vm, self.opened(vm, stored) or Head(0, {}))
 
-    def hold(self, vm: tuple[str, str], head: Head | None) -> Head | None:
+    def hold(self, vm: tuple[str, str], head: Head) -> None:
         """Take a head for that of the VM from now on."""
         _ = self.remembered.pop(vm, None)
         self.heads[vm] = head
-        return head
 
     def opened(self, vm: tuple[str, str], stored: Sequence[Any]) -> Head | None:
         """A VM's head as it is stored, after the version that the log knows; None where there is neither.
@@ -110,8 +106,7 @@ class VmGroups:
             if least:
                 raise RowNotAuthentic("head", name_of(vm), f"it is missing, and version {least} was seen")
             return None
-        key = self._of_store.key
-        is_right = key is not None and is_same(mac, key.mac("head", *vm, version, contents))
+        is_right = is_same(mac, self._of_store.needed_key().mac("head", *vm, version, contents))
         if not is_right and (older := self._of_store.older_key(mac)) is not None:
             is_right = is_same(mac, older.mac("head", *vm, version, contents))
         if not is_right:
@@ -122,29 +117,19 @@ class VmGroups:
             raise RowNotAuthentic("head", name_of(vm), f"it has version {version}, and version {least} was seen")
         return Head.of_stored(version, contents)
 
-    def _made(self, vm: tuple[str, str], found: Head | None) -> Head | None:
-        """The head, a new one for a VM without rows, and for every VM once all are sealed."""
-        of_store = self._of_store
-        if found is None and (of_store.is_final or not of_store.run(None, _guard_sql.IS_KNOWN, vm * 4)[0][0]):
-            return Head(0, {})
-        return found
-
     def enter(self, kind: type[store.Row], values: Values, tag: bytes) -> None:
         """Enter a row that is the newest of its key, and that a head lists, into that head."""
         head = self.head(VM_OF[kind](values))
-        if head is not None:
-            ENTER[kind](head, values, tag)
-            head.is_changed = True
+        ENTER[kind](head, values, tag)
+        head.is_changed = True
 
     def finish(self) -> None:
         """Write the heads that have changed."""
-        key = self._of_store.key
-        if key is None:
-            return
         values: list[Any] = []
         for vm, head in self.heads.items():
-            if head is not None and head.is_changed:
+            if head.is_changed:
                 head.advance()
+                key = self._of_store.needed_key()
                 values += (*vm, head.version, head.stored, key.mac("head", *vm, head.version, head.stored))
         for first in range(0, len(values), WRITTEN * _HEAD_WIDTH):
             some = values[first : first + WRITTEN * _HEAD_WIDTH]
@@ -153,7 +138,7 @@ class VmGroups:
     def remember(self) -> None:
         """Remember the heads that were written, or only read, after `finish`: the unit is not undone by itself."""
         for vm, head in self.heads.items():
-            if head is not None and head.version:
+            if head.version:
                 self.remembered[vm] = head.version, head.stored
         while len(self.remembered) > REMEMBERED:  # the one that was used the longest ago
             del self.remembered[next(iter(self.remembered))]
@@ -161,47 +146,38 @@ class VmGroups:
     @property
     def versions(self) -> dict[tuple[str, str], int]:
         """The versions of the heads that were written, or only read, after `finish`."""
-        return {vm: head.version for vm, head in self.heads.items() if head is not None and head.version}
+        return {vm: head.version for vm, head in self.heads.items() if head.version}
 
     # --- complete reads ---
 
     def compare_claim(self, vm: tuple[str, str], _rows: Rows, tags: list[bytes]) -> None:
         """Compare the claim on a VM's name, or none."""
-        head = self.head(vm)
-        if head is not None:
-            expect("vm", name_of(vm), tags[0] if tags else None, head.of("vm").get(""))
+        expect("vm", name_of(vm), tags[0] if tags else None, self.head(vm).of("vm").get(""))
 
     def compare_generations(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
         """Compare all generations that the head lists; settled ones may have been read besides."""
-        head = self.head(vm)
-        if head is not None:
-            listed = head.of("generation")
-            found = {f"{row[2]}/{row[3]}": tag for row, tag in zip(rows, tags, strict=True)}
-            if found != {key: entry[:TAG_SIZE] for key, entry in listed.items()}:  # a settled one may be read besides
-                expect_all("generation", generation_tags(zip(rows, tags, strict=True)), listed, vm)
+        listed = self.head(vm).of("generation")
+        found = {f"{row[2]}/{row[3]}": tag for row, tag in zip(rows, tags, strict=True)}
+        if found != {key: entry[:TAG_SIZE] for key, entry in listed.items()}:  # a settled one may be read besides
+            expect_all("generation", generation_tags(zip(rows, tags, strict=True)), listed, vm)
 
     def compare_volumes(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
         """Compare all volumes."""
-        head = self.head(vm)
-        if head is not None:
-            found = {values[2]: tag for values, tag in zip(rows, tags, strict=True)}
-            expect_all("volume", found, head.of("volume"), vm)
+        found = {values[2]: tag for values, tag in zip(rows, tags, strict=True)}
+        expect_all("volume", found, self.head(vm).of("volume"), vm)
 
     def compare_boots(self, vm: tuple[str, str], rows: Rows, tags: list[bytes]) -> None:
         """Compare all boots since the oldest one in the head; where it has none, these are all that are stored."""
-        head = self.head(vm)
-        if head is not None:
-            boots = Boots(head.of("boot"))
-            found: dict[str, bytes] = {}
-            for row, tag in zip(rows, tags, strict=True):
-                if row[0] in boots.entries or not boots.is_full:
-                    found[row[0]] = of_number(row[CREATED_AT]) + tag
-            expect_all("boot", found, boots.entries, vm)
+        boots = Boots(self.head(vm).of("boot"))
+        found: dict[str, bytes] = {}
+        for row, tag in zip(rows, tags, strict=True):
+            if row[0] in boots.entries or not boots.is_full:
+                found[row[0]] = of_number(row[CREATED_AT]) + tag
+        expect_all("boot", found, boots.entries, vm)
 
     def listed_boots(self, vm: tuple[str, str]) -> Rows:
         """The boots since the oldest one in the head of their VM, after all were compared with it."""
-        head = self.head(vm)
-        if head is None or not (entries := head.of("boot")):
+        if not (entries := self.head(vm).of("boot")):
             return ()
         stored = self._of_store.run(None, _guard_sql.READ_BOOTS_SINCE, (*vm, Boots(entries).oldest()))
         self.compare_boots(vm, stored, self._of_store.check(store.BootRow, stored))
@@ -211,8 +187,7 @@ class VmGroups:
         """The same for several VMs at once; those whose head lists no boot are left out."""
         vms = tuple(vms)
         self.fetch(vms)
-        heads = {vm: head for vm in vms if (head := self.head(vm)) is not None and head.of("boot")}
-        since = {vm: Boots(head.of("boot")).oldest() for vm, head in heads.items()}
+        since = {vm: Boots(entries).oldest() for vm in vms if (entries := self.head(vm).of("boot"))}
         stored = boots_of(self._of_store.run, since)
         for vm in since:
             rows = stored.get(vm, ())
@@ -228,8 +203,6 @@ class VmGroups:
         """
         head = self.head(VM_OF[store.BootRow](row))
         self.given[row[0]] = row[_GIVEN]
-        if head is None:
-            return True
         boots, created_at = Boots(head.of("boot")), row[CREATED_AT]
         entry = boots.entries.get(row[0])
         if entry is None:
@@ -247,12 +220,10 @@ class VmGroups:
         in place of the newest one. Raises `RowNotAuthentic`.
         """
         (tag,) = self._of_store.check(store.GenerationRow, (row,))
-        head = self.head((row[0], row[1]))
-        if head is not None:
-            live = is_live(row)
-            listed = head.of("generation").get(f"{row[2]}/{row[3]}")
-            if live or listed is not None:
-                expect("generation", key_text(store.GenerationRow, row), tag + LIVE[live], listed)
+        live = is_live(row)
+        listed = self.head((row[0], row[1])).of("generation").get(f"{row[2]}/{row[3]}")
+        if live or listed is not None:
+            expect("generation", key_text(store.GenerationRow, row), tag + LIVE[live], listed)
 
 
 def boot_name(row: Sequence[Any]) -> str:

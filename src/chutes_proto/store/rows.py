@@ -409,7 +409,7 @@ class AuditRow:
 
     Once it is sequenced, a row has its index ``idx`` in the log, and a random ``salt``, without which a deleted entry
     could be guessed from its hash. ``vm_version`` is the version of the VM's head (``store/_heads.py``) that the same
-    transaction wrote; None where it wrote none. A negative index means that a sealed store's row was not authentic when
+    transaction wrote; None where it wrote none. A negative index means that the row was not authentic when
     its turn came, or when it was read, or that a value was of another type, in whose place an empty one was read. It
     tells nothing more.
     """

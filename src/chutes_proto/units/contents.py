@@ -3,7 +3,7 @@
 Rules kept here:
 
 * rows are copied as they stand: a consumed token stays consumed, an issued one valid, keys stay sealed as they are. The
-  MACs of a sealed store are checked as its rows are read, and made again, under the key of the store that is filled;
+  MACs of the rows are checked as they are read, and made again, under the key of the store that is filled;
 * nothing is added to existing rows: two stores are never merged, because both may hold a generation of the same number;
 * a page of rows is in memory at a time, however many there are.
 """
@@ -34,10 +34,10 @@ def pages(source: Store, limit: int = PAGE) -> Iterator[Page]:
     Each page is a transaction of its own, unless ``source`` is a snapshot.
     """
     found = chain.from_iterable(_Pages(source, kind, limit) for kind in store.ROWS)
-    return (page for page in map(_without_rows_key, found) if page)
+    return (page for page in map(without_rows_key, found) if page)
 
 
-def _without_rows_key(page: Page) -> Page:
+def without_rows_key(page: Page) -> Page:
     """A page without the key of the rows' MACs, which is the store's own."""
     return tuple(row for row in page if not (isinstance(row, store.KeyringRow) and row.kind == ROWS_KEY))
 
@@ -79,7 +79,7 @@ class _Pages:
 def _count(kind: type[store.Row]) -> Script[int]:
     """The number of rows that `pages` has of a table."""
     if kind is store.KeyringRow:
-        return len(_without_rows_key((yield from store.Scan(store.KeyringRow))))
+        return len(without_rows_key((yield from store.Scan(store.KeyringRow))))
     return (yield from store.CountRows(kind))
 
 

@@ -10,7 +10,7 @@ Rules kept here:
   that a later release adds changes no older entry. Its salt is random, and goes with the row when that is purged;
 * a tile's hashes are never computed from rows again: a row that was changed contradicts its tile;
 * size and root hash of the log are a row with a MAC: who adds an entry of his own, in its tiles too, has added nothing;
-* a row of a sealed store that no unit wrote as it is gets no place: an entry tells of it. It stays, with a negative
+* a row that no unit wrote as it is gets no place: an entry tells of it. It stays, with a negative
   index: what a server's mark has seen must not go.
 """
 

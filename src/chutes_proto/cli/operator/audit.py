@@ -275,7 +275,7 @@ def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, 
     Reads the whole log and compares its entries with the tree that was made of them, and the tree with signed
     checkpoints: the one that the server keeps beside store.mark_file, and those in FILE. A changed, removed or moved
     entry below the newest checkpoint is found: by its index, or, if the tree was changed too, between two checkpoints.
-    In a sealed store the root of the tree has a MAC, and counts like a checkpoint; one that was set back does not show.
+    The root of the tree has a MAC, and counts like a checkpoint; one that was set back does not show.
     So keep checkpoints where nobody who can write the database can write, and name them here: one of them at least must
     be newer than the last purge. Nothing is changed.
 
@@ -335,7 +335,7 @@ def _told(report: Report, known: list[Checkpoint]) -> int:
         lines.append(
             f"none of the first {newest} entries was changed since their checkpoint was signed"
             if newest
-            else "no checkpoint was given: a log that was set back, or rewritten in a store without seal, is not found"
+            else "no checkpoint was given: a log that was set back is not found"
         )
     return answer(told, "\n".join(lines), ok=not findings)
 

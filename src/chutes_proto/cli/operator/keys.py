@@ -213,7 +213,7 @@ def rewrap(reason: str, config: str) -> int:
     """Wrap all keys under the current key-encryption key (KEK).
 
     Wraps every key that is still under kek_previous_file under kek_file, up to a thousand at a time, and replaces the
-    key of the MACs of a sealed store, so that who has the older KEK and a copy of the store from its time can make no
+    key of the MACs of the rows, so that who has the older KEK and a copy of the store from its time can make no
     row. Servers may run meanwhile, and it may be stopped and begun again: then it does only what is left. When it says
     that no key is under another KEK, wait 600 seconds, and then remove kek_previous_file from the configuration of all
     servers. A row that is not authentic is left as it is and named; the key of the MACs is replaced when none is left.

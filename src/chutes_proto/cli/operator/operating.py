@@ -37,7 +37,6 @@ from chutes_proto.errors import (
 )
 from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.io.stores.marks import is_of_sealed
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask, Store, Unit
 from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
@@ -84,8 +83,6 @@ def opened(config: str, *, new: bool = False, in_steps: bool = False) -> Generat
     setup = make_store_setup(ServerConfig.load(config))
     setup.store.require_made(setup.mark_file, new=new)
     with closing(setup.store.open()) as store:
-        if is_of_sealed(setup.mark_file):
-            store.custody.require_seal(1)
         copy_audit(setup.config, setup.store.base, store)
         with resumable() if in_steps else nullcontext():
             yield setup, store

@@ -21,14 +21,13 @@ from chutes_proto.io.files import is_there
 from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import keep_erasures
-from chutes_proto.io.stores.marks import NO_FILE, is_of_sealed
-from chutes_proto.io.stores.sealing import find_faults, require_keys, seal_store
+from chutes_proto.io.stores.marks import NO_FILE
+from chutes_proto.io.stores.sealing import find_faults, require_keys
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store._sealing import ReadSeal
 from chutes_proto.store.rows import CountRows, GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
 from chutes_proto.units.compare import Compare, Difference, Newer, Take
 from chutes_proto.units.contents import CountAll, Fill, pages
@@ -52,17 +51,11 @@ command: Group = Group(
 )
 
 
-def _which(function: F) -> F:
-    """The options that name the store."""
-    config = click.option("--config", metavar="FILE", help="the server's configuration file (TOML)")
-    store = click.option(
-        "--store", metavar="URL", help="sqlite:/path, or postgresql://user@host/database (no password: use passfile)"
-    )
-    return config(store(json_option(function)))
+_config = click.option("--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
 
 
 @command.command(exits=exits("the store is there", "it cannot be made, and is unchanged"))
-@click.option("--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
+@_config
 @json_option
 def init(config: str) -> int:
     """Make the store in an empty database.
@@ -88,21 +81,22 @@ def init(config: str) -> int:
 @click.option("--from", "source", metavar="URL", help="the store that has the rows")
 @click.option("--from-config", metavar="FILE", help="the configuration file of its server, instead")
 @operating.reason_option
-@_which
-def copy(source: str | None, from_config: str | None, reason: str, config: str | None, store: str | None) -> int:
+@_config
+@json_option
+def copy(source: str | None, from_config: str | None, reason: str, config: str) -> int:
     """Fill an empty store with all rows of another one.
 
-    Copies every row of the store --from, or that of --from-config, into the empty store of --config or --store, in one
+    Copies every row of the store --from, or that of --from-config, into the empty store of --config, in one
     transaction: from a file to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the
     old store again: the new store does not know what it would grant. An SQLite file that a server or another command
     has open is refused, and none can open it meanwhile. From PostgreSQL the rows of one moment are copied, and the
     command says if sessions of chutes-proto are connected: a server that still runs, or a pooler that keeps them. The
-    old store is not changed, but it must be writable. Keys stay sealed under the same KEK. With --config the rows of a
-    sealed store are checked, and the new store is sealed; a sealed store is not copied without. In PostgreSQL make the
-    store first, with `store init`. A missing SQLite file is made, and appears under its name when all rows are in it.
+    old store is not changed, but it must be writable. Keys stay sealed under the same KEK, which --config
+    names: the rows are checked, and get new MACs. In PostgreSQL make the store first, with `store init`. A missing
+    SQLite file is made, and appears under its name when all rows are in it.
 
     With --from-config the old store is opened as its server does: under its KEKs, and compared with the mark in its
-    store.mark_file. So one that went back is refused, and so is one that only says that it is not sealed. With --from
+    store.mark_file. So one that went back is refused. With --from
     it is not compared with a mark, and the command says so.
 
     Examples:
@@ -111,27 +105,27 @@ def copy(source: str | None, from_config: str | None, reason: str, config: str |
 
     See also: store init, store check
     """
-    place, vault = _place(config, store)
+    setup = make_store_setup(ServerConfig.load(config))
+    place, vault = setup.store, setup.vault
     origin = _origin(source, from_config, vault)
     if not origin.is_made():
         raise StoreError(f"store {origin.path}: not made yet, so there is nothing to copy; see --from")
     if origin.name == place.name:
         raise ConfigurationError(f"--from: {origin.name} is the store to fill; name another one")
     with closing(origin.open(alone=True)) as old, place.filling() as new:
-        _ = require_keys(old)
-        has_macs, _ = old.transact(Ask(ReadSeal()))
+        require_keys(old)
         for note in old.notes:
             console.tell(note)
         if origin.mark_file is None:
             console.tell(f"{old.name} is not compared with a mark, as --from-config names none: it is taken as it is")
         with output.waiting(f"checking {old.name}") as tell:
             _ = old.check(tell)
-        sealed = None if vault is None else check_keys(old, vault)
+        sealed = check_keys(old, vault)
         with old.snapshot() as rows:
-            if has_macs:  # the new store takes what it gets for true, and makes its own heads
-                with output.waiting(f"checking the rows of {old.name}") as tell:
-                    for fault in find_faults(rows, tell):
-                        raise fault
+            # The new store takes what it gets for true, and makes its own heads.
+            with output.waiting(f"checking the rows of {old.name}") as tell:
+                for fault in find_faults(rows, tell):
+                    raise fault
             total, horizon = rows.transact(CountAll()), rows.transact(Ask(ReadTimes())).horizon
             console.tell(f"copying {total} rows from {old.name} to {place.name}")
             with output.waiting("rows copied", total) as tell:
@@ -140,10 +134,10 @@ def copy(source: str | None, from_config: str | None, reason: str, config: str |
             found: dict[str, Any] = {"store": place.name, "copied_from": old.name, "rows": new.check(tell)}
         if old.notes:
             found["note"] = "; ".join(old.notes)
-    return _told(found if sealed is None else found | {"keys_sealed_under": sealed})
+    return _told(found | {"keys_sealed_under": sealed})
 
 
-def _origin(source: str | None, from_config: str | None, vault: Vault | None) -> StorePlace:
+def _origin(source: str | None, from_config: str | None, vault: Vault) -> StorePlace:
     """The store to copy from: as its server opens it, with the mark that it keeps, or by its address alone."""
     one_of(**{"from": source, "from_config": from_config})
     if from_config is None:
@@ -153,12 +147,16 @@ def _origin(source: str | None, from_config: str | None, vault: Vault | None) ->
 
 
 @command.command(exits=exits("nothing is wrong", "something is wrong"))
-@_which
+@click.option("--config", metavar="FILE", help="the server's configuration file (TOML)")
+@click.option(
+    "--store", metavar="URL", help="sqlite:/path, or postgresql://user@host/database (no password: use passfile)"
+)
+@json_option
 def check(config: str | None, store: str | None) -> int:
     """Read the whole store and say what is wrong.
 
     Checks the schema version, looks for damage, counts the rows, and with --config checks that the server has the KEKs
-    that its keys are sealed under. With --config it also reads all rows of a sealed store, and names each that is not
+    that its keys are sealed under. With --config it also reads all rows, and names each that is not
     as a key server wrote it last: forged, changed, moved, deleted or rolled back. It compares the store with the mark
     that a server of this machine keeps in store.mark_file, and says if servers refuse it. Nothing is changed. Give one
     of --config and --store.
@@ -169,18 +167,17 @@ def check(config: str | None, store: str | None) -> int:
 
     See also: serve, keys rewrap
     """
-    place, vault = _place(config, store)
-    mark_file = None if config is None else make_store_setup(ServerConfig.load(config)).mark_file
+    one_of(config=config, store=store)
+    setup = None if config is None else make_store_setup(ServerConfig.load(config))
+    place = _named("--store", str(store)) if setup is None else setup.store
+    mark_file = None if setup is None else setup.mark_file
     place.require_made(mark_file)
-    marked = {} if config is None else _compared_with_mark(place, mark_file)
+    marked = {} if setup is None else _compared_with_mark(place, mark_file)
     with _told_to_restore(), closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
         found: dict[str, Any] = {"store": opened.name, "rows": opened.check(tell)}
-        if vault is not None:
-            found["keys_sealed_under"] = check_keys(opened, vault)
-        has_macs, is_sealed = opened.transact(Ask(ReadSeal()))
-        found["seal"] = "sealed" if is_sealed else "begun" if has_macs else "not sealed"
         found |= marked
-        if has_macs and vault is not None:
+        if setup is not None:
+            found["keys_sealed_under"] = check_keys(opened, setup.vault)
             # A row is looked at with its table, and again with its VM.
             found["not_authentic"] = [*dict.fromkeys(fault.finding for fault in find_faults(opened, tell))]
             if found["not_authentic"]:
@@ -218,43 +215,11 @@ def _compared_with_mark(place: StorePlace, mark_file: Path | None) -> dict[str, 
     return {"mark": "; ".join([f"{mark_file}: the store is not behind it", *notes])}
 
 
-@command.command(
-    exits=exits("the store is sealed", "it cannot be sealed; what was done stays, and the next run goes on")
-)
-@operating.reason_option
-@click.option("--config", metavar="FILE", required=True, help="the server's configuration file")
-@json_option
-def seal(reason: str, config: str) -> int:
-    """Authenticate the rows of a store that an older release made.
-
-    Gives every row a message authentication code (MAC) under a random key that the KEK wraps, and every VM a list of
-    its rows. From then on servers refuse a row that was forged, changed, moved, deleted or rolled back in the database,
-    so that nobody who can write it gets a key. A store that this release makes is sealed from its beginning.
-
-    Before, upgrade all servers: those of an older release are refused from the first step on. Servers of this release
-    go on meanwhile. The present rows are taken for true, so run `audit verify` before. If it is interrupted, run it
-    again. Each step is in the audit log. Only a backup leads back.
-
-    Examples:
-      chutes-proto store seal --config server.toml
-      chutes-proto store seal --config server.toml --reason 'after the upgrade' --json
-
-    See also: store check, keys rewrap
-    """
-    with operating.opened(config, in_steps=True) as (setup, opened):
-        _ = check_keys(opened, setup.vault)
-        with output.waiting(f"sealing {opened.name}") as tell:
-            done = seal_store(opened, setup.vault, reason, tell)
-    found: dict[str, Any] = {"store": opened.name, "seal": "sealed"}
-    if done is None:
-        return _told(found | {"note": "it was sealed before; nothing was changed"})
-    return _told(found | {"rows_sealed": done[0], "vms_sealed": done[1]})
-
-
 @command.command(exits=exits("done", "the store cannot be written"))
 @operating.reason_option
-@_which
-def restored(reason: str, config: str | None, store: str | None) -> int:
+@_config
+@json_option
+def restored(reason: str, config: str) -> int:
     """Go on with a store that came back from a backup, or lost rows in a fail-over.
 
     Servers that keep a mark refuse the store until then, because it lacks rows that they saw. Tokens that were redeemed
@@ -273,15 +238,11 @@ def restored(reason: str, config: str | None, store: str | None) -> int:
 
     See also: store check, audit list
     """
-    place, vault = _place(config, store)
-    if not place.is_made():
-        raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
-    given = None if config is None else ServerConfig.load(config)
-    path = None if given is None else erasures_file(given)
-    with closing(place.open()) as opened:
-        if given is not None and is_of_sealed(make_store_setup(given).mark_file):
-            opened.custody.require_seal(1)
-        repeated = keep_erasures(opened, path, vault)
+    setup = make_store_setup(ServerConfig.load(config))
+    if not setup.store.is_made():
+        raise StoreError(f"store {setup.store.path}: not made yet, so nothing is lost; see --config")
+    with closing(setup.store.open()) as opened:
+        repeated = keep_erasures(opened, erasures_file(setup.config), setup.vault)
         done = opened.transact(StoreRestored(operating.now(), reason))
         operating.require_kept(opened, ReadTimes())
     again = f"boots are granted again after {rfc3339(done.horizon)}"
@@ -428,15 +389,6 @@ def _told(found: dict[str, Any]) -> int:
                 output.prose(f"{name.replace('_', ' ')}: {each}", rest=2)
 
     return answer({"ok": True, **found}, people)
-
-
-def _place(config: str | None, store: str | None) -> tuple[StorePlace, Vault | None]:
-    """The store, and with a configuration the server's key-encryption keys."""
-    one_of(config=config, store=store)
-    if config is None:
-        return _named("--store", str(store)), None
-    setup = make_store_setup(ServerConfig.load(config))
-    return setup.store, setup.vault
 
 
 def _named(option: str, address: str) -> StorePlace:

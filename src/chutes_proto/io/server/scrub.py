@@ -28,7 +28,6 @@ from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import purged_below, stored_entries, stored_tiles
 from chutes_proto.store._inspection import InspectStore, InspectVms
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store._sealing import ReadSeal
 from chutes_proto.store.rows import LogStateRow, Read, Vm
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.tiles import WIDTH, fold
@@ -69,9 +68,6 @@ def _hash(hashes: bytes, at: int) -> bytes:
 
 def scrub_heads(store: Store) -> Iterator[tuple[int, str]]:
     """Compare the rows of each VM, and of the store's own group, with their heads, and these with the log."""
-    has_macs, _ = store.transact(Ask(ReadSeal()))
-    if not has_macs:
-        return
     yield from _faults(store.transact(Ask(InspectStore())), 1)
     number: int | None = _FIRST
     while number is not None:

@@ -94,14 +94,14 @@ def check_file(path: Path, vault: Vault) -> None:
     _ = _read(path, 0, vault)
 
 
-def keep_erasures(store: DurableStore, path: Path | None, vault: Vault | None) -> Repeated:
+def keep_erasures(store: DurableStore, path: Path | None, vault: Vault) -> Repeated:
     """Repeat in ``store`` the erasures and revocations of the file, and add those of the store to it.
 
     An erasure that the store knows is looked at, too: somebody may have put its record into a store from before.
-    ``vault`` has the KEKs of the server; nothing is done without a file, nor without them. Raises `StoreError` also for
+    ``vault`` has the KEKs of the server; nothing is done without a file. Raises `StoreError` also for
     a file that cannot be read or written, or that has a line of which the MAC is wrong.
     """
-    if path is None or vault is None:
+    if path is None:
         return Repeated()
     noted = _read(path, store.store_id, vault)
     vms = keys = revocations = 0

@@ -27,7 +27,8 @@ from attrs import evolve
 from chutes_proto.errors import ConfigurationError, LogError, StoreError
 from chutes_proto.io.files import is_there, read_file, reason, write_file
 from chutes_proto.store._copies import Copies
-from chutes_proto.store._custody import Custody, seal_of
+from chutes_proto.store._custody import Custody, epoch_of_store
+from chutes_proto.store._macs import EpochKey
 from chutes_proto.store._mark import COLUMNS, LARGEST, Entry, Mark, View, find_loss
 from chutes_proto.store._store_group import check_fact, check_head
 from chutes_proto.store.rows import AuditRow, PurgeAudit
@@ -50,8 +51,8 @@ _NEWEST: Final = 32
 """How many rows a server adopts at each comparison."""
 
 NO_FILE: Final = (
-    "store.mark_file: not set, so that after a restart this server takes a store that went back, or one that is not"
-    " sealed in place of a sealed one; name a file that only this server can write"
+    "store.mark_file: not set, so that after a restart this server takes a store that went back, or another one in its"
+    " place; name a file that only this server can write"
 )
 """The finding about a server that keeps its mark in memory alone."""
 
@@ -84,7 +85,7 @@ class MarkKeeper:
     """The mark of the store ``name``; ``path`` is its file, None to keep it in memory alone.
 
     ``custody`` tells whether an operator's decision that the store has was made by one who holds its keys, and hears
-    here that the store of the mark was sealed.
+    here the epoch of the store of the mark.
 
     May be used from several threads. Raises `StoreError` for a file that is not a mark.
     """
@@ -113,8 +114,8 @@ class MarkKeeper:
         self._acknowledged: dict[int, tuple[Entry, float]] = {}
         self._ending = threading.Event()
         self._writer: threading.Thread | None = None
-        if self._mark is not None and self._mark.is_sealed:
-            custody.require_seal(max(self._mark.epoch, 1))
+        if self._mark is not None:
+            custody.require_epoch(self._mark.epoch)
 
     @property
     def store_id(self) -> int:
@@ -128,12 +129,12 @@ class MarkKeeper:
         with self._lock:
             return 0 if self._mark is None else self._mark.head
 
-    def seal(self, epoch: int) -> None:
-        """Note that the store is sealed, in this epoch; one that is not is refused from now on."""
-        self._custody.require_seal(epoch)
+    def note_epoch(self, epoch: int) -> None:
+        """Note the epoch of the store; one of an older epoch is refused from now on."""
+        self._custody.require_epoch(epoch)
         with self._lock:
-            if self._mark is not None and not (self._mark.is_sealed and self._mark.epoch >= epoch):
-                self._mark = evolve(self._mark, is_sealed=True, epoch=epoch)
+            if self._mark is not None and self._mark.epoch < epoch:
+                self._mark = evolve(self._mark, epoch=epoch)
 
     def is_due(self) -> bool:
         """Return whether the store must be compared before it is used."""
@@ -223,11 +224,7 @@ class MarkKeeper:
         now = int(time.time())
         if mark is not None and view.store_id != mark.store_id:
             raise self._refused(mark, "it is not the store of this mark", _RIGHT_ONE)
-        if mark is not None and mark.is_sealed and not view.is_sealed:
-            with self._lock:
-                self._is_behind = True
-            raise self._refused(mark, "it is not sealed, and the mark is of a sealed one", "restore a backup of it")
-        if mark is not None and view.is_sealed and view.epoch < mark.epoch:
+        if mark is not None and view.epoch < mark.epoch:
             with self._lock:
                 self._is_behind = True
             raise self._refused(
@@ -392,16 +389,6 @@ class MarkKeeper:
         return StoreError(f"store {self._name}: {why}{seen}; {remedy}; nothing was changed")
 
 
-def is_of_sealed(path: Path | None) -> bool:
-    """Whether the file is the mark of a sealed store. One that cannot be read says nothing: servers refuse it."""
-    try:
-        if path is None or not is_there(path):
-            return False
-        return Mark.from_bytes(read_file(path, limit=LARGEST, plain=True)).is_sealed
-    except (ConfigurationError, OSError):
-        return False
-
-
 class MarkedStore:
     """The part of a durable store that its mark does for it."""
 
@@ -412,12 +399,12 @@ class MarkedStore:
     """See `DurableStore.log_warning`."""
     _marks: MarkKeeper
 
-    def _committed(self, changes: Iterable[Change], heads: Mapping[tuple[str, str], int], *, sealed_in: int) -> None:
-        """Note that a transaction was committed, in which all rows were sealed in this epoch; 0: they were not."""
+    def _committed(self, changes: Iterable[Change], heads: Mapping[tuple[str, str], int], key: EpochKey | None) -> None:
+        """Note that a transaction was committed, whose rows had MACs under this key; None if nobody has it here."""
         self._marks.note_heads(heads)
         self._marks.note(changes)
-        if sealed_in:
-            self._marks.seal(sealed_in)
+        if key is not None:
+            self._marks.note_epoch(key.epoch)
 
     def keep_mark(self) -> None:
         """Write the file of the mark from now on, as a server does."""
@@ -505,7 +492,7 @@ def _log_fault(ask: Ask, held: Checkpoint) -> str:
 
 def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
     (facts,) = ask(_FACTS)
-    with_head = ask(_WITH_HEAD) if seal_of(facts[2])[0] else ()
+    with_head = ask(_WITH_HEAD) if epoch_of_store(facts[2]) else ()
     store_id, decided_at, seal, *stored = with_head[0] if with_head else facts
     head, head_mac = 0, ""
     try:
@@ -524,10 +511,10 @@ def _view(ask: Ask, mark: Mark | None, timeline: int, custody: Custody) -> View:
             # A purge goes by the log, and rows of transactions at the same time are there in another order.
             last, before = missing[-1], missing[-1].at - _SAME_SECONDS
             has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at < {before} LIMIT 1"))  # noqa: S608
-    epoch, is_sealed = seal_of(seal)
+    epoch = epoch_of_store(seal)
     if store_id is not None and not (type(store_id) is int and store_id >= 0):
         store_id = _NO_NUMBER
-    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, is_sealed, head, head_mac, epoch)
+    return View(store_id or 0, timeline, decided_at or 0, entries, has_older, head, head_mac, epoch)
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:

@@ -1,6 +1,6 @@
-"""The seal of a store (``store/_sealing.py``): of a new one as soon as it is opened, of an older one step by step.
+"""The seal of a store (``store/_sealing.py``): of a new one as soon as it is opened.
 
-So is a new epoch of its MACs begun and ended, after a key-encryption key (KEK) was replaced.
+A new epoch of its MACs is begun and ended step by step, after a key-encryption key (KEK) was replaced.
 
 ``find_faults`` reads a whole store and says which rows are not authentic.
 """
@@ -22,20 +22,15 @@ from chutes_proto.store import rows
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._inspection import InspectRows, InspectStore, InspectVms
 from chutes_proto.store._run import Ask, Store, Unit, untold
-from chutes_proto.store._sealing import SEALED, AdoptAudit, ReadSeal, RenewHeads, RenewMacs
+from chutes_proto.store._sealing import SEALED, ReadSeal, RenewAudit, RenewHeads, RenewMacs
 from chutes_proto.store.rows import CountRows
 from chutes_proto.units.custody import (
     ENTROPY_SIZE,
     BeginNewEpoch,
-    BeginSealing,
     EndOldEpochs,
-    EndSealing,
     FindGone,
     FindWaitingFaults,
     SealNew,
-    SealRows,
-    SealVms,
-    SealWaiting,
 )
 
 T = TypeVar("T")
@@ -45,8 +40,6 @@ _FIRST = -(1 << 63)
 """A number before that of any audit row: who writes the database can draw one that is negative."""
 _VMS = 200
 """VMs of which all rows are in memory at a time."""
-_SEALED_VMS = 100
-"""VMs of which all rows are read, and a head is made, in one transaction."""
 _LOGGED = 20
 """VMs of which all entries of the log are visited in one transaction: each may have thousands, and boots wait."""
 
@@ -62,37 +55,17 @@ class Opened(Store, Protocol):
 
 
 def seal_if_new(store: Store, vault: Vault) -> None:
-    """Seal a store that has no rows."""
-    _ = store.transact(SealNew(int(time.time()), vault, _drawn()))
+    """Seal a store that has no rows. Raises `StoreError` for one that has some, and says that it is not sealed."""
+    store.transact(SealNew(int(time.time()), vault, _drawn()))
 
 
-def require_keys(store: Opened) -> bool:
-    """Return whether the store is sealed. Raises `StoreError` if it is and was opened without its KEK."""
-    has_macs, is_final = store.transact(Ask(ReadSeal()))
-    if has_macs and not store.custody.has_keys:
+def require_keys(store: Opened) -> None:
+    """Raise `StoreError` if a sealed store was opened without its KEK."""
+    if store.transact(Ask(ReadSeal())) and not store.custody.has_keys:
         raise StoreError(
             f"store {store.name}: it is sealed, and only the KEK opens the key of its rows; name the server's"
             " configuration with --config"
         )
-    return is_final
-
-
-def seal_store(
-    store: Store, vault: Vault, reason: str, tell: Callable[[int, int], object] = untold
-) -> tuple[int, int] | None:
-    """Seal an older store while servers of this release use it; returns how many rows and VMs were sealed.
-
-    None for one that is sealed already. Begun again after an interruption, it goes on. ``tell`` takes how many rows
-    were looked at, and of about how many.
-    """
-    now = int(time.time())
-    if not store.transact(BeginSealing(now, vault, _drawn(), reason)):
-        return None
-    sealed = sum(_pages(store, SEALED, lambda kind, last, limit: SealRows(now, kind, last, reason, limit), tell))
-    sealed += sum(_pages_of_waiting(store, lambda after, limit: SealWaiting(now, after, reason, limit)))
-    vms = sum(_pages_of_vms(store, _SEALED_VMS, lambda after, limit: SealVms(now, after, reason, limit)))
-    store.transact(EndSealing(now, reason))
-    return sealed, vms
 
 
 def begin_epoch(store: Store, vault: Vault, reason: str) -> bool:
@@ -107,7 +80,7 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
     """Give every row a MAC of the newest epoch, and let the older ones count no more, while servers go on.
 
     Begun again after an interruption, it passes over what has one. A row that is not authentic is left as it is, and is
-    returned; then the older epoch still counts. ``tell`` is called as by `seal_store`.
+    returned; then the older epoch still counts. ``tell`` takes how many rows were looked at, and of about how many.
     """
     # The store's own group last, as every unit reads its head.
     of_store = (rows.RevocationRow, rows.KeyringRow)
@@ -118,14 +91,14 @@ def end_epoch(store: Store, reason: str, tell: Callable[[int, int], object] = un
     for found in _pages_of_vms(store, _PAGE, lambda after, limit: Ask(RenewHeads(after, limit))):
         faults += found
     # An audit row that is not authentic gets no place in the log, and need not be mended.
-    _ = sum(_pages_of_waiting(store, lambda after, limit: Ask(AdoptAudit(after, limit))))
+    _ = sum(_pages_of_waiting(store, lambda after, limit: Ask(RenewAudit(after, limit))))
     if not faults:
         store.transact(EndOldEpochs(int(time.time()), reason))
     return tuple({(fault.table, fault.key): fault for fault in faults}.values())
 
 
 def find_faults(store: Store, tell: Callable[[int, int], object] = untold) -> Iterator[RowNotAuthentic]:
-    """Find the rows of a sealed store that are not authentic, and the VMs whose rows contradict their heads."""
+    """Find the rows of a store that are not authentic, and the VMs whose rows contradict their heads."""
     yield from store.transact(Ask(InspectStore()))
     for faults in _pages(store, SEALED, lambda kind, last, limit: Ask(InspectRows(kind, last, limit)), tell):
         yield from faults

@@ -366,7 +366,7 @@ class SqliteStore(MarkedStore):
                         session = self._session(connection)
             heads = {vm: version for each in jobs for vm, version in each.heads.items()}
             changes = (change for each in jobs for change in each.changes)
-            self._committed(changes, heads, sealed_in=session.sealed_in)
+            self._committed(changes, heads, session.key)
         except BaseException as exc:
             self._checked_at = None
             self.custody.forget_keys()
@@ -405,8 +405,7 @@ class SqliteStore(MarkedStore):
         found = versions.execute(READ_VERSION)
         versions.check(found)
         session = self.custody.session(found[0][1], versions.execute)
-        # Its KEK may be named later, and that it must be sealed may be said later.
-        self._keys = session if session.is_final and not session.is_locked else None
+        self._keys = session if session.key is not None else None  # its KEK may be named later
         return session
 
     def _run(

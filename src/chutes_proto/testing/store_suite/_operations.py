@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from attrs import evolve
 
+from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
@@ -114,7 +116,7 @@ from chutes_proto.testing.store_suite._parts import (
     expect,
     expect_fault,
 )
-from chutes_proto.units.contents import CountAll, Fill
+from chutes_proto.units.contents import CountAll, Fill, without_rows_key
 
 _PIN = Pin("ppid", entropy("ppid", 16))
 _BOOT = BootRow(
@@ -223,7 +225,7 @@ def rows_come_back_as_they_were(harness: Harness) -> None:
     expect(ask(Read(NonceRow, _NONCE.value)), _NONCE, "a nonce that is there")
     ask = asking(harness.open())
     for kind, rows in _BY_KIND.items():
-        expect(ask(Scan(kind)), rows, kind.TABLE)
+        expect(without_rows_key(ask(Scan(kind))), rows, kind.TABLE)
 
 
 def a_store_is_copied_whole(harness: Harness) -> None:
@@ -619,13 +621,30 @@ def what_must_be_unique_is(harness: Harness) -> None:
 
 
 def a_sealed_key_never_changes(harness: Harness) -> None:
-    """`UpdateGeneration` writes state and times, whatever else the row says; it makes no row."""
+    """`UpdateGeneration` writes state and times; an operation that says another key, or another state, changes no key.
+
+    A store that authenticates rows may refuse the row afterwards: no unit does that.
+    """
     ask = asking(harness.open())
-    ask(Insert(_KEY))
     retired = evolve(_KEY, state="retired", provisional=True, delivered_at=NOW, retired_at=NOW + 1, retirement="rekey")
-    ask(UpdateGeneration(evolve(retired, sealed=b"other", wrapped_key=b"other", kek_id="other")))
-    ask(UpdateGeneration(evolve(retired, generation=2)))
-    expect(ask(Scan(GenerationRow)), (retired,), "a key after a change of state")
+    ask(Insert(_KEY))
+    ask(UpdateGeneration(retired))
+    expect(ask(ReadAll(GenerationRow, VM)), (retired,), "a key after a change of state")
+    another = partial(evolve, sealed=b"other", wrapped_key=b"other", kek_id="other")
+    lies: dict[str, Callable[[GenerationRow], StoreOp[None]]] = {
+        "an update to another key": lambda row: UpdateGeneration(another(row)),
+        "a rewrap of another key": lambda row: RewrapGenerations((another(row),)),
+        "an update of no key": lambda row: UpdateGeneration(evolve(row, generation=9)),
+        "a rewrap of no key": lambda row: RewrapGenerations((evolve(row, generation=9),)),
+        "a purge of an active key": PurgeGeneration,
+    }
+    for what, lie in lies.items():
+        row = evolve(_KEY, vm=Vm(VM.hotkey, what))
+        ask(Insert(row))
+        ask(lie(row))
+        with suppress(RowNotAuthentic):
+            found = [(each.sealed, each.state) for each in ask(ReadAll(GenerationRow, row.vm))]
+            expect(found, [(row.sealed, row.state)], f"a key after {what}")
 
 
 def of_many_keys_few_are_live(harness: Harness) -> None:
@@ -676,17 +695,13 @@ def keys_are_rewrapped_and_purged(harness: Harness) -> None:
     expect(len(ask(ReadOtherwiseSealed("new", 1))), 1, "as many keys as asked for")
     expect(ask(ReadOtherwiseSealed("new", 9)), (_KEY, retired), "keys under another one, all")
     wrapped = evolve(_KEY, kek_id="new", wrapped_key=b"again")
-    unknown = evolve(wrapped, generation=9)
-    ask(RewrapGenerations((evolve(wrapped, sealed=b"other", state="retired"), unknown)))
+    ask(RewrapGenerations((wrapped,)))
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, retired), "keys after one was rewrapped")
     expect(ask(CountSealed()), tuple(sorted([(kek, 1), ("new", 1)])), "keys under two KEKs")
-    ask(PurgeGeneration(wrapped))  # it is active
     ask(PurgeGeneration(retired))
     nothing = evolve(retired, sealed=None, kek_id=None, wrapped_key=None)
     purged = evolve(nothing, state="purged", provisional=False)
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, purged), "keys after one was purged")
-    ask(RewrapGenerations((retired,)))
-    expect(ask(ReadAll(GenerationRow, VM)), (wrapped, purged), "a purged key after a rewrap")
     ask(EraseGeneration(wrapped))
     gone = evolve(wrapped, state="purged", provisional=False, sealed=None, kek_id=None, wrapped_key=None)
     expect(ask(ReadAll(GenerationRow, VM)), (gone, purged), "an active key after its erasure")

@@ -18,6 +18,7 @@ from chutes_proto.store.rows import (
     Claim,
     GenerationRow,
     GpuRow,
+    KeyringRow,
     NonceRow,
     Read,
     ReadAll,
@@ -309,19 +310,23 @@ def boots_and_syncs_at_once_keep_every_key(harness: Harness) -> None:
 
 
 def rewraps_at_once_wrap_each_key_once(harness: Harness) -> None:
-    """Many rewraps at once, each of a few rows: one of them rewraps each key, and all keys open as before."""
+    """Many rewraps at once, each of a few rows: one of them rewraps each key, and all keys open as before.
+
+    The keys of the store itself are rewrapped, too.
+    """
     store = harness.open()
     for index in range(CALLERS):
         _ = store.transact(sync(_granted(store, str(index)), "b", "storage", rekey=["storage"]))
     before = store.transact(Ask(Scan(GenerationRow)))
-    few = -(-len(before) // CALLERS)
+    total = len(before) + len(store.transact(Ask(Scan(KeyringRow))))
+    few = -(-total // CALLERS)
     newer = KeyEncryptionKey.from_bytes(bytes(range(1, 33)))
     units = [
         RewrapKeys(NOW, entropy(f"rewrap {index}", few * NONCE_SIZE), Vault(newer, VAULT.current), "new key")
         for index in range(CALLERS)
     ]
     counts = [rewrapped.count for rewrapped in _race(harness, units)]
-    expect(sum(counts), len(before), f"rewrapped keys, by {counts}")
+    expect(sum(counts), total, f"rewrapped keys, by {counts}")
     after = store.transact(Ask(Scan(GenerationRow)))
     opened = [
         [vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows]

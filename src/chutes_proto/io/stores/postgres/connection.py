@@ -39,7 +39,7 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
     """The timeline of that database in the last transaction."""
     changes: Sequence[Change] = ()
     """The changes to audit rows of the present transaction, or of the last one."""
-    session: Session = Session(None, is_final=False, is_locked=False)
+    session: Session = Session()
     """The keys of the rows in the present transaction."""
     has_begun: bool = False
     """Whether the present transaction, or the last one, was begun and found what it must."""

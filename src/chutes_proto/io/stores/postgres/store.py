@@ -278,7 +278,7 @@ class PostgresStore(MarkedStore):
                 with self._looked_at() as connection:
                     with self._database.transaction(connection, begin or self._database.serializable, ahead):
                         result = work(connection)
-                    self._committed(connection.changes, connection.heads, sealed_in=connection.session.sealed_in)
+                    self._committed(connection.changes, connection.heads, connection.session.key)
                     return result
             except Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)
