@@ -20,7 +20,7 @@ from chutes_proto.io.server.control import Control, ask_to_reload
 from chutes_proto.log import Record
 
 SYSTEM = "/usr/bin/python3"
-DONE: dict[str, object] = {"ok": True, "changes": [], "needs_restart": []}
+DONE: dict[str, object] = {"ok": True, "changes": [], "needs_restart": [], "warnings": [], "configuration": ""}
 
 
 @pytest.fixture
@@ -128,8 +128,11 @@ def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
         *(b"", b"220 mail ESMTP\r\n", b"x" * (1024 * 1024 + 70_000)),
         *(b"[]", b"{}", b'{"ok": true}', b'{"ok": false}', b'{"ok": 1, "changes": [], "needs_restart": []}'),
         *(b'{"ok": true, "changes": "all", "needs_restart": []}', b'{"ok": true, "changes": [1], "needs_restart": []}'),
-        *(b'{"ok": true, "changes": [], "needs_restart": [], "warnings": %s}' % each for each in (b"1", b"[1]")),
-        b'{"ok": true, "changes": [], "needs_restart": [], "configuration": null}',
+        *(
+            b'{"ok": true, "changes": [], "needs_restart": [], "configuration": "", "warnings": %s}' % each
+            for each in (b"1", b"[1]")
+        ),
+        b'{"ok": true, "changes": [], "needs_restart": [], "warnings": [], "configuration": null}',
     ],
     ids=lambda said: said[:60].decode(),
 )

@@ -73,12 +73,6 @@ def test_collateral_from_services():
         ('netuid = "64"', "netuid"),
         ("netuid = true", "netuid"),
         ("netuid = 6.4", "netuid"),
-        (
-            'platform_binding = "off"',
-            "platform_binding: this setting is gone, remove it; a VM's name is served",
-        ),
-        ('pruned = "new"', "pruned: this setting is gone, remove it; a volume that a sync left out"),
-        ("pruned = 1\nnetuid = true", "netuid"),
         ("limits.pruned = 1", "limits.pruned: Unknown key"),
         ("volumes = []", "volumes"),
         ("volumes = [1]", "volumes.0"),

@@ -52,9 +52,6 @@ _WITHOUT_EFFECT: Final = frozenset(
 """The codes of a server that has not begun the operation."""
 
 
-_OWN: Final = frozenset({Code.HOST_TAKEN, Code.GPU_TAKEN})
-"""The codes that a registration may meet because it is there already; at servers of earlier releases the second."""
-
 Gpu: TypeAlias = miners.NodeArgs
 """One GPU of a server, as its owner declares it."""
 
@@ -143,7 +140,8 @@ def register_server(
         try:
             _ = yield from _ask(miner, miners.REGISTER_SERVER, message, miners.MessageAnswer)
         except Refused as exc:
-            if not lost or exc.code not in _OWN or not (yield from _is_registered(miner, message, began)):
+            # It may be there already, since an answer was lost.
+            if not lost or exc.code != Code.HOST_TAKEN or not (yield from _is_registered(miner, message, began)):
                 raise
 
     yield from _persist(miner, miners.REGISTER_SERVER, attempt)

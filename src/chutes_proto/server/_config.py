@@ -373,8 +373,7 @@ class ServerConfig:
         try:
             return _CONVERTER.from_toml(data, cls, _problems)
         except ProblemsError as exc:
-            problems = (_GONE.get(str(problem), str(problem)) for problem in exc.problems)
-            raise ConfigurationError("; ".join(problems)) from None
+            raise ConfigurationError("; ".join(map(str, exc.problems))) from None
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ServerConfig:
@@ -391,14 +390,6 @@ class ServerConfig:
         except ConfigurationError as exc:
             raise ConfigurationError(f"{whole}: {exc}") from None
 
-
-_GONE: Final = {
-    "platform_binding: Unknown key": "platform_binding: this setting is gone, remove it; a VM's name is served only"
-    " from the platform that it is bound to, and `chutes-proto vm rebind` binds it to another one",
-    "pruned: Unknown key": "pruned: this setting is gone, remove it; a volume that a sync left out and a later one"
-    " lists always gets its old key",
-}
-"""Problems of older configurations, and their texts."""
 
 _LEAST: Final = {
     "rotate_after_hours": (0, ", which is: at every boot"),

@@ -150,7 +150,7 @@ def count_given(count: int) -> str:
     return (
         "SELECT boot_id, given, there FROM (SELECT boot_id, given,"  # noqa: S608
         " (SELECT count(*) FROM boot_volume WHERE boot_volume.boot_id = boot.boot_id) AS there"
-        f" FROM boot WHERE given IS NOT NULL AND boot_id IN ({', '.join('?' * count)})) AS counted WHERE given <> there"
+        f" FROM boot WHERE boot_id IN ({', '.join('?' * count)})) AS counted WHERE given <> there"
     )
 
 

@@ -72,7 +72,7 @@ CREATE TABLE boot (
   root_confirm_digest {bytes},
   root_confirm_body_digest {bytes},
   root_ca TEXT,
-  given BIGINT,
+  given BIGINT NOT NULL DEFAULT 0,
   mac {bytes},
   CHECK ((spent_at IS NULL) = (body_digest IS NULL))
 );

@@ -62,7 +62,7 @@ class VmGroups:
         self.remembered: Remembered = {} if remembered is None else remembered
         self.heads: dict[tuple[str, str], Head] = {}
         """The heads in use, by VM."""
-        self.given: dict[str, int | None] = {}
+        self.given: dict[str, int] = {}
         """The number of volumes that each boot was given, of those that were read."""
 
     # --- heads ---

@@ -181,7 +181,7 @@ class BootRow:
     ``confirm_expires_at``; ``confirm_body_digest`` is of the request that confirmed. A boot that was handed a next root
     key, a *provisioned* one, has a confirm nonce for that (``root_confirm_…``), valid for 300 seconds from
     ``created_at``; ``root_ca`` is the certificate, as PEM, that its VM provisioned with. ``given`` is the number of
-    its `BootVolumeRow`; None for a boot of an older release.
+    its `BootVolumeRow`.
     """
 
     TABLE: ClassVar[str] = "boot"
@@ -209,7 +209,7 @@ class BootRow:
     root_confirm_digest: bytes | None = None
     root_confirm_body_digest: bytes | None = None
     root_ca: str | None = None
-    given: int | None = None
+    given: int = 0
 
     @property
     def is_provisioned(self) -> bool:

@@ -276,7 +276,7 @@ def _servers(hotkey: str) -> Script[tuple[FleetServer, ...]]:
 
 
 def _parts(of: Sequence[T]) -> list[tuple[T, ...]]:
-    """Parts that one question may name: an older store may have more servers of a hotkey than there may be now."""
+    """Parts that one question may name."""
     return [tuple(of[at : at + SERVERS_OF_HOTKEY]) for at in range(0, len(of), SERVERS_OF_HOTKEY)]
 
 

@@ -429,8 +429,7 @@ class StoreRestored(Unit[Restored]):
         # A later horizon also covers nonces that a clock which was ahead has dated into the future. If their redemption
         # is still stored, they stay refused. If it was swept or lost, they cannot be told from nonces yet to be issued:
         # they are valid once more when their time comes, for a VM that has the quote and the TLS key of then. A store
-        # with a clock of its own has none, unless that clock was ahead or an older release swept; elsewhere a new KEK
-        # voids them.
+        # with a clock of its own has none, unless that clock was ahead; elsewhere a new KEK voids them.
         horizon = (self.now if clock is None else clock) + SKEW
         yield from store.SetHorizon(horizon)
         faults = yield from store.DoubtCandidates()

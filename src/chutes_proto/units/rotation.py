@@ -176,7 +176,7 @@ class AttestVolumes(Unit[HandedKeys]):
                 confirm_digest=confirm.digest,
                 confirm_expires_at=self.now + CONFIRM_SECONDS,
                 root_ca=self.root_ca,
-                given=(boot.given or 0) + len(self.volumes),
+                given=boot.given + len(self.volumes),
             )
         )
         yield from store.Put(evolve(claim, attested=boot.boot_id))

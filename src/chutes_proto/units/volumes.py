@@ -140,7 +140,7 @@ class SyncVolumes(Unit[VolumeKeys]):
         changed, in_use = report(known, self.vm, given, formatted)
         for disk in changed:
             yield from store.Put(disk)
-        number = (boot.given or 0) + len(given)
+        number = boot.given + len(given)
         yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest, given=number))
         answered = tuple(
             store.BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use)

@@ -156,9 +156,7 @@ def ask_to_reload(path: Path) -> dict[str, Any]:
 
 def _answer_of(said: Any) -> dict[str, Any]:
     """The answer of a key server. Raises `ValueError` for anything else."""
-    since: dict[str, object] = {"warnings": [], "configuration": ""}  # an older release does not say these
-    found: Any = since | cast("dict[str, Any]", said) if isinstance(said, dict) else since
-    match found:
+    match said:
         case {
             "ok": True,
             "changes": [*changes],

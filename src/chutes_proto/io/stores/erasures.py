@@ -220,9 +220,9 @@ def _check(told: Any, members: set[str], texts: str, numbers: str) -> None:
 def scrub(place: StorePlace, erased: Sequence[bytes]) -> list[Path]:
     """Remove what deleted values left in an SQLite file and its log; return the files that still hold one of them.
 
-    SQLite overwrites what it deletes, and its log is emptied here. A file that an older release wrote may have older
-    copies in free pages: then it is rewritten as a whole, which takes as much space again. So it is without values:
-    they were erased before, and nobody knows any more what to look for.
+    SQLite overwrites what it deletes, and its log is emptied here. Another program may have left older copies in free
+    pages: then the file is rewritten as a whole, which takes as much space again. So it is without values: they were
+    erased before, and nobody knows any more what to look for.
     """
     path = place.path
     if path is None:
