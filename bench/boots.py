@@ -56,7 +56,7 @@ from chutes_proto.io.server.setup import make_setup
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from chutes_proto.transport.client import ClientConnection

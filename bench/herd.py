@@ -10,8 +10,8 @@ from time import perf_counter
 from attrs import evolve
 
 from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.store._rows import Vm
 from chutes_proto.store._run import Store
-from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
 
 

@@ -42,9 +42,9 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import ROWS, Row, SetHorizon, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ROWS, Row, SetHorizon, Vm
-from chutes_proto.store.sql import columns, decode_rows
+from chutes_proto.store._sql import columns, decode_rows
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.units.contents import PAGE, Fill, Page
 from tests import postgres

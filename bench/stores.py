@@ -49,9 +49,9 @@ from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import NONCE_SIZE, Address
+from chutes_proto.store._rows import ReadLiveGenerations, StoreOp, Vm
 from chutes_proto.store._run import Script, Store, Unit, run_script
-from chutes_proto.store.rows import ReadLiveGenerations, StoreOp, Vm
-from chutes_proto.store.sql import decode, statement
+from chutes_proto.store._sql import decode, statement
 from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform, sync
 from chutes_proto.units.volumes import SyncVolumes
 from tests.postgres import Cluster, programs, schema

@@ -24,8 +24,8 @@ from attrs import frozen
 from chutes_proto.io.server.development import CONFIGURATION, write_collateral, write_server
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import EvidenceRow, InsertAll, Platform, Vm, VmRow
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import EvidenceRow, InsertAll, Platform, Vm, VmRow
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.units.records import evidence_id
 

@@ -1,23 +1,23 @@
 """A store of one's own: one method, `transact`, that runs a unit as one serializable transaction.
 
-This one keeps rows in SQLite in memory and forgets them, which suits tests. ``chutes_proto.store.sql`` has every
-operation as SQL for two dialects; a store over another database says what each operation does there. Run the cases of
-``chutes_proto.testing.store_suite`` against yours, as ``tests/store/test_suite.py`` does.
+This one keeps rows in SQLite in memory and forgets them, which suits tests. ``chutes_proto.store`` has every operation
+as SQL for two dialects. Run the cases of ``chutes_proto.testing.store_suite`` against yours, as
+``tests/store/test_suite.py`` does.
 """
 
 import sqlite3
 import threading
 
 from chutes_proto.errors import StoreError
-from chutes_proto.store import run_script, sql
+from chutes_proto.store import decode, for_driver, run_script, schema, statement
 
 
 class OwnStore:
     def __init__(self):
         self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._lock = threading.Lock()
-        for statement in sql.schema("sqlite"):
-            self._connection.execute(statement)
+        for text in schema("sqlite"):
+            self._connection.execute(text)
         self._connection.execute("PRAGMA foreign_keys = 1")
 
     def close(self):
@@ -35,9 +35,9 @@ class OwnStore:
             return result
 
     def _perform(self, operation):
-        text, values = sql.statement(operation)
+        text, values = statement(operation)
         try:
-            rows = self._connection.execute(sql.for_driver(text, "sqlite"), values).fetchall()
+            rows = self._connection.execute(for_driver(text, "sqlite"), values).fetchall()
         except sqlite3.Error as exc:
             raise StoreError(str(exc)) from exc
-        return sql.decode(operation, rows)
+        return decode(operation, rows)

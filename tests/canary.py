@@ -17,7 +17,7 @@ import pytest
 from chutes_proto.errors import ChutesError, Refusal
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import AuditRow
+from chutes_proto.store._rows import AuditRow
 
 _MANY = 300_000
 ON_PURPOSE = "told_on_purpose"

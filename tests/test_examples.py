@@ -198,8 +198,8 @@ def private_imports(source: str) -> list[str]:
         ("def f():\n  from chutes_proto.io import files", ["chutes_proto.io.files"]),
         ("from chutes_proto.quote import verify, _verify", ["chutes_proto.quote._verify"]),
         ("from chutes_proto.quote._verify import verify", ["chutes_proto.quote._verify.verify"]),
-        ("from chutes_proto.store import sql, run_script\nfrom chutes_proto.store.rows import StoreOp", []),
-        ("import chutes_proto_trio\nfrom chutes_proto.store.rows import VmRow", []),
+        ("from chutes_proto.store import StoreOp, run_script", []),
+        ("import chutes_proto_trio\nfrom chutes_proto.store._rows import VmRow", ["chutes_proto.store._rows.VmRow"]),
     ],
 )
 def test_private_imports_are_found(source: str, found: list[str]) -> None:

@@ -21,7 +21,7 @@ import chutes_proto_trio
 PUBLIC = (
     "chutes_proto",
     *(f"chutes_proto.{name}" for name in "boot effects errors gpu log miner quote secret server".split()),
-    *(f"chutes_proto.{name}" for name in "store store.rows store.sql sync testing testing.store_suite".split()),
+    *(f"chutes_proto.{name}" for name in "store sync testing testing.store_suite".split()),
     "chutes_proto_asyncio",
     "chutes_proto_trio",
 )

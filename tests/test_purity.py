@@ -52,7 +52,7 @@ ENTROPY = frozenset("generate_key generate_private_key random_serial_number".spl
 ASYNC_FILES = frozenset({"chutes_proto.effects", "chutes_proto.transport.asgi"})
 """Drivers written against awaitables that they are handed."""
 
-YIELD_FILES = frozenset({"chutes_proto.effects", "chutes_proto.store.rows"})
+YIELD_FILES = frozenset({"chutes_proto.effects", "chutes_proto.store._rows"})
 """Where a bare ``yield`` makes an effect or a row operation; anywhere else it would bypass their types.
 
 Context managers are not flows, and may. So may a function that returns ``Iterator[str]``: mypy refuses an effect in it,
@@ -208,7 +208,7 @@ LOAD = "class Policy:\n  def load():\n    "
         ("chutes_proto.units.boot", "import time", "imports time"),
         ("chutes_proto.units.boot", "import os.path as p", "imports os.path"),
         ("chutes_proto.units.boot", "from io import open as o", "imports io.open"),
-        ("chutes_proto.store.sql", "import psycopg", "imports psycopg"),
+        ("chutes_proto.store._sql", "import psycopg", "imports psycopg"),
         ("chutes_proto.units.boot", "from socket import socket", "imports socket.socket"),
         ("chutes_proto.wire.http", "from urllib.request import urlopen", "imports urllib.request.urlopen"),
         ("chutes_proto.wire.http", "def f():\n  import secrets", "2: imports secrets"),
@@ -267,7 +267,7 @@ def test_violations_are_found(module: str, source: str, what: str) -> None:
         ("chutes_proto.io.server.aio", "import trio\nasync def f(): ..."),
         ("chutes_proto.effects", "async def f(): ...\ndef g():\n  yield 1"),
         ("chutes_proto.transport.asgi", "async def f(): ..."),
-        ("chutes_proto.store.rows", "def g():\n  yield 1"),
+        ("chutes_proto.store._rows", "def g():\n  yield 1"),
         ("chutes_proto.server._app", "@contextmanager\ndef f():\n  yield"),
         ("chutes_proto.server._config", "def f() -> Iterator[str]:\n  yield 'a problem'"),
         ("chutes_proto.boot._flows", "def f():\n  r = yield from Sleep(1)"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from chutes_proto.store import _guard_sql, sql
+from chutes_proto.store import _guard_sql
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._guard import Guard, OfGuard
-from chutes_proto.store.rows import GenerationRow, Scan
+from chutes_proto.store._rows import GenerationRow, Scan
 
 
 @frozen

@@ -24,8 +24,8 @@ from attrs import evolve
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server._why import Difference, Finding
+from chutes_proto.store._rows import NoteWhatIf, Vm, WhatIf
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import NoteWhatIf, Vm, WhatIf
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from chutes_proto.units.boot import RecordRefusal

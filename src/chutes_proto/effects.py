@@ -5,7 +5,7 @@ the rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``pe
 
 Rules kept here:
 
-* this is the only file of the pure part, next to ``store/rows.py``, with a bare ``yield``;
+* this is the only file of the pure part, next to ``store/_rows.py``, with a bare ``yield``;
 * an effect is a frozen value: two equal effects ask for the same thing, so a playbook can compare them;
 * whatever ``perform`` raises is thrown into the flow at the place that asked, so a flow handles faults like replies.
 """

@@ -32,7 +32,7 @@ from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.effects import Effect, Flow, Transact, run
 from chutes_proto.errors import QuoteUnavailable, Refusal, StoreBusy, TransportError
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import BootRow, GenerationRow, NonceRow, Row
+from chutes_proto.store._rows import BootRow, GenerationRow, NonceRow, Row
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.network import Fate, SimulatedNetwork
 from tests.server.world import HOTKEY, NOW, World

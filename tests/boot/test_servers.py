@@ -25,7 +25,7 @@ from chutes_proto.errors import (
 )
 from chutes_proto.miner import _flows as servers
 from chutes_proto.miner._flows import AttestationStatus, Miner, RuntimeVerdict, Server
-from chutes_proto.store.rows import AttestationRow, ServerRow
+from chutes_proto.store._rows import AttestationRow, ServerRow
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import CERTIFICATES, GPU, MINER, OTHER, World
 

@@ -20,9 +20,9 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import AuditRow, InsertAll
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, InsertAll
-from chutes_proto.store.sql import columns
+from chutes_proto.store._sql import columns
 from chutes_proto.testing.store_suite._parts import NOW
 from chutes_proto.tlog.merkle import leaf_hash, root_hash
 from chutes_proto.tlog.notes import Checkpoint, Signer

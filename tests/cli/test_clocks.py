@@ -17,8 +17,8 @@ from chutes_proto.io.server.health import read_health
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import SetHorizon
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import SetHorizon
 from chutes_proto.sync import BootAgent
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY, ONCE, Ended, Server, is_ready

@@ -18,8 +18,8 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.generations import CALLER_VOLUME
+from chutes_proto.store._rows import AuditRow, Forget, GenerationRow, Insert, Read, ReadAll, Scan, Vm, VmRow
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, Forget, GenerationRow, Insert, Read, ReadAll, Scan, Vm, VmRow
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, attest, boot, confirm, dump, platform, sync
 from chutes_proto.units.operator import PurgeKeys, RebindVm

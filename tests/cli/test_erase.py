@@ -25,8 +25,8 @@ from chutes_proto.io.stores import erasures
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import EvidenceRow, GenerationRow, Put, Read, Scan, Vm, VmRow
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import EvidenceRow, GenerationRow, Put, Read, Scan, Vm, VmRow
 from chutes_proto.units.revocations import Revocations
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, PLATFORM, Site

@@ -31,7 +31,7 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import GpuRow, HostProfileRow, Platform, Revocable, Vm
+from chutes_proto.store._rows import GpuRow, HostProfileRow, Platform, Revocable, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.boot import RecordRefusal

@@ -31,10 +31,8 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.server import ServerConfig
-from chutes_proto.store import sql
-from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store._sealing import ReadEpochs
-from chutes_proto.store.rows import (
+from chutes_proto.store import _sql as sql
+from chutes_proto.store._rows import (
     AttestationRow,
     AuditRow,
     BootRow,
@@ -47,6 +45,8 @@ from chutes_proto.store.rows import (
     Scan,
     Vm,
 )
+from chutes_proto.store._run import Ask, Script, Unit
+from chutes_proto.store._sealing import ReadEpochs
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.boot import RecordRefusal

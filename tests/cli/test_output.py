@@ -17,7 +17,7 @@ from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store.rows import AuditRow, Vm
+from chutes_proto.store._rows import AuditRow, Vm
 from tests.cli.conftest import PROGRAM, Ended
 from tests.waiting import wait_until
 

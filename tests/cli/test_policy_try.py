@@ -10,8 +10,8 @@ from attrs import evolve
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._overview import what_if_lines
+from chutes_proto.store._rows import Platform, ReadWhatIf, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Platform, ReadWhatIf, Vm
 from chutes_proto.testing.store_suite._parts import boot
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.records import Kept

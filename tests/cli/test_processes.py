@@ -30,8 +30,8 @@ from chutes_proto.io.server.setup import make_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import BootRow, GenerationRow, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import BootRow, GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import entropy
 from chutes_proto.wire import codec, vms

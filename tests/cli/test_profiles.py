@@ -17,7 +17,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.quote import parse_profiles_json
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended

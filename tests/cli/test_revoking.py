@@ -20,8 +20,8 @@ from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import AuditRow, InsertAll, Vm
 from chutes_proto.store._run import Ask, Store, Unit
-from chutes_proto.store.rows import AuditRow, InsertAll, Vm
 from chutes_proto.testing.store_suite._parts import boot
 from tests.cli import test_operating
 from tests.cli.test_erase import marked, setup_of

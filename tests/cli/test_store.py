@@ -22,9 +22,9 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import Vault
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import AuditRow, InsertAll
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, InsertAll
-from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.store._sql import SCHEMA_VERSION
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VAULT, boot
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server

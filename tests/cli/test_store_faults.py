@@ -27,8 +27,8 @@ from chutes_proto.io.stores import MAKE_SPACE
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import GenerationRow, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent, MinerClient

@@ -15,7 +15,7 @@ from chutes_proto.io.server.setup import make_setup
 from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._why import Denial, Difference, Finding, explain
-from chutes_proto.store.rows import Platform, Vm
+from chutes_proto.store._rows import Platform, Vm
 from chutes_proto.units.boot import RecordRefusal
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, Site

@@ -16,8 +16,8 @@ from chutes_proto.io.server import copier
 from chutes_proto.io.server.copier import copying
 from chutes_proto.io.server.sinks import FileSink
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.store._rows import AuditRow, Insert
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert
 from chutes_proto.testing.store_suite._parts import NOW, VAULT
 from tests.waiting import wait_until
 

@@ -20,8 +20,8 @@ from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
+from chutes_proto.store._rows import SetHorizon
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import SetHorizon
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VAULT, boot
 

@@ -13,8 +13,8 @@ from chutes_proto.io.server.health import Counts
 from chutes_proto.io.server.metrics import Metrics
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.server._config import LimitOptions
+from chutes_proto.store._rows import CountStates
 from chutes_proto.store._run import Ask, unit_name
-from chutes_proto.store.rows import CountStates
 from chutes_proto.testing.store_suite._parts import VAULT
 from chutes_proto.wire.codes import Code
 from tests.server.world import service

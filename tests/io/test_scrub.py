@@ -13,8 +13,8 @@ from chutes_proto.io.log_files import check_stored
 from chutes_proto.io.server.scrub import SCRUBS, Scrubber, scrub_log, scrubbing
 from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.store._rows import AuditRow, InsertAll, LogTileRow, Put, ReadLog, ReadTile
 from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import AuditRow, InsertAll, LogTileRow, Put, ReadLog, ReadTile
 from chutes_proto.testing.store_suite._parts import NOW, VAULT
 from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import PurgeAudits

@@ -21,8 +21,7 @@ from chutes_proto.io.server.sequencer import BATCH, GATHER_SECONDS, LOOK_SECONDS
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.io.stores.postgres import PostgresStore
-from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     Insert,
     InsertAll,
@@ -32,6 +31,7 @@ from chutes_proto.store.rows import (
     ReadTile,
     ReadTimes,
 )
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
 from chutes_proto.tlog.notes import Checkpoint, Note, Signature, Signer
 from chutes_proto.units.log import SALT_SIZE, ReadLogKeys, SequenceLog

@@ -22,8 +22,8 @@ from chutes_proto.io.files import give_to_owner_of
 from chutes_proto.io.server.sequencer import Sequencer
 from chutes_proto.io.server.sinks import FileSink, JournalSink, Sinks
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.store._rows import AuditRow, Insert, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, Scan
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
 from chutes_proto.tlog.notes import Note
 from tests.waiting import wait_until

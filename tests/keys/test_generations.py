@@ -25,7 +25,7 @@ from chutes_proto.keys.generations import (
     rekey,
     restore,
 )
-from chutes_proto.store.rows import GenerationRow, State, Vm
+from chutes_proto.store._rows import GenerationRow, State, Vm
 
 VM = Vm("hotkey", "vm")
 ALWAYS = Pace(0, 0)

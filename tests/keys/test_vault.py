@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import ConfigurationError, KeyUnavailable, LocalProtocolError, SealBroken
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Sealed, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import GenerationRow, KeyringRow, Vm
+from chutes_proto.store._rows import GenerationRow, KeyringRow, Vm
 
 OLD = KeyEncryptionKey.from_bytes(b"o" * 32)
 NEW = KeyEncryptionKey.from_bytes(b"n" * 32)

@@ -27,7 +27,7 @@ from chutes_proto.log import Record
 from chutes_proto.luks.volume import Volume
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import Exchange, GenerationRow
+from chutes_proto.store._rows import Exchange, GenerationRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.lifecycle.disks import Killed, RealDisks, SimulatedDisks, VmDisks

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
-from chutes_proto.store import rows
-from chutes_proto.store.rows import Exchange, Read, VmRow
+from chutes_proto.store import _rows as rows
+from chutes_proto.store._rows import Exchange, Read, VmRow
 from chutes_proto.testing.store_suite._parts import VM, boot
 from chutes_proto.units import rotation
 from chutes_proto.units.boot import GrantBoot

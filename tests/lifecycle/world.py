@@ -28,8 +28,7 @@ from chutes_proto.keys.generations import ROOT_VOLUME
 from chutes_proto.keys.vault import Address, FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server._profiles import ServedExchange
-from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     BootRow,
     Exchange,
     GenerationRow,
@@ -40,6 +39,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask, Unit
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, attest, boot, entropy, fresh
 from chutes_proto.units.boot import GrantBoot, RootRotation
 from chutes_proto.units.nonces import SKEW

@@ -28,8 +28,8 @@ from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.server._app import App
+from chutes_proto.store._rows import ROWS
 from chutes_proto.store._run import Store
-from chutes_proto.store.rows import ROWS
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire.codec import encode_quote
 from tests.server.world import HOTKEY, PLATFORM, ScanAll, service

@@ -29,7 +29,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Callback
-from chutes_proto.store.rows import AttestationRow, AuditRow, GpuDeviceRow, ServerRow
+from chutes_proto.store._rows import AttestationRow, AuditRow, GpuDeviceRow, ServerRow
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import json

@@ -22,7 +22,7 @@ from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.cli.main import main
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.quoters.simulated import open_platform
-from chutes_proto.store.rows import HostProfileRow
+from chutes_proto.store._rows import HostProfileRow
 from chutes_proto.units.fleet import RegisterHost
 from tests.cli.conftest import HOTKEY, PROGRAM, end, start_server
 from tests.cli.test_replay import GOOD

@@ -25,7 +25,7 @@ from chutes_proto.miner import RuntimeVerdict
 from chutes_proto.miner import _flows as servers
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import AuditRow, GpuDeviceRow, ServerRow
+from chutes_proto.store._rows import AuditRow, GpuDeviceRow, ServerRow
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.endpoint import PARAMETER

@@ -12,8 +12,8 @@ import pytest
 from attrs import evolve
 
 from chutes_proto import __version__
+from chutes_proto.store._rows import AuditRow, Insert, KeyServer, NoteKeyServer, NoteWhatIf, Vm, WhatIf
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, KeyServer, NoteKeyServer, NoteWhatIf, Vm, WhatIf
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from tests.scenario.premises import Premises
 from tests.scenario.test_admin import listen

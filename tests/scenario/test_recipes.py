@@ -26,8 +26,8 @@ from psycopg.conninfo import conninfo_to_dict
 from chutes_proto.errors import StoreError
 from chutes_proto.io.files import write_file
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.store._rows import AuditRow, BootRow, InsertAll, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, BootRow, InsertAll, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VAULT, boot
 from chutes_proto.units.operator import StoreRestored

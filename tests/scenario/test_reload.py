@@ -41,8 +41,8 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import _CARRIED, Service
+from chutes_proto.store._rows import AuditRow, Insert, KeyringRow, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, KeyringRow, Scan
 from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.units.log import LOG

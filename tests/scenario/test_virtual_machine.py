@@ -34,8 +34,8 @@ from chutes_proto.io.files import write_file
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import GenerationRow, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import GenerationRow, Scan
 from tests.cli.conftest import HOTKEY
 from tests.conftest import CI, ROOT, SOAK
 from tests.luks import headers

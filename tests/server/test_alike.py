@@ -22,8 +22,8 @@ from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, watch_servers
 from chutes_proto.server._readiness import Readiness
+from chutes_proto.store._rows import NoteKeyServer, ReadKeyServers
 from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import NoteKeyServer, ReadKeyServers
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import VM
 from tests.store.memory import MemoryStore

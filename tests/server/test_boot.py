@@ -22,8 +22,8 @@ from chutes_proto.server._limits import Admission
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._readiness import watch_store
 from chutes_proto.server._sweeping import LOOK_SECONDS, sweep_nonces
+from chutes_proto.store._rows import AttestationRow, AuditRow, BootRow, Insert, NonceRow, ReadTimes, VmRow
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Insert, NonceRow, ReadTimes, VmRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.operator import StoreRestored

@@ -30,8 +30,8 @@ from chutes_proto.server._callbacks import SECONDS
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.server._service import Callback
+from chutes_proto.store._rows import AttestationRow, AuditRow, GenerationRow, ServerRow, UpdateGeneration
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, AuditRow, GenerationRow, ServerRow, UpdateGeneration
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.servers import ReadCaller
 from chutes_proto.wire import json

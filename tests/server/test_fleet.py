@@ -11,7 +11,7 @@ from chutes_proto.errors import StoreError, Unavailable
 from chutes_proto.server._app import App
 from chutes_proto.server._config import MaintenanceOptions
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import AuditRow, HostProfileRow, ServerRow
+from chutes_proto.store._rows import AuditRow, HostProfileRow, ServerRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.fleet import HOSTS, HOSTS_BYTES, HOSTS_OF_HOTKEY, NameHost, RegisterHost, Window, is_older
 from chutes_proto.units.revocations import Allow, Revoke

@@ -23,7 +23,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._gpu_evidence import Demand, GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Callback
-from chutes_proto.store.rows import AuditRow, Claim, GpuDeviceRow, Read, ServerRow
+from chutes_proto.store._rows import AuditRow, Claim, GpuDeviceRow, Read, ServerRow
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.records import SignedGpu, SignedGpus

@@ -9,8 +9,8 @@ from attrs import evolve
 
 from chutes_proto.server import _overview as overview
 from chutes_proto.server._overview import DAY, DENIALS, HALF_HOUR, Fleet, Recent, fleet_members, recent_members
+from chutes_proto.store._rows import AuditRow, Insert, InsertAll, Platform, Vm, VmRow, WhatIf
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, InsertAll, Platform, Vm, VmRow, WhatIf
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot
 from tests.store.memory import MemoryStore
 

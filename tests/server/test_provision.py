@@ -16,7 +16,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedExchange, ServedProfile
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, NonceRow, Vm, VmRow, VolumeRow
+from chutes_proto.store._rows import AttestationRow, AuditRow, BootRow, GenerationRow, NonceRow, Vm, VmRow, VolumeRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.operator import RestoreKey
 from chutes_proto.wire import json

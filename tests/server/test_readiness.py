@@ -7,8 +7,8 @@ import pytest
 from chutes_proto.effects import Log, Now, Sleep, Transact, Uptime
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError, Unavailable
 from chutes_proto.server._readiness import Readiness, Revoked, watch_store
+from chutes_proto.store._rows import KeyServer, NoteKeyServer
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import KeyServer, NoteKeyServer
 from chutes_proto.units.revocations import ReadRevocations, Revocations
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from chutes_proto.server._app import App
-from chutes_proto.store.rows import GenerationRow, NonceRow, Pin, Revocable, RevocationRow, Vm, VmRow
+from chutes_proto.store._rows import GenerationRow, NonceRow, Pin, Revocable, RevocationRow, Vm, VmRow
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.revocations import Allow, ReadRevocations, RepeatRevocation, Revoke
 from chutes_proto.wire.codes import Code

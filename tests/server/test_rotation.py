@@ -22,8 +22,8 @@ from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
 from chutes_proto.server._service import Service
+from chutes_proto.store._rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire.codec import encode_quote

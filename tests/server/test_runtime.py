@@ -19,7 +19,7 @@ from chutes_proto.errors import StoreBusy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._proxy import TrustedProxies, TrustedProxy
-from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
+from chutes_proto.store._rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import RecordRuntimeRefusal

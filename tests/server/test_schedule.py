@@ -13,7 +13,7 @@ from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._measurements import Profile, Schedule, parse_profiles_toml
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import AuditRow
+from chutes_proto.store._rows import AuditRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.codes import Code
 from tests.server.test_provision import volumes_request

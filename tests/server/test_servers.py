@@ -19,8 +19,8 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.store._rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, StoreOp, VmRow
 from chutes_proto.store._run import Ask, run_script
-from chutes_proto.store.rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, StoreOp, VmRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.fleet import ReadServers, ReadServersAndGpus
 from chutes_proto.units.records import Quote

@@ -11,7 +11,7 @@ from chutes_proto.effects import Transact, run
 from chutes_proto.errors import BadRequest, FateUnknown, StoreBusy
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import BootRow, GenerationRow
+from chutes_proto.store._rows import BootRow, GenerationRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.codes import Code

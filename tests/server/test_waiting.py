@@ -18,7 +18,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._limits import Admission
 from chutes_proto.server._retry import CLIENT_SECONDS, LAST_START_SECONDS, LATEST_ANSWER_SECONDS, bound_store
 from chutes_proto.server._tokens import RANDOM_SIZE, TokenMint
-from chutes_proto.store.rows import VmRow
+from chutes_proto.store._rows import VmRow
 from chutes_proto.testing._playbook import Playbook
 from chutes_proto.units.contents import CountAll
 from chutes_proto.wire.codes import Code

@@ -20,7 +20,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Service
 from chutes_proto.server._whatif import judge
-from chutes_proto.store.rows import EvidenceRow
+from chutes_proto.store._rows import EvidenceRow
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.testing._statements import TCB_LADDER, TcbInfo

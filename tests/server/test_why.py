@@ -12,7 +12,7 @@ from chutes_proto.quote._steps import QuoteSignatureError
 from chutes_proto.server._app import App
 from chutes_proto.server._known import learn_vms
 from chutes_proto.server._why import Denial, Difference, Finding, explain, remedy
-from chutes_proto.store.rows import AttestationRow
+from chutes_proto.store._rows import AttestationRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.miners import RUNTIME_ATTESTATION

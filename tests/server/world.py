@@ -38,8 +38,8 @@ from chutes_proto.server._app import App
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Service
+from chutes_proto.store._rows import Row, Scan
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import Row, Scan
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote

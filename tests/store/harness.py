@@ -11,8 +11,8 @@ from attrs import field, frozen
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._rows import ReadTimes, StoreOp
 from chutes_proto.store._run import Script, Store, Unit
-from chutes_proto.store.rows import ReadTimes, StoreOp
 from chutes_proto.testing.store_suite._parts import VAULT
 from tests.store.memory import MemoryStore
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from chutes_proto.errors import StoreError
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import sql
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._guard import Guard
+from chutes_proto.store._rows import StoreOp
 from chutes_proto.store._run import Unit, run_script
 from chutes_proto.store._versions import Versions
-from chutes_proto.store.rows import StoreOp
 from chutes_proto.units.custody import ENTROPY_SIZE, SealNew
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ import pytest
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._rows import ReadTimes
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, dump
 from chutes_proto.units.operator import StoreRestored
 from tests.postgres import replace_now, schema_with_clock

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import StoreBusy
 from chutes_proto.io.stores.postgres import PostgresStore
-from chutes_proto.store import _guard_sql, sql
+from chutes_proto.store import _guard_sql
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._crowding import Crowding
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditWanted,
     FindLastBoot,
     FindLastBootFrom,
@@ -37,6 +37,7 @@ from chutes_proto.store.rows import (
     Vm,
     VmRow,
 )
+from chutes_proto.store._run import Ask
 from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform, sync
 from tests.conftest import SOAK
 from tests.store.harness import Gate, together

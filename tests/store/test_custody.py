@@ -34,7 +34,9 @@ from chutes_proto.io.stores.sealing import begin_epoch, end_epoch, find_faults, 
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import _guard, _guard_sql, rows, sql
+from chutes_proto.store import _guard, _guard_sql
+from chutes_proto.store import _rows as rows
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._audit_rows import judged
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._guard import Guard
@@ -44,8 +46,8 @@ from chutes_proto.store._macs import EpochKey, epoch_of
 from chutes_proto.store._mark import Mark
 from chutes_proto.store._run import Ask, Store, Unit, unit_name
 from chutes_proto.store._sealing import SEALED, ReadEpochs
+from chutes_proto.store._sql import columns
 from chutes_proto.store._store_group import StoreGroup
-from chutes_proto.store.sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot, read, sync
 from chutes_proto.tlog.notes import Checkpoint
 from chutes_proto.units.boot import REFUSALS_PER_DAY, GrantBoot, RecordRefusal

@@ -12,9 +12,9 @@ import pytest
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.store._rows import BootRow, ReadTimes, Scan
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import BootRow, ReadTimes, Scan
-from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.store._sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite._parts import VAULT, boot
 
 DAMAGED = "it is damaged: a row of the table fact is missing; stop the server and restore a backup"

@@ -15,8 +15,7 @@ from chutes_proto.io.server.scrub import scrub_log
 from chutes_proto.io.server.sequencer import Sequencer, sequencing
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sealing import find_faults
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     AuditWanted,
     Insert,
@@ -30,6 +29,7 @@ from chutes_proto.store.rows import (
     ReadTile,
     Scan,
 )
+from chutes_proto.store._run import Ask
 from chutes_proto.testing.store_suite._parts import NOW, VAULT
 from chutes_proto.tlog.merkle import leaf_hash, root_hash, verify_inclusion
 from chutes_proto.tlog.notes import Checkpoint, Note

@@ -14,8 +14,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     BootRow,
     Claim,
@@ -26,6 +25,7 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Times,
 )
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.testing.store_suite._parts import CALLERS, NOW, VAULT, VM, boot, dump, sync
 from chutes_proto.wire.codes import Code
 from tests.store.harness import Gate, together

@@ -12,10 +12,10 @@ from chutes_proto.errors import Refused, RowNotAuthentic
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sealing import find_faults
-from chutes_proto.store import _custody, sql
+from chutes_proto.store import _custody
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._custody import Custody, SeenHeads
-from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     BootRow,
     FindLastBoot,
     FindLastBoots,
@@ -27,7 +27,8 @@ from chutes_proto.store.rows import (
     Vm,
     VmRow,
 )
-from chutes_proto.store.sql import columns
+from chutes_proto.store._run import Ask, Unit
+from chutes_proto.store._sql import columns
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import AllowFormat, RebindVm, StoreRestored
 from chutes_proto.units.revocations import ReadRevocations, Revoke

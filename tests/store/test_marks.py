@@ -32,8 +32,8 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
+from chutes_proto.store._rows import AuditRow, InsertAll, ReadAudit, ReadLog, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
 from chutes_proto.tlog.notes import Checkpoint, Signer

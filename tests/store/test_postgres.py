@@ -32,10 +32,21 @@ from chutes_proto.io.files import write_file
 from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.postgres import PostgresStore, has_secret, transactions
 from chutes_proto.io.stores.postgres.url import name_of
-from chutes_proto.store import sql
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._heads import RECENT_BOOTS
+from chutes_proto.store._rows import (
+    AuditRow,
+    BootRow,
+    Claim,
+    Insert,
+    NonceRow,
+    ReadTimes,
+    Scan,
+    SetHorizon,
+    StoreOp,
+    Vm,
+)
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Claim, Insert, NonceRow, ReadTimes, Scan, SetHorizon, StoreOp, Vm
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, platform, sync
 from chutes_proto.wire.codes import Code
 from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed

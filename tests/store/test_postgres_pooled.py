@@ -16,8 +16,8 @@ from attrs import evolve
 
 from chutes_proto.errors import FateUnknown, Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.store._rows import ReadTimes, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes, Vm
 from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform
 from chutes_proto.wire.codes import Code
 from tests.postgres import Pooler

@@ -23,8 +23,7 @@ from chutes_proto.io.stores import marks
 from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.io.stores.postgres.connection import Connection
 from chutes_proto.io.stores.postgres.url import parse
-from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     CountSealed,
     CountStates,
     Read,
@@ -41,6 +40,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VoidTokens,
 )
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, sync
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.units.revocations import Revocations

@@ -16,8 +16,8 @@ import chutes_proto_trio
 from chutes_proto.errors import FateUnknown, StoreBusy
 from chutes_proto.io.stores.postgres import PostgresStore, transactions
 from chutes_proto.secret import Secret
+from chutes_proto.store._rows import ReadTimes, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes, Vm
 from chutes_proto.testing.store_suite._parts import VAULT, VM, boot
 from tests.postgres import PASSWORD, Cluster
 from tests.scenario import operations

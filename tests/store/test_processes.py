@@ -21,8 +21,8 @@ from attrs import evolve
 
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import Address
+from chutes_proto.store._rows import AttestationRow, AuditRow, BootRow, BootVolumeRow, GenerationRow, NonceRow, Scan, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, BootVolumeRow, GenerationRow, NonceRow, Scan, Vm
 from chutes_proto.testing.store_suite._parts import VAULT, VM
 from tests.conftest import ROOT, SOAK
 from tests.store.worker import pair, two_phase, unit

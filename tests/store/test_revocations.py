@@ -13,8 +13,7 @@ from attrs import evolve, field, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     BootRow,
     Forget,
@@ -27,6 +26,7 @@ from chutes_proto.store.rows import (
     StoreOp,
     VmRow,
 )
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, read, sync
 from chutes_proto.units.revocations import (
     NO_REVOCATIONS,

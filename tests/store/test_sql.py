@@ -12,9 +12,11 @@ from attrs import evolve, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.store import _guard_sql, rows, sql
+from chutes_proto.store import _guard_sql
+from chutes_proto.store import _rows as rows
+from chutes_proto.store import _sql as sql
 from chutes_proto.store._macs import UNSEALED
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     ROWS,
     AuditRow,
     Insert,
@@ -29,7 +31,7 @@ from chutes_proto.store.rows import (
     VolumeRow,
     WhatIf,
 )
-from chutes_proto.store.sql import columns, decode, decode_rows, encode, for_driver, schema, statement
+from chutes_proto.store._sql import columns, decode, decode_rows, encode, for_driver, schema, statement
 from tests.store.memory import MemoryStore
 
 

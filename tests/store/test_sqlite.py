@@ -21,8 +21,8 @@ from attrs import frozen
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.io.stores.sealing import find_faults
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, Interrupted, Interruption, boot, dump, sync
 
 

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import pytest
 from attrs import evolve
 
-from chutes_proto.store._run import Store, Unit, run_script
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     BootRow,
     Claim,
     CountClaims,
@@ -32,7 +31,8 @@ from chutes_proto.store.rows import (
     VmRow,
     VoidTokens,
 )
-from chutes_proto.store.sql import encode, statement
+from chutes_proto.store._run import Store, Unit, run_script
+from chutes_proto.store._sql import encode, statement
 from chutes_proto.testing.store_suite import CASES, Case, Harness
 from chutes_proto.testing.store_suite._parts import DAY, NOW
 from chutes_proto.testing.store_suite._transactions import a_unit_that_raises_leaves_no_trace

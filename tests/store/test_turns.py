@@ -33,9 +33,9 @@ from chutes_proto.server._app import App
 from chutes_proto.server._boot import token_digest
 from chutes_proto.server._service import Service
 from chutes_proto.server._tokens import RANDOM_SIZE
+from chutes_proto.store._rows import ReadTimes, Times, Vm
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store._turns import Turn, Turns
-from chutes_proto.store.rows import ReadTimes, Times, Vm
 from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, platform
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse

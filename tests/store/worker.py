@@ -28,7 +28,7 @@ from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.server._limits import Admission
 from chutes_proto.server._retry import transact_patiently
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.testing.store_suite._parts import VAULT, VM, attest, boot, confirm, sync
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, HandedKeys

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import KeyUnavailable, Refused, SealBroken, Unavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AttestationRow,
     AuditRow,
     BootRow,
@@ -32,6 +31,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, entropy, fresh, platform, sync
 from chutes_proto.units.boot import BootGrant, GrantBoot, RecordRefusal
 from chutes_proto.units.keys import VmKeys

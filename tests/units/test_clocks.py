@@ -15,8 +15,8 @@ from chutes_proto.errors import Refusal
 from chutes_proto.secret import Secret
 from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
 from chutes_proto.server._tags import TagKey
+from chutes_proto.store._rows import ReadTimes, StoreOp, Times
 from chutes_proto.store._run import Ask, Script, Unit
-from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite._parts import DAY, NOW
 from chutes_proto.units.nonces import SKEW, ForgetNonces, Nonce, RaiseHorizon, redeem_nonce, why_void
 from chutes_proto.units.operator import StoreRestored

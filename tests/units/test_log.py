@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import LogError, SealBroken, StoreBusy
 from chutes_proto.keys.vault import NONCE_SIZE
 from chutes_proto.secret import Secret
-from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     Insert,
     InsertAll,
@@ -33,7 +32,8 @@ from chutes_proto.store.rows import (
     Sequence,
     Vm,
 )
-from chutes_proto.store.sql import columns, decode_rows, encode
+from chutes_proto.store._run import Ask, Unit
+from chutes_proto.store._sql import columns, decode_rows, encode
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM
 from chutes_proto.tlog import merkle
 from chutes_proto.tlog.merkle import EMPTY_ROOT

@@ -28,8 +28,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store._run import Ask, Store, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     CountSealed,
     Exchange,
@@ -40,6 +39,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask, Store, Unit
 from chutes_proto.testing.store_suite._parts import (
     DAY,
     NOW,

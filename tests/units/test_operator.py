@@ -10,8 +10,7 @@ from attrs import evolve
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     AuditWanted,
     CountSealed,
@@ -30,6 +29,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask, Unit
 from chutes_proto.testing.store_suite._parts import (
     NOW,
     VAULT,

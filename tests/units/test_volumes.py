@@ -13,8 +13,7 @@ from chutes_proto.errors import KeyUnavailable, Refused, Unavailable
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store._run import Ask, Unit, run_script
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AuditRow,
     BootRow,
     BootVolumeRow,
@@ -28,6 +27,7 @@ from chutes_proto.store.rows import (
     Vm,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask, Unit, run_script
 from chutes_proto.testing.store_suite._parts import (
     NOW,
     VAULT,

@@ -12,8 +12,8 @@ from attrs import frozen
 
 from chutes_proto.errors import LogError, PurgedMeanwhile, StoreAway, StoreBusy, StoreError
 from chutes_proto.io.files import is_there, make_directory, read_file, write_file
+from chutes_proto.store._rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit, ReadLog, ReadTile
 from chutes_proto.tlog.check import Report, check_log
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier

@@ -20,7 +20,7 @@ from chutes_proto.keys.vault import FreshKey
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import open_quote
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import Platform, Vm
+from chutes_proto.store._rows import Platform, Vm
 from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 
 

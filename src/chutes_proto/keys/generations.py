@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 
 from attrs import evolve, field, frozen
 
-from chutes_proto.store.rows import GenerationRow, Retirement
+from chutes_proto.store._rows import GenerationRow, Retirement
 
 Generations: TypeAlias = Iterable[GenerationRow]
 

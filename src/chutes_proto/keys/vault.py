@@ -32,7 +32,7 @@ from chutes_proto.errors import ConfigurationError, KeyUnavailable, LocalProtoco
 from chutes_proto.secret import Secret
 
 if TYPE_CHECKING:
-    from chutes_proto.store.rows import GenerationRow, KeyringRow, Vm
+    from chutes_proto.store._rows import GenerationRow, KeyringRow, Vm
 
 SEAL_VERSION: Final = 1
 KEY_SIZE: Final = 32

@@ -27,8 +27,8 @@ from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._readiness import WATCH_SECONDS, Readiness
+from chutes_proto.store._rows import ForgetKeyServers, KeyServer, NoteKeyServer, ReadKeyServers
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ForgetKeyServers, KeyServer, NoteKeyServer, ReadKeyServers
 from chutes_proto.wire import json
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, re
 from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import read_cache_passphrase, sync_volumes
 from chutes_proto.server._why import Denial, explain
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.wire import endpoints, fleet, miners, openapi, public, vms
 from chutes_proto.wire.codec import decode_request, encode_answer, error_response
 from chutes_proto.wire.codes import Code

@@ -37,7 +37,7 @@ from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
 from chutes_proto.server._tokens import RANDOM_SIZE as TOKEN_RANDOM_SIZE
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.units.boot import DAY, GrantBoot, RecordRefusal, RootRotation
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code

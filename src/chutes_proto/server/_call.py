@@ -13,8 +13,8 @@ from chutes_proto.errors import Refusal, Refused, StoreError
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.server._observing import trace_of
 from chutes_proto.server._why import Finding
+from chutes_proto.store._rows import Vm
 from chutes_proto.store._run import Unit
-from chutes_proto.store.rows import Vm
 from chutes_proto.units.records import legible_vm
 from chutes_proto.wire.http import HttpRequest, MalformedRequest
 

@@ -39,7 +39,7 @@ from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
 from chutes_proto.server._grounds import grounds, platform_of, refusal_code
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import Platform
+from chutes_proto.store._rows import Platform
 from chutes_proto.units.records import AcceptedQuote, Kept
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import decode_quote

@@ -19,7 +19,7 @@ import attrs
 from attrs import frozen
 
 from chutes_proto.errors import BadRequest
-from chutes_proto.store.rows import GpuRow
+from chutes_proto.store._rows import GpuRow
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.miners import NodeArgs

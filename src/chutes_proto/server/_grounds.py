@@ -29,7 +29,7 @@ from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.quote._policy_set import BoundPolicies
 from chutes_proto.quote._verify import Verdict
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import Platform
+from chutes_proto.store._rows import Platform
 from chutes_proto.wire.codes import Code
 
 ACCEPTED: Final = "accepted"

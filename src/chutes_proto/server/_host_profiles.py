@@ -17,8 +17,8 @@ from chutes_proto.effects import Flow, Transact, Uptime
 from chutes_proto.errors import BadRequest, Unavailable, ValidationProblem
 from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._service import Service
+from chutes_proto.store._rows import HostProfileRow, Read, ReadHostProfiles
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import HostProfileRow, Read, ReadHostProfiles
 from chutes_proto.units.fleet import HOSTS, RegisterHost
 from chutes_proto.wire import fleet, json
 from chutes_proto.wire.codec import plain

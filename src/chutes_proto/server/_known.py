@@ -16,8 +16,8 @@ from attrs import define, field
 from chutes_proto.effects import Flow, Sleep, Transact
 from chutes_proto.errors import StoreError
 from chutes_proto.server._limits import TokenBuckets
+from chutes_proto.store._rows import ReadPage, Vm, VmRow
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadPage, Vm, VmRow
 
 LOOK_SECONDS: Final = 600.0
 """The time between two readings of all names."""

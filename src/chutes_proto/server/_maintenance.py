@@ -13,7 +13,7 @@ from chutes_proto.effects import Flow, Transact
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.server._call import SignedCall
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import GpuRow
+from chutes_proto.store._rows import GpuRow
 from chutes_proto.units.fleet import (
     BeginMaintenance,
     Preflight,

@@ -13,7 +13,7 @@ from chutes_proto.effects import Flow, Transact
 from chutes_proto.errors import Refusal, StoreError
 from chutes_proto.server._call import Call
 from chutes_proto.server._profiles import ServedExchange
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.units.boot import RecordMismatch
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code

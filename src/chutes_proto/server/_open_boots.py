@@ -20,7 +20,7 @@ from collections import OrderedDict
 from attrs import define, field
 
 from chutes_proto.keys.generations import ROOT_VOLUME
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.units.boot import TOKEN_SECONDS
 from chutes_proto.units.rotation import CONFIRM_SECONDS
 from chutes_proto.wire import vms

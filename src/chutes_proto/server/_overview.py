@@ -17,8 +17,8 @@ from attrs import define, field, frozen
 
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._why import Why, explain, recorded
+from chutes_proto.store._rows import AuditRow, FleetVm, ReadAudit, ReadFleet, Vm, WhatIf
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, FleetVm, ReadAudit, ReadFleet, Vm, WhatIf
 from chutes_proto.units.operator import FindVerdict
 from chutes_proto.wire import json
 

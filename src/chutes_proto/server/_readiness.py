@@ -18,8 +18,8 @@ from attrs import define, field
 from chutes_proto.effects import Flow, Log, Now, Sleep, Transact, Uptime
 from chutes_proto.errors import FateUnknown, Refusal, StoreAway, StoreBusy, StoreError, Unavailable
 from chutes_proto.log import Level, Record
+from chutes_proto.store._rows import StoreOp
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import StoreOp
 from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations, Revocations
 from chutes_proto.wire.codes import Code
 

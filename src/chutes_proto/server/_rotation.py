@@ -32,7 +32,7 @@ from chutes_proto.server._grounds import ACCEPTED, outcome_of
 from chutes_proto.server._retry import transact_patiently, verify_with_retries
 from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import check_names, check_shape, check_volumes, entropy_parts
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmRoot, ConfirmVolumes, FindQuoteNonce, Result
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code

@@ -21,7 +21,7 @@ from chutes_proto.server._gpu_evidence import appraise_gpus
 from chutes_proto.server._grounds import ACCEPTED, outcome_of
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import AttestationRow, ServerRow
+from chutes_proto.store._rows import AttestationRow, ServerRow
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import GrantRuntime, ReadDeclared, ReadOwnServer, ReadStatus, RecordRuntimeRefusal

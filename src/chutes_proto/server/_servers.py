@@ -16,8 +16,8 @@ from chutes_proto.server._callbacks import ask_host
 from chutes_proto.server._gpus import check_nodes
 from chutes_proto.server._hosts import locate
 from chutes_proto.server._service import Service
+from chutes_proto.store._rows import ReadAll, ServerRow
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadAll, ServerRow
 from chutes_proto.units.fleet import FleetServer
 from chutes_proto.units.servers import ReadServerAndBoot, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners

@@ -18,7 +18,7 @@ from chutes_proto.server._boot import token_digest
 from chutes_proto.server._call import Call
 from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import Vm
+from chutes_proto.store._rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import HEX_32

@@ -26,7 +26,7 @@ from chutes_proto.quote._verify import Verdict, certificates_end, check_signed, 
 from chutes_proto.server._boot import known_hotkey
 from chutes_proto.server._evidence import OURS, Evidence, appraise
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import EvidenceRow
+from chutes_proto.store._rows import EvidenceRow
 from chutes_proto.wire.codes import Code
 
 State: TypeAlias = Literal["granted", "warned", "refused", "not judged"]

@@ -17,7 +17,7 @@ from attrs import field, frozen
 from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.quote._errors import AppraisalError, VerificationError, shown
-from chutes_proto.store.rows import AttestationRow, AuditRow, Vm
+from chutes_proto.store._rows import AttestationRow, AuditRow, Vm
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from chutes_proto.errors import RowNotAuthentic
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._columns import Rows, Values, columns, mistyped
-from chutes_proto.store.rows import StoreOp
+from chutes_proto.store._rows import StoreOp
 
 NOT_ASKED: Final = (
     "it is not what was asked for: an index or an operator of the database was changed, or the search_path"

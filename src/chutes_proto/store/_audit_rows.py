@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._columns import Rows, columns
 from chutes_proto.store._macs import is_same
 from chutes_proto.store._store_group import StoreGroup

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 import attrs
 from attrs import frozen
 
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 
 Values: TypeAlias = tuple[Any, ...]
 """The values of one row, or of a statement's parameters, in order."""

@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 
 from chutes_proto.errors import KeyUnavailable, RowNotAuthentic, SealBroken, StoreError
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._answers import NOT_ASKED
 from chutes_proto.store._columns import Rows, columns, decode_rows
 from chutes_proto.store._macs import EpochKey

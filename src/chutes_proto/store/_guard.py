@@ -26,17 +26,17 @@ from attrs import evolve
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.store import _guard_sql
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._answers import check_asked, check_types
 from chutes_proto.store._audit_rows import VM_VERSION, judged, written
 from chutes_proto.store._columns import Rows, Values, columns, decode_rows, encode
 from chutes_proto.store._custody import Session
 from chutes_proto.store._heads import CREATED_AT, ENTER, OF_STORE, VM_OF
 from chutes_proto.store._macs import TAG_SIZE
+from chutes_proto.store._rows import StoreOp
+from chutes_proto.store._sql import READS_ROWS, decode, kind_read, parts_read, statement
 from chutes_proto.store._store_group import Run, StoreGroup
 from chutes_proto.store._vm_groups import COMPARE, Remembered, VmGroups, boot_name, pair_of
-from chutes_proto.store.rows import StoreOp
-from chutes_proto.store.sql import READS_ROWS, decode, kind_read, parts_read, statement
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -1,6 +1,6 @@
 """The statements of the guard itself, for rows and heads that no operation reads or writes.
 
-They are written as those of operations are; see ``sql.py``.
+They are written as those of operations are; see ``_sql.py``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Final
 
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._columns import Values
-from chutes_proto.store.sql import NAMED_VERSION, chained, logged_version, select, stored_columns
+from chutes_proto.store._sql import NAMED_VERSION, chained, logged_version, select, stored_columns
 
 READ_HEAD: Final = (
     f"SELECT known.version, head.version, contents, mac FROM (SELECT {logged_version('?', '?')} AS version) AS known"  # noqa: S608

@@ -24,7 +24,7 @@ import msgspec
 from attrs import define, frozen
 
 from chutes_proto.errors import RowNotAuthentic
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._answers import key_text
 from chutes_proto.store._columns import Rows, Values, columns
 

@@ -14,13 +14,13 @@ from attrs import frozen
 
 from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.store import _guard_sql
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._audit_rows import HOTKEY, VM, VM_VERSION, fault_of
 from chutes_proto.store._columns import Rows, decode_rows
 from chutes_proto.store._guard import Guard, OfGuard, lacking
 from chutes_proto.store._heads import FACTS, Boots, Head, expect, in_head, name_of, numbers_of, of_number
+from chutes_proto.store._sql import statement
 from chutes_proto.store._vm_groups import COMPARE, boots_of, gone, last_vm, next_heads, pair_of, rows_of_vms
-from chutes_proto.store.sql import statement
 
 _MISSING: Final = 100
 """How many missing generations of a volume are named: a number that somebody has written may have any size."""

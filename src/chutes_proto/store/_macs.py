@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 
 FORMAT: Final = 1
 """The form of a MAC. Another column in a table that has MACs is another form."""

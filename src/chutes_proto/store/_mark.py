@@ -26,7 +26,7 @@ from attrs import evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store.rows import AuditRow, PurgeAudit
+from chutes_proto.store._rows import AuditRow, PurgeAudit
 
 FORM: Final = "chutes-proto mark 1"
 KEPT: Final = 64

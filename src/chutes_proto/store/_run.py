@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from attrs import frozen
 
-from chutes_proto.store.rows import StoreOp
+from chutes_proto.store._rows import StoreOp
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

@@ -3,7 +3,7 @@
 The version stands in the ``fact`` table. A change of the schema makes another version, and a store of another version
 is refused (``_versions.py``).
 
-The names of tables and columns, and the order of these, are those of the row classes (``rows.py``), and ``mac`` after
+The names of tables and columns, and the order of these, are those of the row classes (``_rows.py``), and ``mac`` after
 them. Types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes.
 """
 

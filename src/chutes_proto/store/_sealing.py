@@ -19,15 +19,15 @@ from attrs import frozen
 from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.secret import Secret
 from chutes_proto.store import _guard_sql
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._audit_rows import fault_of, written
 from chutes_proto.store._columns import Values, decode_rows, encode
 from chutes_proto.store._custody import rows_key
 from chutes_proto.store._guard import Guard, OfGuard
 from chutes_proto.store._heads import ENTER, OF_STORE, PLACE_OF, VM_OF, Head
 from chutes_proto.store._macs import TAG_SIZE, UNSEALED, EpochKey, epoch_of
+from chutes_proto.store._sql import statement
 from chutes_proto.store._vm_groups import WRITTEN, last_vm, next_heads
-from chutes_proto.store.sql import statement
 
 SEALED: Final = tuple(kind for kind in store.ROWS if kind not in UNSEALED and kind is not store.AuditRow)
 """The kinds of rows that have MACs, but for audit rows, whose MACs count until they are sequenced."""

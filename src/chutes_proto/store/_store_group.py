@@ -19,14 +19,14 @@ from attrs import evolve
 
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.store import _guard_sql
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._answers import check_once, key_text
 from chutes_proto.store._columns import Rows, Values, columns, flags
 from chutes_proto.store._custody import ROWS_KEY, THE_STORE, Custody, Session, rows_key
 from chutes_proto.store._heads import FACTS, PLACE_OF, Head, expect, expect_all, of_number, store_tag
 from chutes_proto.store._macs import EpochKey, epoch_of, is_same
+from chutes_proto.store._rows import StoreOp
 from chutes_proto.store._schema import READ_VERSION
-from chutes_proto.store.rows import StoreOp
 
 Run: TypeAlias = Callable[[StoreOp[Any] | None, str, Values], Rows]
 """Runs a statement, of an operation or of the guard's own, in the transaction of the unit."""

@@ -17,7 +17,7 @@ from attrs import frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import _schema
-from chutes_proto.store.rows import ROWS
+from chutes_proto.store._rows import ROWS
 
 
 @frozen

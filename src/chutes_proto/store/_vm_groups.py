@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from chutes_proto.errors import RowNotAuthentic
 from chutes_proto.store import _guard_sql
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._answers import key_text
 from chutes_proto.store._columns import Rows, Values, columns
 from chutes_proto.store._custody import REMEMBERED, Session

@@ -18,7 +18,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.keys.generations import CALLER_VOLUME
 from chutes_proto.keys.vault import Address, Vault
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import by_volume
 

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 from attrs import define, evolve, frozen
 
 from chutes_proto.errors import StoreError
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._custody import ROWS_KEY
 from chutes_proto.store._run import Ask, Script, Store, Unit, untold
 

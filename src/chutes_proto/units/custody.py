@@ -15,7 +15,7 @@ from attrs import frozen
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.keys.vault import KEY_SIZE, NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._custody import ROWS_KEY
 from chutes_proto.store._inspection import InspectAudit, InspectLogged
 from chutes_proto.store._run import Script, Unit

@@ -19,7 +19,7 @@ from attrs import frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.revocations import subject_of
 from chutes_proto.wire import json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 
 

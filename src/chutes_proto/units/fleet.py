@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias, TypeVar
 from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused, Unavailable
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.records import NO_QUOTE, Records
 from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed

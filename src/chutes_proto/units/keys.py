@@ -11,7 +11,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
 from chutes_proto.keys.vault import Address, FreshKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script
 
 

@@ -29,9 +29,9 @@ from attrs import define, evolve, field, frozen
 from chutes_proto.errors import LogError, StoreBusy
 from chutes_proto.keys.vault import NONCE_SIZE, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.sql import columns, encode
+from chutes_proto.store._sql import columns, encode
 from chutes_proto.tlog import merkle, tiles
 from chutes_proto.tlog.merkle import Read
 from chutes_proto.tlog.notes import Checkpoint, Note, Signer

@@ -20,8 +20,8 @@ from attrs import frozen
 
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._rows import Claim, NonceRow, ReadTimes, SetHorizon, SweepNonces, Times
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import Claim, NonceRow, ReadTimes, SetHorizon, SweepNonces, Times
 from chutes_proto.wire.codes import Code
 
 SKEW = 60

@@ -22,7 +22,7 @@ from chutes_proto.errors import Refused, RowNotAuthentic, SealBroken
 from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._custody import ROWS_KEY
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.tlog.tiles import WIDTH

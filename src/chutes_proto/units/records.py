@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from attrs import field, frozen
 
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, EvidenceRow, Insert, Pin, Put, Vm
+from chutes_proto.store._rows import AttestationRow, AuditRow, BootRow, Decision, EvidenceRow, Insert, Pin, Put, Vm
 
 _NOT_VISIBLE: Final = re.compile(r"[^!-~]")
 

@@ -29,7 +29,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME, Pace
 from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import check_not_void, check_token, taken
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of, report

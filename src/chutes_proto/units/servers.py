@@ -26,7 +26,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._measurements import Profile
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
 from chutes_proto.units.keys import VmKeys, by_volume

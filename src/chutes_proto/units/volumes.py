@@ -24,7 +24,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import RESERVED_VOLUMES, Supply
 from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import check_token
 from chutes_proto.units.keys import VmKeys, by_volume, report

@@ -31,8 +31,8 @@ from chutes_proto.io.server.store_setup import StoreSetup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.marks import checkpoint_path
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit
 from chutes_proto.tlog.check import Report
 from chutes_proto.tlog.notes import Checkpoint, Note, Verifier
 from chutes_proto.units.log import LOG, ProveEntry, ReadLogKeys

@@ -11,8 +11,8 @@ from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Group, answer, parsed
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
+from chutes_proto.store._rows import HostProfileRow, ReadHostProfiles
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import HostProfileRow, ReadHostProfiles
 from chutes_proto.units.fleet import HOSTS, NameHost, RemoveHost
 
 command: Group = Group(

@@ -22,8 +22,7 @@ from chutes_proto.io.server.store_setup import check_keys, count_sealed
 from chutes_proto.io.stores.pages import in_pages
 from chutes_proto.io.stores.sealing import begin_epoch, end_epoch
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
-from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     CountRetired,
     GenerationRow,
     Platform,
@@ -34,6 +33,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask, Store
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
 from chutes_proto.wire.names import NAME_PATTERN

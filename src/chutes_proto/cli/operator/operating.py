@@ -38,8 +38,8 @@ from chutes_proto.errors import (
 from chutes_proto.io.server.store_setup import StoreSetup, copy_audit, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._rows import Pin, ReadNames, StoreOp, Vm
 from chutes_proto.store._run import Ask, Store, Unit
-from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
 

@@ -29,8 +29,8 @@ from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._profiles import EXTRA_KEYS
 from chutes_proto.server._whatif import NOT_JUDGED, Judged, judge
+from chutes_proto.store._rows import CountRows, NoteWhatIf, Vm, VmRow, WhatIf
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import CountRows, NoteWhatIf, Vm, VmRow, WhatIf
 from chutes_proto.units.evidence import ReadEvidence
 from chutes_proto.wire import json
 

@@ -29,7 +29,7 @@ from chutes_proto.quote._published import ProfileFile, parse_profile_file
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._profiles import EXTRA_KEYS
-from chutes_proto.store.rows import FleetVm, ReadFleet
+from chutes_proto.store._rows import FleetVm, ReadFleet
 from chutes_proto.wire.http import HttpRequest
 
 command: Group = Group(

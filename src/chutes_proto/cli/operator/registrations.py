@@ -10,7 +10,7 @@ from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Group, answer
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.store.rows import ReadPage, ServerRow
+from chutes_proto.store._rows import ReadPage, ServerRow
 from chutes_proto.units.operator import RemoveRegistration
 
 command: Group = Group(

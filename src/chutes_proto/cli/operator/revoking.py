@@ -18,8 +18,8 @@ from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.server.store_setup import erasures_file
 from chutes_proto.io.stores.erasures import keep_erasures
+from chutes_proto.store._rows import Pin, ReadRevocation, ReadRevoked, ReadTimes, Revocable, RevocationRow
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Pin, ReadRevocation, ReadRevoked, ReadTimes, Revocable, RevocationRow
 from chutes_proto.units.revocations import Allow, ReadParty, Revoke, is_in_force, told_end
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -27,8 +27,8 @@ from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
+from chutes_proto.store._rows import CountRows, GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import CountRows, GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
 from chutes_proto.units.compare import Compare, Difference, Newer, Take
 from chutes_proto.units.contents import CountAll, Fill, pages
 from chutes_proto.units.operator import StoreRestored

@@ -22,8 +22,7 @@ from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.io.stores.erasures import keep_erasures, scrub
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     AttestationRow,
     BootRow,
     CountRows,
@@ -43,6 +42,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
+from chutes_proto.store._run import Ask
 from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.operator import BindVm, PurgeBoots, RebindVm
 from chutes_proto.units.revocations import ReadParty, subject_of

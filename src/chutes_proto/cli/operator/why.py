@@ -25,8 +25,8 @@ from chutes_proto.quote import EventLog, EventLogFormatError
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._traces import Traced, trace
 from chutes_proto.server._why import Denial, Why, explain, recorded
+from chutes_proto.store._rows import AuditRow, AuditWanted, FindLastBoot
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, AuditWanted, FindLastBoot
 from chutes_proto.units.operator import FindVerdict, ReadAuditPage
 from chutes_proto.wire.codes import Code
 

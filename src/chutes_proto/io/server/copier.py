@@ -19,7 +19,7 @@ from typing import Final
 
 from chutes_proto.io.server.sinks import Sink, Sinks, checkpoint_line, row_line
 from chutes_proto.io.stores.address import DurableStore
-from chutes_proto.store.rows import AuditRow
+from chutes_proto.store._rows import AuditRow
 
 QUEUED: Final = 10_000
 """The most transactions whose rows wait for a sink."""

@@ -20,8 +20,8 @@ from chutes_proto.io.server.ends import KINDS, End, Kind, check_profiles, comman
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.store_setup import finding_of_void
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.store._rows import CountSealed, CountStates, ReadAudit, ReadTimes
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import CountSealed, CountStates, ReadAudit, ReadTimes
 
 SKEW_SECONDS: Final = 2
 """A clock that differs more from the database's is worth a note. The store itself refuses one that is wrong."""

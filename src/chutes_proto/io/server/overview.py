@@ -23,8 +23,8 @@ import anyio
 from chutes_proto.errors import StoreError
 from chutes_proto.server._admin import Page
 from chutes_proto.server._overview import Fleet, Recent, fleet_members, recent_members, what_if_lines
+from chutes_proto.store._rows import ReadWhatIf, WhatIf
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import ReadWhatIf, WhatIf
 from chutes_proto.wire import json
 
 READ_SECONDS: Final = 0.5

@@ -27,8 +27,8 @@ from attrs import define
 from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.io.log_files import purged_below, stored_entries, stored_tiles
 from chutes_proto.store._inspection import InspectStore, InspectVms
+from chutes_proto.store._rows import LogStateRow, Read, Vm
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import LogStateRow, Read, Vm
 from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash
 from chutes_proto.tlog.tiles import WIDTH, fold
 from chutes_proto.units.custody import FindGone, FindWaitingFaults

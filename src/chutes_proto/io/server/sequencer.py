@@ -40,8 +40,8 @@ from chutes_proto.keys.vault import NONCE_SIZE, Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.secret import Secret
 from chutes_proto.store._mark import Entry
+from chutes_proto.store._rows import ReadAudit, ReadLossDecided
 from chutes_proto.store._run import Ask, Unit
-from chutes_proto.store.rows import ReadAudit, ReadLossDecided
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
 from chutes_proto.units.log import (
     SALT_SIZE,

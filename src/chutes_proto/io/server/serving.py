@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.log import Value
     from chutes_proto.secret import Secret
-    from chutes_proto.store.rows import KeyringRow
+    from chutes_proto.store._rows import KeyringRow
 
 T = TypeVar("T")
 

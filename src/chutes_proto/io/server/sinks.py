@@ -31,7 +31,7 @@ from chutes_proto.errors import StoreError
 from chutes_proto.io.files import make_file, no_links_of_others, reason
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._copies import Copies
-from chutes_proto.store.rows import AuditRow
+from chutes_proto.store._rows import AuditRow
 from chutes_proto.units.log import entry_text
 
 JOURNAL: Final = Path("/run/systemd/journal/socket")

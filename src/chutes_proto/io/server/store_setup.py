@@ -31,8 +31,8 @@ from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, Difference
 from chutes_proto.server._config import ServerConfig
+from chutes_proto.store._rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan, Times
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan, Times
 from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")

@@ -33,8 +33,8 @@ from chutes_proto.errors import ConfigurationError, RowNotAuthentic, StoreError
 from chutes_proto.io.files import give_to_owner_of, is_there, read_lines, write_file
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._rows import ErasureRow, Revocable, RevocationRow, Scan, Vm
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ErasureRow, Revocable, RevocationRow, Scan, Vm
 from chutes_proto.units.erasure import RepeatErasure, through_of
 from chutes_proto.units.revocations import RepeatRevocation
 

@@ -30,8 +30,8 @@ from chutes_proto.store._copies import Copies
 from chutes_proto.store._custody import Custody, epoch_of_store
 from chutes_proto.store._macs import EpochKey
 from chutes_proto.store._mark import COLUMNS, LARGEST, Entry, Mark, View, find_loss
+from chutes_proto.store._rows import AuditRow, PurgeAudit
 from chutes_proto.store._store_group import check_fact, check_head
-from chutes_proto.store.rows import AuditRow, PurgeAudit
 from chutes_proto.tlog.merkle import root_hash
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
 from chutes_proto.tlog.tiles import reader

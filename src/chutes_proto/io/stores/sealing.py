@@ -18,12 +18,12 @@ from chutes_proto.errors import RowNotAuthentic, StoreError
 from chutes_proto.io.stores.pages import in_pages
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store import rows
+from chutes_proto.store import _rows as rows
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._inspection import InspectRows, InspectStore, InspectVms
+from chutes_proto.store._rows import CountRows
 from chutes_proto.store._run import Ask, Store, Unit, untold
 from chutes_proto.store._sealing import SEALED, ReadSeal, RenewAudit, RenewHeads, RenewMacs
-from chutes_proto.store.rows import CountRows
 from chutes_proto.units.custody import (
     ENTROPY_SIZE,
     BeginNewEpoch,

@@ -38,15 +38,15 @@ from chutes_proto.io.stores.marks import Change, MarkedStore, MarkKeeper
 from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.store._custody import Custody, Session
 from chutes_proto.store._guard import Guard
+from chutes_proto.store._rows import ROWS, AuditRow, Insert, PurgeAudit
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
+from chutes_proto.store._sql import READ_VERSION, LostFactError, Values, for_driver
 from chutes_proto.store._versions import Versions
 from chutes_proto.store._vm_groups import Remembered
-from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
-from chutes_proto.store.sql import READ_VERSION, LostFactError, Values, for_driver
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import Vault
-    from chutes_proto.store.rows import StoreOp
+    from chutes_proto.store._rows import StoreOp
 
 T = TypeVar("T")
 

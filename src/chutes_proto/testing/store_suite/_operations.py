@@ -10,7 +10,7 @@ from typing import Any
 from attrs import evolve
 
 from chutes_proto.errors import RowNotAuthentic
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     ROWS,
     AttestationRow,
     AuditRow,

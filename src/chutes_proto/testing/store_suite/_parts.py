@@ -20,8 +20,8 @@ from chutes_proto.errors import Refusal, StoreError
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
+from chutes_proto.store._rows import Platform, ReadTimes, Row, StoreOp, Vm
 from chutes_proto.store._run import Ask, Script, Store, Unit
-from chutes_proto.store.rows import Platform, ReadTimes, Row, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.contents import pages
 from chutes_proto.units.nonces import Nonce

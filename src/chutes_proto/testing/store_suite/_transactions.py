@@ -11,8 +11,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
-from chutes_proto.store._run import Ask, Script, Store, Unit
-from chutes_proto.store.rows import (
+from chutes_proto.store._rows import (
     ROWS,
     BootRow,
     Claim,
@@ -28,6 +27,7 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Vm,
 )
+from chutes_proto.store._run import Ask, Script, Store, Unit
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.testing.store_suite._parts import (
     CALLERS,

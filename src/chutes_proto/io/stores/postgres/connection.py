@@ -12,16 +12,16 @@ from attrs import frozen
 
 from chutes_proto.io.stores.postgres.exchange import Prepared
 from chutes_proto.store._custody import Session
-from chutes_proto.store.rows import AuditRow, Insert, PurgeAudit
-from chutes_proto.store.sql import for_driver
+from chutes_proto.store._rows import AuditRow, Insert, PurgeAudit
+from chutes_proto.store._sql import for_driver
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
 
     from chutes_proto.io.stores.marks import Change
     from chutes_proto.io.stores.postgres.exchange import Rows
-    from chutes_proto.store.rows import StoreOp
-    from chutes_proto.store.sql import Values
+    from chutes_proto.store._rows import StoreOp
+    from chutes_proto.store._sql import Values
 
 T = TypeVar("T")
 

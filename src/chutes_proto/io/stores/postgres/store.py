@@ -26,19 +26,19 @@ from chutes_proto.io.stores.sealing import seal_if_new
 from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._custody import Custody
 from chutes_proto.store._guard import Guard, statements_ahead
+from chutes_proto.store._rows import ROWS
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._schema import missing_table, tables
-from chutes_proto.store.rows import ROWS
-from chutes_proto.store.sql import LostFactError, is_read, returns_rows
+from chutes_proto.store._sql import LostFactError, is_read, returns_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chutes_proto.io.stores.postgres.exchange import Rows
     from chutes_proto.keys.vault import Vault
+    from chutes_proto.store._rows import StoreOp
     from chutes_proto.store._run import Store, Unit
-    from chutes_proto.store.rows import StoreOp
-    from chutes_proto.store.sql import Values
+    from chutes_proto.store._sql import Values
 
 T = TypeVar("T")
 

@@ -34,9 +34,9 @@ from chutes_proto.io.stores.postgres.faults import (
 )
 from chutes_proto.io.stores.postgres.locks import STRANGERS, described
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._sql import READ_VERSION
 from chutes_proto.store._turns import UNKNOWN
 from chutes_proto.store._versions import Versions
-from chutes_proto.store.sql import READ_VERSION
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from chutes_proto.io.stores.marks import MarkKeeper
     from chutes_proto.io.stores.postgres.exchange import Rows
     from chutes_proto.store._custody import Custody
-    from chutes_proto.store.sql import Values
+    from chutes_proto.store._sql import Values
 
 _OLDEST_SERVER: Final = 12_00_00
 

@@ -33,26 +33,6 @@ else:
 
     frozen = partial(define, unsafe_hash=True)
 
-__all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim"]
-__all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
-__all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom"]
-__all__ += ["FindLastBoots", "FleetVm", "GenerationRow"]
-__all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
-__all__ += ["DecideLoss", "ReadVmVersions"]
-__all__ += ["Insert", "InsertAll", "InsertBootVolumes", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
-__all__ += ["Put", "Read"]
-__all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadGpus", "ReadHostProfiles"]
-__all__ += ["ReadLiveGenerations", "ReadNames", "ReadOld"]
-__all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
-__all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
-__all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
-__all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
-__all__ += ["NoteWhatIf", "ReadWhatIf", "WhatIf"]
-__all__ += ["DoubtCandidates", "FindDeclaration", "FindRecent", "PurgeTiles"]
-__all__ += ["EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
-__all__ += ["EvidenceRow", "ReadRevocation", "ReadRevoked", "RevocationRow", "SetVersion"]
-__all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
-__all__ += ["FindBeyond", "FindNumber", "ReadUnsequenced", "Sequence", "SetApart"]
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -29,7 +29,7 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 import attrs
 from attrs import frozen
 
-from chutes_proto.store import rows as store
+from chutes_proto.store import _rows as store
 from chutes_proto.store._columns import PARTS, Rows, Values, columns, decode_rows, encode, mistyped
 from chutes_proto.store._macs import UNSEALED
 from chutes_proto.store._schema import (
