@@ -1223,15 +1223,6 @@ def test_a_rotated_kek_opens_the_key_of_the_rows(place: StorePlace) -> None:
         store.transact(granted("last", A, 400))
 
 
-def test_a_changed_key_of_the_rows_is_a_fault_of_the_store(place: StorePlace) -> None:
-    with closing(place.open(make=True)) as store:
-        fill(store)
-    zeros = "zeroblob(60)" if place.path else f"decode('{'00' * 60}', 'hex')"
-    run(place, f"UPDATE keyring SET wrapped = {zeros}")
-    with pytest.raises(RowNotAuthentic, match="row rows/1 of table keyring"):
-        place.open()
-
-
 def test_rows_that_say_they_are_not_sealed_are_not_taken_for_a_new_store(place: StorePlace) -> None:
     """By who has no mark: without its rows it is an empty store."""
     with closing(place.open(make=True)) as store:

@@ -83,10 +83,7 @@ def test_contract(case: Case, harness: Harness) -> None:
     case(harness)
 
 
-BINDINGS = [
-    *(("trio", "sqlite-shared"), ("trio", "postgresql-shared"), ("asyncio", "postgresql-shared")),
-    ("asyncio", "pgbouncer-transaction"),
-]
+BINDINGS = [("trio", "sqlite-shared"), ("asyncio", "postgresql-shared")]
 
 
 @pytest.mark.no_cover  # to measure what other tests cover doubles the time

@@ -119,23 +119,7 @@ def test_the_root_passphrase_is_made_once(store: MemoryStore) -> None:
     ]
 
 
-def test_root_passphrases_differ_between_vms(store: MemoryStore) -> None:
-    one, two = store.transact(boot("1")), store.transact(boot("2", vm=Vm(VM.hotkey, "vm-1")))
-    assert one.root != two.root
-
-
 # --- nonces ---
-
-
-@pytest.mark.parametrize("issued_at", [0, NOW - 300, NOW - 200])
-def test_nothing_issued_up_to_the_horizon_is_redeemed(store: MemoryStore, issued_at: int) -> None:
-    store.transact(Ask(SetHorizon(NOW - 200)))
-    late = boot("late")
-    before, after = (evolve(late, nonce=evolve(late.nonce, issued_at=at)) for at in (issued_at, NOW - 199))
-    with pytest.raises(Unavailable, match="Retry with a new one") as caught:  # a 401 would power the VM off
-        store.transact(before)
-    assert caught.value.code == Code.STORE_UNAVAILABLE
-    store.transact(after)
 
 
 def test_a_replay_is_refused_whatever_else_is_new(store: MemoryStore) -> None:

@@ -72,6 +72,7 @@ from chutes_proto.units.operator import (
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from chutes_proto.wire.codes import Code
+from tests.conftest import SOAK
 from tests.store.memory import SealedStore
 from tests.units.model import Key, Machine, Token
 
@@ -644,7 +645,7 @@ class SqliteCalls(Calls):
         assert found == dump(self.memory)
 
 
-STEPS = 40
+STEPS = 40 if SOAK else 20
 TestCalls = SqliteCalls.TestCase
 TestCalls.settings = settings(settings(), stateful_step_count=STEPS)
 

@@ -14,6 +14,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Unit
 from chutes_proto.testing.store_suite._parts import VAULT, dump
 from chutes_proto.wire.codes import Code
+from tests.conftest import SOAK
 from tests.postgres import schema_with_clock
 from tests.units.test_machine import STEPS, Calls, T
 
@@ -46,6 +47,7 @@ class PostgresCalls(Calls):
         assert found == dump(self.memory)
 
 
+@pytest.mark.skipif(not SOAK, reason="it runs in make soak: the model drives SQLite, and the contract both")
 @pytest.mark.no_cover
 def test_calls(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PostgresCalls, "database", database, raising=False)

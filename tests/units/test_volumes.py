@@ -101,14 +101,6 @@ def test_texts_and_codes_in_the_order_of_the_checks(store: MemoryStore) -> None:
     assert not store.transact(unit).replayed
 
 
-def test_a_token_lives_ten_minutes(store: MemoryStore) -> None:
-    unit = granted(store)
-    expired = evolve(sync(unit, "body", "storage"), now=NOW + 600)
-    assert "expired" in refused(store, expired).reason
-    assert "expired" in refused(store, evolve(read(unit, "storage"), now=NOW + 600)).reason
-    store.transact(evolve(expired, now=NOW + 599))
-
-
 def test_a_token_is_good_without_a_certificate_unless_the_profile_asks_for_one(store: MemoryStore) -> None:
     store.transact(evolve(sync(granted(store), "body", "storage"), certificate=None))
     strict = granted(store, "strict", token_needs_certificate=True)
@@ -117,14 +109,6 @@ def test_a_token_is_good_without_a_certificate_unless_the_profile_asks_for_one(s
     assert "without the certificate" in refusal.reason
     refused(store, evolve(read(strict, "storage"), certificate=None))
     store.transact(sync(strict, "body", "storage"))
-
-
-def test_each_boot_has_a_token_of_its_own(store: MemoryStore) -> None:
-    first, second = granted(store, "1"), granted(store, "2")
-    one = store.transact(sync(first, "body", "storage"))
-    two = store.transact(sync(second, "body", "storage"))
-    assert one == two
-    assert not two.replayed
 
 
 # --- replays ---
@@ -143,29 +127,6 @@ def test_a_lost_answer_is_given_again_and_nothing_is_done_twice(store: MemorySto
         ("sync", "replayed", "tdx-cache/1 repeated, storage/1 repeated"),
     ]
     assert store.transact(Ask(Scan(AuditRow)))[-1].request_id == "again"
-
-
-def test_an_answer_is_given_again_after_another_boot_changed_the_keys(store: MemoryStore) -> None:
-    first, second = granted(store, "1"), granted(store, "2")
-    unit = sync(first, "body", "storage", "tdx-cache")
-    answer = store.transact(unit)
-    store.transact(sync(second, "body", "storage", rekey=["storage"]))
-    assert store.transact(unit) == evolve(answer, replayed=True)
-
-
-@pytest.mark.parametrize("wrong", ["body", "bare", "other"])
-def test_a_consumed_token_gets_nothing_else(store: MemoryStore, wrong: str) -> None:
-    unit = granted(store)
-    good = sync(unit, "body", "storage")
-    store.transact(good)
-    changed = {
-        "body": evolve(good, body_digest=bytes(32)),
-        "bare": evolve(good, certificate=None),
-        "other": evolve(good, certificate=bytes(32)),
-    }[wrong]
-    refusal = refused(store, changed)
-    assert (refusal.code, refusal.detail) == (Code.BOOT_TOKEN_INVALID, "Boot token not found or expired")
-    assert "consumed" in refused(store, read(unit, "storage")).reason
 
 
 def test_a_token_consumed_without_a_certificate_is_replayed_to_the_attested_one_only(store: MemoryStore) -> None:
@@ -205,15 +166,6 @@ def test_keys_of_the_vm_itself_are_not_pruned(store: MemoryStore) -> None:
     store.transact(sync(unit, "body", "storage"))
     rows = store.transact(Ask(Scan(GenerationRow)))
     assert {(row.volume, row.state) for row in rows} == {("k3s", "active"), ("root", "active"), ("storage", "active")}
-
-
-def test_another_vms_keys_are_left_alone(store: MemoryStore) -> None:
-    neighbour = granted(store, "neighbour", vm=Vm(VM.hotkey, "vm-1"))
-    theirs = store.transact(sync(neighbour, "body", "storage"))
-    ours = store.transact(sync(granted(store), "body", "tdx-cache"))
-    assert theirs.passphrases[0][1] != ours.passphrases[0][1]
-    states = {(row.vm.name, row.volume, row.state) for row in store.transact(Ask(Scan(GenerationRow)))}
-    assert ("vm-1", "storage", "active") in states
 
 
 def test_a_prune_leaves_a_tombstone_which_comes_back_unless_it_is_rekeyed(store: MemoryStore) -> None:
