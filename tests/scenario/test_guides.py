@@ -58,7 +58,7 @@ def run(premises: Premises, step: Step, home: Path) -> str:
 
 @in_a_file
 @pytest.mark.parametrize(
-    ("page", "least"), [("reference-values", 5), ("upgrade", 2), ("denied-at-night", 2), ("capacity", 1)]
+    ("page", "least"), [("reference-values", 5), ("upgrade", 1), ("denied-at-night", 2), ("capacity", 1)]
 )
 def test_a_guide_is_followed(
     premises: Premises, page: str, least: int, tmp_path: Path, require_program: Callable[[str], str]
@@ -68,8 +68,6 @@ def test_a_guide_is_followed(
     _ = vm.boot()
     nonce = vm.nonce()
     _ = vm.boot(nonce, quote=vm.quote(nonce, "runtime"), status=403)
-    if page == "upgrade":
-        premises.stop()
     for log in ("CCEL", "good/CCEL"):
         write_file(make_directory((premises.directory / log).parent) / "CCEL", GOOD)
     listed = commands(page)
@@ -349,9 +347,6 @@ RUN_BY = {
     "docs/how-to/tcb-recovery.md": "scenario/test_guides.py:test_a_tcb_recovery_is_seen_early",
     "docs/how-to/postgresql.md": "scenario/test_recipes.py:test_a_move_to_postgresql",
     "docs/how-to/nginx.md": "scenario/test_nginx.py:test_a_boot_and_its_sync",
-    "docs/how-to/rows-not-authentic.md": (
-        "cli/test_store.py:test_a_check_names_a_forged_row_and_says_what_to_do_but_not_to_check"
-    ),
     "docs/how-to/gpus.md": "cli/test_gpu.py:test_what_was_fetched_is_a_bundle_for_offline_use",
 }
 """Each page with commands, and the test that runs them."""
