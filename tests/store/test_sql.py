@@ -173,7 +173,7 @@ def vms_of_page(store: MemoryStore, after: tuple[str, str]) -> list[tuple[str, s
 
 
 def test_a_page_of_vms_costs_no_more_in_a_larger_store() -> None:
-    """A page that reads the rest of each table would make `store check` and `store seal` quadratic."""
+    """A page that reads the rest of each table would make `store check` quadratic."""
     steps: list[int] = []
     for count in (100, 1000):
         store = MemoryStore()
