@@ -59,7 +59,7 @@ class Site:
 
     def serve(self) -> None:
         setup = make_setup(ServerConfig.load(self.configuration))
-        with closing(setup.store.open(migrate=True)) as store:
+        with closing(setup.store.open(make=True)) as store:
             world = FromFiles(App(setup.service), store, PLATFORM, NOW, collateral=setup.collateral)
             assert world.boot().status == 200
             for fault in ("tcb_out_of_date", "rtmr1"):

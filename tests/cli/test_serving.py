@@ -477,11 +477,11 @@ def test_a_proxys_socket_comes_and_goes_with_the_server(
     (trusted,) = make_setup(ServerConfig.load(site / "server.toml")).service.proxies.proxies
     assert len(trusted.secrets) == 2
     server = start("--config", site / "server.toml", "--transport", transport, ca=site / "ca.pem")
+    proxied = {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "old"}
     transport_ = httpx.HTTPTransport(uds=str(site / "keys.sock"))
     with httpx.Client(transport=transport_, base_url="http://keys", timeout=60) as proxy:
-        assert proxy.get("/servers/nonce", headers={"x-forwarded-for": "192.0.2.7"}).status_code == 200
-        assert proxy.get("/servers/nonce").status_code == 400
-    proxied = {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "old"}
+        assert proxy.get("/servers/nonce", headers=proxied).status_code == 200
+        assert proxy.get("/servers/nonce", headers={"x-forwarded-for": "192.0.2.7"}).status_code == 400
     with client(server) as proxy:
         assert proxy.get("/servers/nonce", headers=proxied).status_code == 200
         assert proxy.get("/servers/nonce", headers=proxied | {"x-attestation-proxy-auth": "older"}).status_code == 400
