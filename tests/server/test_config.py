@@ -118,8 +118,6 @@ def test_collateral_from_services():
         (a_proxy('unix = "p", address_header = "X-Cvm-Proxy-Auth"'), "proxy.p.address_header"),
         (a_proxy('unix = "p", address_header = "a b"'), "proxy.p.address_header"),
         (a_proxy('unix = "p", header = "X-Forwarded-For"'), "proxy.p.header"),
-        (a_proxy('unix = "p", header = "Host"'), "proxy.p.header"),
-        (a_proxy('unix = "p", address_header = "X-Quote-Nonce"'), "proxy.p.address_header"),
         (a_proxy('unix = "p", serves = []'), 'proxy.p.serves: say ["1.3"]'),
         (a_proxy('unix = "p", serves = ["1.4", "1.4"]'), "proxy.p.serves"),
         (a_proxy('unix = "p", serves = ["1.5"]'), "proxy.0.serves"),

@@ -34,13 +34,6 @@ from chutes_proto.units.fleet import Window, parse_version
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
-_OF_CLIENTS = frozenset(
-    (
-        "host connection content-length content-type transfer-encoding expect authorization "
-        "x-boot-token x-quote-nonce x-confirm-nonce x-chutes-hotkey x-chutes-nonce x-chutes-signature"
-    ).split()
-)
-"""Headers that clients send themselves, so that none can be a proxy's mark."""
 _PROXY_NAME = re.compile(r"[a-z0-9_-]{1,32}")
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ANSWER_MEMBERS = frozenset(
@@ -601,10 +594,10 @@ def _proxies_problems(proxies: tuple[ProxyOptions, ...]) -> Iterator[str]:
         if not _PROXY_NAME.fullmatch(proxy.name):
             yield f"proxy: name {proxy.name!r} is not [a-z0-9_-]{{1,32}}"
         else:
-            yield from _proxy_problems(proxy, {*SECRET_HEADERS, *(each.header.lower() for each in proxies)})
+            yield from _proxy_problems(proxy)
 
 
-def _proxy_problems(proxy: ProxyOptions, secret_headers: set[str]) -> Iterator[str]:
+def _proxy_problems(proxy: ProxyOptions) -> Iterator[str]:
     key = f"proxy.{proxy.name}"
     yield from _raised(lambda: proxy.parsed_networks)
     if proxy.networks and proxy.secret_file is None:
@@ -618,9 +611,9 @@ def _proxy_problems(proxy: ProxyOptions, secret_headers: set[str]) -> Iterator[s
     if proxy.certificate_header.lower() not in CERTIFICATE_HEADERS:
         yield f'{key}.certificate_header: say "X-Client-Cert" or "Client-Cert"'
     header, address_header = proxy.header.lower(), proxy.address_header.lower()
-    if not _TOKEN.fullmatch(header) or header in (*CERTIFICATE_HEADERS, *_OF_CLIENTS, address_header):
+    if not _TOKEN.fullmatch(header) or header in (*CERTIFICATE_HEADERS, address_header):
         yield f'{key}.header: name the header of the proxy\'s secret, for example "X-Cvm-Proxy-Auth"'
-    if not _TOKEN.fullmatch(address_header) or address_header in (*CERTIFICATE_HEADERS, *_OF_CLIENTS, *secret_headers):
+    if not _TOKEN.fullmatch(address_header) or address_header in (*CERTIFICATE_HEADERS, *SECRET_HEADERS):
         yield f'{key}.address_header: name the header of the client\'s address, for example "X-Forwarded-For"'
 
 
