@@ -507,14 +507,18 @@ def _check_appraised(
     check_kind("verdict", verdict, Verdict, "a Verdict, as of verify_genuine")
     check_seconds("now", now)
     check_duration("max_age", max_age)
-    if max_collateral_age is not None:
-        check_duration("max_collateral_age", max_collateral_age)
-    _check_stage(stage)
-    _check_log(log)
+    _check_how(stage, log, max_collateral_age)
 
 
 def check_options(
-    *, policy: object, root: object, grace: object, sgx: object, stage: object, max_collateral_age: object
+    *,
+    policy: object,
+    root: object,
+    grace: object,
+    sgx: object,
+    stage: object,
+    max_collateral_age: object,
+    event_log: object = None,
 ) -> None:
     """Check the arguments of `verify` that say how to verify, before there is anything to verify.
 
@@ -524,17 +528,14 @@ def check_options(
     check_kind("root", root, TrustedRoot, "a TrustedRoot, as of TrustedRoot.from_der")
     check_duration("grace", grace)
     check_flag("sgx", sgx)
-    _check_stage(stage)
-    if max_collateral_age is not None:
-        check_duration("max_collateral_age", max_collateral_age)
+    _check_how(stage, event_log, max_collateral_age)
 
 
-def _check_stage(stage: object) -> None:
+def _check_how(stage: object, log: object, max_collateral_age: object) -> None:
     if stage not in _STAGES:
         raise PolicyError(f"stage: must be one of {', '.join(_STAGES)}")
-
-
-def _check_log(log: object) -> None:
+    if max_collateral_age is not None:
+        check_duration("max_collateral_age", max_collateral_age)
     if log is not None:
         check_kind("event_log", log, eventlog.EventLog, eventlog.LOG)
 
@@ -569,8 +570,15 @@ def verify(
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type, `ValueError` for
     negative seconds, and `PolicyError` for another stage.
     """
-    check_options(policy=policy, root=root, grace=grace, sgx=sgx, stage=stage, max_collateral_age=max_collateral_age)
-    _check_log(event_log)
+    check_options(
+        policy=policy,
+        root=root,
+        grace=grace,
+        sgx=sgx,
+        stage=stage,
+        max_collateral_age=max_collateral_age,
+        event_log=event_log,
+    )
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
     return policy.appraise(
         verdict, now=now, stage=stage, event_log=event_log, max_age=0, max_collateral_age=max_collateral_age
